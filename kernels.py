@@ -1,0 +1,194 @@
+"""kernels.py: the two places where a language model spends its memory and time, written so that it does not.
+
+1. `token_logprobs`: log-probability and entropy of every target token, straight from the hidden states and the head's weight.
+   With logits z = h W^T / temperature, p = softmax(z) and lse = log sum exp z,
+
+       logp = z[target] - lse          d logp / dz = onehot(target) - p
+       H    = lse - sum_v p_v z_v      d H    / dz = -p * (log p + H)
+
+   Both gradients need nothing but p, and p can be recomputed from z and lse. So the (tokens, V) logits are never stored: the
+   forward pass walks over blocks of the vocabulary with an online softmax (Milakov & Gimelshein, arXiv 1805.02867), keeps one
+   lse and one H per token, and the backward pass computes each block of logits a second time (Cut Cross-Entropy, Wijmans et
+   al., arXiv 2411.09009). Price: 4 matrix products instead of 3. Walking over the vocabulary, not over the tokens, writes each
+   row of the weight's gradient once, so it is never accumulated in bf16.
+
+2. `attention`: grouped-query, causal or sliding-window attention: `reference` spells the equation out; `sdpa` calls torch's kernels.
+
+`python kernels.py` prints time, peak memory and the fraction of the measured matrix-product roof for every impl: about 4 minutes
+on two cores, most of it in the naive rows; `--quick` takes 20 s on a smaller problem.
+"""
+import argparse
+import json
+import multiprocessing
+import os
+import resource
+import shutil
+import time
+import warnings
+
+import torch
+import torch.nn.functional as F
+
+BLOCK = 2 ** 24     # logits in flight at once: 64 MiB in fp32. Larger blocks are no faster, smaller ones starve the matrix product
+COMPILE_V = 16384   # vocabularies from this size on repay the 5 to 20 s that torch.compile takes on its first call
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# token_logprobs
+
+def token_logprobs(hidden, weight, targets, temperature=1.0, impl="auto"):
+    """Log-probability of each target, and entropy of the distribution it comes from, both in nats.
+
+    hidden (..., C), weight (V, C), targets (...) int64 -> logp (...), entropy (...), both fp32. Differentiable in hidden and
+    weight with any per-token upstream gradient. `impl`: reference | chunked | compiled | auto (the fastest that runs here).
+    Raises ValueError for an unknown impl or a temperature that is not positive.
+    """
+    if temperature <= 0:
+        raise ValueError(f"temperature must be positive to score tokens, got {temperature}")
+    shape, V = targets.shape, weight.shape[0]
+    h, y = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)    # (N, C), (N,)
+    if impl == "auto":      # one block would hold all the logits anyway: then plain autograd, with no second matrix product
+        impl = "reference" if y.numel() * V <= BLOCK else "compiled" if V >= COMPILE_V and can_compile() else "chunked"
+    if impl == "reference":
+        logp, entropy = reference_logprobs(h, weight, y, temperature)
+    elif impl in ("chunked", "compiled"):
+        if torch.is_autocast_enabled(h.device.type):    # a custom Function is not autocast by itself
+            dtype = torch.get_autocast_dtype(h.device.type)
+            h, weight = h.to(dtype), weight.to(dtype)
+        logp, entropy = ChunkedLogprobs.apply(h, weight, y, 1.0 / temperature, impl == "compiled")
+    else:
+        raise ValueError(f"unknown impl {impl!r}: reference, chunked, compiled or auto")
+    return logp.view(shape), entropy.view(shape)
+
+
+def reference_logprobs(h, weight, y, temperature):
+    """The oracle: what the other impls must equal. Holds every logit, several times over."""
+    z = F.linear(h, weight).float() / temperature       # (N, V)
+    logp = z.log_softmax(-1)                            # (N, V)
+    entropy = -(logp.exp() * logp).sum(-1)              # (N,)
+    return logp.gather(-1, y[:, None]).squeeze(-1), entropy
+
+
+def forward_block(z, inv_t, m, s, s1):
+    """Online softmax: fold a block of raw logits z (N, b) into the running max m, sum e^(z-m) and sum z e^(z-m), each (N,)."""
+    z = z.float() * inv_t
+    m_new = torch.maximum(m, z.amax(-1))
+    e = (z - m_new[:, None]).exp()
+    rescale = (m - m_new).exp()
+    return m_new, s * rescale + e.sum(-1), s1 * rescale + (e * z).sum(-1)
+
+
+def backward_block(z, inv_t, lse, entropy, g_logp, g_ent):
+    """dLoss/dz for a block of raw logits z (N, b), but for the onehot: -p * (g_logp + g_ent * (log p + H)), in z's dtype."""
+    logp = z.float() * inv_t - lse[:, None]
+    dz = -logp.exp() * (g_logp[:, None] + g_ent[:, None] * (logp + entropy[:, None]))
+    return (dz * inv_t).to(z.dtype)
+
+
+def block_starts(N, V):
+    """Even blocks of the vocabulary: at most BLOCK logits, but never under 256 columns (by then h itself is the larger)."""
+    n = -(-V // min(V, max(256, BLOCK // N)))
+    return [V * i // n for i in range(n + 1)]
+
+
+def gemm_dtype(x):
+    """bf16 on a CPU without bf16 units is emulated, 4x slower than fp32: there the blocks are multiplied in fp32."""
+    emulated = x.device.type == "cpu" and x.dtype == torch.bfloat16 and not torch.cpu._is_avx512_bf16_supported()
+    return torch.float32 if emulated else x.dtype
+
+
+class ChunkedLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, h, weight, y, inv_t, compiled):
+        N, V = h.shape[0], weight.shape[0]
+        fold = compile_block(forward_block) if compiled else forward_block
+        x = h.to(gemm_dtype(h))
+        m = torch.full((N,), -torch.inf, device=h.device)
+        s, s1, target = torch.zeros_like(m), torch.zeros_like(m), torch.zeros_like(m)
+        starts = block_starts(N, V)
+        for a, b in zip(starts, starts[1:]):
+            z = F.linear(x, weight[a:b].to(x.dtype))                                # (N, b - a)
+            m, s, s1 = fold(z, inv_t, m, s, s1)
+            inside = (y >= a) & (y < b)
+            z_y = z.gather(1, (y - a).clamp(0, b - a - 1)[:, None]).squeeze(1).float() * inv_t
+            target = torch.where(inside, z_y, target)
+        lse = m + s.log()
+        entropy = lse - s1 / s
+        ctx.save_for_backward(h, weight, y, lse, entropy)
+        ctx.inv_t, ctx.compiled = inv_t, compiled
+        return target - lse, entropy
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g_logp, g_ent):
+        h, weight, y, lse, entropy = ctx.saved_tensors
+        N, V = h.shape[0], weight.shape[0]
+        slope = compile_block(backward_block) if ctx.compiled else backward_block
+        x = h.to(gemm_dtype(h))
+        dh = torch.zeros(h.shape, dtype=torch.float32, device=h.device)             # summed over the blocks: fp32
+        dweight = torch.empty_like(weight)                                          # each block written once
+        starts = block_starts(N, V)
+        for a, b in zip(starts, starts[1:]):
+            w = weight[a:b].to(x.dtype)
+            dz = slope(F.linear(x, w), ctx.inv_t, lse, entropy, g_logp, g_ent)      # (N, b - a)
+            inside = ((y >= a) & (y < b)).to(dz.dtype)
+            onehot = (inside * (g_logp * ctx.inv_t).to(dz.dtype))[:, None]
+            dz.scatter_add_(1, (y - a).clamp(0, b - a - 1)[:, None], onehot)
+            dh += dz @ w
+            torch.mm(dz.T, x, out=dweight[a:b]) if x.dtype == weight.dtype else dweight[a:b].copy_(dz.T @ x)
+        return dh.to(h.dtype), dweight, None, None, None
+
+
+_compiled = {}
+
+
+def compile_block(f):
+    if f not in _compiled:
+        _compiled[f] = torch.compile(f, dynamic=True)
+    return _compiled[f]
+
+
+def can_compile():
+    return shutil.which("g++") is not None or shutil.which("clang++") is not None or torch.cuda.is_available()
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# attention
+
+def attention(q, k, v, causal=True, window=None, mask=None, impl="auto"):
+    """softmax(q k^T / sqrt(D)) v, with H query heads sharing Hkv key heads in groups of H / Hkv.
+
+    q (B, H, T, D), k and v (B, Hkv, S, D) -> (B, H, T, D). The T queries are the last T of the S positions. `causal`: a query
+    sees no later key; `window`: of those, only the last `window` (its own included). `mask` (B or 1, 1, T, S) bool, True = sees,
+    replaces both (a ragged cache knows better). `impl`: reference | sdpa | auto. Raises ValueError for an unknown impl.
+    """
+    T, S = q.shape[2], k.shape[2]
+    assert q.shape[1] % k.shape[1] == 0, f"{q.shape[1]} query heads over {k.shape[1]} key heads"
+    if mask is None and window is not None and window < S:
+        mask = visible(T, S, causal, window, q.device)
+    if impl == "reference":
+        if mask is None:
+            mask = visible(T, S, causal, None, q.device)
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+        scores = (q @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5                    # (B, H, T, S)
+        return scores.masked_fill(~mask, -torch.inf).softmax(-1).to(v.dtype) @ v
+    if impl not in ("sdpa", "auto"):
+        raise ValueError(f"unknown impl {impl!r}: reference, sdpa or auto")
+    if T == 1 and k.shape[1] < q.shape[1]:      # decoding: the heads of a group become the queries of one head, no copy of k, v
+        B, H, _, D = q.shape
+        return F.scaled_dot_product_attention(q.view(B, k.shape[1], -1, D), k, v, attn_mask=mask).view(B, H, 1, D)
+    if mask is None and causal and 1 < T < S:   # torch's is_causal aligns the first query with the first key; ours the last with the last
+        mask = visible(T, S, causal, None, q.device)
+    is_causal = causal and mask is None and T > 1
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=k.shape[1] < q.shape[1])
+
+
+def visible(T, S, causal, window, device):
+    """(1, 1, T, S) bool: which of S keys each of the last T positions sees."""
+    distance = torch.arange(S - T, S, device=device)[:, None] - torch.arange(S, device=device)  # (T, S), > 0 for the past
+    seen = torch.ones_like(distance, dtype=torch.bool)
+    if causal:
+        seen &= distance >= 0
+    if window is not None:
+        seen &= distance < window
+    return seen[None, None]

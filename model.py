@@ -1,0 +1,598 @@
+"""model.py: a GPT, its KV cache and its sampler, two tokenizers, checkpoints. Everything the methods in this folder stand on.
+
+    python model.py                      train a small GPT on the Python standard library's own sources (3 minutes, two cores)
+    python model.py --data FILE|FOLDER|HF_DATASET       the same on your text
+    python model.py --bench              tokens/s of generate and of a training step, beside the peers that are installed
+
+The model is the Llama family's: RMSNorm before each block, rotary positions, SwiGLU, grouped-query attention; sliding window,
+QKV bias and QK-norm are options. `GPT.hidden` maps token ids to hidden states, with or without a `KVCache`; the head is applied
+by whoever needs it, because training never wants all the logits (kernels.token_logprobs) and sampling wants the last row only.
+
+What to know before changing `generate`:
+1. A cache slot is a position. Prompts of different lengths are padded on the right, every row then appends at its own length,
+   and a mask hides what lies beyond. Row i of a batch is therefore the row alone, up to float rounding.
+2. A prompt is read once, then its cache is cloned to its n samples. A row that has met the stop token leaves the batch: the
+   last live row moves into its place, so that a step costs only what is still alive.
+3. Every token is drawn by inverting the CDF at a uniform number. Independent samples use a new number per token; `uniforms`
+   gives each row ONE number for its whole sequence (arithmetic decoding, Vilnis et al., arXiv 2210.15458): after each token the
+   number is rescaled to its place inside the bin it fell in, and is uniform again.
+"""
+import argparse
+import dataclasses
+import heapq
+import json
+import math
+import os
+import platform
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from kernels import attention, token_logprobs
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# The model
+
+@dataclass
+class GPTConfig:
+    vocab_size: int
+    block_size: int                 # positions; longer input is an error
+    n_layer: int
+    n_head: int
+    n_embd: int
+    n_kv_head: int | None = None    # fewer key heads than query heads: grouped-query attention (default: as many)
+    head_dim: int | None = None     # default n_embd / n_head
+    n_hidden: int | None = None     # SwiGLU's width; default 8/3 n_embd rounded up to a multiple of 32: as many weights as a 4x MLP
+    window: int | None = None       # a token sees the last `window` tokens, itself included
+    qkv_bias: bool = False
+    qk_norm: bool = False           # RMSNorm on each head's query and key before the rotation
+    tie: bool = True                # the head shares the embedding's weight
+    rope_theta: float = 10000.0
+    norm_eps: float = 1e-5
+
+    def __post_init__(self):
+        self.n_kv_head = self.n_kv_head or self.n_head
+        self.head_dim = self.head_dim or self.n_embd // self.n_head
+        self.n_hidden = self.n_hidden or -(-8 * self.n_embd // 3 // 32) * 32
+        assert self.n_head % self.n_kv_head == 0, f"n_head {self.n_head} is no multiple of n_kv_head {self.n_kv_head}"
+        assert self.head_dim % 2 == 0, f"rotary positions turn pairs of channels: head_dim {self.head_dim} is odd"
+
+
+def rotate(x, rope):
+    """Rotary positions (Su et al., arXiv 2104.09864): channels 2i, 2i+1 are one complex number, turned by position * theta_i.
+
+    x (B, T, H, D); rope (T, 1, D/2) or (B, T, 1, D/2), complex.
+    """
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))     # (B, T, H, D/2)
+    return torch.view_as_real(pairs * rope).flatten(-2).to(x.dtype)     # (B, T, H, D)
+
+
+class Attention(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        self.layer, self.n_head, self.n_kv_head, self.window = layer, config.n_head, config.n_kv_head, config.window
+        D = config.head_dim
+        self.qkv = nn.Linear(config.n_embd, (self.n_head + 2 * self.n_kv_head) * D, bias=config.qkv_bias)
+        self.proj = nn.Linear(self.n_head * D, config.n_embd, bias=False)
+        self.q_norm = nn.RMSNorm(D, config.norm_eps) if config.qk_norm else None
+        self.k_norm = nn.RMSNorm(D, config.norm_eps) if config.qk_norm else None
+
+    def forward(self, x, rope, mask=None, cache=None):
+        B, T, _ = x.shape
+        H, K = self.n_head, self.n_kv_head
+        qk, v = self.qkv(x).view(B, T, H + 2 * K, -1).split([H + K, K], dim=2)      # (B, T, H + K, D), (B, T, K, D)
+        if self.q_norm:
+            qk = torch.cat((self.q_norm(qk[:, :, :H]), self.k_norm(qk[:, :, H:])), dim=2)
+        q, k = rotate(qk, rope).split([H, K], dim=2)                    # (B, T, H, D), (B, T, K, D)
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)                       # (B, S, K, D): all that this layer can see
+        y = attention(*(t.transpose(1, 2) for t in (q, k, v)), window=self.window, mask=mask)   # (B, H, T, D)
+        return self.proj(y.transpose(1, 2).reshape(B, T, -1))           # (B, T, C)
+
+
+class SwiGLU(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.gate = nn.Linear(config.n_embd, config.n_hidden, bias=False)
+        self.up = nn.Linear(config.n_embd, config.n_hidden, bias=False)
+        self.proj = nn.Linear(config.n_hidden, config.n_embd, bias=False)
+
+    def forward(self, x):
+        return self.proj(F.silu(self.gate(x)) * self.up(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        self.norm1, self.attn = nn.RMSNorm(config.n_embd, config.norm_eps), Attention(config, layer)
+        self.norm2, self.mlp = nn.RMSNorm(config.n_embd, config.norm_eps), SwiGLU(config)
+
+    def forward(self, x, rope, mask=None, cache=None):
+        x = x + self.attn(self.norm1(x), rope, mask, cache)
+        return x + self.mlp(self.norm2(x))
+
+
+class GPT(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
+        self.norm = nn.RMSNorm(config.n_embd, config.norm_eps)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        theta = config.rope_theta ** (-torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim)
+        angle = torch.outer(torch.arange(config.block_size, dtype=torch.float64), theta)        # (block_size, D/2)
+        self.rope = torch.polar(torch.ones_like(angle), angle).to(torch.complex64)[:, None]     # no buffer: .to(bf16) must not round it
+        for name, p in self.named_parameters():
+            if p.dim() == 2:    # GPT-2's rule: what writes into the residual stream starts smaller, by the number of writers
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if "proj" in name else 0.02)
+            elif "bias" in name:
+                nn.init.zeros_(p)
+        if config.tie:
+            self.lm_head.weight = self.wte.weight
+
+    def hidden(self, ids, cache=None):
+        """ids (B, T) int64 -> final hidden states (B, T, C). With a cache, ids continue its rows and are added to it."""
+        B, T = ids.shape
+        self.rope = self.rope.to(ids.device)
+        positions, mask = (slice(0, T), None) if cache is None else cache.extend(T)
+        assert (T if cache is None else cache.length) <= self.config.block_size, f"past block_size {self.config.block_size}"
+        x, rope = self.wte(ids), self.rope[positions]       # (B, T, C)
+        for block in self.blocks:
+            x = block(x, rope, mask, cache)
+        return self.norm(x)
+
+    def forward(self, ids):
+        return self.lm_head(self.hidden(ids))               # (B, T, V)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# The cache and the sampler
+
+class KVCache:
+    """Keys and values of every layer, (rows, capacity, K, D), allocated once. The token at position p of a row sits in slot p.
+
+    A step writes its tokens at each row's own length (`lens`) and reads the slots up to the longest row's (`length`), exactly:
+    a mask is needed only while the rows' lengths differ. With a sliding window, slots that nobody can see any more are given
+    up when the capacity is reached (`base` is the position of slot 0), so that memory is constant at any length. Slots start
+    as zeros, not as whatever memory held: a masked slot counts 0 times, and 0 * nan is nan.
+    """
+
+    def __init__(self, config, rows, capacity, device="cpu", dtype=torch.float32):
+        shape = (rows, capacity, config.n_kv_head, config.head_dim)
+        self.config, self.capacity, self.rows, self.base = config, capacity, rows, 0
+        self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
+        self.v = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
+        self.set_lens([0] * rows)
+
+    def set_lens(self, lens):
+        """The tokens that each row truly holds: forgets the padding of a prefill, or rejected draft tokens."""
+        self.lens = torch.as_tensor(lens, device=self.k[0].device)
+        self.length, self.ragged = max(lens), len(set(lens)) > 1
+
+    def extend(self, T):
+        """Room for T more tokens in each row -> their positions, a slice or (rows, T), and the mask if causality is not enough."""
+        if self.length - self.base + T > self.capacity:
+            self.slide(T)
+        self.start, self.length, mask = self.length, self.length + T, None
+        positions = slice(self.start, self.length)
+        if self.ragged:
+            positions = self.lens[:, None] + torch.arange(T, device=self.lens.device)                       # (rows, T)
+            distance = positions[:, None, :, None] - torch.arange(self.base, self.length, device=self.lens.device)
+            mask = distance >= 0                                                                            # (rows, 1, T, S)
+            if self.config.window is not None:
+                mask &= distance < self.config.window
+            self.slots = torch.arange(self.rows, device=self.lens.device)[:, None], positions - self.base
+        self.lens = self.lens + T
+        return positions, mask
+
+    def slide(self, T):
+        first = int(self.lens.min()) - (self.config.window or math.inf) + 1     # the oldest position that can still be seen
+        drop = max(first, 0) - self.base
+        assert self.length - self.base - drop + T <= self.capacity, f"cache of {self.capacity} tokens is full"
+        for t in self.k + self.v:
+            t[:self.rows, :self.length - self.base - drop] = t[:self.rows, drop:self.length - self.base].clone()
+        self.base += drop
+
+    def append(self, layer, k, v):
+        """Write the (rows, T, K, D) that extend made room for -> this layer's keys and values so far, (rows, S, K, D)."""
+        window = self.config.window
+        a = self.base if self.ragged or window is None else max(self.base, self.start - window + 1)     # older ones are out of sight
+        where = self.slots if self.ragged else (slice(self.rows), slice(self.start - self.base, self.length - self.base))
+        self.k[layer][where], self.v[layer][where] = k, v
+        seen = slice(self.rows), slice(a - self.base, self.length - self.base)
+        return self.k[layer][seen], self.v[layer][seen]
+
+    def expand(self, n, capacity):
+        """Each row n times, into a new cache: one prefill serves the n samples of a prompt."""
+        new = KVCache(self.config, self.rows * n, capacity, self.k[0].device, self.k[0].dtype)
+        for old, t in zip(self.k + self.v, new.k + new.v):
+            t[:, :self.length] = old[:, :self.length].repeat_interleave(n, dim=0)
+        new.set_lens(self.lens.repeat_interleave(n).tolist())
+        return new
+
+    def keep(self, alive):
+        """Drop the rows that are not alive (rows,) bool: live rows from the end move into the holes -> their order (live,)."""
+        n = int(alive.sum())
+        order = torch.arange(n, device=alive.device)
+        holes, movers = (~alive[:n]).nonzero().squeeze(1), n + alive[n:].nonzero().squeeze(1)
+        order[holes] = movers
+        for t in self.k + self.v:
+            t[holes, :self.length - self.base] = t[movers, :self.length - self.base]
+        self.rows, self.lens = n, self.lens[order]
+        self.length = int(self.lens.max()) if n else 0
+        return order
+
+
+@dataclass
+class Rollout:
+    """Sampled continuations, row order prompt-major. Prompt first, then the generated tokens, then padding (any id: trust `mask`)."""
+    ids: torch.Tensor           # (R, T) int64
+    mask: torch.Tensor          # (R, T) fp32, 1 on generated tokens up to and with the stop token
+    logp: torch.Tensor          # (R, T) fp32, log-probability of each generated token under the distribution it was drawn from
+    prompt_lens: torch.Tensor   # (R,) int64
+
+    @property
+    def lengths(self):
+        """Generated tokens in each row, the stop token included (R,)."""
+        return self.mask.sum(1).long()
+
+    def tokens(self):
+        """The generated tokens of each row, a list of lists."""
+        spans = zip(self.ids.tolist(), self.prompt_lens.tolist(), self.lengths.tolist())
+        return [row[p:p + n] for row, p, n in spans]
+
+    def texts(self, tokenizer):
+        return [tokenizer.decode([t for t in row if t != tokenizer.eos]) for row in self.tokens()]
+
+    def __getitem__(self, rows):
+        """The rows of an index or mask, the columns cut to the longest of them."""
+        T = int((self.prompt_lens + self.lengths)[rows].max())
+        return Rollout(self.ids[rows, :T], self.mask[rows, :T], self.logp[rows, :T], self.prompt_lens[rows])
+
+    @staticmethod
+    def cat(rollouts):
+        T = max(r.ids.shape[1] for r in rollouts)
+        pad = lambda name: torch.cat([F.pad(getattr(r, name), (0, T - r.ids.shape[1])) for r in rollouts])
+        return Rollout(pad("ids"), pad("mask"), pad("logp"), torch.cat([r.prompt_lens for r in rollouts]))
+
+
+def truncate(logits, top_k=None, top_p=None):
+    """(R, V) logits with -inf outside the top_k largest, then outside the smallest set that holds top_p of what is left."""
+    if top_k is not None:
+        logits = logits.masked_fill(logits < logits.topk(min(top_k, logits.shape[-1])).values[:, -1:], -torch.inf)
+    if top_p is not None:
+        probs, order = logits.softmax(-1).sort(-1, descending=True)
+        before = (probs.cumsum(-1) - probs).scatter(-1, order, probs.cumsum(-1) - probs)    # the mass above each token
+        logits = logits.masked_fill(before >= top_p, -torch.inf)
+    return logits
+
+
+def inverse_cdf(probs, u):
+    """Draw by inversion. probs (R, V), u (R,) in [0, 1) -> token (R,), and the place of u inside the token's bin (R,), uniform again."""
+    cdf = probs.cumsum(-1, dtype=u.dtype)                                       # (R, V)
+    total = cdf[:, -1:]
+    v = torch.minimum(u[:, None] * total, total.nextafter(torch.zeros_like(total)))     # (R, 1), strictly below the total
+    token = torch.searchsorted(cdf, v, right=True)                              # (R, 1): the first bin that ends above v
+    low = torch.where(token > 0, cdf.gather(1, (token - 1).clamp_min(0)), 0)
+    place = (v - low) / (cdf.gather(1, token) - low)
+    return token.squeeze(1), place.squeeze(1)
+
+
+@torch.no_grad()
+def generate(model, prompts, n=1, max_new_tokens=128, temperature=1.0, top_k=None, top_p=None, stop=None, generator=None,
+             uniforms=None):
+    """n continuations of each prompt (a list of non-empty token lists of any lengths) -> Rollout with R = len(prompts) * n rows.
+
+    stop: token id that ends a row, or None. temperature 0 is greedy: then logp is 0, the choice being certain. uniforms (R,) in
+    [0, 1): one number drives its whole row. A number of b bits pays -log2 p for each token; once half of the b are spent, the row
+    goes on with fresh bits from `generator`: the low half of a uniform is independent of its high half, so the law stays exact.
+    Raises ValueError for an empty prompt, a bad temperature, or more positions than the model's block_size.
+    """
+    lens, device = [len(p) for p in prompts], model.lm_head.weight.device
+    if not lens or min(lens) < 1:
+        raise ValueError("every prompt needs at least one token")
+    if max(lens) + max_new_tokens - 1 > model.config.block_size:
+        raise ValueError(f"prompt of {max(lens)} + {max_new_tokens} new tokens: past block_size {model.config.block_size}")
+    if temperature < 0:
+        raise ValueError(f"temperature must be 0 or more, got {temperature}")
+    R, P = len(prompts) * n, max(lens)
+    real = torch.float32 if device.type == "mps" else torch.float64
+    fresh = torch.rand(R, max_new_tokens, generator=generator, dtype=real, device=generator.device if generator else None).to(device)
+    if uniforms is not None:
+        assert uniforms.shape == (R,), f"uniforms {tuple(uniforms.shape)} for {R} rows"
+        u, spent = uniforms.to(device, real), torch.zeros(R, device=device)
+        budget = -math.log2(torch.finfo(uniforms.dtype).eps) / 2
+
+    # 1. Read each prompt once (padding on the right is invisible to what comes before it), then clone its cache to its n rows.
+    ids = torch.zeros(len(prompts), P, dtype=torch.long)
+    for i, p in enumerate(prompts):
+        ids[i, :lens[i]] = torch.as_tensor(p)
+    ids = ids.to(device)
+    cache = KVCache(model.config, len(prompts), P, device, model.lm_head.weight.dtype)
+    x = model.hidden(ids, cache)[torch.arange(len(prompts)), torch.as_tensor(lens) - 1]     # (P, C): each prompt's last token
+    cache.set_lens(lens)
+    cache = cache.expand(n, P + max_new_tokens - 1)
+    logits = model.lm_head(x).repeat_interleave(n, dim=0)                                   # (R, V)
+
+    # 2. Draw, retire the rows that stop, step the others.
+    tokens = torch.full((R, max_new_tokens), -1, device=device)                             # -1: never drawn
+    logps = torch.zeros(R, max_new_tokens, device=device)
+    rows = torch.arange(R, device=device)                                                   # the output row of each live row
+    for t in range(max_new_tokens):
+        if temperature == 0:
+            token, logp = logits.argmax(-1), torch.zeros(len(rows), device=device)
+        else:
+            probs = truncate(logits.float() / temperature, top_k, top_p).softmax(-1)        # (live, V)
+            token, place = inverse_cdf(probs, fresh[rows, t] if uniforms is None else u)
+            logp = probs.gather(1, token[:, None]).squeeze(1).log()
+            if uniforms is not None:
+                spent = spent - logp / math.log(2)
+                u = torch.where(spent > budget, fresh[rows, t], place)
+                spent = torch.where(spent > budget, 0, spent)
+        tokens[rows, t], logps[rows, t] = token, logp
+        if t + 1 == max_new_tokens:
+            break
+        alive = token != stop if stop is not None else None
+        if alive is not None and not alive.all():
+            order = cache.keep(alive)
+            rows, token = rows[order], token[order]
+            if uniforms is not None:
+                u, spent = u[order], spent[order]
+            if len(rows) == 0:
+                break
+        logits = model.lm_head(model.hidden(token[:, None], cache)[:, -1])                  # (live, V)
+
+    # 3. Prompt and continuation of each row side by side.
+    drawn = tokens >= 0
+    prompt_lens = torch.as_tensor(lens, device=device).repeat_interleave(n)                 # (R,)
+    T = int((prompt_lens + drawn.sum(1)).max())
+    out = torch.zeros(R, P + max_new_tokens, dtype=torch.long, device=device)
+    mask, logp = torch.zeros(out.shape, device=device), torch.zeros(out.shape, device=device)
+    out[:, :P] = ids.repeat_interleave(n, dim=0)
+    columns = prompt_lens[:, None] + torch.arange(max_new_tokens, device=device)            # (R, max_new_tokens)
+    out.scatter_(1, columns, tokens.clamp_min(0)), mask.scatter_(1, columns, drawn.float()), logp.scatter_(1, columns, logps)
+    return Rollout(out[:, :T], mask[:, :T], logp[:, :T], prompt_lens)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Tokenizers: each has encode, decode and the id `eos`
+
+class CharTokenizer:
+    """One id per character of the alphabet, in its order; `eos` comes after the last one and decodes to nothing."""
+
+    def __init__(self, alphabet):
+        assert len(set(alphabet)) == len(alphabet), "a character stands twice in the alphabet"
+        self.alphabet, self.eos, self.n_vocab = alphabet, len(alphabet), len(alphabet) + 1
+        self.index = {c: i for i, c in enumerate(alphabet)}
+
+    def encode(self, text):
+        return [self.index[c] for c in text]
+
+    def decode(self, ids):
+        return "".join(self.alphabet[i] for i in ids if i != self.eos)
+
+
+# GPT-2's split: contractions, then runs of letters, of digits, of anything else, each with the space before it, then space
+SPLIT = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+
+
+def bpe_merges(text, n_merges):
+    """Byte-pair encoding (Sennrich et al., arXiv 1508.07909) over the bytes of GPT-2's pre-tokens -> merged byte strings, in order.
+
+    Each step merges the most frequent adjacent pair; of equally frequent ones, the lexicographically greater pair of byte
+    strings. Counts are kept up to date: a merge visits only the words that hold the pair, and a heap finds the next one (an
+    entry whose count is out of date is put back with the right one).
+    """
+    import regex    # \p{L}: the standard library's re does not know Unicode classes; comes with tiktoken
+    words = Counter(regex.findall(SPLIT, text))
+    counts, words = list(words.values()), [[bytes([b]) for b in w.encode()] for w in words]
+    pairs, where = Counter(), defaultdict(set)      # pair -> its count; pair -> the words that hold it, or once did
+    for i, w in enumerate(words):
+        for pair in zip(w, w[1:]):
+            pairs[pair] += counts[i]
+            where[pair].add(i)
+    descending = lambda b: tuple(255 - x for x in b) + (256,)       # heapq pops the smallest: turn the order round
+    entry = lambda pair: (-pairs[pair], descending(pair[0]), descending(pair[1]), pair)
+    heap, merges, known = [entry(p) for p in pairs], [], {bytes([b]) for b in range(256)}
+    heapq.heapify(heap)
+    while heap and len(merges) < n_merges:
+        count, *_, pair = heapq.heappop(heap)
+        if -count != pairs[pair]:
+            if pairs[pair] > 0:
+                heapq.heappush(heap, entry(pair))
+            continue
+        merged = pair[0] + pair[1]
+        if merged not in known:     # two pairs can spell the same bytes: one token, one rank
+            known.add(merged)
+            merges.append(merged)
+        touched = set()
+        for i in where.pop(pair):
+            old, new, j = words[i], [], 0
+            while j < len(old):
+                if j + 1 < len(old) and (old[j], old[j + 1]) == pair:
+                    new.append(merged)
+                    j += 2
+                else:
+                    new.append(old[j])
+                    j += 1
+            for p in zip(old, old[1:]):
+                pairs[p] -= counts[i]
+            for p in zip(new, new[1:]):
+                pairs[p] += counts[i]
+                where[p].add(i)
+                touched.add(p)
+            words[i] = new
+        for p in touched:
+            heapq.heappush(heap, entry(p))
+    return merges
+
+
+def train_bpe(text, vocab_size):
+    """A byte-level BPE of `vocab_size` ids as a tiktoken.Encoding: 256 bytes, the merges, and <|endoftext|> last, its `eos`."""
+    if vocab_size < 257:
+        raise ValueError(f"a byte-level BPE needs 256 bytes and <|endoftext|>: vocab_size {vocab_size} < 257")
+    vocab = [bytes([b]) for b in range(256)] + bpe_merges(text, vocab_size - 257)
+    encoding = tiktoken.Encoding("rollout", pat_str=SPLIT, mergeable_ranks={b: i for i, b in enumerate(vocab)},
+                                 special_tokens={"<|endoftext|>": len(vocab)})
+    encoding.eos = encoding.eot_token
+    return encoding
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Flags, checkpoints and the folder of a run: what every script needs and none should say twice
+
+class UserError(ValueError):
+    """A mistake of the person at the keyboard: `command` prints it as one line and exits with code 2."""
+
+
+def command(main):
+    try:
+        main()
+    except UserError as e:
+        print(f"{Path(sys.argv[0]).name}: error: {e}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def flag(default, help, quick=None, choices=None, low=None, high=None):
+    """A Config field that is a flag: its default, its help line, its value under --quick, the values it may take."""
+    return field(default=default, metadata=dict(help=help, quick=quick, choices=choices, low=low, high=high))
+
+
+def parse_args(Config, doc, argv=None):
+    """A Config from the command line. Every field is a flag; --quick sets the fields' quick values, explicit flags win.
+
+    --resume takes the flags of the run in --out; an explicit flag that contradicts them is an error (but --steps: train on).
+    """
+    def fail(message):
+        raise UserError(message)
+
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+                                     argument_default=argparse.SUPPRESS)
+    parser.error = fail
+    for f in dataclasses.fields(Config):
+        name, kind = "--" + f.name.replace("_", "-"), getattr(f.type, "__args__", (f.type,))[0]     # int | None -> int
+        text = f.metadata["help"] + ("" if f.default in (None, "", False) else f" (default {f.default})")
+        if kind is bool:
+            parser.add_argument(name, action=argparse.BooleanOptionalAction, help=text)
+        else:
+            parser.add_argument(name, type=kind, choices=f.metadata["choices"], help=text,
+                                metavar=None if f.metadata["choices"] else kind.__name__.upper())
+    given = vars(parser.parse_args(argv))
+    values = {}
+    if given.get("quick"):
+        values = {f.name: f.metadata["quick"] for f in dataclasses.fields(Config) if f.metadata["quick"] is not None}
+    if given.get("resume"):
+        path = Path(given.get("out", Config.out)) / "config.json"
+        if not path.exists():
+            fail(f"nothing to resume: {path} does not exist")
+        values = json.loads(path.read_text())["config"]
+        for name in set(given) - {"resume", "steps", "out"}:
+            if given[name] != values.get(name):
+                fail(f"--resume continues a run with {name} = {values.get(name)}, not {given[name]}")
+    config = Config(**{**values, **given})
+    for f in dataclasses.fields(Config):
+        value, low, high = getattr(config, f.name), f.metadata["low"], f.metadata["high"]
+        if value is not None and (low is not None and not value >= low or high is not None and not value <= high):
+            fail(f"--{f.name.replace('_', '-')} is {value}: must be {'' if low is None else f'at least {low}'}"
+                 f"{' and ' if None not in (low, high) else ''}{'' if high is None else f'at most {high}'}")
+    return config
+
+
+def pick_device(name):
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        return next(d for d in ("cuda", "mps", "cpu") if available[d])
+    if not available[name]:
+        raise UserError(f"--device {name}: this machine has none")
+    return name
+
+
+def save_checkpoint(path, **state):
+    """Write a checkpoint whole or not at all: to a temporary name, flushed to disk, then renamed over the old one."""
+    path = Path(path)
+    temporary = path.with_suffix(".tmp")
+    with open(temporary, "wb") as f:
+        torch.save(state, f)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(temporary, path)
+
+
+def load_checkpoint(path):
+    """What save_checkpoint wrote, as a dict on the CPU. A file that is missing or damaged is a UserError that names it."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"no checkpoint at {path}") from None
+    except Exception as e:
+        raise UserError(f"{path} is not a readable checkpoint ({type(e).__name__})") from None
+
+
+class Run:
+    """The folder of one run: config.json, metrics.jsonl, claims.json, and model.pt with the state of each phase of the run.
+
+    `state` maps a phase ("base", "train dapo 2") to what it needs to go on. `save` writes it all; a loop calls it whenever
+    `due`: every 30 s, and at once after SIGINT or SIGTERM, in which case save ends the process with code 130 or 143.
+    """
+
+    def __init__(self, config):
+        self.dir, self.rows, self.state, self.signal, self.saved = Path(config.out), [], {}, 0, time.time()
+        if config.resume:
+            checkpoint = load_checkpoint(self.dir / "model.pt")
+            self.state = checkpoint["state"]
+            lines = (self.dir / "metrics.jsonl").read_text().splitlines()[:checkpoint["rows"]]
+            self.rows = [json.loads(line) for line in lines]        # what came after the checkpoint is made again
+        try:
+            self.dir.mkdir(parents=True, exist_ok=True)
+            self.write("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows))
+            self.metrics = open(self.dir / "metrics.jsonl", "a")
+        except OSError as e:
+            raise UserError(f"cannot write to {self.dir}: {e.strerror}") from None
+        revision = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent)
+        self.write("config.json", json.dumps({
+            "config": dataclasses.asdict(config), "torch": torch.__version__, "python": platform.python_version(),
+            "threads": torch.get_num_threads(), "revision": revision.stdout.strip() or "unknown"}, indent=1))
+        for s in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(s, lambda number, _: setattr(self, "signal", number))
+
+    def write(self, name, text):
+        """Whole or not at all."""
+        (self.dir / (name + ".tmp")).write_text(text)
+        os.replace(self.dir / (name + ".tmp"), self.dir / name)
+
+    def log(self, **row):
+        """One line of metrics.jsonl."""
+        self.rows.append(row)
+        self.metrics.write(json.dumps(row) + "\n")
+        self.metrics.flush()
+
+    @property
+    def due(self):
+        return self.signal or time.time() - self.saved > 30
+
+    def save(self, phase, **state):
+        self.state[phase], self.saved = state, time.time()
+        save_checkpoint(self.dir / "model.pt", state=self.state, rows=len(self.rows))
+        if self.signal:
+            print(f"\nsaved {self.dir / 'model.pt'}: --resume goes on from here", flush=True)
+            raise SystemExit(128 + self.signal)
+
+    def claims(self, claims):
+        """Write claims.json and print it as a table. Each claim holds or does not: both are results."""
+        self.write("claims.json", json.dumps(claims, indent=1))
+        print(f"\n{'claim':<84} {'paper':>16} {'ours':>16} {'threshold':>10}  holds")
+        for c in claims:
+            print(f"{c['claim']:<84} {c['paper']!s:>16} {c['ours']!s:>16} {c['threshold']:>10}  {'yes' if c['holds'] else 'NO'}")
