@@ -4,12 +4,12 @@
     python grpo.py --figure variants      every loss at the same number of sampled tokens, 3 seeds
     python grpo.py --figure length        why wrong answers grow long under GRPO, without a model and with one
 
-The task is column addition. A problem is two numbers, written column by column; the answer fills in the columns, one line each:
+The task is column addition. A problem is two numbers, their digits named by column; the answer fills in the columns, one by one:
 
-    c83b37a16=       38 + 16 + ... : column c holds 8 and 3, b holds 3 and 7, a (the units) 1 and 6
-    a16007           column a: 1 + 6, carry in 0, makes 07
-    b37010           column b: 3 + 7, carry in 0, makes 10
-    c83112           column c: 8 + 3, carry in 1, makes 12      the last digits of c, b, a: 2 0 7, which is right: reward 1
+    c8C3b3B7a1A6=       831 + 376: column c holds 8 and 3, b holds 3 and 7, a (the units) 1 and 6
+    a1A6007             column a: 1 and 6, carry in 0, make 07
+    b3B7010             column b: 3 and 7, carry in 0, make 10
+    c8C3112             column c: 8 and 3, carry in 1, make 12          the last digits say 207, the last carry 1: reward 1
 
 The base model is trained on demonstrators who take the columns in random order, guess a carry that they can't know yet, and now
 and then go back to a column. It can do every step, and is right about a third of the time. The reward says only whether the
@@ -94,9 +94,9 @@ class Config:
     temperature: float = flag(1.0, "sampling temperature, in training and evaluation; the scorer uses the same", low=1e-3)
     lr: float = flag(3e-4, "RL learning rate (AdamW, constant)", low=0)
     digits: int = flag(5, "columns of a problem", low=1, high=8)
-    max_new_tokens: int = flag(48, "budget of an answer; unfinished ones are wrong", low=1, high=224)
+    max_new_tokens: int = flag(56, "budget of an answer; unfinished ones are wrong", low=1, high=224)
     n_layer: int = flag(2, "layers", low=1)
-    n_head: int = flag(4, "heads", low=1)
+    n_head: int = flag(8, "heads", low=1)
     n_embd: int = flag(128, "channels", quick=32, low=8)
     sft_steps: int = flag(1200, "steps of supervised warm-up", quick=10, low=0)
     sft_batch: int = flag(32, "demonstrations per warm-up step", low=1)
@@ -120,7 +120,8 @@ class Config:
 # The task
 
 COLUMNS = "abcdefgh"        # a: units
-tokenizer = CharTokenizer("0123456789" + COLUMNS + "=")
+LINE = 7                    # characters in a line of work
+tokenizer = CharTokenizer("0123456789" + COLUMNS + COLUMNS.upper() + "=")
 
 
 def draw_problem(rng, digits, held_out=False):
@@ -132,7 +133,7 @@ def draw_problem(rng, digits, held_out=False):
 
 
 def question(problem):
-    return "".join(f"{c}{x}{y}" for c, (x, y) in reversed(list(zip(COLUMNS, problem)))) + "="
+    return "".join(f"{c}{x}{c.upper()}{y}" for c, (x, y) in reversed(list(zip(COLUMNS, problem)))) + "="
 
 
 def demonstrate(rng, problem, revisit=0.1):
@@ -144,21 +145,21 @@ def demonstrate(rng, problem, revisit=0.1):
         x, y = problem[j]
         carry = 0 if j == 0 else carry_out.get(j - 1, rng.randrange(2))
         carry_out[j] = (x + y + carry) // 10
-        lines.append(f"{COLUMNS[j]}{x}{y}{carry}{x + y + carry:02d}")
+        lines.append(f"{COLUMNS[j]}{x}{COLUMNS[j].upper()}{y}{carry}{x + y + carry:02d}")
     return "".join(lines)
 
 
 def reward(problem, text):
     """1.0 if the last line of every column ends in the right digit and there are only whole lines, else 0.0."""
-    written = {text[i]: text[i + 5] for i in range(0, len(text) - 5, 6)}
+    written = {line[0]: line[-1] for line in (text[i:i + LINE] for i in range(0, len(text), LINE))}
     total = sum((x + y) * 10 ** j for j, (x, y) in enumerate(problem))
     right = {c: str(total // 10 ** j % 10) for j, c in enumerate(COLUMNS[:len(problem)])}
-    return float(written == right and len(text) % 6 == 0)
+    return float(written == right and len(text) % LINE == 0)
 
 
 def guessed_carries(text):
     """The fraction of lines, units apart, that were written before the column to their right: their carry was a guess."""
-    columns = text[::6]
+    columns = text[::LINE]
     lines = [i for i, c in enumerate(columns) if c != "a"]
     return sum(COLUMNS[COLUMNS.find(columns[i]) - 1] not in columns[:i] for i in lines) / max(len(lines), 1)
 
@@ -569,7 +570,7 @@ def figure_variants(config, run, device):
 
 
 def figure_length(config, run, device):
-    config = replace(config, max_new_tokens=24 if config.quick else 96, eval_every=10 ** 9)
+    config = replace(config, max_new_tokens=24 if config.quick else 112, eval_every=10 ** 9)
     for seed in seeds_of(config):
         base = warm_up(config, run, seed, device)
         for loss in ("grpo", "dr_grpo"):

@@ -596,3 +596,104 @@ class Run:
         print(f"\n{'claim':<84} {'paper':>16} {'ours':>16} {'threshold':>10}  holds")
         for c in claims:
             print(f"{c['claim']:<84} {c['paper']!s:>16} {c['ours']!s:>16} {c['threshold']:>10}  {'yes' if c['holds'] else 'NO'}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# python model.py: pre-training, the smallest that is worth looking at
+
+@dataclass
+class Config:
+    seed: int = flag(0, "random seed; with --seeds K: the first of K")
+    seeds: int = flag(1, "repeat over this many seeds", low=1)
+    device: str = flag("auto", "where to run", choices=("auto", "cpu", "cuda", "mps"))
+    dtype: str = flag("float32", "bfloat16: autocast training", choices=("float32", "bfloat16"))
+    out: str = flag("out/model", "folder for figure, metrics, claims and checkpoint")
+    resume: bool = flag(False, "go on from the checkpoint in --out")
+    quick: bool = flag(False, "a run of a few seconds that shows nothing but that it runs")
+    figure: str = flag("loss", "which figure: loss (3 minutes)", choices=("loss",))
+    steps: int = flag(600, "training steps", quick=5, low=1)
+    bench: bool = flag(False, "measure generate and a training step beside the installed peers (10 minutes), train nothing")
+    nanogpt: str = flag("", "with --bench: a checkout of karpathy/nanoGPT to compare the training step with")
+    data: str = flag("", "a text file, a folder, or a Hugging Face dataset with a text column (default: the standard library's sources)")
+    vocab_size: int = flag(1024, "size of the BPE vocabulary", quick=300, low=257)
+    block_size: int = flag(256, "context in tokens", quick=64, low=2)
+    n_layer: int = flag(4, "layers", quick=1, low=1)
+    n_head: int = flag(4, "heads", low=1)
+    n_kv_head: int = flag(2, "key heads", low=1)
+    n_embd: int = flag(128, "channels", quick=32, low=8)
+    batch: int = flag(16, "sequences per step", quick=4, low=1)
+    lr: float = flag(3e-3, "peak learning rate (AdamW, warm-up then cosine to a tenth)", low=0)
+    eval_every: int = flag(50, "steps between evaluations", quick=5, low=1)
+
+
+def load_documents(data):
+    """'' -> the standard library's modules; a text file -> [text]; a folder -> its text files; else a Hugging Face dataset's texts."""
+    path = Path(data) if data else Path(os.__file__).parent
+    if path.is_file():
+        return [path.read_text(errors="replace")]
+    if path.is_dir():
+        files = sorted(path.glob("*.py")) if not data else sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".md", ".py", ".rst"))
+        texts = [f.read_text(errors="replace") for f in files]
+    else:
+        import datasets
+        try:
+            texts = datasets.load_dataset(data, split="train")["text"]
+        except Exception as e:
+            raise UserError(f"--data {data}: no such file or folder, and no dataset with a text column ({type(e).__name__})") from None
+    if not "".join(texts).strip():
+        raise UserError(f"--data {data}: no text in it")
+    return list(texts)
+
+
+def lr_at(step, steps, peak, warmup=20):
+    return peak * min((step + 1) / warmup, 0.55 + 0.45 * math.cos(math.pi * step / steps))
+
+
+def pretrain(config, run, seed, device, train_ids, val_ids, bytes_per_token):
+    """Next-token prediction on random windows of train_ids -> the model. Logs the training and the held-out loss."""
+    phase, generator = f"gpt {seed}", torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)
+    model = GPT(GPTConfig(config.vocab_size, config.block_size, config.n_layer, config.n_head, config.n_embd, config.n_kv_head)).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), config.lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    state, T = run.state.get(phase), config.block_size
+    if state:
+        model.load_state_dict(state["model"]), optimizer.load_state_dict(state["optimizer"]), generator.set_state(state["generator"])
+
+    def loss_on(ids, starts):
+        x = torch.stack([ids[i:i + T + 1] for i in starts]).to(device)          # (B, T + 1)
+        with torch.autocast(device, torch.bfloat16, enabled=config.dtype == "bfloat16"):
+            return -token_logprobs(model.hidden(x[:, :-1]), model.lm_head.weight, x[:, 1:])[0].mean()
+
+    bar = tqdm(range(state["step"] if state else 0, config.steps), f"seed {seed}", initial=state["step"] if state else 0, total=config.steps)
+    for step in bar:
+        started = time.time()
+        for g in optimizer.param_groups:
+            g["lr"] = lr_at(step, config.steps, config.lr)
+        loss = loss_on(train_ids, torch.randint(len(train_ids) - T, (config.batch,), generator=generator))
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        row = dict(seed=seed, step=step + 1, tokens=(step + 1) * config.batch * T, loss=loss.item(), grad_norm=norm.item(), seconds=time.time() - started)
+        if (step + 1) % config.eval_every == 0 or step + 1 == config.steps:
+            with torch.no_grad():
+                starts = range(0, len(val_ids) - T, max(T, (len(val_ids) - T) // 64))
+                row["val_loss"] = torch.stack([loss_on(val_ids, [i]) for i in starts]).mean().item()
+            row["val_bits_per_byte"] = row["val_loss"] / math.log(2) / bytes_per_token
+            bar.set_postfix_str(f"loss {loss.item():.3f}, held out {row['val_loss']:.3f} nats/token = {row['val_bits_per_byte']:.3f} bits/byte")
+        run.log(**row)
+        if run.due or step + 1 == config.steps:
+            run.save(phase, step=step + 1, model=model.state_dict(), optimizer=optimizer.state_dict(), generator=generator.get_state())
+    return model
+
+
+def main():
+    config = parse_args(Config, __doc__)
+    device = pick_device(config.device)
+    if config.bench:
+        return bench(config.nanogpt)
+    documents = load_documents(config.data)
+    if len(documents) == 1:     # one text: its last tenth is held out
+        cut = len(documents[0]) * 9 // 10
+        documents = [documents[0][:cut]] * 9 + [documents[0][cut:]] if False else documents
+    run, started = Run(config), time.time()
