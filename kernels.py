@@ -23,8 +23,8 @@ import multiprocessing
 import os
 import resource
 import shutil
+import sys
 import time
-import warnings
 
 import torch
 import torch.nn.functional as F
@@ -71,18 +71,19 @@ def reference_logprobs(h, weight, y, temperature):
 
 def forward_block(z, inv_t, m, s, s1):
     """Online softmax: fold a block of raw logits z (N, b) into the running max m, sum e^(z-m) and sum z e^(z-m), each (N,)."""
-    z = z.float() * inv_t
+    z = z.float().mul_(inv_t)
     m_new = torch.maximum(m, z.amax(-1))
-    e = (z - m_new[:, None]).exp()
+    e = (z - m_new[:, None]).exp_()
     rescale = (m - m_new).exp()
-    return m_new, s * rescale + e.sum(-1), s1 * rescale + (e * z).sum(-1)
+    return m_new, s * rescale + e.sum(-1), s1 * rescale + e.mul_(z).sum(-1)
 
 
 def backward_block(z, inv_t, lse, entropy, g_logp, g_ent):
     """dLoss/dz for a block of raw logits z (N, b), but for the onehot: -p * (g_logp + g_ent * (log p + H)), in z's dtype."""
-    logp = z.float() * inv_t - lse[:, None]
-    dz = -logp.exp() * (g_logp[:, None] + g_ent[:, None] * (logp + entropy[:, None]))
-    return (dz * inv_t).to(z.dtype)
+    dtype, logp = z.dtype, z.float().mul_(inv_t).sub_(lse[:, None])
+    p = logp.exp()
+    slope = logp.add_(entropy[:, None]).mul_(g_ent[:, None]).add_(g_logp[:, None])
+    return p.mul_(slope).mul_(-inv_t).to(dtype)
 
 
 def block_starts(N, V):
@@ -108,10 +109,9 @@ class ChunkedLogprobs(torch.autograd.Function):
         starts = block_starts(N, V)
         for a, b in zip(starts, starts[1:]):
             z = F.linear(x, weight[a:b].to(x.dtype))                                # (N, b - a)
-            m, s, s1 = fold(z, inv_t, m, s, s1)
-            inside = (y >= a) & (y < b)
             z_y = z.gather(1, (y - a).clamp(0, b - a - 1)[:, None]).squeeze(1).float() * inv_t
-            target = torch.where(inside, z_y, target)
+            target = torch.where((y >= a) & (y < b), z_y, target)
+            m, s, s1 = fold(z, inv_t, m, s, s1)                                     # overwrites z
         lse = m + s.log()
         entropy = lse - s1 / s
         ctx.save_for_backward(h, weight, y, lse, entropy)
@@ -192,3 +192,98 @@ def visible(T, S, causal, window, device):
     if window is not None:
         seen &= distance < window
     return seen[None, None]
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# python kernels.py: the benchmark. Every row runs in a process of its own, so that its peak memory is its own.
+
+def measure(work, shape, dtype, impl, device, repeats=3):
+    """Seconds (median) and peak MiB over the inputs, of one forward and backward pass."""
+    torch.manual_seed(0)
+    if work == "token_logprobs":
+        N, C, V = shape
+        leaves = [torch.randn(n, C, dtype=dtype, device=device).mul_(0.5).requires_grad_() for n in (N, V)]
+        y, g = torch.randint(V, (N,), device=device), torch.randn(N, device=device)
+
+        def step():
+            logp, entropy = token_logprobs(*leaves, y, impl=impl)
+            torch.autograd.backward((logp, entropy), (g, 0.01 * g))
+    else:
+        B, H, T, D = shape
+        leaves = [torch.randn(B, H, T, D, dtype=dtype, device=device, requires_grad=True) for _ in range(3)]
+        g = torch.randn(B, H, T, D, dtype=dtype, device=device)
+
+        def step():
+            attention(*leaves, impl=impl).backward(g)
+
+    cuda, times = device == "cuda", []
+    if impl == "compiled":      # compile first, in this process: inductor's own memory is not the kernel's
+        torch._inductor.config.compile_threads = 1
+        token_logprobs(torch.randn(64, C, dtype=dtype, device=device, requires_grad=True), leaves[1], y[:64], impl=impl)[0].sum().backward()
+        leaves[1].grad = None
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    start = torch.cuda.memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for _ in range(1 + repeats):
+        for leaf in leaves:
+            leaf.grad = None
+        started = time.perf_counter()
+        step()
+        if cuda:
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - started)
+        if len(times) == 1:
+            peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    unit = 2 ** 20 if cuda or sys.platform == "darwin" else 2 ** 10     # Linux counts ru_maxrss in KiB, macOS in bytes
+    return sorted(times[1:])[repeats // 2], (peak - start) / unit
+
+
+def roof(device, n=2048):
+    """The fastest matrix product of this machine at each dtype, in FLOP/s; where bf16 is emulated, fp32's counts for both."""
+    best = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a, times = torch.randn(n, n, dtype=dtype, device=device), []
+        for _ in range(6):
+            started = time.perf_counter()
+            (a @ a).sum().item()
+            times.append(time.perf_counter() - started)
+        best[dtype] = 2 * n ** 3 / min(times)
+    best[torch.bfloat16] = max(best.values())
+    return best
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--quick", action="store_true", help="small shapes, 20 s")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--out", default="out/kernels", help="folder for benchmark.json")
+    args = parser.parse_args()
+    peak = roof(args.device)
+    print(f"{args.device}, {torch.get_num_threads()} threads, torch {torch.__version__}; matrix products reach "
+          + ", ".join(f"{v / 1e9:.0f} GFLOP/s in {str(k)[6:]}" for k, v in peak.items()))
+    print(f"\n{'':<34} {'seconds':>8} {'peak MiB':>9} {'of roof':>8} {'time':>7} {'memory':>7}   (ratios to reference)")
+    jobs = [("token_logprobs", (512, 256, 8192) if args.quick else (4096, 768, 50257), ("reference", "chunked", "compiled")),
+            ("attention", (1, 4, 256, 64) if args.quick else (4, 12, 1024, 64), ("reference", "sdpa"))]
+    rows = []
+    for work, shape, impls in jobs:
+        flops = 6 * shape[0] * shape[1] * shape[2] if work == "token_logprobs" else 7 * shape[0] * shape[1] * shape[2] ** 2 * shape[3]
+        for dtype in (torch.float32, torch.bfloat16):       # useful work: 3 products for the head; causal attention 7 half squares
+            for impl in impls:
+                if impl == "compiled" and not can_compile():
+                    print("compiled: no C++ compiler found, row left out")
+                    continue
+                with multiprocessing.get_context("spawn").Pool(1) as pool:
+                    seconds, mib = pool.apply(measure, (work, shape, dtype, impl, args.device))
+                row = dict(work=work, shape=shape, dtype=str(dtype)[6:], impl=impl, seconds=seconds, peak_mib=mib, of_roof=flops / seconds / peak[dtype])
+                first = row if impl == "reference" else first
+                row |= dict(time_ratio=seconds / first["seconds"], memory_ratio=mib / max(first["peak_mib"], 1e-9))
+                rows.append(row)
+                print(f"{work + ' ' + row['dtype'] + ' ' + impl:<34} {seconds:>8.3f} {mib:>9.0f} {row['of_roof']:>8.0%} "
+                      f"{row['time_ratio']:>6.2f}x {row['memory_ratio']:>6.2f}x", flush=True)
+    os.makedirs(args.out, exist_ok=True)
+    with open(os.path.join(args.out, "benchmark.json"), "w") as f:
+        json.dump(dict(device=args.device, threads=torch.get_num_threads(), torch=torch.__version__, rows=rows), f, indent=1)
+
+
+if __name__ == "__main__":
+    main()

@@ -20,15 +20,16 @@ What to know before changing `generate`:
 import argparse
 import dataclasses
 import heapq
+import importlib.util
 import json
 import math
 import os
 import platform
-import re
 import signal
 import subprocess
 import sys
 import time
+import zlib
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,6 +39,7 @@ import tiktoken
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from tqdm import tqdm
 
 from kernels import attention, token_logprobs
 
@@ -687,13 +689,157 @@ def pretrain(config, run, seed, device, train_ids, val_ids, bytes_per_token):
     return model
 
 
+def bits_per_byte(text, compress):
+    data = text.encode()
+    return 8 * len(compress(data)) / len(data)
+
+
 def main():
     config = parse_args(Config, __doc__)
     device = pick_device(config.device)
     if config.bench:
         return bench(config.nanogpt)
-    documents = load_documents(config.data)
-    if len(documents) == 1:     # one text: its last tenth is held out
-        cut = len(documents[0]) * 9 // 10
-        documents = [documents[0][:cut]] * 9 + [documents[0][cut:]] if False else documents
+    texts = load_documents(config.data)
+    # 1. Hold out every tenth document; of a single text, its last tenth
+    if len(texts) == 1:
+        size = -(-len(texts[0]) // 10)
+        texts = [texts[0][i:i + size] for i in range(0, len(texts[0]), size)][::-1]
+    train_text, val_text = "".join(t for i, t in enumerate(texts) if i % 10), "".join(texts[::10])
+    # 2. Train the BPE on the training text, encode both
     run, started = Run(config), time.time()
+    tokenizer = train_bpe(train_text, config.vocab_size)
+    train_ids, val_ids = (torch.tensor(tokenizer.encode_ordinary(t)) for t in (train_text, val_text))
+    if min(len(train_ids), len(val_ids)) <= config.block_size + 1:
+        raise UserError(f"--data: {len(train_ids)} + {len(val_ids)} held-out tokens are too few for --block-size {config.block_size}")
+    bytes_per_token = len(val_text.encode()) / len(val_ids)
+    print(f"model.py: seed {config.seed}, {device}, {config.dtype}, {torch.get_num_threads()} threads; {len(train_ids):,} tokens to train on, "
+          f"{len(val_ids):,} held out, {tokenizer.n_vocab} ids, {bytes_per_token:.2f} bytes per token, BPE and encoding {time.time() - started:.0f} s")
+    # 3. Train, sample
+    for seed in range(config.seed, config.seed + config.seeds):
+        model = pretrain(config, run, seed, device, train_ids, val_ids, bytes_per_token)
+    prompt = "def " if not config.data else val_text[:20]
+    sample = generate(model, [tokenizer.encode_ordinary(prompt)], max_new_tokens=min(120, config.block_size - len(prompt)), temperature=0.8,
+                      stop=tokenizer.eos, generator=torch.Generator().manual_seed(config.seed))
+    print(f"\nA sample at temperature 0.8:\n{prompt}{sample.texts(tokenizer)[0]}\n")
+    # 4. Figure and claim
+    final = [[r["val_bits_per_byte"] for r in run.rows if r["seed"] == s and "val_loss" in r][-1] for s in range(config.seed, config.seed + config.seeds)]
+    gzip = bits_per_byte(val_text, lambda b: zlib.compress(b, 9))
+    plot_loss(run, config, gzip, np.mean(final))
+    run.claims([dict(id="compression", claim="held-out bits per byte, worst seed (gzip -9 on the same text in brackets)", source="-", paper="-",
+                     ours=f"{max(final):.3f} ({gzip:.3f})", threshold="< gzip", holds=max(final) < gzip, seeds=config.seeds)])
+    print(f"\n{run.dir / 'loss.png'}, metrics.jsonl, claims.json, model.pt: {time.time() - started:.0f} s")
+
+
+def plot_loss(run, config, gzip, final):
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    fig, ax = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for key, label in (("loss", "training batch"), ("val_loss", "held out")):
+        by_seed = [{r["tokens"]: r[key] for r in run.rows if r["seed"] == s and key in r} for s in range(config.seed, config.seed + config.seeds)]
+        x = np.array(sorted(by_seed[0]))
+        y = np.array([[d[t] for t in x] for d in by_seed])
+        ax.plot(x / 1e6, y.mean(0), label=label, alpha=0.5 if key == "loss" else 1)
+        ax.fill_between(x / 1e6, y.mean(0) - y.std(0), y.mean(0) + y.std(0), alpha=0.2, lw=0)
+    ax.set(xlabel="training tokens (millions)", ylabel="loss (nats per token)", title=f"A small GPT reads Python: {final:.2f} bits per byte, gzip needs {gzip:.2f}")
+    ax.legend()
+    fig.savefig(run.dir / "loss.png", dpi=110)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# python model.py --bench
+
+def bench(nanogpt, rounds=3):
+    """Our speed beside the peers', interleaved in one run: Hugging Face generate (if transformers is installed), nanoGPT's step."""
+    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}; medians of {rounds} interleaved rounds\n")
+    for dtype in (torch.float32, torch.bfloat16):
+        toy = GPTConfig(64, 256, 4, 4, 128, tie=False)
+        generator = torch.Generator().manual_seed(0)
+        prompts = [torch.randint(1, 64, (int(n),), generator=generator).tolist() for n in torch.randint(8, 41, (16,), generator=generator)]
+        compare(f"rollout, 16 prompts x 16, stop token, {str(dtype)[6:]}", rollout_racers(toy, prompts, 16, 128, 0, dtype), rounds)
+    gpt2 = GPTConfig(50257, 1024, 12, 12, 768)
+    prompts = [torch.randint(1, 50257, (32,), generator=generator).tolist() for _ in range(8)]
+    compare("GPT-2 size, batch 8, 24 tokens, bfloat16", rollout_racers(gpt2, prompts, 1, 24, None, torch.bfloat16), rounds)
+    for dtype in (torch.float32, torch.bfloat16):
+        compare(f"training step, 4 x 128, batch 64 x 256, {str(dtype)[6:]}", step_racers(nanogpt, dtype), rounds)
+
+
+def compare(title, racers, rounds):
+    """racers: name -> function that returns (tokens, seconds). Prints tokens per second and our ratio to the best of the others."""
+    speed = {name: [] for name in racers}
+    for i in range(rounds + 1):     # the first round warms up
+        for name, race in racers.items():
+            tokens, seconds = race()
+            speed[name] += [tokens / seconds] * (i > 0)
+    median = {name: sorted(s)[len(s) // 2] for name, s in speed.items()}
+    others = [v for k, v in median.items() if k != "rollout"]
+    print(f"{title:<58} " + ", ".join(f"{k} {v:,.0f}" for k, v in median.items()) + " tokens/s"
+          + (f"; ratio {median['rollout'] / max(others):.2f}" if others else ""), flush=True)
+
+
+def timed(work):
+    started = time.perf_counter()
+    tokens = work()
+    return tokens, time.perf_counter() - started
+
+
+def rollout_racers(config, prompts, n, new, stop, dtype):
+    """Ours and Hugging Face's generate, on the same Llama architecture with random weights; useful tokens: up to the stop token."""
+    torch.manual_seed(0)
+    model, racers = GPT(config).to(dtype), {}
+    racers["rollout"] = lambda: timed(lambda: int(generate(model, prompts, n, new, stop=stop).mask.sum()))
+    try:
+        from transformers import LlamaConfig, LlamaForCausalLM
+    except ImportError:
+        return racers
+    peer = LlamaForCausalLM(LlamaConfig(
+        vocab_size=config.vocab_size, hidden_size=config.n_embd, intermediate_size=config.n_hidden, num_hidden_layers=config.n_layer,
+        num_attention_heads=config.n_head, num_key_value_heads=config.n_kv_head, max_position_embeddings=config.block_size,
+        tie_word_embeddings=config.tie, bos_token_id=None, eos_token_id=stop, pad_token_id=0)).to(dtype).eval()
+    width = max(map(len, prompts))
+    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+
+    def hugging_face(cache):
+        out = peer.generate(input_ids=ids, attention_mask=mask, do_sample=True, top_k=0, num_return_sequences=n, max_new_tokens=new,
+                            eos_token_id=stop, cache_implementation=cache)[:, width:]
+        stopped = (out == stop).long().cumsum(1) - (out == stop).long() if stop is not None else torch.zeros_like(out)
+        return int((stopped == 0).sum())
+
+    racers["transformers"] = lambda: timed(lambda: hugging_face(None))
+    racers["transformers, static cache"] = lambda: timed(lambda: hugging_face("static"))
+    return racers
+
+
+def step_racers(nanogpt, dtype, B=64, T=256):
+    """A whole training step (forward, backward, clip, AdamW), bf16 by autocast. nanoGPT's model.py is imported from its checkout."""
+    ids = torch.randint(64, (B, T + 1), generator=torch.Generator().manual_seed(0))
+
+    def racer(model, loss_of):
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-3, fused=True)
+
+        def step():
+            with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+                loss = loss_of()
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            return B * T
+        return lambda: timed(step)
+
+    ours = GPT(GPTConfig(64, T, 4, 4, 128))
+    racers = {"rollout": racer(ours, lambda: -token_logprobs(ours.hidden(ids[:, :-1]), ours.lm_head.weight, ids[:, 1:])[0].mean())}
+    if nanogpt:
+        spec = importlib.util.spec_from_file_location("nanogpt_model", Path(nanogpt) / "model.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        peer = module.GPT(module.GPTConfig(block_size=T, vocab_size=64, n_layer=4, n_head=4, n_embd=128, dropout=0.0, bias=False))
+        compiled = torch.compile(peer)
+        racers["nanoGPT"] = racer(peer, lambda: peer(ids[:, :-1], ids[:, 1:])[1])
+        racers["nanoGPT, compiled"] = racer(compiled, lambda: compiled(ids[:, :-1], ids[:, 1:])[1])
+    return racers
+
+
+if __name__ == "__main__":
+    command(main)

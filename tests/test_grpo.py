@@ -1,0 +1,672 @@
+"""grpo.py: the task, each choice of the loss against closed forms, the gradient of a whole update, and the command with its resume."""
+import copy
+import dataclasses
+import itertools
+import json
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import grpo
+from grpo import (COLUMNS, LINE, LOSSES, Config, Rollout, UserError, advantages, aggregation_weights, correction_weights, demonstrate, draw_problem,
+                  generate, group_uniforms, guessed_carries, kl_estimate, length_bias, pass_at_k, question, reward, surrogate, tokenizer)
+
+REWARDS = torch.tensor([[1, 0, 0, 1], [0, 1, 1, 1], [0, 0, 0, 1], [1, 1, 0, 0.]])      # every group has right and wrong answers
+each_loss = pytest.mark.parametrize("loss", LOSSES)
+
+
+def small(**choices):
+    return Config(**{**dict(n_layer=1, n_head=2, n_embd=32, digits=2, prompts=4, group=4, max_new_tokens=16, eval_prompts=4), **choices})
+
+
+def policy(config, seed=0):
+    """A random model, sharpened until its distribution is far from uniform."""
+    torch.manual_seed(seed)
+    model = grpo.build(config, "cpu")
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(6 if p.dim() == 2 else 1)
+    return model
+
+
+def answers(model, config, seed=0):
+    """A ragged rollout: questions of 1 to 3 columns, answers of any length up to the budget."""
+    rng = random.Random(seed)
+    problems = [draw_problem(rng, 1 + i % 3) for i in range(config.prompts)]
+    return grpo.sample(model, problems, config.group, config, torch.Generator().manual_seed(seed), config.sampler)[0]
+
+
+def flat(model, gradient=False):
+    return torch.cat([(p.grad if gradient else p).flatten() for p in model.parameters()]).detach().clone()
+
+
+def one_update(config, rollout, lr=0.0):
+    """A fresh policy after one update by plain SGD -> its last gradient (before the norm was cut), its weights, the logged metrics."""
+    model, base = policy(config), policy(config, seed=1)
+    metrics = grpo.update(model, base, torch.optim.SGD(model.parameters(), lr), rollout, REWARDS, config, torch.Generator().manual_seed(0))
+    return flat(model, gradient=True) * max(1, metrics["grad_norm"]), flat(model), metrics
+
+
+def close(a, b, tolerance=1e-5):
+    """Largest difference over largest number."""
+    return (a - b).abs().max() <= tolerance * b.abs().max()
+
+
+def same_metrics(a, b):
+    return a == pytest.approx(b, rel=1e-4, abs=1e-6)
+
+
+def silent_run():
+    return SimpleNamespace(state={}, due=0, log=lambda **_: None, save=lambda *_, **__: None)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# The task
+
+PROBLEM = [(1, 6), (3, 7), (8, 3)]      # 831 + 376, units first
+ANSWER = "a1A6007b3B7010c8C3112"        # right to left
+
+
+def solve(problem, order):
+    """The answer with every carry right, columns in the given order."""
+    carry = [0]
+    for x, y in problem:
+        carry.append((x + y + carry[-1]) // 10)
+    return "".join(f"{COLUMNS[j]}{x}{COLUMNS[j].upper()}{y}{carry[j]}{x + y + carry[j]:02d}" for j in order for x, y in [problem[j]])
+
+
+def test_reward_accepts_the_right_answer_in_any_order_of_columns():
+    assert solve(PROBLEM, range(3)) == ANSWER
+    assert all(reward(PROBLEM, solve(PROBLEM, order)) == 1 for order in itertools.permutations(range(3)))
+
+
+def test_reward_reads_the_last_line_of_a_column():
+    assert reward(PROBLEM, "a1A6008" + ANSWER) == 1
+    assert reward(PROBLEM, ANSWER + "a1A6008") == 0
+
+
+@pytest.mark.parametrize("text", [ANSWER.replace("007", "008"), ANSWER.replace("010", "011"), ANSWER.replace("112", "113"), ANSWER[:-LINE], ANSWER[LINE:],
+                                  ANSWER + "a", ANSWER + "a1A600", ANSWER + "d0D0000", ANSWER[:-1], ""])
+def test_reward_rejects_a_wrong_digit_a_missing_or_extra_column_and_a_partial_line(text):
+    assert reward(PROBLEM, text) == 0
+
+
+def test_an_answer_without_its_stop_token_earns_nothing(monkeypatch):
+    q, a = tokenizer.encode(question(PROBLEM)), tokenizer.encode(ANSWER)
+    mask = torch.zeros(2, len(q + a) + 1)
+    mask[0, len(q):], mask[1, len(q):-1] = 1, 1     # finished, and cut off by the budget
+    rollout = Rollout(torch.tensor([q + a + [tokenizer.eos]] * 2), mask, mask, torch.tensor([len(q)] * 2))
+    monkeypatch.setattr(grpo, "generate", lambda *_, **__: rollout)
+    _, texts, rewards = grpo.sample(None, [PROBLEM], 2, small(), None)
+    assert texts == [ANSWER] * 2 and rewards.tolist() == [[1, 0]]
+
+
+def test_demonstrations_are_whole_lines_of_right_arithmetic_and_only_a_wrong_guess_spoils_one():
+    rng, spoilt = random.Random(0), 0
+    for _ in range(1000):
+        problem = draw_problem(rng, 5)
+        text, written = demonstrate(rng, problem), {}
+        assert re.fullmatch(r"([a-e]\d[A-E]\d{4})+", text)
+        for line in re.findall("." * LINE, text):
+            j, x, y, carry, total = COLUMNS.index(line[0]), int(line[1]), int(line[3]), int(line[4]), int(line[5:])
+            assert line[2] == line[0].upper() and (x, y) == problem[j] and x + y + carry == total
+            known = 0 if j == 0 else written[j - 1] // 10 if j - 1 in written else None
+            assert carry in ((0, 1) if known is None else (known,))
+            written[j] = total
+        truth = {COLUMNS.index(line[0]): int(line[5:]) for line in re.findall("." * LINE, solve(problem, range(5)))}
+        assert reward(problem, text) == (written == truth)
+        spoilt += written != truth
+    assert 0.60 < spoilt / 1000 < 0.85      # the base is right 15% to 40% of the time
+
+
+def test_guessed_carries_are_none_from_right_to_left_and_all_from_left_to_right():
+    assert guessed_carries(solve(PROBLEM, [0, 1, 2])) == 0 and guessed_carries(solve(PROBLEM, [2, 1, 0])) == 1
+    assert guessed_carries(solve(PROBLEM, [0, 2, 1])) == 0.5
+
+
+def fake_sample(calls, rewards):
+    """In place of grpo.sample: answers of 1 to 5 tokens whose ids say in which call and group they were drawn."""
+    def sample(_, problems, n, *__):
+        R = len(problems) * n
+        column, group = torch.arange(6), torch.arange(R) // n
+        mask = ((column > 0) & (column <= 1 + torch.arange(R)[:, None] % 5)).float()
+        calls.append(problems)
+        ids = (100 * len(calls) + group)[:, None].expand(R, 6)
+        return Rollout(ids, mask, mask, torch.ones(R, dtype=torch.long)), [""] * R, rewards(len(calls), len(problems), n)
+    return sample
+
+
+def test_held_out_problems_are_never_trained_on(monkeypatch):
+    config, shown, sampled = small(prompts=1000, sft_steps=30, eval_prompts=300), [], []
+    monkeypatch.setattr(grpo, "demonstrate", lambda rng, problem: shown.append(problem) or demonstrate(rng, problem))
+    monkeypatch.setattr(grpo, "sample", fake_sample(sampled, lambda _, P, n: torch.zeros(P, n)))
+    grpo.warm_up(config, silent_run(), 0, "cpu")
+    grpo.collect(None, config, random.Random(0), None)
+    grpo.evaluate(None, config, 1)
+    warmed, trained, held_out = ({question(p) for p in problems} for problems in (shown, *sampled))
+    assert min(map(len, (warmed, trained, held_out))) > 200 and not held_out & (warmed | trained)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# The estimators, each against a closed form
+
+@pytest.mark.parametrize("kind", ["std", "mean", "rloo"])
+@pytest.mark.parametrize("value", [0.0, 1.0, 0.1, 0.1 + 0.2, 1 / 3])
+@pytest.mark.parametrize("G", [2, 7, 16])
+def test_equal_rewards_give_advantages_of_exactly_zero(kind, value, G):
+    adv = advantages(torch.cat([torch.full((3, G), value), torch.arange(G)[None] * 1.0]), kind)
+    assert (adv[:3] == 0).all() and (adv[3] != 0).any()
+
+
+def test_rloo_is_each_reward_minus_the_mean_of_the_others():
+    r = torch.rand(5, 7, generator=torch.Generator().manual_seed(0))
+    others = torch.stack([r[:, [j for j in range(7) if j != i]].mean(1) for i in range(7)], dim=1)
+    torch.testing.assert_close(advantages(r, "rloo"), r - others)
+    torch.testing.assert_close(advantages(r, "rloo"), advantages(r, "mean") * 7 / 6)
+
+
+def test_advantages_are_centred_by_group_or_batch_and_std_scales_to_one():
+    r = torch.rand(5, 7, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(advantages(r, "mean"), r - r.mean(1, keepdim=True))
+    torch.testing.assert_close(advantages(r, "batch"), r - r.mean())
+    torch.testing.assert_close(advantages(r, "std").std(1), torch.ones(5))
+    torch.testing.assert_close(advantages(r, "std").mean(1), torch.zeros(5), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("ratio", ["token", "sequence"])
+@pytest.mark.parametrize("rho, A, alive", [(0.5, 1, True), (0.9, 1, True), (1.2, 1, True), (1.5, 1, False),
+                                           (0.5, -1, False), (0.9, -1, True), (1.2, -1, True), (1.5, -1, True)])
+def test_the_clip_silences_only_a_good_token_above_and_a_bad_one_below(ratio, rho, A, alive):
+    logp = torch.tensor([[-1.0, -2.0]], requires_grad=True)
+    loss, silenced = surrogate(logp, logp.detach() - math.log(rho), torch.tensor([[A]]), torch.ones(1, 2), ratio, 0.2, 0.28)
+    loss.sum().backward()
+    torch.testing.assert_close(logp.grad, torch.full((1, 2), -A * rho * alive))
+    torch.testing.assert_close(loss.detach(), torch.full((1, 2), -A * (rho if alive else min(max(rho, 0.8), 1.28))))
+    assert (silenced == (not alive)).all()
+
+
+@pytest.mark.parametrize("rho, weight", [(0.1, 0.1), (1.0, 1.0), (4.9, 4.9), (9.0, 5.0)])
+@pytest.mark.parametrize("A", [1, -1])
+def test_cispo_cuts_the_weight_and_never_loses_the_gradient(rho, weight, A):
+    logp = torch.tensor([[-1.0, -2.0]], requires_grad=True)
+    loss, silenced = surrogate(logp, logp.detach() - math.log(rho), torch.tensor([[A]]), torch.ones(1, 2), "cispo", 1.0, 4.0)
+    loss.sum().backward()
+    torch.testing.assert_close(logp.grad, torch.full((1, 2), -A * weight))
+    assert not silenced.any()
+
+
+def test_gspo_is_the_geometric_mean_of_the_ratios_and_its_gradient_is_the_finite_difference():
+    g = torch.Generator().manual_seed(0)
+    old = torch.randn(3, 5, generator=g, dtype=torch.double)
+    logp = (old + 0.3 * torch.randn(3, 5, generator=g, dtype=torch.double)).requires_grad_()
+    mask = (torch.arange(5) < torch.tensor([5, 2, 3])[:, None]).double()
+    adv = torch.tensor([[1.0], [-2.0], [0.5]], dtype=torch.double)
+    per_token = lambda logp: surrogate(logp, old, adv, mask, "sequence", 0.9, 9.0)[0]
+    for i, n in enumerate((5, 2, 3)):
+        ratio = (logp - old)[i, :n].exp().prod() ** (1 / n)
+        torch.testing.assert_close(per_token(logp)[i, :n], (-adv[i] * ratio).expand(n))
+    assert torch.autograd.gradcheck(lambda x: (per_token(x) * aggregation_weights(mask, "sequence", 5)).sum(), logp)
+
+
+@pytest.mark.parametrize("kind, short, long", [("sequence", 1 / 8, 1 / 128), ("token", 1 / 68, 1 / 68), ("constant", 1 / 128, 1 / 128), ("sum", 1 / 2, 1 / 2)])
+def test_a_token_of_a_short_and_of_a_long_answer_weighs_what_its_paper_says(kind, short, long):
+    mask = (torch.arange(70) < torch.tensor([[4], [64]])).float()
+    a = aggregation_weights(mask, kind, 64)
+    torch.testing.assert_close(a, mask * torch.tensor([[short], [long]]))
+
+
+def categoricals():
+    """Two distributions over 50 symbols, the first as logits with a gradient -> logits, logp, ref_logp, fp64."""
+    g = torch.Generator().manual_seed(0)
+    logits = torch.randn(50, generator=g, dtype=torch.double).requires_grad_()
+    return logits, logits.log_softmax(-1), (logits.detach() + torch.randn(50, generator=g, dtype=torch.double)).log_softmax(-1)
+
+
+def kl(logp, logq):
+    return (logp.exp() * (logp - logq)).sum()
+
+
+def test_k1_and_k3_have_the_kl_as_their_mean_and_k2_half_the_second_moment():
+    _, logp, ref = categoricals()
+    mean = {k: (logp.exp() * kl_estimate(logp, ref, k)).sum() for k in ("k1", "k2", "k3")}
+    torch.testing.assert_close(mean["k1"], kl(logp, ref))
+    torch.testing.assert_close(mean["k3"], kl(logp, ref))
+    variance = (logp.exp() * (logp - ref - kl(logp, ref)) ** 2).sum()
+    torch.testing.assert_close(mean["k2"] - kl(logp, ref), (variance + kl(logp, ref) ** 2) / 2 - kl(logp, ref))     # the bias
+    assert abs(mean["k2"] / mean["k1"] - 1) > 0.05
+    assert (kl_estimate(logp, ref, "k3") >= 0).all()
+
+
+@pytest.mark.parametrize("kind, closed_form", [("k1", lambda logp, ref: 0 * logp.sum()), ("k2", kl), ("k3", lambda logp, ref: kl(ref, logp))])
+def test_in_the_loss_k1_pulls_nowhere_k2_down_the_kl_and_k3_down_the_reverse_one(kind, closed_form):
+    logits, logp, ref = categoricals()
+    ours, = torch.autograd.grad((logp.detach().exp() * kl_estimate(logp, ref, kind)).sum(), logits, retain_graph=True)
+    exact, = torch.autograd.grad(closed_form(logp, ref), logits)
+    torch.testing.assert_close(ours, exact)
+
+
+def test_in_the_reward_k1_pulls_down_the_kl():
+    logits, logp, ref = categoricals()
+    ours, = torch.autograd.grad((logp.detach().exp() * kl_estimate(logp, ref, "k1").detach() * logp).sum(), logits, retain_graph=True)
+    torch.testing.assert_close(ours, torch.autograd.grad(kl(logp, ref), logits)[0])
+
+
+def test_k1_in_the_loss_is_refused_and_in_the_reward_is_not():
+    with pytest.raises(UserError, match="k1"):
+        small(beta=0.1, kl="k1")
+    small(beta=0.1, kl="k1", kl_in="reward")
+
+
+def ratios(*rows):
+    """old_logp and sampler_logp of which one row each has these ratios old / sampler, and a mask; past a row's end lies junk."""
+    T = max(map(len, rows)) + 1
+    log_w = torch.tensor([[math.log(w) for w in row] + [9.0] * (T - len(row)) for row in rows])
+    mask = torch.tensor([[1.0] * len(row) + [0.0] * (T - len(row)) for row in rows])
+    sampler = -torch.rand(mask.shape, generator=torch.Generator().manual_seed(0))
+    return (sampler + log_w).requires_grad_(), sampler, mask
+
+
+@pytest.mark.parametrize("kind, expected", [
+    ("none", [[1, 1, 1], [1, 1, 1]]), ("tis", [[0.3, 1.5, 2], [1, 2, 1]]), ("mis", [[0, 1.5, 0], [1, 0, 1]]),
+    ("seq_tis", [[0.3 * 1.5 * 3] * 3, [2] * 3])])
+def test_corrections_are_old_over_sampler_capped_dropped_or_by_sequence_and_carry_no_gradient(kind, expected):
+    old, sampler, mask = ratios([0.3, 1.5, 3.0], [1.0, 2.5, 1.0])
+    w = correction_weights(old, sampler, mask, kind)
+    torch.testing.assert_close(w[:, :3], torch.tensor(expected, dtype=torch.float32))
+    assert not w.requires_grad
+
+
+@pytest.mark.parametrize("kind", ["none", "tis", "seq_tis", "mis"])
+def test_a_correction_is_exactly_one_where_the_sampler_is_the_old_policy(kind):
+    old, _, mask = ratios([0.3, 1.5, 3.0], [1.0, 2.5])
+    assert (correction_weights(old, old.detach().clone(), mask, kind) == 1).all()
+
+
+def test_pass_at_k_is_the_fraction_of_subsets_with_a_right_answer():
+    for n, k in itertools.product(range(1, 8), repeat=2):
+        for c in range(n + 1 if k <= n else 0):
+            subsets = list(itertools.combinations(range(n), k))
+            brute = sum(min(s) < c for s in subsets) / len(subsets)     # samples 0 .. c - 1 are right
+            assert pass_at_k(n, c, k).item() == pytest.approx(brute, abs=1e-12)
+
+
+def test_pass_at_k_is_zero_without_a_right_answer_one_with_too_few_wrong_ones_and_grows_with_k():
+    counts = torch.tensor([[0, 1, 7], [32, 61, 64]])
+    curve = torch.stack([pass_at_k(64, counts, k) for k in range(1, 65)])       # (64, 2, 3)
+    assert (curve[:, 0, 0] == 0).all() and (curve[32:, 1, 0] == 1).all() and (curve[3:, 1, 1] == 1).all() and (curve[:, 1, 2] == 1).all()
+    assert (curve.diff(dim=0) >= 0).all() and (curve[:10, 0, 1:].diff(dim=0) > 0).all()
+    torch.testing.assert_close(curve[0], counts.double() / 64)
+
+
+@pytest.mark.parametrize("n, k", [(4, 5), (4, 0), (1, 2)])
+def test_pass_at_k_refuses_more_samples_than_there_are(n, k):
+    with pytest.raises(ValueError):
+        pass_at_k(n, 0, k)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# The uniforms of a group
+
+def uniforms(kind, P=4000, G=8):
+    g = torch.Generator().manual_seed(0)
+    u = torch.rand(P * G, dtype=torch.double, generator=g) if kind == "iid" else group_uniforms(P, G, kind, g)
+    return u.view(P, G)
+
+
+@pytest.mark.parametrize("kind", ["stratified", "lattice"])
+def test_every_number_of_a_group_is_uniform_on_its_own(kind):
+    for column in uniforms(kind).T:
+        ks = (column.sort().values - torch.linspace(0, 1, 4000)).abs().max()
+        assert ks < 1.95 / math.sqrt(4000)      # Kolmogorov and Smirnov: passed by chance in 999 of 1000
+        assert column.min() >= 0 and column.max() < 1
+
+
+def test_a_lattice_is_an_even_grid_with_its_own_shift_in_each_group():
+    u = uniforms("lattice").sort(1).values
+    torch.testing.assert_close(u.diff(dim=1), torch.full((4000, 7), 1 / 8, dtype=torch.double), atol=1e-12, rtol=0)
+    assert len((u[:, 0] * 1e9).long().unique()) > 3990
+
+
+def test_stratified_has_one_number_per_stratum_in_an_order_of_its_own():
+    strata = (uniforms("stratified") * 8).long()
+    assert (strata.sort(1).values == torch.arange(8)).all()
+    assert all((row.bincount(minlength=8) / 4000 - 1 / 8).abs().max() < 0.025 for row in strata.T)
+
+
+def test_independent_samples_take_no_uniforms():
+    assert group_uniforms(4, 8, "iid", None) is None
+
+
+def test_spread_out_samples_leave_fewer_groups_without_variance():
+    right = {kind: ((uniforms(kind) >= 0.05) & (uniforms(kind) < 0.175)).sum(1) for kind in ("iid", "stratified", "lattice")}   # p = 1/8, G = 8
+    dull = {kind: ((c == 0) | (c == 8)).double().mean().item() for kind, c in right.items()}
+    assert (right["lattice"] == 1).all() and dull["lattice"] == 0
+    assert dull["iid"] == pytest.approx((7 / 8) ** 8 + (1 / 8) ** 8, abs=0.02) and 0 < dull["stratified"] < dull["iid"] - 0.1
+
+
+def test_the_lattice_sampler_spreads_the_first_tokens_of_a_group():
+    config = small(group=64, prompts=2, sampler="lattice")
+    model, problems = policy(config), [PROBLEM, PROBLEM]
+    rollout, *_ = grpo.sample(model, problems, 64, config, torch.Generator().manual_seed(0), "lattice")
+    n = rollout.prompt_lens[0]
+    p = model(rollout.ids[:1, :n]).softmax(-1)[0, -1]
+    for group in rollout.ids[:, n].view(2, 64):
+        assert ((group.bincount(minlength=len(p)) - 64 * p).abs() < 1.001).all()
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Sampling, scoring, one update
+
+@pytest.mark.parametrize("sampler", ["iid", "stratified", "lattice"])
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 1.5])
+def test_the_sampler_and_the_scorer_agree_on_every_log_probability(temperature, sampler):
+    config = small(temperature=temperature, sampler=sampler)
+    model = policy(config)
+    rollout = answers(model, config)
+    logp = grpo.score_all(model, rollout, config)
+    assert ((logp - rollout.logp) * rollout.mask).abs().max() < 1e-4 and (rollout.logp * rollout.mask).sum() < -10
+
+
+def test_the_stop_token_is_trained_on_and_a_question_may_hold_any_token():
+    config = small(max_new_tokens=32)
+    model = policy(config)
+    prompts = [[t] * (1 + t % 4) for t in range(tokenizer.n_vocab)]     # the padding (0) and the stop token among them
+    rollout = generate(model, prompts, 4, 32, stop=tokenizer.eos, generator=torch.Generator().manual_seed(0))
+    logp, finished = grpo.score_all(model, rollout, config), 0
+    for i, (row, mask) in enumerate(zip(rollout.ids, rollout.mask)):
+        a, n = len(prompts[i // 4]), int(mask.sum())
+        assert row[:a].tolist() == prompts[i // 4] and (mask[a:a + n] == 1).all()
+        assert (row[a:a + n - 1] != tokenizer.eos).all() and (n == 32 or row[a + n - 1] == tokenizer.eos)
+        finished += row[a + n - 1] == tokenizer.eos
+        alone = model(row[None, :a + n])[0, a - 1:-1].log_softmax(-1).gather(1, row[a:a + n, None])[:, 0]
+        torch.testing.assert_close(logp[i, a:a + n], alone, atol=1e-4, rtol=0)
+    assert finished > 10
+
+
+def with_padding(rollout, columns=5):
+    """Junk wherever the mask is 0: in the tokens past a row's end, there and before it in the log-probabilities; and more columns of it."""
+    g = torch.Generator().manual_seed(0)
+    ids, mask, logp = (F.pad(t, (0, columns)) for t in (rollout.ids, rollout.mask, rollout.logp))
+    past = torch.arange(ids.shape[1]) >= (rollout.prompt_lens + rollout.lengths)[:, None]
+    ids = torch.where(past, torch.randint(tokenizer.n_vocab, ids.shape, generator=g), ids)
+    return Rollout(ids, mask, torch.where(mask > 0, logp, torch.randn(mask.shape, generator=g)), rollout.prompt_lens)
+
+
+@each_loss
+@pytest.mark.parametrize("more", [dict(kl="k3", correction="seq_tis"), dict(kl="k1", kl_in="reward", correction="tis"), dict(minibatches=2, kl="k2")])
+def test_padding_changes_neither_loss_nor_gradient_and_the_update_leaves_its_inputs_alone(loss, more):
+    config = small(loss=loss, beta=0.1, entropy_bonus=0.01, micro_batch=8, **more)
+    rollout = answers(policy(config), config)
+    before = copy.deepcopy(rollout)
+    gradient, weights, metrics = one_update(config, rollout, lr=0.05)
+    padded_gradient, padded_weights, padded_metrics = one_update(config, with_padding(rollout), lr=0.05)
+    assert same_metrics(padded_metrics, metrics)
+    assert close(padded_gradient, gradient, 1e-4) and close(padded_weights, weights)
+    assert all(torch.equal(getattr(rollout, f.name), getattr(before, f.name)) for f in dataclasses.fields(Rollout))
+
+
+@each_loss
+@pytest.mark.parametrize("minibatches", [1, 2])
+def test_the_gradient_and_the_metrics_are_the_same_for_any_micro_batch(loss, minibatches):
+    config = small(loss=loss, minibatches=minibatches, beta=0.1, entropy_bonus=0.01, correction="tis")
+    rollout = answers(policy(config), config)
+    rollout.logp += 0.3 * torch.randn(rollout.logp.shape, generator=torch.Generator().manual_seed(0))      # as from another sampler
+    gradient, weights, metrics = one_update(config, rollout, lr=0.05)
+    assert metrics["grad_norm"] > 0
+    for size in (1, 2, 4, 8):
+        g, w, m = one_update(dataclasses.replace(config, micro_batch=size), rollout, lr=0.05)
+        assert same_metrics(m, metrics) and close(g, gradient, 1e-4) and close(w, weights)
+
+
+@each_loss
+@pytest.mark.parametrize("minibatches", [1, 4])
+def test_the_logged_loss_is_that_of_the_full_batch(loss, minibatches):
+    config = small(loss=loss, minibatches=minibatches, beta=0.1, entropy_bonus=0.01, micro_batch=2)
+    model, base, method = policy(config), policy(config, seed=1), config.method
+    rollout, losses = answers(model, config), []
+    (logp, entropy), ref = (grpo.score(model, rollout, config, rollout.ids.shape[1])), grpo.score_all(base, rollout, config)
+    adv = advantages(REWARDS, method.advantage).view(-1, 1)
+    L = -adv * (logp if method.ratio in ("none", "cispo") else 1) + 0.1 * kl_estimate(logp, ref, "k3") - 0.01 * entropy
+    rows = torch.arange(16) if minibatches == 1 else torch.randperm(16, generator=torch.Generator().manual_seed(0))
+    for chunk in rows.view(minibatches, -1):
+        losses.append((L[chunk] * aggregation_weights(rollout.mask[chunk], method.aggregation, 16)).sum())
+    *_, metrics = one_update(config, rollout)
+    mean = lambda x: ((x * rollout.mask).sum() / rollout.mask.sum()).item()
+    expected = dict(loss=sum(losses).item() / minibatches, entropy=mean(entropy), kl=mean(kl_estimate(logp, ref, "k3")))
+    assert same_metrics({k: metrics[k] for k in expected}, expected)
+
+
+@pytest.mark.parametrize("aggregation", ["sequence", "token", "constant", "sum"])
+def test_on_policy_every_ratio_has_the_gradient_of_reinforce(aggregation):
+    config = small(advantage="std", aggregation=aggregation, ratio="none")
+    rollout = answers(policy(config), config)
+    reinforce, *_ = one_update(config, rollout)
+    for loss in ("grpo", "dapo", "gspo", "cispo"):
+        gradient, _, metrics = one_update(dataclasses.replace(config, loss=loss, ratio=None), rollout)
+        assert close(gradient, reinforce, 1e-6) and metrics["clip_fraction"] == 0
+
+
+@pytest.mark.parametrize("kind", ["tis", "seq_tis", "mis"])
+def test_a_correction_changes_nothing_when_the_sampler_is_the_policy(kind):
+    config = small()
+    rollout = answers(policy(config), config)
+    plain, *_ = one_update(config, rollout)
+    assert close(one_update(dataclasses.replace(config, correction=kind), rollout)[0], plain)
+    rollout.logp += 0.5
+    assert not close(one_update(dataclasses.replace(config, correction=kind), rollout)[0], plain)
+
+
+@pytest.mark.parametrize("loss, clips", [("reinforce", False), ("grpo", True), ("dapo", True), ("gspo", True), ("cispo", False)])
+def test_clipping_sets_in_after_the_first_gradient_step_of_a_batch(loss, clips):
+    config = small(loss=loss, minibatches=4)
+    rollout = answers(policy(config), config)
+    *_, metrics = one_update(config, rollout, lr=1.0)
+    assert (metrics["clip_fraction"] > 0) == clips and metrics["clip_fraction"] < 1
+
+
+def test_positive_only_takes_no_gradient_from_answers_below_their_baseline():
+    config = small(positive_only=True)
+    rollout = answers(policy(config), config)
+    changed = copy.deepcopy(rollout)
+    for i in (REWARDS.flatten() == 0).nonzero():
+        changed.ids[i] = torch.where(rollout.mask[i] > 0, (rollout.ids[i] + 7) % 20, rollout.ids[i])
+    gradient, *_ = one_update(config, rollout)
+    assert torch.equal(one_update(config, changed)[0], gradient) and gradient.abs().max() > 1e-3
+    both = dataclasses.replace(config, positive_only=False)
+    assert not close(one_update(both, changed)[0], one_update(both, rollout)[0], 0.1)
+
+
+@each_loss
+def test_a_constant_reward_moves_no_weight(loss, monkeypatch):
+    config, sample, norms = small(loss=loss, steps=2, minibatches=2, lr=0.01), grpo.sample, []
+    base, run = policy(config), silent_run()
+
+    def all_right(*args):
+        rollout, texts, rewards = sample(*args)
+        return rollout, texts, torch.ones_like(rewards)
+
+    run.log = lambda **row: norms.append(row["grad_norm"])
+    monkeypatch.setattr(grpo, "sample", all_right)
+    assert torch.equal(flat(grpo.train(config, run, loss, 0, base)), flat(base)) and norms == [0, 0]
+
+
+@pytest.mark.parametrize("kind, where", [("k2", "loss"), ("k3", "loss"), ("k1", "reward")])
+def test_without_a_reward_the_kl_term_leads_back_to_the_base(kind, where):
+    config = small(beta=1.0, kl=kind, kl_in=where, loss="rloo", group=32, max_new_tokens=8)
+    base = policy(config)
+    model, g = copy.deepcopy(base), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.05 * torch.randn(p.shape, generator=g)
+    held = answers(base, config, seed=99)
+
+    def distance():
+        with torch.no_grad():
+            logp, ref = model(held.ids[:, :-1]).log_softmax(-1), base(held.ids[:, :-1]).log_softmax(-1)
+        return ((logp.exp() * (logp - ref)).sum(-1) * held.mask[:, 1:]).sum() / held.mask.sum()
+
+    before, optimizer = distance(), torch.optim.AdamW(model.parameters(), 3e-3, weight_decay=0.0)
+    for seed in range(40):
+        grpo.update(model, base, optimizer, answers(model, config, seed), torch.zeros(4, 32), config, g)
+    assert before > 0.05 and distance() < before / 2
+
+
+def test_dynamic_sampling_keeps_only_mixed_groups_and_counts_every_token(monkeypatch):
+    def rewards(call, P, n):        # in call c only group c % P is mixed, and its first c answers are right
+        r = torch.zeros(P, n)
+        r[call % P, :call], r[(call + 1) % P] = 1, 1
+        return r
+
+    calls = []
+    monkeypatch.setattr(grpo, "sample", fake_sample(calls, rewards))
+    config = small(loss="dapo", prompts=3, group=5)
+    rollout, kept, tokens, dull = grpo.collect(None, config, random.Random(0), None)
+    per_call = sum(1 + i % 5 for i in range(15))
+    assert len(calls) == 3 and tokens == 3 * per_call and dull == pytest.approx(2 / 3)
+    assert kept.sum(1).tolist() == [1, 2, 3] and rollout.ids[::5, 0].tolist() == [101, 202, 300]       # each group with its own rewards
+    assert len(rollout.ids) == 15
+
+    calls.clear()
+    rollout, kept, tokens, dull = grpo.collect(None, dataclasses.replace(config, loss="grpo"), random.Random(0), None)
+    assert len(calls) == 1 and tokens == per_call and kept.sum(1).tolist() == [0, 1, 5] and rollout.ids[::5, 0].tolist() == [100, 101, 102]
+
+
+def test_dynamic_sampling_gives_up_after_four_batches(monkeypatch):
+    calls, config = [], small(loss="dapo")
+    monkeypatch.setattr(grpo, "sample", fake_sample(calls, lambda _, P, n: torch.ones(P, n)))
+    rollout, rewards, tokens, dull = grpo.collect(None, config, random.Random(0), None)
+    assert len(calls) == 4 and dull == 1 and tokens == 4 * rollout.mask.sum() and (advantages(rewards, "std") == 0).all()
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# The length bias, and the command
+
+def test_wrong_answers_grow_under_the_sequence_mean_and_not_under_a_constant():
+    ratio = {}
+    for name, choice in dict(grpo=("std", "sequence"), token=("std", "token"), dr_grpo=("mean", "constant")).items():
+        ends = [length_bias(*choice, seed)[-1] for seed in range(4)]
+        ratio[name] = sum(wrong / right for wrong, right in ends) / 4
+    assert ratio["grpo"] >= 5 and 1 / 1.2 <= ratio["dr_grpo"] <= 1.2 and ratio["dr_grpo"] < ratio["token"] < ratio["grpo"]
+
+
+def start(*flags):
+    return subprocess.Popen([sys.executable, ROOT / "grpo.py", *map(str, flags)], env={**os.environ, "OMP_NUM_THREADS": "1"},
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(*flags):
+    process = start(*flags)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    return output
+
+
+def metrics(folder):
+    """All that was logged, but for the times."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_s")} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "quick"
+    finish("--quick", "--out", folder)
+    return folder
+
+
+def complain(monkeypatch, capsys, *flags):
+    """The command in this process, with flags it must refuse: exit code 2 and one line."""
+    monkeypatch.setattr(sys, "argv", ["grpo.py", *map(str, flags)])
+    with pytest.raises(SystemExit) as stop:
+        grpo.command(grpo.main)
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.startswith("grpo.py: error: ") and err.count("\n") == 1
+    return err
+
+
+def is_whole(folder, figure):
+    assert {f"{figure}.png", "metrics.jsonl", "claims.json", "config.json", "model.pt"} == {p.name for p in folder.iterdir()}
+    assert (folder / f"{figure}.png").read_bytes().startswith(b"\x89PNG") and metrics(folder)
+    for claim in json.loads((folder / "claims.json").read_text()):
+        assert list(claim) == ["id", "claim", "source", "paper", "ours", "threshold", "holds", "seeds"] and isinstance(claim["holds"], bool)
+
+
+def test_a_quick_run_writes_figure_metrics_claims_config_and_checkpoint(quick):
+    is_whole(quick, "train")
+    assert {row["phase"] for row in metrics(quick)} == {"sft", "rl", "pass@k"}
+
+
+@pytest.mark.parametrize("figure", ["variants", "length"])
+def test_the_other_figures_run(figure, tmp_path):
+    finish("--quick", "--figure", figure, "--out", tmp_path, "--prompts", 16, "--group", 8)     # few large steps: faster
+    is_whole(tmp_path, figure)
+
+
+def test_help_lists_every_flag(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["grpo.py", "--help"])
+    with pytest.raises(SystemExit) as stop:
+        grpo.command(grpo.main)
+    text = capsys.readouterr().out
+    assert stop.value.code == 0 and all(f"--{f.name.replace('_', '-')}" in text for f in dataclasses.fields(Config))
+
+
+@pytest.mark.parametrize("flags", ["--bogus", "--steps x", "--steps -1", "--loss ppo", "--group 1", "--beta nan", "--beta 0.1 --kl k1", "--resume"])
+def test_a_mistake_in_the_flags_is_one_line_and_exit_code_2(flags, tmp_path, monkeypatch, capsys):
+    complain(monkeypatch, capsys, "--out", tmp_path, *flags.split())
+    assert not list(tmp_path.iterdir())
+
+
+def test_resuming_with_a_contradicting_flag_or_a_damaged_checkpoint_is_refused_and_harms_nothing(quick, tmp_path, monkeypatch, capsys):
+    folder = shutil.copytree(quick, tmp_path / "run")
+    before = (folder / "metrics.jsonl").read_bytes()
+    assert "seed" in complain(monkeypatch, capsys, "--resume", "--out", folder, "--seed", 5)
+    whole = (folder / "model.pt").read_bytes()
+    for damaged in (b"", b"no checkpoint", whole[:len(whole) // 2]):
+        (folder / "model.pt").write_bytes(damaged)
+        assert "model.pt" in complain(monkeypatch, capsys, "--resume", "--out", folder)
+    (folder / "model.pt").unlink()
+    assert "model.pt" in complain(monkeypatch, capsys, "--resume", "--out", folder)
+    assert (folder / "metrics.jsonl").read_bytes() == before
+
+
+# a bonus on the entropy: without it no answer of a model this raw is right, and nothing would move
+LONGER = ("--quick", "--sft-steps", 150, "--sft-batch", 4, "--steps", 8, "--eval-every", 4, "--max-new-tokens", 24, "--entropy-bonus", 0.1,
+          "--minibatches", 2, "--sampler", "stratified")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "uninterrupted"
+    finish(*LONGER, "--out", folder)
+    assert all(row["grad_norm"] > 0 for row in metrics(folder) if row["phase"] == "rl")
+    return folder
+
+
+@pytest.mark.parametrize("phase, number", [("sft", signal.SIGINT), ("rl", signal.SIGTERM)])
+def test_interrupt_and_resume_give_the_metrics_of_an_uninterrupted_run_to_the_bit(phase, number, uninterrupted, tmp_path):
+    process, log = start(*LONGER, "--out", tmp_path), tmp_path / "metrics.jsonl"
+    while not (log.exists() and f'"phase": "{phase}"' in log.read_text()):
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.01)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, output
+    assert metrics(tmp_path)[-1]["phase"] == phase and len(metrics(tmp_path)) < len(metrics(uninterrupted))
+    finish("--resume", "--out", tmp_path)
+    assert metrics(tmp_path) == metrics(uninterrupted)
+    assert (tmp_path / "claims.json").read_text() == (uninterrupted / "claims.json").read_text()

@@ -1,0 +1,232 @@
+"""kernels.py against float64: every impl of token_logprobs and of attention gives the same values and the same gradients."""
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import kernels
+from kernels import attention, token_logprobs
+
+V, C = 1009, 24     # a prime: no block size divides it
+
+
+def problem(*shape, V=V, dtype=torch.float32, seed=0):
+    """hidden, weight, targets, and an upstream gradient for each output with zeros and negatives in it."""
+    g = torch.Generator().manual_seed(seed)
+    hidden, weight = torch.randn(*shape, C, generator=g).to(dtype), torch.randn(V, C, generator=g).to(dtype)
+    targets = torch.randint(V, shape, generator=g)
+    edges = torch.tensor([V - 1, 252, 251, 504, 756, 0])    # the first and the last of the vocabulary and of blocks
+    targets.view(-1)[:6] = edges[:targets.numel()]
+    upstream = [torch.randn(shape, generator=g) * (torch.rand(shape, generator=g) > 0.3) for _ in range(2)]
+    return hidden, weight, targets, upstream
+
+
+def exact(hidden, weight, targets, temperature):
+    logp = (hidden.double() @ weight.double().T / temperature).log_softmax(-1)
+    return logp.gather(-1, targets[..., None])[..., 0], -(logp.exp() * logp).sum(-1)
+
+
+def values_and_gradients(f, hidden, weight, targets, temperature, upstream):
+    """logp, entropy, d/dhidden and d/dweight of sum(upstream * outputs) in float64; an upstream gradient of None: output not used."""
+    hidden, weight = hidden.detach().clone().requires_grad_(), weight.detach().clone().requires_grad_()
+    outputs = f(hidden, weight, targets, temperature)
+    sum((g * o).sum() for g, o in zip(upstream, outputs) if g is not None).backward()
+    return [t.detach().double() for t in (*outputs, hidden.grad, weight.grad)]
+
+
+def impl(name):
+    return lambda *args: token_logprobs(*args, impl=name)
+
+
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(kernels, "BLOCK", 256)      # 256 columns is the least a block has: 4 of them
+    assert kernels.block_starts(6, V) == [0, 252, 504, 756, V]
+
+
+@pytest.mark.parametrize("name", ["reference", "chunked", "auto"])
+@pytest.mark.parametrize("temperature", [0.7, 1, 2])
+@pytest.mark.parametrize("shape", [(2, 3), (7,), (1,), (2, 1, 4)])
+def test_logp_and_entropy_and_their_gradients_are_exact(monkeypatch, name, temperature, shape):
+    small_blocks(monkeypatch)
+    hidden, weight, targets, upstream = problem(*shape)
+    ours = values_and_gradients(impl(name), hidden, weight, targets, temperature, upstream)
+    true = values_and_gradients(exact, hidden, weight, targets, temperature, upstream)
+    for a, b in zip(ours, true):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(not kernels.can_compile(), reason="no C++ compiler")
+def test_compiled_blocks_are_exact_at_any_temperature(monkeypatch):
+    small_blocks(monkeypatch)
+    hidden, weight, targets, upstream = problem(2, 3)
+    for temperature in (0.7, 1.0, 2.0):
+        ours = values_and_gradients(impl("compiled"), hidden, weight, targets, temperature, upstream)
+        true = values_and_gradients(exact, hidden, weight, targets, temperature, upstream)
+        for a, b in zip(ours, true):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("unused", [0, 1])
+def test_one_output_can_be_used_without_the_other(monkeypatch, unused):
+    small_blocks(monkeypatch)
+    hidden, weight, targets, upstream = problem(2, 3)
+    upstream[unused] = None
+    ours = values_and_gradients(impl("chunked"), hidden, weight, targets, 0.7, upstream)
+    for a, b in zip(ours, values_and_gradients(exact, hidden, weight, targets, 0.7, upstream)):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("emulated", [True, False])
+def test_bf16_errs_no_more_than_1_5_times_the_reference_in_bf16(monkeypatch, emulated):
+    small_blocks(monkeypatch)
+    if not emulated:    # the path of a CPU or GPU that has bf16 units
+        monkeypatch.setattr(kernels, "gemm_dtype", lambda x: x.dtype)
+    hidden, weight, targets, upstream = problem(64, V=100003, dtype=torch.bfloat16)     # 391 blocks: a sum kept in bf16 would show
+    args = hidden, weight, targets, 0.7, upstream
+    true = values_and_gradients(exact, hidden.double(), weight.double(), targets, 0.7, upstream)
+    for ours, reference, t in zip(values_and_gradients(impl("chunked"), *args), values_and_gradients(impl("reference"), *args), true):
+        assert (ours - t).abs().max() <= 1.5 * (reference - t).abs().max()
+        assert (ours - t).norm() <= 1.5 * (reference - t).norm()
+
+
+def test_autocast_of_fp32_parameters_returns_fp32_and_errs_no_more_than_1_5_times_the_reference(monkeypatch):
+    small_blocks(monkeypatch)
+    hidden, weight, targets, upstream = problem(64)
+
+    def autocast(name):
+        def f(*args):
+            with torch.autocast("cpu", torch.bfloat16):
+                outputs = token_logprobs(*args, impl=name)
+            assert all(o.dtype == torch.float32 for o in outputs)
+            return outputs
+        return values_and_gradients(f, hidden, weight, targets, 1, upstream)
+
+    true = values_and_gradients(exact, hidden.double(), weight.double(), targets, 1, upstream)
+    for ours, reference, t in zip(autocast("chunked"), autocast("reference"), true):
+        assert (ours - t).norm() <= 1.5 * (reference - t).norm()
+
+
+@pytest.mark.parametrize("name", ["reference", "chunked"])
+@pytest.mark.parametrize("backward_inside", [False, True])
+def test_autocast_returns_fp32_gradients(monkeypatch, name, backward_inside):
+    small_blocks(monkeypatch)
+    hidden, weight, targets, upstream = problem(2, 3)
+    hidden.requires_grad_(), weight.requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = token_logprobs(hidden, weight, targets, impl=name)
+        if backward_inside:
+            torch.autograd.backward(outputs, upstream)
+    if not backward_inside:
+        torch.autograd.backward(outputs, upstream)
+    for x, true in zip((hidden, weight), values_and_gradients(exact, hidden, weight, targets, 1, upstream)[2:]):
+        assert x.grad.dtype == torch.float32
+        assert (x.grad - true).norm() <= 0.1 * true.norm()
+
+
+class Largest(TorchDispatchMode):
+    """Elements of the largest tensor that any operation returns."""
+    elements = 0
+
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        out = f(*args, **(kwargs or {}))
+        for t in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(t, torch.Tensor):
+                self.elements = max(self.elements, t.numel())
+        return out
+
+
+def test_chunked_never_holds_the_logits_of_all_tokens(monkeypatch):
+    small_blocks(monkeypatch)
+    N = 128
+    held = {}
+    for name in ("reference", "chunked"):
+        hidden, weight, targets, upstream = problem(N)
+        with Largest() as largest:
+            values_and_gradients(impl(name), hidden, weight, targets, 1, upstream)
+        held[name] = largest.elements
+    assert held["reference"] == N * V   # the meter sees them where they are
+    assert held["chunked"] <= N * 256   # one block
+
+
+@pytest.mark.parametrize("name", ["reference", "chunked"])
+def test_scoring_leaves_its_inputs_unchanged(monkeypatch, name):
+    small_blocks(monkeypatch)
+    hidden, weight, targets, upstream = problem(2, 3)
+    before = [t.clone() for t in (hidden, weight, targets, *upstream)]
+    hidden.requires_grad_(), weight.requires_grad_()
+    torch.autograd.backward(token_logprobs(hidden, weight, targets, 0.7, impl=name), upstream)
+    assert all(torch.equal(a, b) for a, b in zip(before, (hidden, weight, targets, *upstream)))
+
+
+def test_extreme_logits_stay_finite(monkeypatch):
+    small_blocks(monkeypatch)
+    hidden, weight, targets, upstream = problem(7)
+    for t in values_and_gradients(impl("chunked"), 1e4 * hidden, weight, targets, 1, upstream):
+        assert t.isfinite().all()
+
+
+def test_auto_is_the_reference_when_one_block_holds_the_logits_and_chunked_when_not(monkeypatch):
+    hidden, weight, targets, _ = problem(7)
+    for block, name in ((7 * V, "reference"), (7 * V - 1, "chunked")):
+        monkeypatch.setattr(kernels, "BLOCK", block)
+        for a, b in zip(token_logprobs(hidden, weight, targets), token_logprobs(hidden, weight, targets, impl=name)):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("kwargs", [dict(impl="fast"), dict(temperature=0), dict(temperature=-1.0)])
+def test_bad_arguments_are_value_errors(kwargs):
+    with pytest.raises(ValueError):
+        token_logprobs(*problem(7)[:3], **kwargs)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# attention
+
+def naive_attention(q, k, v, causal=True, window=None, mask=None):
+    """One query at a time."""
+    (B, H, T, D), (_, K, S, _) = q.shape, k.shape
+    out = []
+    for b in range(B):
+        for h in range(H):
+            for t in range(T):
+                now = S - T + t     # the T queries are the last T of the S positions
+                sees = [s for s in range(S) if (mask[b % len(mask), 0, t, s] if mask is not None else
+                                                (s <= now or not causal) and (window is None or now - s < window))]
+                group = h // (H // K)
+                out.append((k[b, group, sees] @ q[b, h, t] / D ** 0.5).softmax(0) @ v[b, group, sees])
+    return torch.stack(out).view(B, H, T, D)
+
+
+RAGGED = torch.tensor([[1, 1, 0, 0, 0, 1, 0], [0, 0, 1, 1, 1, 1, 1]], dtype=torch.bool)[:, None, None]     # (2, 1, 1, 7)
+CASES = {"causal": dict(), "not causal": dict(causal=False), "window": dict(window=3), "window of one": dict(window=1),
+         "window past the start": dict(window=50), "window, not causal": dict(window=3, causal=False),
+         "last queries": dict(T=3), "last queries, not causal": dict(T=3, causal=False), "last queries, window": dict(T=3, window=2),
+         "one query": dict(T=1), "one query, window": dict(T=1, window=4), "mask": dict(T=1, mask=RAGGED),
+         "mask of many queries": dict(T=3, mask=RAGGED.expand(2, 1, 3, 7)), "one mask for all rows": dict(T=1, mask=RAGGED[:1])}
+
+
+@pytest.mark.parametrize("name", ["reference", "sdpa", "auto"])
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (4, 1)])
+@pytest.mark.parametrize("case", CASES)
+def test_attention_and_its_gradients_equal_a_loop_over_queries(name, heads, case):
+    g = torch.Generator().manual_seed(0)
+    kwargs = {**CASES[case]}
+    T, (H, K) = kwargs.pop("T", 7), heads
+    qkv = [torch.randn(2, n, t, 8, generator=g) for n, t in ((H, T), (K, 7), (K, 7))]
+    upstream = torch.randn(2, H, T, 8, generator=g)
+    results = []
+    for f, dtype in ((lambda *a, **kw: attention(*a, **kw, impl=name), torch.float32), (naive_attention, torch.float64)):
+        inputs = [x.to(dtype).requires_grad_() for x in qkv]
+        out = f(*inputs, **kwargs)
+        results.append([out, *torch.autograd.grad(out, inputs, upstream.to(dtype))])
+    for a, b in zip(*results):
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
+
+
+def test_an_unknown_attention_is_a_value_error():
+    with pytest.raises(ValueError):
+        attention(*torch.randn(3, 1, 1, 2, 4), impl="fast")

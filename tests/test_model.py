@@ -1,0 +1,634 @@
+"""model.py: the cache changes nothing, samples follow the model's law, tokenizers and checkpoints lose nothing, mistakes are one line."""
+import dataclasses
+import itertools
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import numpy as np
+import pytest
+import regex
+import torch
+
+import model
+from kernels import token_logprobs
+from model import (GPT, SPLIT, CharTokenizer, GPTConfig, KVCache, Rollout, Run, UserError, bpe_merges, flag, generate, inverse_cdf,
+                   load_checkpoint, parse_args, save_checkpoint, train_bpe, truncate)
+
+V = 11
+PROMPTS = [[3], [1, 4, 1, 5, 9, 2, 6], [5, 3, 5], [8, 9, 7, 9]]
+VARIANTS = {"multi-head": {}, "grouped-query": dict(n_kv_head=2), "multi-query": dict(n_kv_head=1), "window": dict(window=4, n_kv_head=2),
+            "qk_norm": dict(qk_norm=True), "qkv_bias": dict(qkv_bias=True), "tied": dict(tie=True)}
+
+
+def make(seed=0, **kwargs):
+    """A small GPT whose every weight, norm and bias is random and large: at init nothing depends on much."""
+    gpt = GPT(GPTConfig(**{**dict(vocab_size=V, block_size=64, n_layer=2, n_head=4, n_embd=32, tie=False), **kwargs})).requires_grad_(False)
+    g = torch.Generator().manual_seed(seed)
+    for p in gpt.parameters():
+        p.copy_(torch.randn(p.shape, generator=g) * 0.2 + (p.dim() == 1))
+    return gpt
+
+
+def known(probs):
+    """A GPT that gives every token these probabilities, whatever came before."""
+    gpt = make(vocab_size=len(probs), n_layer=1, n_head=1, n_embd=2)
+    gpt.lm_head.register_forward_hook(lambda _, inputs, out: torch.tensor(probs).log().expand_as(out))
+    return gpt
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def follows(counts, probs):
+    """Pearson's chi-squared test at the level 1e-4, rare cells pooled. Both (..., cells); each leading index is one more sample."""
+    counts, expected = np.atleast_2d(counts), np.atleast_2d(probs) * np.atleast_2d(counts).sum(-1, keepdims=True)
+    rare = expected < 5
+    pool = lambda x: np.append(x[~rare], x[rare].sum())
+    observed, expected = pool(counts), pool(expected)
+    df = len(observed) - (0 if rare.any() else 1) - len(counts)
+    critical = df * (1 - 2 / (9 * df) + 3.72 * (2 / (9 * df)) ** 0.5) ** 3      # Wilson and Hilferty's approximation
+    return ((observed - expected) ** 2 / np.maximum(expected, 1e-9)).sum() < critical
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# The model
+
+def equations(gpt, ids):
+    """The forward pass of the Llama family, head by head, in float64."""
+    c, T = gpt.config, len(ids)
+    H, K, D = c.n_head, c.n_kv_head, c.head_dim
+    double = lambda name: dict(gpt.named_parameters(remove_duplicate=False))[name].double()
+    norm = lambda x, name: x / (x.square().mean(-1, keepdim=True) + c.norm_eps).sqrt() * double(name + ".weight")
+    angle = torch.arange(T)[:, None] * c.rope_theta ** (-torch.arange(0, D, 2).double() / D)
+    distance = torch.arange(T)[:, None] - torch.arange(T)
+    unseen = (distance < 0) | (distance >= (c.window or T))
+
+    def rotated(x):     # (T, D)
+        a, b = x[:, 0::2], x[:, 1::2]
+        return torch.stack((a * angle.cos() - b * angle.sin(), a * angle.sin() + b * angle.cos()), -1).flatten(-2)
+
+    x = double("wte.weight")[ids]
+    for i in range(c.n_layer):
+        at = f"blocks.{i}."
+        qkv = norm(x, at + "norm1") @ double(at + "attn.qkv.weight").T + (double(at + "attn.qkv.bias") if c.qkv_bias else 0)
+        q, k, v = (t.unflatten(-1, (-1, D)) for t in qkv.split([H * D, K * D, K * D], -1))      # (T, H or K, D)
+        if c.qk_norm:
+            q, k = norm(q, at + "attn.q_norm"), norm(k, at + "attn.k_norm")
+        heads = []
+        for h in range(H):
+            group = h * K // H
+            scores = rotated(q[:, h]) @ rotated(k[:, group]).T / D ** 0.5
+            heads.append(scores.masked_fill(unseen, -torch.inf).softmax(-1) @ v[:, group])
+        x = x + torch.cat(heads, -1) @ double(at + "attn.proj.weight").T
+        z = norm(x, at + "norm2")
+        gate = z @ double(at + "mlp.gate.weight").T
+        x = x + (gate * gate.sigmoid() * (z @ double(at + "mlp.up.weight").T)) @ double(at + "mlp.proj.weight").T
+    return norm(x, "norm") @ double("wte.weight" if c.tie else "lm_head.weight").T
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_logits_are_those_of_the_equations(variant):
+    gpt, ids = make(**VARIANTS[variant]), torch.randint(V, (20,), generator=seeded())
+    torch.testing.assert_close(gpt(ids[None])[0].double(), equations(gpt, ids), rtol=1e-4, atol=1e-4)
+
+
+def test_a_token_changes_nothing_before_it_and_nothing_past_the_window():
+    gpt = make(n_layer=1, window=4)
+    ids = torch.randint(V, (1, 12), generator=seeded())
+    other = ids.clone()
+    other[0, 5] = (ids[0, 5] + 1) % V
+    changed = (gpt(ids) != gpt(other)).any(-1)[0]
+    assert changed.tolist() == [5 <= t < 9 for t in range(12)]
+
+
+def test_bf16_weights_leave_the_rotation_complex_and_exact():
+    gpt = make()
+    rope = gpt.rope.clone()
+    gpt.to(torch.bfloat16)
+    assert gpt.rope.dtype == torch.complex64 and torch.equal(gpt.rope, rope)
+    assert gpt(torch.tensor([PROMPTS[1]])).dtype == torch.bfloat16
+    assert generate(gpt, PROMPTS, max_new_tokens=4, generator=seeded()).lengths.tolist() == [4] * 4
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# The cache
+
+def prefill(gpt, lens, capacity):
+    """A cache that has read random prompts of these lengths, padded on the right, and what each row has read."""
+    torch.manual_seed(0)
+    ids = torch.randint(V, (len(lens), max(lens)))
+    cache = KVCache(gpt.config, len(lens), capacity)
+    gpt.hidden(ids, cache)
+    cache.set_lens(lens)
+    return cache, [row[:n].tolist() for row, n in zip(ids, lens)]
+
+
+def feed(gpt, cache, histories, T=1):
+    """Give each row T more tokens through the cache: the logits must be those of a full pass over the row alone."""
+    new = torch.randint(V, (len(histories), T))
+    logits = gpt.lm_head(gpt.hidden(new, cache))
+    for row, h, ours in zip(new.tolist(), histories, logits):
+        h += row
+        torch.testing.assert_close(ours, gpt(torch.tensor([h]))[0, -T:], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("lens", [[5, 5], [2, 7, 1, 5]])
+def test_cached_logits_are_those_of_the_full_pass(variant, lens):
+    gpt = make(**VARIANTS[variant])
+    cache, histories = prefill(gpt, lens, 20)
+    for T in (1, 1, 4, 1, 3):
+        feed(gpt, cache, histories, T)
+
+
+@pytest.mark.parametrize("lens, T, capacity", [([3, 3], 1, 4), ([3, 3], 1, 7), ([3, 3], 3, 6), ([2, 5], 1, 7), ([2, 5, 4], 2, 9)])
+def test_a_window_needs_a_cache_of_its_own_size_only_at_any_length(lens, T, capacity):
+    gpt = make(window=4)
+    cache, histories = prefill(gpt, lens, capacity)
+    for _ in range(50 // T):
+        feed(gpt, cache, histories, T)
+
+
+def test_without_a_window_a_full_cache_is_an_error_not_a_wrong_answer():
+    gpt = make()
+    cache, histories = prefill(gpt, [3, 3], 4)
+    feed(gpt, cache, histories)
+    with pytest.raises(AssertionError):
+        feed(gpt, cache, histories)
+
+
+@pytest.mark.parametrize("rolled_back", [[6, 6], [8, 5]])
+@pytest.mark.parametrize("window", [None, 4])
+def test_rejected_tokens_leave_no_trace(rolled_back, window):
+    gpt = make(window=window)
+    cache, histories = prefill(gpt, [5, 5], 20)
+    feed(gpt, cache, histories, 4)
+    cache.set_lens(rolled_back)
+    histories = [h[:n] for h, n in zip(histories, rolled_back)]
+    for T in (1, 3):
+        feed(gpt, cache, histories, T)
+
+
+def test_rolling_back_past_what_a_sliding_cache_holds_is_an_error_not_a_wrong_answer():
+    gpt = make(window=4)
+    cache, histories = prefill(gpt, [3, 3], 7)
+    for _ in range(5):
+        feed(gpt, cache, histories)     # 8 tokens: the first 4 are gone
+    with pytest.raises(AssertionError):     # 5 tokens: the next one would see token 2
+        cache.set_lens([5, 5])
+
+
+@pytest.mark.parametrize("lens", [[4, 4], [2, 5]])
+def test_the_clones_of_a_prefill_go_their_own_ways(lens):
+    gpt = make(n_kv_head=2)
+    cache, histories = prefill(gpt, lens, 12)
+    clones, clone_histories = cache.expand(3, 12), [[*h] for h in histories for _ in range(3)]
+    for _ in range(3):
+        feed(gpt, clones, clone_histories)
+        feed(gpt, cache, histories)
+
+
+@pytest.mark.parametrize("lens", [[5, 5, 5, 5, 5], [1, 3, 2, 3, 1]])
+@pytest.mark.parametrize("window, capacity", [(None, 30), (4, 7)])
+def test_rows_that_leave_do_not_disturb_those_that_stay(lens, window, capacity):
+    gpt = make(window=window)
+    cache, histories = prefill(gpt, lens, capacity)
+    for alive in ([1, 0, 1, 1, 1], [0, 1, 1, 1], [1, 1, 0], [0, 1]):
+        for _ in range(4):
+            feed(gpt, cache, histories)
+        histories = [histories[i] for i in cache.keep(torch.tensor(alive, dtype=torch.bool))]
+        assert len(histories) == cache.rows == sum(alive)
+    feed(gpt, cache, histories)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# generate: the same tokens as without cache, batch or early stopping
+
+def uncached_greedy(gpt, prompt, n):
+    ids = list(prompt)
+    for _ in range(n):
+        ids.append(int(gpt(torch.tensor([ids]))[0, -1].argmax()))
+    return ids[len(prompt):]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_cached_greedy_is_uncached_greedy_token_for_token(variant):
+    gpt = make(**VARIANTS[variant])
+    rollout = generate(gpt, PROMPTS, max_new_tokens=20, temperature=0)
+    assert rollout.tokens() == [uncached_greedy(gpt, p, 20) for p in PROMPTS]
+    assert rollout.logp.eq(0).all()     # a choice that is certain
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_row_of_a_batch_is_the_row_alone(variant):
+    gpt = make(**VARIANTS[variant]).double()    # a number that drives many tokens magnifies rounding
+    u = torch.rand(8, generator=seeded(), dtype=torch.float64)
+    batch = generate(gpt, PROMPTS, n=2, max_new_tokens=6, uniforms=u, generator=seeded())
+    for r, tokens in enumerate(batch.tokens()):
+        alone = generate(gpt, [PROMPTS[r // 2]], max_new_tokens=6, uniforms=u[r:r + 1], generator=seeded())
+        assert alone.tokens() == [tokens]
+        torch.testing.assert_close(batch.logp[r][batch.mask[r] > 0], alone.logp[alone.mask > 0], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("stop", range(4))      # 0 is also the padding, and every prompt holds some stop
+@pytest.mark.parametrize("uniforms", [None, torch.linspace(0, 0.999, 32, dtype=torch.float64)])
+@pytest.mark.parametrize("gpt, length", [(make(vocab_size=4, window=6).double(), 12), (known([0.4, 0.3, 0.2, 0.1]), 40)])
+def test_stopping_cuts_rows_and_changes_nothing_else(gpt, length, uniforms, stop):
+    prompts = [[0, 0, 1], [2], [0, 3, 0, 0, 2, 0], [1, 0]]
+    sample = lambda stop: generate(gpt, prompts, n=8, max_new_tokens=length, stop=stop, uniforms=uniforms, generator=seeded())
+    free, stopped = sample(None), sample(stop)
+    lengths = [row.index(stop) + 1 if stop in row else length for row in free.tokens()]
+    assert len(set(lengths)) > 4
+    assert stopped.tokens() == [row[:n] for row, n in zip(free.tokens(), lengths)]
+    for r, n in enumerate(lengths):
+        p = len(prompts[r // 8])
+        assert stopped.ids[r, :p].tolist() == prompts[r // 8]
+        assert stopped.mask[r].tolist() == [float(p <= t < p + n) for t in range(stopped.mask.shape[1])]
+        torch.testing.assert_close(stopped.logp[r, p:p + n], free.logp[r, p:p + n], rtol=0, atol=1e-5)
+        assert stopped.logp[r, :p].eq(0).all() and stopped.logp[r, p + n:].eq(0).all()
+
+
+def test_memory_that_was_never_written_is_never_felt():
+    gpt = make()
+    wanted = generate(gpt, PROMPTS, max_new_tokens=8, temperature=0).tokens()
+    torch.use_deterministic_algorithms(True)    # fills uninitialised memory with nan
+    try:
+        assert torch.empty(3).isnan().all()
+        assert generate(gpt, PROMPTS, max_new_tokens=8, temperature=0).tokens() == wanted
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_the_generators_seed_decides_the_tokens():
+    gpt = make()
+    draw = lambda seed: generate(gpt, PROMPTS, n=4, max_new_tokens=8, generator=seeded(seed)).tokens()
+    assert draw(1) == draw(1) != draw(2)
+
+
+def test_the_models_weights_are_not_trained_by_sampling():
+    gpt = make().requires_grad_(True)
+    assert not generate(gpt, PROMPTS, max_new_tokens=3, generator=seeded()).logp.requires_grad
+
+
+@pytest.mark.parametrize("prompts, kwargs", [([[1], []], {}), ([], {}), ([[1] * 60], dict(max_new_tokens=6)), ([[1] * 65], dict(max_new_tokens=1)),
+                                             ([[1]], dict(temperature=-0.5))])
+def test_bad_requests_are_value_errors(prompts, kwargs):
+    with pytest.raises(ValueError):
+        generate(make(), prompts, **{"max_new_tokens": 2, **kwargs})
+
+
+def test_the_last_position_of_the_block_can_be_used():
+    gpt = make()
+    assert generate(gpt, [[1] * 60], max_new_tokens=5, temperature=0).tokens() == [uncached_greedy(gpt, [1] * 60, 5)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# generate: samples follow the model's law
+
+def law(gpt, prompt, length, stop, temperature):
+    """The probability of every sequence, by enumeration."""
+    open_, closed = {(): 1.0}, {}
+    for _ in range(length):
+        grown = {}
+        for seq, p in open_.items():
+            probs = (gpt(torch.tensor([[*prompt, *seq]]))[0, -1].double() / temperature).softmax(-1)
+            grown.update({(*seq, t): p * q for t, q in enumerate(probs.tolist())})
+        closed.update({s: p for s, p in grown.items() if s[-1] == stop})
+        open_ = {s: p for s, p in grown.items() if s[-1] != stop}
+    return {**open_, **closed}
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float64, torch.float32])
+@pytest.mark.parametrize("stop, temperature", [(None, 1.0), (2, 1.6)])
+def test_sampled_sequences_follow_the_exact_law(dtype, stop, temperature):
+    gpt, n = make(vocab_size=3), 10000
+    prompts = [[1], [0, 2, 0, 1]]
+    uniforms = None if dtype is None else torch.rand(2 * n, generator=seeded(3), dtype=dtype)
+    rows = generate(gpt, prompts, n, 3, temperature, stop=stop, generator=seeded(1), uniforms=uniforms).tokens()
+    for i, prompt in enumerate(prompts):
+        exact, counts = law(gpt, prompt, 3, stop, temperature), Counter(map(tuple, rows[i * n:(i + 1) * n]))
+        assert set(counts) <= set(exact) and abs(sum(exact.values()) - 1) < 1e-9
+        assert follows([counts[s] for s in exact], list(exact.values()))
+
+
+def test_first_tokens_of_a_group_follow_the_models_probabilities():
+    gpt = make()
+    rollout = generate(gpt, PROMPTS, n=2000, max_new_tokens=1, generator=seeded())
+    for i, prompt in enumerate(PROMPTS):
+        first = [row[0] for row in rollout.tokens()[i * 2000:(i + 1) * 2000]]
+        assert follows(np.bincount(first, minlength=V), gpt(torch.tensor([prompt]))[0, -1].double().softmax(-1).numpy())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("probs", [[1 / 8] * 8, [1 / 2, 1 / 4, 1 / 8, 1 / 8], [0.6, 0.1, 0.3]])
+def test_one_number_drives_64_tokens_exactly(dtype, probs):
+    """8 equal tokens take 3 bits each: without fresh bits a float32 is spent after 8 tokens, a float64 after 18."""
+    n, V = 2000, len(probs)
+    uniforms = torch.rand(n, generator=seeded(1), dtype=dtype)
+    rows = np.array(generate(known(probs), [[0]], n, 63, uniforms=uniforms, generator=seeded(2)).tokens())      # (n, 63)
+    assert len({*map(tuple, rows)}) == n
+    assert follows([np.bincount(column, minlength=V) for column in rows.T], [probs] * 63)
+    for start in (19, 20):      # odd and even: fresh bits arrive between the two tokens of some pair
+        pairs = rows[:, start:start + 42].reshape(-1, 2)
+        assert follows(np.bincount(pairs[:, 0] * V + pairs[:, 1], minlength=V * V), np.outer(probs, probs).ravel())
+
+
+def test_rows_with_neighbouring_numbers_part_for_good():
+    """Lattice points that agree on their first bits get fresh bits of their own."""
+    rows = np.array(generate(known([1 / 8] * 8), [[0]], 200, 60, uniforms=torch.full((200,), 0.3), generator=seeded()).tokens())
+    assert (rows[:, 0] == rows[0, 0]).all()
+    assert follows([np.bincount(column, minlength=8) for column in rows[:, 20:].T], [[1 / 8] * 8] * 40)
+
+
+def test_the_first_token_inverts_the_cdf_at_the_rows_number():
+    gpt = make()
+    u = torch.rand(500, generator=seeded(), dtype=torch.float64)
+    cdf = gpt(torch.tensor([PROMPTS[1]]))[0, -1].double().softmax(-1).cumsum(-1).numpy()
+    first = [row[0] for row in generate(gpt, [PROMPTS[1]], 500, 1, uniforms=u).tokens()]
+    assert first == np.searchsorted(cdf, u.numpy(), side="right").tolist()
+
+
+def test_a_lattice_covers_the_first_tokens_evenly():
+    gpt, k = make(), 64
+    for delta in torch.rand(20, generator=seeded(), dtype=torch.float64):
+        u = (torch.arange(k, dtype=torch.float64) / k + delta) % 1
+        counts = generate(gpt, [PROMPTS[1]], k, 1, uniforms=u).ids[:, -1].bincount(minlength=V)
+        assert ((counts - k * gpt(torch.tensor([PROMPTS[1]]))[0, -1].softmax(-1)).abs() < 1 + 1e-4).all()
+
+
+def test_inverse_cdf_never_leaves_the_support():
+    probs = torch.tensor([[0.0, 0.5, 0.0, 0.5, 0.0], [0.1, 0.2, 0.7, 0.0, 0.0]])
+    for u in (0.0, 0.5, 1 - 2 ** -53, 1.0):     # a float32 rounded up by the caller can be 1
+        token, place = inverse_cdf(probs, torch.full((2,), u, dtype=torch.float64))
+        assert (probs.gather(1, token[:, None]) > 0).all()
+        assert ((0 <= place) & (place <= 1)).all()
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Rollout: the sampled distribution is the scored distribution
+
+@pytest.mark.parametrize("temperature", [0.5, 1, 1.7])
+@pytest.mark.parametrize("variant", ["multi-head", "window"])
+def test_the_samplers_logp_is_the_scorers(temperature, variant):
+    gpt = make(**VARIANTS[variant])
+    r = generate(gpt, PROMPTS, n=8, max_new_tokens=16, temperature=temperature, stop=5, generator=seeded())
+    logp, _ = token_logprobs(gpt.hidden(r.ids[:, :-1]), gpt.lm_head.weight, r.ids[:, 1:], temperature)
+    assert r.lengths.unique().numel() > 2
+    torch.testing.assert_close(r.logp[:, 1:], logp * r.mask[:, 1:], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("top_k, top_p", [(3, None), (None, 0.7), (5, 0.8)])
+def test_under_top_k_and_top_p_logp_is_that_of_the_truncated_distribution(top_k, top_p):
+    gpt = make()
+    r = generate(gpt, PROMPTS, n=8, max_new_tokens=10, temperature=1.5, top_k=top_k, top_p=top_p, generator=seeded())
+    scores = truncate(gpt(r.ids)[:, :-1].flatten(0, 1) / 1.5, top_k, top_p).log_softmax(-1)
+    logp = scores.gather(-1, r.ids[:, 1:].reshape(-1, 1)).view(r.ids[:, 1:].shape)
+    drawn = r.mask[:, 1:] > 0
+    torch.testing.assert_close(r.logp[:, 1:][drawn], logp[drawn], rtol=0, atol=1e-4)
+
+
+def test_top_k_of_one_is_greedy():
+    gpt = make()
+    assert generate(gpt, PROMPTS, max_new_tokens=10, top_k=1, generator=seeded()).tokens() == [uncached_greedy(gpt, p, 10) for p in PROMPTS]
+
+
+@pytest.mark.parametrize("top_p", [0.01, 0.5, 0.9, 0.999])
+@pytest.mark.parametrize("top_k", [None, 1, 6, 100])
+def test_truncate_keeps_the_smallest_set_of_the_k_largest_that_reaches_p(top_k, top_p):
+    logits = 2 * torch.randn(50, V, generator=seeded(), dtype=torch.float64)
+    for row, kept in zip(logits, truncate(logits, top_k, top_p)):
+        order = row.argsort(descending=True)[:top_k]
+        p = row[order].softmax(-1)
+        size = next(m for m in range(1, len(p) + 1) if p[:m].sum() >= top_p)
+        assert {*kept.isfinite().nonzero()[:, 0].tolist()} == {*order[:size].tolist()}
+        assert torch.equal(kept[order[:size]], row[order[:size]])
+
+
+def test_indexing_and_joining_rollouts_keep_every_row():
+    gpt = make()
+    a, b = (generate(gpt, PROMPTS, n=3, max_new_tokens=n, stop=0, generator=seeded(n)) for n in (3, 15))
+    both = Rollout.cat([a, b])
+    assert both.tokens() == a.tokens() + b.tokens()
+    order = torch.tensor([20, 3, 13, 0])
+    for rows in (order, both.lengths < 4):
+        part = both[rows]
+        index = torch.arange(24)[rows].tolist()
+        assert part.tokens() == [both.tokens()[i] for i in index]
+        assert part.ids.shape[1] == max(len(PROMPTS[i % 12 // 3]) + len(both.tokens()[i]) for i in index)
+        torch.testing.assert_close(part.logp.sum(1), both.logp[rows].sum(1))
+        assert torch.equal(part.prompt_lens, both.prompt_lens[rows])
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Tokenizers
+
+TEXT = ("Der Übermut der Ärzte: naïve façade, naïve œuvre… 東京都と京都、東京タワー 🙂🙂🙃 it's they'll we've\n\n"
+        "the theme of the thesis is the thing; banana bandana aaaa aaaaa aaaaaaa 1234 12 123   \tindent\n")
+TEXT += " ".join("".join(random.Random(i).choices("aabé", k=i % 9)) for i in range(200))    # many ties, and words of one letter
+
+
+def naive_bpe(text, n):
+    """Count every pair again at each step -> merges, and the words as they end up."""
+    words, merges = [[bytes([b]) for b in w.encode()] for w in regex.findall(SPLIT, text)], []
+    while len(merges) < n:
+        pairs = Counter(p for w in words for p in zip(w, w[1:]))
+        best = max(pairs, key=lambda p: (pairs[p], p))
+        merges.append(best[0] + best[1])
+        for w in words:
+            j = 0
+            while j < len(w) - 1:
+                if (w[j], w[j + 1]) == best:
+                    w[j:j + 2] = [best[0] + best[1]]
+                j += 1
+    return merges, words
+
+
+def test_bpe_merges_are_those_of_the_worked_example():
+    text = "\n".join(["low"] * 5 + ["lower"] * 2 + ["widest"] * 3 + ["newest"] * 6)     # CS336's, after Sennrich et al.
+    assert bpe_merges(text, 6) == [b"st", b"est", b"ow", b"low", b"west", b"ne"]
+
+
+def test_of_equally_frequent_pairs_the_greater_is_merged():
+    assert bpe_merges("ab\nzy\nza\nz", 1) == [b"zy"]
+    assert bpe_merges("aba\nabb\nabc\nbab", 3) == [b"ab", b"bab", b"abc"]     # (b, ab), (ab, c), ...: pairs of bytes, not of ids
+
+
+def test_bpe_with_kept_counts_is_bpe_with_fresh_counts():
+    assert bpe_merges(TEXT, 120) == naive_bpe(TEXT, 120)[0]
+
+
+def test_tiktoken_cuts_the_training_text_as_training_did():
+    encoding = train_bpe(TEXT, 256 + 120 + 1)
+    assert [encoding.decode_single_token_bytes(t) for t in encoding.encode(TEXT)] == list(itertools.chain(*naive_bpe(TEXT, 120)[1]))
+
+
+@pytest.mark.parametrize("text", [TEXT, "", "never seen: ß ü \x00 \U0001f9ea 한국어\r\n\t  x "])
+def test_a_trained_bpe_gives_any_text_back(text):
+    encoding = train_bpe(TEXT, 300)
+    assert encoding.decode(encoding.encode(text)) == text
+
+
+def test_the_end_of_text_is_the_last_id():
+    encoding = train_bpe(TEXT, 300)
+    assert encoding.eos == 299 == encoding.n_vocab - 1
+    assert train_bpe(TEXT, 257).eos == 256
+
+
+def test_a_vocabulary_too_small_for_bytes_is_a_value_error():
+    with pytest.raises(ValueError):
+        train_bpe(TEXT, 256)
+
+
+def test_characters_come_back_and_eos_decodes_to_nothing():
+    tokenizer = CharTokenizer("abc =é")
+    assert tokenizer.decode(tokenizer.encode("a = bé") + [tokenizer.eos]) == "a = bé"
+    assert tokenizer.eos == 6 == tokenizer.n_vocab - 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Checkpoints and runs
+
+def fresh_training():
+    torch.manual_seed(0)
+    gpt = GPT(GPTConfig(vocab_size=V, block_size=8, n_layer=1, n_head=2, n_embd=16))
+    return gpt, torch.optim.AdamW(gpt.parameters(), lr=0.01), seeded(5)
+
+
+def train(gpt, optimizer, generator, steps):
+    for _ in range(steps):
+        ids = torch.randint(V, (4, 8), generator=generator)
+        loss = -token_logprobs(gpt.hidden(ids[:, :-1]), gpt.lm_head.weight, ids[:, 1:])[0].mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+def test_a_resumed_training_is_the_uninterrupted_one_to_the_bit(tmp_path):
+    whole = fresh_training()
+    train(*whole, 6)
+    gpt, optimizer, g = fresh_training()
+    train(gpt, optimizer, g, 2)
+    save_checkpoint(tmp_path / "model.pt", model=gpt.state_dict(), optimizer=optimizer.state_dict(), generator=g.get_state(), step=2)
+    gpt, optimizer, g = fresh_training()
+    state = load_checkpoint(tmp_path / "model.pt")
+    gpt.load_state_dict(state["model"]), optimizer.load_state_dict(state["optimizer"]), g.set_state(state["generator"])
+    train(gpt, optimizer, g, 6 - state["step"])
+    assert all(torch.equal(a, b) for a, b in zip(whole[0].parameters(), gpt.parameters()))
+    assert torch.equal(whole[2].get_state(), g.get_state())
+
+
+def test_an_interrupted_save_leaves_the_old_checkpoint_whole(tmp_path, monkeypatch):
+    def interrupted(state, f):
+        (f if hasattr(f, "write") else open(f, "wb")).write(b"half of it")
+        raise KeyboardInterrupt
+
+    save_checkpoint(tmp_path / "model.pt", step=1)
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(torch, "save", interrupted)
+        save_checkpoint(tmp_path / "model.pt", step=2)
+    assert load_checkpoint(tmp_path / "model.pt") == {"step": 1}
+
+
+@pytest.mark.parametrize("damage", [lambda b: None, lambda b: b[:-100], lambda b: b[:10], lambda b: b"", lambda b: b"not a checkpoint"])
+def test_a_missing_or_damaged_checkpoint_is_a_user_error_that_names_it(tmp_path, damage):
+    path = tmp_path / "model.pt"
+    save_checkpoint(path, weight=torch.randn(100))
+    damaged = damage(path.read_bytes())
+    path.unlink() if damaged is None else path.write_bytes(damaged)
+    with pytest.raises(UserError, match=re.escape(str(path))):
+        load_checkpoint(path)
+
+
+@dataclasses.dataclass
+class Config:
+    out: str = flag("out/test", "folder")
+    resume: bool = flag(False, "go on")
+    quick: bool = flag(False, "seconds")
+    steps: int = flag(100, "steps", quick=2, low=0)
+    lr: float = flag(1e-3, "learning rate", low=0, high=1)
+    beta: float = flag(0.0, "coefficient", low=0)
+    loss: str = flag("grpo", "loss", choices=("grpo", "dapo"))
+    window: int | None = flag(None, "an option without a default", low=1)
+
+
+def test_flags_have_the_types_and_defaults_of_the_fields():
+    assert parse_args(Config, "", []) == Config()
+    config = parse_args(Config, "", "--steps 7 --lr 0.5 --loss dapo --window 3 --out x --quick".split())
+    assert config == Config(out="x", quick=True, steps=7, lr=0.5, loss="dapo", window=3)
+
+
+@pytest.mark.parametrize("flags", ["--nonsense", "--step 3", "--steps many", "--steps 1.5", "--steps -1", "--lr 2", "--beta nan", "--loss ppo",
+                                   "--window 0", "--steps", "stray"])
+def test_a_mistaken_flag_is_a_user_error(flags):
+    with pytest.raises(UserError):
+        parse_args(Config, "", flags.split())
+
+
+def test_quick_sets_quick_values_and_explicit_flags_win():
+    assert parse_args(Config, "", ["--quick"]).steps == 2
+    assert parse_args(Config, "", ["--quick", "--steps", "9"]).steps == 9
+
+
+def test_resume_takes_the_runs_flags_but_for_steps_and_refuses_contradictions(tmp_path):
+    out = str(tmp_path)
+    with pytest.raises(UserError):
+        parse_args(Config, "", ["--resume", "--out", out])      # nothing there
+    (tmp_path / "config.json").write_text(json.dumps({"config": dataclasses.asdict(Config(out=out, lr=0.25, steps=5))}))
+    assert parse_args(Config, "", ["--resume", "--out", out]) == Config(out=out, lr=0.25, steps=5, resume=True)
+    assert parse_args(Config, "", ["--resume", "--out", out, "--lr", "0.25", "--steps", "8"]).steps == 8
+    with pytest.raises(UserError, match="lr"):
+        parse_args(Config, "", ["--resume", "--out", out, "--lr", "0.5"])
+
+
+@pytest.mark.parametrize("script", ["model.py", "grpo.py"])
+def test_a_mistake_on_the_command_line_is_one_line_and_exit_code_2(tmp_path, script):
+    done = subprocess.run([sys.executable, ROOT / script, "--nonsense"], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2 and done.stdout == ""
+    assert re.fullmatch(script + ": .*--nonsense.*\n", done.stderr)
+
+
+@pytest.fixture
+def handlers():
+    """Run takes over two signals: give them back."""
+    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for s, handler in before.items():
+        signal.signal(s, handler)
+
+
+def test_a_resumed_run_goes_on_from_the_checkpoints_rows(tmp_path, handlers):
+    config = Config(out=str(tmp_path / "run"))
+    run = Run(config)
+    run.log(step=1)
+    run.log(step=2)
+    run.save("base", weight=torch.ones(3))
+    run.log(step=3)     # after the checkpoint: made again
+    again = Run(dataclasses.replace(config, resume=True))
+    assert again.rows == [{"step": 1}, {"step": 2}] and torch.equal(again.state["base"]["weight"], torch.ones(3))
+    again.log(step=3, again=True)
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [{"step": 1}, {"step": 2}, {"step": 3, "again": True}]
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["config"]["steps"] == 100
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_first_then_ends_the_process_with_its_code(tmp_path, handlers, number):
+    run = Run(Config(out=str(tmp_path)))
+    assert not run.due
+    os.kill(os.getpid(), number)
+    assert run.due
+    with pytest.raises(SystemExit) as stopped:
+        run.save("train", step=7)
+    assert stopped.value.code == 128 + number
+    assert load_checkpoint(tmp_path / "model.pt")["state"] == {"train": {"step": 7}}
