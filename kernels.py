@@ -39,11 +39,11 @@ COMPILE_V = 16384   # vocabularies from this size on repay the 5 to 20 s that to
 def token_logprobs(hidden, weight, targets, temperature=1.0, impl="auto"):
     """Log-probability of each target, and entropy of the distribution it comes from, both in nats.
 
-    hidden (..., C), weight (V, C), targets (...) int64 -> logp (...), entropy (...), both fp32. Differentiable in hidden and
+    hidden (..., C), weight (V, C), targets (...) int64 in [0, V) -> logp (...), entropy (...), both fp32. Differentiable in hidden and
     weight with any per-token upstream gradient. `impl`: reference | chunked | compiled | auto (the fastest that runs here).
     Raises ValueError for an unknown impl or a temperature that is not positive.
     """
-    if temperature <= 0:
+    if not temperature > 0:
         raise ValueError(f"temperature must be positive to score tokens, got {temperature}")
     shape, V = targets.shape, weight.shape[0]
     h, y = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)    # (N, C), (N,)
@@ -52,10 +52,11 @@ def token_logprobs(hidden, weight, targets, temperature=1.0, impl="auto"):
     if impl == "reference":
         logp, entropy = reference_logprobs(h, weight, y, temperature)
     elif impl in ("chunked", "compiled"):
-        if torch.is_autocast_enabled(h.device.type):    # a custom Function is not autocast by itself
+        if torch.is_autocast_enabled(h.device.type):    # round to its dtype here; inside, the blocks choose their own
             dtype = torch.get_autocast_dtype(h.device.type)
             h, weight = h.to(dtype), weight.to(dtype)
-        logp, entropy = ChunkedLogprobs.apply(h, weight, y, 1.0 / temperature, impl == "compiled")
+        with torch.autocast(h.device.type, enabled=False):
+            logp, entropy = ChunkedLogprobs.apply(h, weight, y, 1.0 / temperature, impl == "compiled")
     else:
         raise ValueError(f"unknown impl {impl!r}: reference, chunked, compiled or auto")
     return logp.view(shape), entropy.view(shape)
@@ -88,7 +89,7 @@ def backward_block(z, inv_t, lse, entropy, g_logp, g_ent):
 
 def block_starts(N, V):
     """Even blocks of the vocabulary: at most BLOCK logits, but never under 256 columns (by then h itself is the larger)."""
-    n = -(-V // min(V, max(256, BLOCK // N)))
+    n = -(-V // min(V, max(256, BLOCK // max(N, 1))))
     return [V * i // n for i in range(n + 1)]
 
 

@@ -68,8 +68,10 @@ class GPTConfig:
         self.n_kv_head = self.n_kv_head or self.n_head
         self.head_dim = self.head_dim or self.n_embd // self.n_head
         self.n_hidden = self.n_hidden or -(-8 * self.n_embd // 3 // 32) * 32
-        assert self.n_head % self.n_kv_head == 0, f"n_head {self.n_head} is no multiple of n_kv_head {self.n_kv_head}"
-        assert self.head_dim % 2 == 0, f"rotary positions turn pairs of channels: head_dim {self.head_dim} is odd"
+        if self.n_head % self.n_kv_head:
+            raise UserError(f"n_head {self.n_head} is no multiple of n_kv_head {self.n_kv_head}")
+        if self.head_dim % 2:
+            raise UserError(f"rotary positions turn pairs of channels: head_dim {self.head_dim} is odd")
 
 
 def rotate(x, rope):
@@ -181,6 +183,7 @@ class KVCache:
 
     def set_lens(self, lens):
         """The tokens that each row truly holds: forgets the padding of a prefill, or rejected draft tokens."""
+        assert self.base <= max(0, min(lens) - (self.config.window or 0) + 1), "a sliding cache has given up what these rows would see"
         self.lens = torch.as_tensor(lens, device=self.k[0].device)
         self.length, self.ragged = max(lens), len(set(lens)) > 1
 
@@ -218,7 +221,8 @@ class KVCache:
         return self.k[layer][seen], self.v[layer][seen]
 
     def expand(self, n, capacity):
-        """Each row n times, into a new cache: one prefill serves the n samples of a prompt."""
+        """Each row of a fresh prefill n times, into a new cache: one prefill serves the n samples of a prompt."""
+        assert self.rows == len(self.k[0]) and self.base == 0, "expand before rows are dropped or the window slides"
         new = KVCache(self.config, self.rows * n, capacity, self.k[0].device, self.k[0].dtype)
         for old, t in zip(self.k + self.v, new.k + new.v):
             t[:, :self.length] = old[:, :self.length].repeat_interleave(n, dim=0)
@@ -301,20 +305,22 @@ def generate(model, prompts, n=1, max_new_tokens=128, temperature=1.0, top_k=Non
     stop: token id that ends a row, or None. temperature 0 is greedy: then logp is 0, the choice being certain. uniforms (R,) in
     [0, 1): one number drives its whole row. A number of b bits pays -log2 p for each token; once half of the b are spent, the row
     goes on with fresh bits from `generator`: the low half of a uniform is independent of its high half, so the law stays exact.
-    Raises ValueError for an empty prompt, a bad temperature, or more positions than the model's block_size.
+    Raises ValueError for an empty prompt, an argument out of its range, or more positions than the model's block_size.
     """
     lens, device = [len(p) for p in prompts], model.lm_head.weight.device
     if not lens or min(lens) < 1:
         raise ValueError("every prompt needs at least one token")
     if max(lens) + max_new_tokens - 1 > model.config.block_size:
         raise ValueError(f"prompt of {max(lens)} + {max_new_tokens} new tokens: past block_size {model.config.block_size}")
-    if temperature < 0:
-        raise ValueError(f"temperature must be 0 or more, got {temperature}")
+    for name, value, good in (("temperature", temperature, temperature >= 0), ("n", n, n >= 1), ("max_new_tokens", max_new_tokens, max_new_tokens >= 1),
+                              ("top_k", top_k, top_k is None or top_k >= 1), ("top_p", top_p, top_p is None or 0 < top_p <= 1)):
+        if not good:
+            raise ValueError(f"{name} is out of range: {value}")
     R, P = len(prompts) * n, max(lens)
     real = torch.float32 if device.type == "mps" else torch.float64
     fresh = torch.rand(R, max_new_tokens, generator=generator, dtype=real, device=generator.device if generator else None).to(device)
     if uniforms is not None:
-        assert uniforms.shape == (R,), f"uniforms {tuple(uniforms.shape)} for {R} rows"
+        assert uniforms.shape == (R,) and 0 <= uniforms.min() and uniforms.max() < 1, f"{R} rows need {R} uniforms in [0, 1)"
         u, spent = uniforms.to(device, real), torch.zeros(R, device=device)
         budget = -math.log2(torch.finfo(uniforms.dtype).eps) / 2
 
@@ -497,10 +503,9 @@ def parse_args(Config, doc, argv=None):
     if given.get("quick"):
         values = {f.name: f.metadata["quick"] for f in dataclasses.fields(Config) if f.metadata["quick"] is not None}
     if given.get("resume"):
-        path = Path(given.get("out", Config.out)) / "config.json"
-        if not path.exists():
-            fail(f"nothing to resume: {path} does not exist")
-        values = json.loads(path.read_text())["config"]
+        values = load_checkpoint(Path(given.get("out", Config.out)) / "model.pt")["config"]
+        if set(values) != {f.name for f in dataclasses.fields(Config)}:
+            fail("--resume: the checkpoint was made by another version of this script")
         for name in set(given) - {"resume", "steps", "out"}:
             if given[name] != values.get(name):
                 fail(f"--resume continues a run with {name} = {values.get(name)}, not {given[name]}")
@@ -551,12 +556,16 @@ class Run:
     """
 
     def __init__(self, config):
-        self.dir, self.rows, self.state, self.signal, self.saved = Path(config.out), [], {}, 0, time.time()
+        self.config, self.dir, self.rows, self.state, self.signal, self.saved = dataclasses.asdict(config), Path(config.out), [], {}, 0, time.time()
         if config.resume:
             checkpoint = load_checkpoint(self.dir / "model.pt")
-            self.state = checkpoint["state"]
-            lines = (self.dir / "metrics.jsonl").read_text().splitlines()[:checkpoint["rows"]]
-            self.rows = [json.loads(line) for line in lines]        # what came after the checkpoint is made again
+            self.state, n = checkpoint["state"], checkpoint["rows"]
+            try:                                                    # what came after the checkpoint is made again
+                self.rows = [json.loads(line) for line in (self.dir / "metrics.jsonl").read_text().splitlines()[:n]]
+            except (OSError, ValueError):
+                self.rows = []
+            if len(self.rows) < n:
+                raise UserError(f"{self.dir / 'metrics.jsonl'} does not hold the {n} rows that model.pt goes on from")
         try:
             self.dir.mkdir(parents=True, exist_ok=True)
             self.write("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows))
@@ -565,7 +574,7 @@ class Run:
             raise UserError(f"cannot write to {self.dir}: {e.strerror}") from None
         revision = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent)
         self.write("config.json", json.dumps({
-            "config": dataclasses.asdict(config), "torch": torch.__version__, "python": platform.python_version(),
+            "config": self.config, "torch": torch.__version__, "python": platform.python_version(),
             "threads": torch.get_num_threads(), "revision": revision.stdout.strip() or "unknown"}, indent=1))
         for s in (signal.SIGINT, signal.SIGTERM):
             signal.signal(s, lambda number, _: setattr(self, "signal", number))
@@ -587,7 +596,7 @@ class Run:
 
     def save(self, phase, **state):
         self.state[phase], self.saved = state, time.time()
-        save_checkpoint(self.dir / "model.pt", state=self.state, rows=len(self.rows))
+        save_checkpoint(self.dir / "model.pt", state=self.state, rows=len(self.rows), config=self.config)
         if self.signal:
             print(f"\nsaved {self.dir / 'model.pt'}: --resume goes on from here", flush=True)
             raise SystemExit(128 + self.signal)
@@ -651,11 +660,11 @@ def lr_at(step, steps, peak, warmup=20):
     return peak * min((step + 1) / warmup, 0.55 + 0.45 * math.cos(math.pi * step / steps))
 
 
-def pretrain(config, run, seed, device, train_ids, val_ids, bytes_per_token):
+def pretrain(config, run, seed, device, tokenizer, train_ids, val_ids, bytes_per_token):
     """Next-token prediction on random windows of train_ids -> the model. Logs the training and the held-out loss."""
     phase, generator = f"gpt {seed}", torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
-    model = GPT(GPTConfig(config.vocab_size, config.block_size, config.n_layer, config.n_head, config.n_embd, config.n_kv_head)).to(device)
+    model = GPT(GPTConfig(tokenizer.n_vocab, config.block_size, config.n_layer, config.n_head, config.n_embd, config.n_kv_head)).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), config.lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     state, T = run.state.get(phase), config.block_size
     if state:
@@ -716,9 +725,10 @@ def main():
           f"{len(val_ids):,} held out, {tokenizer.n_vocab} ids, {bytes_per_token:.2f} bytes per token, BPE and encoding {time.time() - started:.0f} s")
     # 3. Train, sample
     for seed in range(config.seed, config.seed + config.seeds):
-        model = pretrain(config, run, seed, device, train_ids, val_ids, bytes_per_token)
+        model = pretrain(config, run, seed, device, tokenizer, train_ids, val_ids, bytes_per_token)
     prompt = "def " if not config.data else val_text[:20]
-    sample = generate(model, [tokenizer.encode_ordinary(prompt)], max_new_tokens=min(120, config.block_size - len(prompt)), temperature=0.8,
+    start = tokenizer.encode_ordinary(prompt)[:config.block_size]
+    sample = generate(model, [start], max_new_tokens=min(120, config.block_size + 1 - len(start)), temperature=0.8,
                       stop=tokenizer.eos, generator=torch.Generator().manual_seed(config.seed))
     print(f"\nA sample at temperature 0.8:\n{prompt}{sample.texts(tokenizer)[0]}\n")
     # 4. Figure and claim

@@ -584,7 +584,7 @@ def test_resume_takes_the_runs_flags_but_for_steps_and_refuses_contradictions(tm
     out = str(tmp_path)
     with pytest.raises(UserError):
         parse_args(Config, "", ["--resume", "--out", out])      # nothing there
-    (tmp_path / "config.json").write_text(json.dumps({"config": dataclasses.asdict(Config(out=out, lr=0.25, steps=5))}))
+    save_checkpoint(tmp_path / "model.pt", config=dataclasses.asdict(Config(out=out, lr=0.25, steps=5)))
     assert parse_args(Config, "", ["--resume", "--out", out]) == Config(out=out, lr=0.25, steps=5, resume=True)
     assert parse_args(Config, "", ["--resume", "--out", out, "--lr", "0.25", "--steps", "8"]).steps == 8
     with pytest.raises(UserError, match="lr"):
