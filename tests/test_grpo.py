@@ -101,19 +101,20 @@ def test_reward_reads_the_last_line_of_a_column():
 
 
 @pytest.mark.parametrize("text", [ANSWER.replace("007", "008"), ANSWER.replace("010", "011"), ANSWER.replace("112", "113"), ANSWER[:-LINE], ANSWER[LINE:],
-                                  ANSWER + "a", ANSWER + "a1A600", ANSWER + "d0D0000", ANSWER[:-1], ""])
+                                  ANSWER + "a", ANSWER + "a7", ANSWER + "a1A600", ANSWER + "d0D0000", ANSWER[:-1], ""])
 def test_reward_rejects_a_wrong_digit_a_missing_or_extra_column_and_a_partial_line(text):
     assert reward(PROBLEM, text) == 0
 
 
-def test_an_answer_without_its_stop_token_earns_nothing(monkeypatch):
+def test_each_answer_is_judged_by_its_own_problem_and_earns_nothing_without_its_stop_token(monkeypatch):
     q, a = tokenizer.encode(question(PROBLEM)), tokenizer.encode(ANSWER)
-    mask = torch.zeros(2, len(q + a) + 1)
-    mask[0, len(q):], mask[1, len(q):-1] = 1, 1     # finished, and cut off by the budget
-    rollout = Rollout(torch.tensor([q + a + [tokenizer.eos]] * 2), mask, mask, torch.tensor([len(q)] * 2))
+    mask = torch.zeros(6, len(q + a) + 1)
+    mask[:, len(q):] = 1
+    mask[2::3, -1] = 0      # the third answer of each problem was cut off by the budget
+    rollout = Rollout(torch.tensor([q + a + [tokenizer.eos]] * 6), mask, mask, torch.tensor([len(q)] * 6))
     monkeypatch.setattr(grpo, "generate", lambda *_, **__: rollout)
-    _, texts, rewards = grpo.sample(None, [PROBLEM], 2, small(), None)
-    assert texts == [ANSWER] * 2 and rewards.tolist() == [[1, 0]]
+    _, texts, rewards = grpo.sample(None, [PROBLEM, PROBLEM[::-1]], 3, small(), None)
+    assert texts == [ANSWER] * 6 and rewards.tolist() == [[1, 1, 0], [0, 0, 0]]
 
 
 def test_demonstrations_are_whole_lines_of_right_arithmetic_and_only_a_wrong_guess_spoils_one():
