@@ -543,7 +543,7 @@ def figure_train(config, run, device):
 
 
 def figure_variants(config, run, device):
-    budget = 5_000 if config.quick else 300_000
+    budget = 2_000 if config.quick else 300_000
     config = replace(config, minibatches=4, steps=10 ** 9, eval_every=1 if config.quick else 4)
     for seed in seeds_of(config):
         base = warm_up(config, run, seed, device)
