@@ -582,6 +582,25 @@ def load_checkpoint(path):
         raise UserError(f"{path} is not a readable checkpoint ({type(e).__name__})") from None
 
 
+def snapshot(step, model, optimizer, rng, generator=None, **more):
+    """All that a loop needs to go on, to the bit."""
+    return dict(step=step, model=model.state_dict(), optimizer=optimizer and optimizer.state_dict(), rng=rng.getstate(),
+                generator=generator and generator.get_state(), **more)
+
+
+def restore(state, model, optimizer, rng, generator=None):
+    """Put a snapshot back (None: nothing to do) -> the step to go on with."""
+    if state is None:
+        return 0
+    model.load_state_dict(state["model"])
+    rng.setstate(state["rng"])
+    if state["optimizer"]:
+        optimizer.load_state_dict(state["optimizer"])
+    if state["generator"] is not None:
+        generator.set_state(state["generator"])
+    return state["step"]
+
+
 class Run:
     """The folder of one run: config.json, metrics.jsonl, claims.json, and model.pt with the state of each phase of the run.
 
@@ -638,9 +657,9 @@ class Run:
     def claims(self, claims):
         """Write claims.json and print it as a table. Each claim holds or does not: both are results."""
         self.write("claims.json", json.dumps(claims, indent=1))
-        print(f"\n{'claim':<84} {'paper':>16} {'ours':>16} {'threshold':>10}  holds")
+        print(f"\n{'claim':<58} {'paper':>18} {'ours':>16} {'threshold':>10}  holds")
         for c in claims:
-            print(f"{c['claim']:<84} {c['paper']!s:>16} {c['ours']!s:>16} {c['threshold']:>10}  {'yes' if c['holds'] else 'NO'}")
+            print(f"{c['claim']:<58} {c['paper']!s:>18} {c['ours']!s:>16} {c['threshold']:>10}  {'yes' if c['holds'] else 'NO'}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
