@@ -84,7 +84,7 @@ class Config:
     eps_high: float = flag(None, "clip range above 1", low=0)
     correction: str = flag("none", "weight for old policy over sampler: tis (per token), seq_tis, mis (drop)", choices=("none", "tis", "seq_tis", "mis"))
     beta: float = flag(0.0, "coefficient of the KL to the base model", low=0)
-    kl: str = flag("k3", "KL estimator (Schulman 2020)", choices=("k1", "k2", "k3"))
+    kl: str = flag(None, "KL estimator (Schulman 2020): k2 or k3 (default) in the loss, k1 in the reward", choices=("k1", "k2", "k3"))
     kl_in: str = flag("loss", "where the KL goes", choices=("loss", "reward"))
     entropy_bonus: float = flag(0.0, "coefficient of the entropy", low=0)
     positive_only: bool = flag(False, "mask negative advantages")
@@ -109,8 +109,9 @@ class Config:
     def __post_init__(self):
         if self.max_new_tokens < LINE * self.digits + 1 and not self.quick:
             raise UserError(f"--max-new-tokens {self.max_new_tokens}: {self.digits} columns take at least {LINE * self.digits + 1}")
-        if self.beta and self.kl == "k1" and self.kl_in == "loss":
-            raise UserError("--kl k1 in the loss has a gradient of mean zero, it pulls nowhere: use --kl k2 or k3, or --kl-in reward")
+        if self.beta and self.kl and (self.kl == "k1") != (self.kl_in == "reward"):
+            raise UserError(f"--kl {self.kl} --kl-in {self.kl_in} does not pull to the base: in the loss k1's gradient has mean zero, "
+                            "in the reward only k1 has the KL's gradient")
 
     @property
     def method(self):
@@ -227,7 +228,7 @@ def aggregation_weights(mask, kind, budget):
 def kl_estimate(logp, ref_logp, kind):
     """Per-token estimate of KL(pi || ref) from samples of pi (Schulman 2020). As values k1 and k3 are unbiased, k2 is not.
 
-    As losses, on-policy: k2 has the KL's gradient, k3 that of KL(ref || pi), k1 none.
+    As losses, on-policy: k2 has the KL's gradient, k3 that of KL(ref || pi), k1 none. In the reward, k1 has the KL's gradient.
     """
     d = (logp - ref_logp).clamp(-20, 20)
     return {"k1": d, "k2": d ** 2 / 2, "k3": (-d).exp() + d - 1}[kind]
@@ -249,8 +250,8 @@ def pass_at_k(n, correct, k):
     if not 1 <= k <= n:
         raise ValueError(f"pass@{k} needs 1 <= k <= n, have n = {n} samples")
     c = torch.as_tensor(correct).double()
-    j = torch.arange(n - k + 1, n + 1, dtype=torch.float64)         # C(n-c, k) / C(n, k) = prod over j of 1 - c / j, 0 once c > n - k
-    return 1 - (1 - c[..., None] / j).clamp_min(0).prod(-1)
+    j = torch.arange(n - k + 1, n + 1, dtype=torch.float64)         # C(n-c, k) / C(n, k) = prod_j (1 - c / j): 0 once c > n - k
+    return 1 - (1 - c[..., None] / j).prod(-1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -354,7 +355,7 @@ def update(model, base, optimizer, rollout, rewards, config, generator):
     old_logp = score_all(model, rollout, config) if config.minibatches > 1 or kl_in_reward else None
     ref_logp = score_all(base, rollout, config) if config.beta else None
     if kl_in_reward:
-        rewards = rewards - config.beta * (kl_estimate(old_logp, ref_logp, config.kl) * mask).sum(1).view_as(rewards)
+        rewards = rewards - config.beta * (kl_estimate(old_logp, ref_logp, "k1") * mask).sum(1).view_as(rewards)
     adv = advantages(rewards, method.advantage)
     if config.positive_only:
         adv = adv.clamp_min(0)
@@ -372,7 +373,7 @@ def update(model, base, optimizer, rollout, rewards, config, generator):
             loss, silenced = surrogate(logp, old, adv[rows], m, method.ratio, method.eps_low, method.eps_high)
             loss = loss * correction_weights(old, rollout.logp[rows], m, config.correction) - config.entropy_bonus * entropy
             if config.beta:
-                kl = kl_estimate(logp, ref_logp[rows], config.kl)
+                kl = kl_estimate(logp, ref_logp[rows], config.kl or "k3")
                 total["kl"] += ((kl * m).sum() / mask.sum()).item()
                 loss = loss + config.beta * kl if config.kl_in == "loss" else loss
             (a * loss).sum().backward()
@@ -409,7 +410,7 @@ def train(config, run, arm, seed, base, tokens=math.inf):
     state = run.state.get(phase)
     step = restore(state, model, optimizer, rng, generator)
     sampled = state["sampled"] if state else 0
-    if step == 0:
+    if state is None:
         run.log(phase="rl", arm=arm, seed=seed, step=0, sampled_tokens=0, **held_out(model, config))
     print("  ".join(SHOWN))
     while step < config.steps and sampled < tokens:
@@ -427,7 +428,8 @@ def train(config, run, arm, seed, base, tokens=math.inf):
         if step % config.eval_every == 0 or step == config.steps or sampled >= tokens:
             row |= held_out(model, config)
         run.log(**row)
-        print("  ".join(f"{row[k]:>{len(k)}.{3 if isinstance(row[k], float) and row[k] < 10 else 0}f}" if row.get(k) is not None else " " * len(k) for k in SHOWN), flush=True)
+        cells = (f"{row[k]:.{3 if isinstance(row[k], float) and row[k] < 10 else 0}f}" if row.get(k) is not None else "" for k in SHOWN)
+        print("  ".join(f"{cell:>{len(k)}}" for k, cell in zip(SHOWN, cells)), flush=True)
         # 4. Save now and then, and at once when interrupted
         if run.due:
             run.save(phase, **snapshot(step, model, optimizer, rng, generator, sampled=sampled))

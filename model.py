@@ -65,6 +65,8 @@ class GPTConfig:
     norm_eps: float = 1e-5
 
     def __post_init__(self):
+        if self.head_dim is None and self.n_embd % self.n_head:
+            raise UserError(f"n_embd {self.n_embd} is no multiple of n_head {self.n_head}")
         self.n_kv_head = self.n_kv_head or self.n_head
         self.head_dim = self.head_dim or self.n_embd // self.n_head
         self.n_hidden = self.n_hidden or max(16, 8 * self.n_embd // 3 // 16 * 16)
@@ -546,7 +548,9 @@ def parse_args(Config, doc, argv=None):
     config = Config(**{**values, **given})
     for f in dataclasses.fields(Config):
         value, low, high = getattr(config, f.name), f.metadata["low"], f.metadata["high"]
-        if value is not None and (low is not None and not value >= low or high is not None and not value <= high):
+        if isinstance(value, float) and not math.isfinite(value):
+            fail(f"--{f.name.replace('_', '-')} is {value}: must be finite")
+        if value is not None and (low is not None and value < low or high is not None and value > high):
             fail(f"--{f.name.replace('_', '-')} is {value}: must be {'' if low is None else f'at least {low}'}"
                  f"{' and ' if None not in (low, high) else ''}{'' if high is None else f'at most {high}'}")
     return config

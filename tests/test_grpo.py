@@ -267,10 +267,11 @@ def test_in_the_reward_k1_pulls_down_the_kl():
     torch.testing.assert_close(ours, torch.autograd.grad(kl(logp, ref), logits)[0])
 
 
-def test_k1_in_the_loss_is_refused_and_in_the_reward_is_not():
-    with pytest.raises(UserError, match="k1"):
-        small(beta=0.1, kl="k1")
-    small(beta=0.1, kl="k1", kl_in="reward")
+@pytest.mark.parametrize("kind, where", [("k1", "loss"), ("k2", "reward"), ("k3", "reward")])
+def test_an_estimator_is_refused_where_it_does_not_pull_to_the_base(kind, where):
+    with pytest.raises(UserError, match=kind):
+        small(beta=0.1, kl=kind, kl_in=where)
+    small(beta=0.1, kl=kind, kl_in={"loss": "reward", "reward": "loss"}[where])
 
 
 def ratios(*rows):
