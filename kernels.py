@@ -94,7 +94,7 @@ def block_starts(N, V):
 
 
 def gemm_dtype(x):
-    """bf16 on a CPU without bf16 units is emulated, 4x slower than fp32: there the blocks are multiplied in fp32."""
+    """The dtype to multiply matrices of x's dtype in. bf16 on a CPU without bf16 units is emulated, 4x slower than fp32: fp32."""
     emulated = x.device.type == "cpu" and x.dtype == torch.bfloat16 and not torch.cpu._is_avx512_bf16_supported()
     return torch.float32 if emulated else x.dtype
 

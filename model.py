@@ -18,6 +18,7 @@ What to know before changing `generate`:
    number is rescaled to its place inside the bin it fell in, and is uniform again.
 """
 import argparse
+import copy
 import dataclasses
 import heapq
 import importlib.util
@@ -29,6 +30,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 import zlib
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
@@ -41,7 +43,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from kernels import attention, token_logprobs
+from kernels import attention, gemm_dtype, token_logprobs
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -352,6 +354,8 @@ def generate(model, prompts, n=1, max_new_tokens=128, temperature=1.0, top_k=Non
                               ("top_k", top_k, top_k is None or top_k >= 1), ("top_p", top_p, top_p is None or 0 < top_p <= 1)):
         if not good:
             raise ValueError(f"{name} is out of range: {value}")
+    if gemm_dtype(model.lm_head.weight) != model.lm_head.weight.dtype:      # emulated bf16: the same weights in fp32 are twice as fast
+        model = copy.deepcopy(model).float()
     R, P = len(prompts) * n, max(lens)
     real = torch.float32 if device.type == "mps" else torch.float64
     fresh = torch.rand(R, max_new_tokens, generator=generator, dtype=real, device=generator.device if generator else None).to(device)
@@ -680,7 +684,7 @@ class Config:
     quick: bool = flag(False, "a run of a few seconds that shows nothing but that it runs")
     figure: str = flag("loss", "which figure: loss (3 minutes)", choices=("loss",))
     steps: int = flag(600, "training steps", quick=5, low=1)
-    bench: bool = flag(False, "measure generate and a training step beside the installed peers (10 minutes), train nothing")
+    bench: bool = flag(False, "measure generate and a training step beside the installed peers (8 minutes), train nothing")
     nanogpt: str = flag("", "with --bench: a checkout of karpathy/nanoGPT to compare the training step with")
     data: str = flag("", "a text file, a folder, or a Hugging Face dataset with a text column (default: the standard library's sources)")
     vocab_size: int = flag(1024, "size of the BPE vocabulary", quick=300, low=257)
@@ -721,7 +725,8 @@ def pretrain(config, run, seed, device, tokenizer, train_ids, val_ids, bytes_per
     """Next-token prediction on random windows of train_ids -> the model. Logs the training and the held-out loss."""
     phase, generator = f"gpt {seed}", torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
-    model = GPT(GPTConfig(tokenizer.n_vocab, config.block_size, config.n_layer, config.n_head, config.n_embd, config.n_kv_head)).to(device)
+    model = GPT(GPTConfig(tokenizer.n_vocab, config.block_size, config.n_layer, config.n_head, config.n_embd, config.n_kv_head,
+                          qk_norm=True)).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), config.lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     state, T = run.state.get(phase), config.block_size
     if state:
@@ -818,6 +823,7 @@ def plot_loss(run, config, gzip, final):
 
 def bench(nanogpt, rounds=3):
     """Our speed beside the peers', interleaved in one run: Hugging Face generate (if transformers is installed), nanoGPT's step."""
+    warnings.simplefilter("ignore")
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}; medians of {rounds} interleaved rounds\n")
     for dtype in (torch.float32, torch.bfloat16):
         toy = GPTConfig(64, 256, 4, 4, 128, tie=False)
