@@ -699,22 +699,22 @@ class Config:
 
 
 def load_documents(data):
-    """'' -> the standard library's modules; a text file -> [text]; a folder -> its text files; else a Hugging Face dataset's texts."""
+    """'' -> the standard library's modules; a text file -> [text]; a folder -> its text files, or if it has none what `datasets`
+    makes of it; any other name -> the texts of that Hugging Face dataset."""
     path = Path(data) if data else Path(os.__file__).parent
     if path.is_file():
         return [path.read_text(errors="replace")]
-    if path.is_dir():
-        files = sorted(path.glob("*.py")) if not data else sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".md", ".py", ".rst"))
-        texts = [f.read_text(errors="replace") for f in files]
-    else:
+    files = path.glob("*.py") if not data else (p for p in path.rglob("*") if p.suffix in (".txt", ".md", ".py", ".rst"))
+    texts = [f.read_text(errors="replace") for f in sorted(files)]
+    if not texts:
         import datasets
         try:
-            texts = datasets.load_dataset(data, split="train")["text"]
+            texts = list(datasets.load_dataset(data, split="train")["text"])
         except Exception as e:
-            raise UserError(f"--data {data}: no such file or folder, and no dataset with a text column ({type(e).__name__})") from None
+            raise UserError(f"--data {data}: no text file, no folder of texts, no dataset with a text column ({type(e).__name__})") from None
     if not "".join(texts).strip():
         raise UserError(f"--data {data}: no text in it")
-    return list(texts)
+    return texts
 
 
 def lr_at(step, steps, peak, warmup=20):
@@ -797,7 +797,7 @@ def main():
     final = [[r["val_bits_per_byte"] for r in run.rows if r["seed"] == s and "val_loss" in r][-1] for s in range(config.seed, config.seed + config.seeds)]
     gzip = bits_per_byte(val_text, lambda b: zlib.compress(b, 9))
     plot_loss(run, config, gzip, np.mean(final))
-    run.claims([dict(id="compression", claim="held-out bits per byte, worst seed (gzip -9 on the same text in brackets)", source="-", paper="-",
+    run.claims([dict(id="compression", claim="held-out bits per byte, worst seed (gzip -9)", source="-", paper="-",
                      ours=f"{max(final):.3f} ({gzip:.3f})", threshold="< gzip", holds=max(final) < gzip, seeds=config.seeds)])
     print(f"\n{run.dir / 'loss.png'}, metrics.jsonl, claims.json, model.pt: {time.time() - started:.0f} s")
 

@@ -632,3 +632,33 @@ def test_a_signal_saves_first_then_ends_the_process_with_its_code(tmp_path, hand
         run.save("train", step=7)
     assert stopped.value.code == 128 + number
     assert load_checkpoint(tmp_path / "model.pt")["state"] == {"train": {"step": 7}}
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# python model.py
+
+def test_documents_come_from_the_standard_library_a_file_a_folder_or_a_dataset(tmp_path):
+    assert any("import" in text for text in model.load_documents(""))
+    (tmp_path / "texts").mkdir(), (tmp_path / "rows").mkdir(), (tmp_path / "empty").mkdir()
+    for name in ("b.txt", "a.md", "c.bin"):
+        (tmp_path / "texts" / name).write_text(name)
+    (tmp_path / "rows" / "data.jsonl").write_text("".join(json.dumps({"text": f"row {i}"}) + "\n" for i in range(3)))
+    assert model.load_documents(str(tmp_path / "texts" / "b.txt")) == ["b.txt"]
+    assert model.load_documents(str(tmp_path / "texts")) == ["a.md", "b.txt"]
+    assert model.load_documents(str(tmp_path / "rows")) == ["row 0", "row 1", "row 2"]      # through datasets
+    with pytest.raises(UserError, match="empty"):
+        model.load_documents(str(tmp_path / "empty"))
+
+
+def test_pretraining_runs_end_to_end_on_a_text_and_a_finished_run_resumes_to_itself(tmp_path):
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 400)
+
+    def run(out, *flags):
+        command = [sys.executable, ROOT / "model.py", "--out", tmp_path / out, *flags]
+        subprocess.run(command, check=True, capture_output=True, cwd=tmp_path)
+        rows = [json.loads(line) for line in (tmp_path / out / "metrics.jsonl").read_text().splitlines()]
+        return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+
+    whole = run("whole", "--quick", "--data", str(tmp_path / "text.txt"), "--steps", "6")
+    assert {p.name for p in (tmp_path / "whole").iterdir()} == {"config.json", "metrics.jsonl", "claims.json", "loss.png", "model.pt"}
+    assert len(whole) == 6 and run("whole", "--resume") == whole
