@@ -48,7 +48,7 @@ def token_logprobs(hidden, weight, targets, temperature=1.0, impl="auto"):
     shape, V = targets.shape, weight.shape[0]
     h, y = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)    # (N, C), (N,)
     if impl == "auto":      # one block would hold all the logits anyway: then plain autograd, with no second matrix product
-        impl = "reference" if y.numel() * V <= BLOCK else "compiled" if V >= COMPILE_V and can_compile() else "chunked"
+        impl = "reference" if y.numel() * V <= BLOCK else "compiled" if V >= COMPILE_V and can_compile(h.device.type) else "chunked"
     if impl == "reference":
         logp, entropy = reference_logprobs(h, weight, y, temperature)
     elif impl in ("chunked", "compiled"):
@@ -80,11 +80,11 @@ def forward_block(z, inv_t, m, s, s1):
 
 
 def backward_block(z, inv_t, lse, entropy, g_logp, g_ent):
-    """dLoss/dz for a block of raw logits z (N, b), but for the onehot: -p * (g_logp + g_ent * (log p + H)), in z's dtype."""
-    dtype, logp = z.dtype, z.float().mul_(inv_t).sub_(lse[:, None])
+    """dLoss/dz for a block of raw logits z (N, b), but for the onehot: -p * (g_logp + g_ent * (log p + H))."""
+    logp = z.float().mul_(inv_t).sub_(lse[:, None])
     p = logp.exp()
     slope = logp.add_(entropy[:, None]).mul_(g_ent[:, None]).add_(g_logp[:, None])
-    return p.mul_(slope).mul_(-inv_t).to(dtype)
+    return p.mul_(slope).mul_(-inv_t)
 
 
 def block_starts(N, V):
@@ -132,9 +132,8 @@ class ChunkedLogprobs(torch.autograd.Function):
         for a, b in zip(starts, starts[1:]):
             w = weight[a:b].to(x.dtype)
             dz = slope(F.linear(x, w), ctx.inv_t, lse, entropy, g_logp, g_ent)      # (N, b - a)
-            inside = ((y >= a) & (y < b)).to(dz.dtype)
-            onehot = (inside * (g_logp * ctx.inv_t).to(dz.dtype))[:, None]
-            dz.scatter_add_(1, (y - a).clamp(0, b - a - 1)[:, None], onehot)
+            onehot = torch.where((y >= a) & (y < b), g_logp * ctx.inv_t, 0)         # (1 - p) g cancels: add in fp32, then round
+            dz = dz.scatter_add_(1, (y - a).clamp(0, b - a - 1)[:, None], onehot[:, None]).to(x.dtype)
             dh += dz @ w
             torch.mm(dz.T, x, out=dweight[a:b]) if x.dtype == weight.dtype else dweight[a:b].copy_(dz.T @ x)
         return dh.to(h.dtype), dweight, None, None, None
@@ -149,8 +148,9 @@ def compile_block(f):
     return _compiled[f]
 
 
-def can_compile():
-    return shutil.which("g++") is not None or shutil.which("clang++") is not None or torch.cuda.is_available()
+def can_compile(device="cpu"):
+    """torch.compile needs a C++ compiler for the CPU and brings Triton for CUDA; elsewhere it is an experiment."""
+    return device == "cuda" or device == "cpu" and (shutil.which("g++") or shutil.which("clang++")) is not None
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -177,7 +177,7 @@ def attention(q, k, v, causal=True, window=None, mask=None, impl="auto"):
         raise ValueError(f"unknown impl {impl!r}: reference, sdpa or auto")
     if T == 1 and k.shape[1] < q.shape[1]:      # decoding: the heads of a group become the queries of one head, no copy of k, v
         B, H, _, D = q.shape
-        return F.scaled_dot_product_attention(q.view(B, k.shape[1], -1, D), k, v, attn_mask=mask).view(B, H, 1, D)
+        return F.scaled_dot_product_attention(q.reshape(B, k.shape[1], -1, D), k, v, attn_mask=mask).reshape(B, H, 1, D)
     if mask is None and causal and 1 < T < S:   # torch's is_causal aligns the first query with the first key; ours the last with the last
         mask = visible(T, S, causal, None, q.device)
     is_causal = causal and mask is None and T > 1
@@ -220,8 +220,8 @@ def measure(work, shape, dtype, impl, device, repeats=3):
     cuda, times = device == "cuda", []
     if impl == "compiled":      # compile first, in this process: inductor's own memory is not the kernel's
         torch._inductor.config.compile_threads = 1
-        token_logprobs(torch.randn(64, C, dtype=dtype, device=device, requires_grad=True), leaves[1], y[:64], impl=impl)[0].sum().backward()
-        leaves[1].grad = None
+        small = [torch.randn(n, C, dtype=dtype, device=device, requires_grad=True) for n in (64, 300)]
+        token_logprobs(*small, y[:64] % 300, impl=impl)[0].sum().backward()
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     start = torch.cuda.memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -239,14 +239,14 @@ def measure(work, shape, dtype, impl, device, repeats=3):
     return sorted(times[1:])[repeats // 2], (peak - start) / unit
 
 
-def roof(device, n=2048):
+def roof(device):
     """The fastest matrix product of this machine at each dtype, in FLOP/s; where bf16 is emulated, fp32's counts for both."""
-    best = {}
+    best, n = {}, 8192 if device == "cuda" else 2048
     for dtype in (torch.float32, torch.bfloat16):
         a, times = torch.randn(n, n, dtype=dtype, device=device), []
         for _ in range(6):
             started = time.perf_counter()
-            (a @ a).sum().item()
+            (a @ a)[0, 0].item()        # waits for a GPU
             times.append(time.perf_counter() - started)
         best[dtype] = 2 * n ** 3 / min(times)
     best[torch.bfloat16] = max(best.values())
@@ -270,7 +270,7 @@ def main():
         flops = 6 * shape[0] * shape[1] * shape[2] if work == "token_logprobs" else 7 * shape[0] * shape[1] * shape[2] ** 2 * shape[3]
         for dtype in (torch.float32, torch.bfloat16):       # useful work: 3 products for the head; causal attention 7 half squares
             for impl in impls:
-                if impl == "compiled" and not can_compile():
+                if impl == "compiled" and not can_compile(args.device):
                     print("compiled: no C++ compiler found, row left out")
                     continue
                 with multiprocessing.get_context("spawn").Pool(1) as pool:

@@ -74,8 +74,15 @@ class GPTConfig:
         self.n_hidden = self.n_hidden or max(16, 8 * self.n_embd // 3 // 16 * 16)
         if self.n_head % self.n_kv_head:
             raise UserError(f"n_head {self.n_head} is no multiple of n_kv_head {self.n_kv_head}")
+        if self.window is not None and self.window < 1:
+            raise UserError(f"window {self.window}: a token sees at least itself")
         if self.head_dim % 2:
             raise UserError(f"rotary positions turn pairs of channels: head_dim {self.head_dim} is odd")
+
+
+def wide(x):
+    """x in fp32, or in the wider type it has: where bf16 would round a sum."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def inverse_rms(x, eps):
@@ -92,15 +99,16 @@ class RMSNormFunction(torch.autograd.Function):
     def forward(ctx, x, weight, eps):
         ctx.save_for_backward(x, weight)
         ctx.eps = eps
-        return (x * inverse_rms(x, eps)).mul_(weight)
+        return (wide(x) * inverse_rms(wide(x), eps)).mul_(weight).to(x.dtype)
 
     @staticmethod
     def backward(ctx, g):
-        x, weight = ctx.saved_tensors
-        r, gx = inverse_rms(x, ctx.eps), g * x                          # (..., 1), (..., C)
+        saved, eps = ctx.saved_tensors, ctx.eps
+        x, weight, g = wide(saved[0]), wide(saved[1]), wide(g)
+        r, gx = inverse_rms(x, eps), g * x                              # (..., 1), (..., C)
         slope = (gx @ weight)[..., None] * r ** 3 / x.shape[-1]         # (..., 1)
         dx = (g * weight).mul_(r).addcmul_(x, slope, value=-1)
-        return dx, r.flatten() @ gx.flatten(0, -2), None
+        return dx.to(saved[0].dtype), (r.flatten() @ gx.flatten(0, -2)).to(saved[1].dtype), None
 
 
 class RMSNorm(nn.Module):
@@ -189,8 +197,8 @@ class GPT(nn.Module):
         """ids (B, T) int64 -> final hidden states (B, T, C). With a cache, ids continue its rows and are added to it."""
         B, T = ids.shape
         self.rope = self.rope.to(ids.device)
+        assert T + (0 if cache is None else cache.length) <= self.config.block_size, f"past block_size {self.config.block_size}"
         positions, mask = (slice(0, T), None) if cache is None else cache.extend(T)
-        assert (T if cache is None else cache.length) <= self.config.block_size, f"past block_size {self.config.block_size}"
         x, rope = self.wte(ids), self.rope[positions]       # (B, T, C)
         for block in self.blocks:
             x = block(x, rope, mask, cache)
@@ -275,8 +283,9 @@ class KVCache:
         order[holes] = movers
         for t in self.k + self.v:
             t[holes, :self.length - self.base] = t[movers, :self.length - self.base]
-        self.rows, self.lens = n, self.lens[order]
-        self.length = int(self.lens.max()) if n else 0
+        self.rows = n
+        if n:
+            self.set_lens(self.lens[order].tolist())
         return order
 
 
@@ -314,12 +323,12 @@ class Rollout:
 
 
 def truncate(logits, top_k=None, top_p=None):
-    """(R, V) logits with -inf outside the top_k largest, then outside the smallest set that holds top_p of what is left."""
+    """(R, V) logits with -inf outside the top_k largest (and their ties), then outside the smallest set that holds top_p of what is left."""
     if top_k is not None:
         logits = logits.masked_fill(logits < logits.topk(min(top_k, logits.shape[-1])).values[:, -1:], -torch.inf)
-    if top_p is not None:
+    if top_p is not None and top_p < 1:
         probs, order = logits.softmax(-1).sort(-1, descending=True)
-        before = (probs.cumsum(-1) - probs).scatter(-1, order, probs.cumsum(-1) - probs)    # the mass above each token
+        before = torch.empty_like(probs).scatter_(-1, order, probs.cumsum(-1) - probs)      # the mass above each token
         logits = logits.masked_fill(before >= top_p, -torch.inf)
     return logits
 
@@ -329,10 +338,10 @@ def inverse_cdf(probs, u):
     cdf = probs.cumsum(-1, dtype=u.dtype)                                       # (R, V)
     total = cdf[:, -1:]
     v = torch.minimum(u[:, None] * total, total.nextafter(torch.zeros_like(total)))     # (R, 1), strictly below the total
-    token = torch.searchsorted(cdf, v, right=True)                              # (R, 1): the first bin that ends above v
+    token = torch.searchsorted(cdf, v, right=True).clamp_max(probs.shape[-1] - 1)       # (R, 1): the first bin that ends above v
     low = torch.where(token > 0, cdf.gather(1, (token - 1).clamp_min(0)), 0)
     place = (v - low) / (cdf.gather(1, token) - low)
-    return token.squeeze(1), place.squeeze(1)
+    return token.squeeze(1), place.squeeze(1).clamp(0, 1 - torch.finfo(u.dtype).eps)
 
 
 @torch.no_grad()
@@ -342,7 +351,8 @@ def generate(model, prompts, n=1, max_new_tokens=128, temperature=1.0, top_k=Non
 
     stop: token id that ends a row, or None. temperature 0 is greedy: then logp is 0, the choice being certain. uniforms (R,) in
     [0, 1): one number drives its whole row. A number of b bits pays -log2 p for each token; once half of the b are spent, the row
-    goes on with fresh bits from `generator`: the low half of a uniform is independent of its high half, so the law stays exact.
+    goes on with fresh bits from `generator`: the low half of a uniform is independent of its high half, so the law stays exact,
+    up to the 2^(-b/2) that the last number drawn with is rounded to.
     Raises ValueError for an empty prompt, an argument out of its range, or more positions than the model's block_size.
     """
     lens, device = [len(p) for p in prompts], model.lm_head.weight.device
@@ -360,9 +370,10 @@ def generate(model, prompts, n=1, max_new_tokens=128, temperature=1.0, top_k=Non
     real = torch.float32 if device.type == "mps" else torch.float64
     fresh = torch.rand(R, max_new_tokens, generator=generator, dtype=real, device=generator.device if generator else None).to(device)
     if uniforms is not None:
-        assert uniforms.shape == (R,) and 0 <= uniforms.min() and uniforms.max() < 1, f"{R} rows need {R} uniforms in [0, 1)"
+        if uniforms.shape != (R,) or uniforms.min() < 0 or uniforms.max() >= 1:
+            raise ValueError(f"{R} rows need {R} uniforms in [0, 1)")
         u, spent = uniforms.to(device, real), torch.zeros(R, device=device)
-        budget = -math.log2(torch.finfo(uniforms.dtype).eps) / 2
+        budget = -math.log2(max(torch.finfo(uniforms.dtype).eps, torch.finfo(real).eps)) / 2
 
     # 1. Read each prompt once (padding on the right is invisible to what comes before it), then clone its cache to its n rows.
     ids = torch.zeros(len(prompts), P, dtype=torch.long)
@@ -370,7 +381,7 @@ def generate(model, prompts, n=1, max_new_tokens=128, temperature=1.0, top_k=Non
         ids[i, :lens[i]] = torch.as_tensor(p)
     ids = ids.to(device)
     cache = KVCache(model.config, len(prompts), P, device, model.lm_head.weight.dtype)
-    x = model.hidden(ids, cache)[torch.arange(len(prompts)), torch.as_tensor(lens) - 1]     # (P, C): each prompt's last token
+    x = model.hidden(ids, cache)[torch.arange(len(prompts)), torch.as_tensor(lens) - 1]     # (prompts, C): each one's last token
     cache.set_lens(lens)
     cache = cache.expand(n, P + max_new_tokens - 1)
     logits = model.lm_head(x).repeat_interleave(n, dim=0)                                   # (R, V)
@@ -543,7 +554,8 @@ def parse_args(Config, doc, argv=None):
     if given.get("quick"):
         values = {f.name: f.metadata["quick"] for f in dataclasses.fields(Config) if f.metadata["quick"] is not None}
     if given.get("resume"):
-        values = load_checkpoint(Path(given.get("out", Config.out)) / "model.pt")["config"]
+        out = given.get("out", Config.out)
+        values = {**load_checkpoint(Path(out) / "model.pt")["config"], "out": out}
         if set(values) != {f.name for f in dataclasses.fields(Config)}:
             fail("--resume: the checkpoint was made by another version of this script")
         for name in set(given) - {"resume", "steps", "out"}:
@@ -592,7 +604,8 @@ def load_checkpoint(path):
 
 def snapshot(step, model, optimizer, rng, generator=None, **more):
     """All that a loop needs to go on, to the bit."""
-    return dict(step=step, model=model.state_dict(), optimizer=optimizer and optimizer.state_dict(), rng=rng.getstate(),
+    weights = {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}      # the model trains on
+    return dict(step=step, model=weights, optimizer=optimizer and optimizer.state_dict(), rng=rng.getstate(),
                 generator=generator and generator.get_state(), **more)
 
 
@@ -629,16 +642,26 @@ class Run:
                 raise UserError(f"{self.dir / 'metrics.jsonl'} does not hold the {n} rows that model.pt goes on from")
         try:
             self.dir.mkdir(parents=True, exist_ok=True)
+            if not config.resume:
+                (self.dir / "model.pt").unlink(missing_ok=True)     # another run's: it must not be resumed with this one's rows
             self.write("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows))
             self.metrics = open(self.dir / "metrics.jsonl", "a")
         except OSError as e:
             raise UserError(f"cannot write to {self.dir}: {e.strerror}") from None
-        revision = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent)
+        try:
+            revision = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent).stdout
+        except OSError:     # no git here
+            revision = ""
         self.write("config.json", json.dumps({
             "config": self.config, "torch": torch.__version__, "python": platform.python_version(),
-            "threads": torch.get_num_threads(), "revision": revision.stdout.strip() or "unknown"}, indent=1))
+            "threads": torch.get_num_threads(), "revision": revision.strip() or "unknown"}, indent=1))
         for s in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(s, lambda number, _: setattr(self, "signal", number))
+            signal.signal(s, self.interrupt)
+
+    def interrupt(self, number, _):
+        """Ask the loop to save and end; a second signal does not ask."""
+        self.signal = number
+        signal.signal(number, signal.SIG_DFL)
 
     def write(self, name, text):
         """Whole or not at all."""
@@ -684,7 +707,7 @@ class Config:
     quick: bool = flag(False, "a run of a few seconds that shows nothing but that it runs")
     figure: str = flag("loss", "which figure: loss (3 minutes)", choices=("loss",))
     steps: int = flag(600, "training steps", quick=5, low=1)
-    bench: bool = flag(False, "measure generate and a training step beside the installed peers (8 minutes), train nothing")
+    bench: bool = flag(False, "measure generate and a training step on the CPU beside the installed peers (8 minutes), train nothing")
     nanogpt: str = flag("", "with --bench: a checkout of karpathy/nanoGPT to compare the training step with")
     data: str = flag("", "a text file, a folder, or a Hugging Face dataset with a text column (default: the standard library's sources)")
     vocab_size: int = flag(1024, "size of the BPE vocabulary", quick=300, low=257)
@@ -703,12 +726,12 @@ def load_documents(data):
     makes of it; any other name -> the texts of that Hugging Face dataset."""
     path = Path(data) if data else Path(os.__file__).parent
     if path.is_file():
-        return [path.read_text(errors="replace")]
-    files = path.glob("*.py") if not data else (p for p in path.rglob("*") if p.suffix in (".txt", ".md", ".py", ".rst"))
-    texts = [f.read_text(errors="replace") for f in sorted(files)]
+        return [path.read_text("utf-8", errors="replace")]
+    files = path.glob("*.py") if not data else (p for p in path.rglob("*") if p.suffix in (".txt", ".md", ".py", ".rst") and p.is_file())
+    texts = [f.read_text("utf-8", errors="replace") for f in sorted(files)]
     if not texts:
-        import datasets
         try:
+            import datasets
             texts = list(datasets.load_dataset(data, split="train")["text"])
         except Exception as e:
             raise UserError(f"--data {data}: no text file, no folder of texts, no dataset with a text column ({type(e).__name__})") from None
@@ -750,8 +773,9 @@ def pretrain(config, run, seed, device, tokenizer, train_ids, val_ids, bytes_per
         row = dict(seed=seed, step=step + 1, tokens=(step + 1) * config.batch * T, loss=loss.item(), grad_norm=norm.item(), seconds=time.time() - started)
         if (step + 1) % config.eval_every == 0 or step + 1 == config.steps:
             with torch.no_grad():
-                starts = range(0, len(val_ids) - T, max(T, (len(val_ids) - T) // 64))
-                row["val_loss"] = torch.stack([loss_on(val_ids, [i]) for i in starts]).mean().item()
+                starts = torch.arange(0, len(val_ids) - T, T)           # every window at the end, about 64 of them on the way
+                starts = starts if step + 1 == config.steps else starts[::max(1, len(starts) // 64)]
+                row["val_loss"] = sum(loss_on(val_ids, part).item() * len(part) for part in starts.split(16)) / len(starts)
             row["val_bits_per_byte"] = row["val_loss"] / math.log(2) / bytes_per_token
             bar.set_postfix_str(f"loss {loss.item():.3f}, held out {row['val_loss']:.3f} nats/token = {row['val_bits_per_byte']:.3f} bits/byte")
         run.log(**row)
@@ -772,14 +796,14 @@ def main():
         return bench(config.nanogpt)
     texts = load_documents(config.data)
     # 1. Hold out every tenth document; of a single text, its last tenth
-    if len(texts) == 1:
-        size = -(-len(texts[0]) // 10)
-        texts = [texts[0][i:i + size] for i in range(0, len(texts[0]), size)][::-1]
-    train_text, val_text = "".join(t for i, t in enumerate(texts) if i % 10), "".join(texts[::10])
+    cut = len(texts[0]) * 9 // 10
+    train_docs, val_docs = ([t for i, t in enumerate(texts) if i % 10], texts[::10]) if len(texts) > 1 else ([texts[0][:cut]], [texts[0][cut:]])
     # 2. Train the BPE on the training text, encode both
     run, started = Run(config), time.time()
-    tokenizer = train_bpe(train_text, config.vocab_size)
-    train_ids, val_ids = (torch.tensor(tokenizer.encode_ordinary(t)) for t in (train_text, val_text))
+    tokenizer = train_bpe("".join(train_docs), config.vocab_size)
+    train_ids, val_ids = (torch.tensor([i for ids in tokenizer.encode_ordinary_batch(docs) for i in [*ids, tokenizer.eos]])
+                          for docs in (train_docs, val_docs))
+    val_text = "".join(val_docs)
     if min(len(train_ids), len(val_ids)) <= config.block_size + 1:
         raise UserError(f"--data: {len(train_ids)} + {len(val_ids)} held-out tokens are too few for --block-size {config.block_size}")
     bytes_per_token = len(val_text.encode()) / len(val_ids)
@@ -813,7 +837,7 @@ def plot_loss(run, config, gzip, final):
         y = np.array([[d[t] for t in x] for d in by_seed])
         ax.plot(x / 1e6, y.mean(0), label=label, alpha=0.5 if key == "loss" else 1)
         ax.fill_between(x / 1e6, y.mean(0) - y.std(0), y.mean(0) + y.std(0), alpha=0.2, lw=0)
-    ax.set(xlabel="training tokens (millions)", ylabel="loss (nats per token)", title=f"A small GPT reads Python: {final:.2f} bits per byte, gzip needs {gzip:.2f}")
+    ax.set(xlabel="training tokens (millions)", ylabel="loss (nats per token)", title=f"A small GPT needs {final:.2f} bits per byte of held-out text, gzip {gzip:.2f}")
     ax.legend()
     fig.savefig(run.dir / "loss.png", dpi=110)
 
@@ -825,10 +849,10 @@ def bench(nanogpt, rounds=3):
     """Our speed beside the peers', interleaved in one run: Hugging Face generate (if transformers is installed), nanoGPT's step."""
     warnings.simplefilter("ignore")
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}; medians of {rounds} interleaved rounds\n")
+    generator = torch.Generator().manual_seed(0)
+    toy = GPTConfig(64, 256, 4, 4, 128, tie=False)
+    prompts = [torch.randint(1, 64, (int(n),), generator=generator).tolist() for n in torch.randint(8, 41, (16,), generator=generator)]
     for dtype in (torch.float32, torch.bfloat16):
-        toy = GPTConfig(64, 256, 4, 4, 128, tie=False)
-        generator = torch.Generator().manual_seed(0)
-        prompts = [torch.randint(1, 64, (int(n),), generator=generator).tolist() for n in torch.randint(8, 41, (16,), generator=generator)]
         compare(f"rollout, 16 prompts x 16, stop token, {str(dtype)[6:]}", rollout_racers(toy, prompts, 16, 128, 0, dtype), rounds)
     gpt2 = GPTConfig(50257, 1024, 12, 12, 768)
     prompts = [torch.randint(1, 50257, (32,), generator=generator).tolist() for _ in range(8)]

@@ -672,3 +672,8 @@ def test_interrupt_and_resume_give_the_metrics_of_an_uninterrupted_run_to_the_bi
     finish("--resume", "--out", tmp_path)
     assert metrics(tmp_path) == metrics(uninterrupted)
     assert (tmp_path / "claims.json").read_text() == (uninterrupted / "claims.json").read_text()
+
+
+def test_a_quick_run_in_bf16_corrects_for_its_sampler(tmp_path):
+    finish("--quick", "--dtype", "bfloat16", "--correction", "tis", "--sft-steps", 40, "--entropy-bonus", 0.1, "--out", tmp_path / "run")
+    assert all(row["grad_norm"] > 0 for row in metrics(tmp_path / "run") if row["phase"] == "rl" and row["step"])
