@@ -845,7 +845,7 @@ def plot_loss(run, config, gzip, final):
 # ---------------------------------------------------------------------------------------------------------------------------
 # python model.py --bench
 
-def bench(nanogpt, rounds=3):
+def bench(nanogpt, rounds=2):
     """Our speed beside the peers', interleaved in one run: Hugging Face generate (if transformers is installed), nanoGPT's step."""
     warnings.simplefilter("ignore")
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}; medians of {rounds} interleaved rounds\n")
@@ -868,7 +868,7 @@ def compare(title, racers, rounds):
         for name, race in racers.items():
             tokens, seconds = race()
             speed[name] += [tokens / seconds] * (i > 0)
-    median = {name: sorted(s)[len(s) // 2] for name, s in speed.items()}
+    median = {name: float(np.median(s)) for name, s in speed.items()}
     others = [v for k, v in median.items() if k != "rollout"]
     print(f"{title:<58} " + ", ".join(f"{k} {v:,.0f}" for k, v in median.items()) + " tokens/s"
           + (f"; ratio {median['rollout'] / max(others):.2f}" if others else ""), flush=True)
