@@ -53,8 +53,8 @@ from kernels import token_logprobs
 from model import (GPT, CharTokenizer, GPTConfig, Rollout, Run, UserError, command, flag, generate, parse_args, pick_device, restore, snapshot)
 
 FIGURES = {"train": "one run: reward, pass@1, entropy, lengths, pass@k against the base (under 3 minutes)",
-           "variants": "every loss at the same number of sampled tokens (about 25 minutes at 3 seeds)",
-           "length": "the length bias of the 1/|o| normalisation, model-free and with the GPT (about 8 minutes at 3 seeds)"}
+           "variants": "every loss at the same number of sampled tokens, 3 seeds (about 25 minutes)",
+           "length": "the length bias of the 1/|o| normalisation, model-free and with the GPT (about 5 minutes)"}
 # name: advantage, ratio, eps_low, eps_high, aggregation, dynamic sampling
 LOSSES = {"reinforce": ("batch", "none", 0.2, 0.2, "sum", False),
           "rloo": ("rloo", "none", 0.2, 0.2, "sum", False),             # Ahmadian et al., arXiv 2402.14740
