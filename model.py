@@ -1,6 +1,6 @@
 """model.py: a GPT, its KV cache and its sampler, two tokenizers, checkpoints. Everything the methods in this folder stand on.
 
-    python model.py                      train a small GPT on the Python standard library's own sources (3 minutes, two cores)
+    python model.py                      train a small GPT on the Python standard library's own sources (2 minutes, two cores)
     python model.py --data FILE|FOLDER|HF_DATASET       the same on your text
     python model.py --bench              tokens/s of generate and of a training step, beside the peers that are installed
 
@@ -705,9 +705,9 @@ class Config:
     out: str = flag("out/model", "folder for figure, metrics, claims and checkpoint")
     resume: bool = flag(False, "go on from the checkpoint in --out")
     quick: bool = flag(False, "a run of a few seconds that shows nothing but that it runs")
-    figure: str = flag("loss", "which figure: loss (3 minutes)", choices=("loss",))
+    figure: str = flag("loss", "which figure: loss (2 minutes)", choices=("loss",))
     steps: int = flag(600, "training steps", quick=5, low=1)
-    bench: bool = flag(False, "measure generate and a training step on the CPU beside the installed peers (8 minutes), train nothing")
+    bench: bool = flag(False, "measure generate and a training step on the CPU beside the installed peers (2 minutes), train nothing")
     nanogpt: str = flag("", "with --bench: a checkout of karpathy/nanoGPT to compare the training step with")
     data: str = flag("", "a text file, a folder, or a Hugging Face dataset with a text column (default: the standard library's sources)")
     vocab_size: int = flag(1024, "size of the BPE vocabulary", quick=300, low=257)
