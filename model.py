@@ -652,9 +652,12 @@ class Run:
             revision = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent).stdout
         except OSError:     # no git here
             revision = ""
+        self.revision = revision.strip() or "unknown"
+        if config.resume and checkpoint["revision"] != self.revision:      # the code that made the rows, not only the last to touch them
+            self.revision = f"{checkpoint['revision']}, resumed at {self.revision}"
         self.write("config.json", json.dumps({
             "config": self.config, "torch": torch.__version__, "python": platform.python_version(),
-            "threads": torch.get_num_threads(), "revision": revision.strip() or "unknown"}, indent=1))
+            "threads": torch.get_num_threads(), "revision": self.revision}, indent=1))
         for s in (signal.SIGINT, signal.SIGTERM):
             signal.signal(s, self.interrupt)
 
@@ -680,7 +683,7 @@ class Run:
 
     def save(self, phase, **state):
         self.state[phase], self.saved = state, time.time()
-        save_checkpoint(self.dir / "model.pt", state=self.state, rows=len(self.rows), config=self.config)
+        save_checkpoint(self.dir / "model.pt", state=self.state, rows=len(self.rows), config=self.config, revision=self.revision)
         if self.signal:
             print(f"\nsaved {self.dir / 'model.pt'}: --resume goes on from here", flush=True)
             raise SystemExit(128 + self.signal)
