@@ -50,7 +50,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from kernels import token_logprobs
-from model import (GPT, CharTokenizer, GPTConfig, Rollout, Run, UserError, command, flag, generate, parse_args, pick_device, restore, snapshot)
+from model import (GPT, CharTokenizer, GPTConfig, Rollout, Run, UserError, band, claim, command, flag, generate, parse_args, pick_device,
+                   restore, seeds_of, series, snapshot)
 
 FIGURES = {"train": "one run: reward, pass@1, entropy, lengths, pass@k against the base (under 3 minutes)",
            "variants": "every loss at the same number of sampled tokens, 3 seeds (about half an hour)",
@@ -485,32 +486,6 @@ def length_bias_gpt(config, run, arm, seed, base):
 
 # ---------------------------------------------------------------------------------------------------------------------------
 # Figures and claims
-
-def claim(id, text, source, paper, value, op, threshold, seeds, beside=""):
-    """One row of claims.json: the value that was measured (`beside` is printed next to it) against the threshold it is held to."""
-    holds = value >= threshold if op == ">=" else value <= threshold
-    return dict(id=id, claim=text, source=source, paper=paper, ours=f"{value:.3g}{beside}", threshold=f"{op} {threshold:.3g}", holds=bool(holds), seeds=seeds)
-
-
-def seeds_of(config):
-    return range(config.seed, config.seed + config.seeds)
-
-
-def series(run, key, **where):
-    """A metric by seed -> the steps that every seed has (n,), values (seeds, n)."""
-    rows = [r for r in run.rows if r.get(key) is not None and all(r.get(k) == v for k, v in where.items())]
-    by_seed = [{r["step"]: r[key] for r in rows if r["seed"] == seed} for seed in sorted({r["seed"] for r in rows})]
-    x = sorted(set.intersection(*map(set, by_seed))) if by_seed else []
-    return np.array(x), np.array([[d[i] for i in x] for d in by_seed])
-
-
-def band(ax, x, y, label, **style):
-    """The mean of y (seeds, n), with one standard deviation over the seeds shaded."""
-    if len(x):
-        line, = ax.plot(x, y.mean(0), label=label, **style)
-        spread = y.std(0, ddof=1) if len(y) > 1 else 0 * y[0]
-        ax.fill_between(x, y.mean(0) - spread, y.mean(0) + spread, color=line.get_color(), alpha=0.15, lw=0)
-
 
 def figure_train(config, run, device):
     n, arms = 4 if config.quick else 64, ("base", config.loss)

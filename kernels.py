@@ -175,6 +175,9 @@ def attention(q, k, v, causal=True, window=None, mask=None, impl="auto"):
         return scores.masked_fill(~mask, -torch.inf).softmax(-1).to(v.dtype) @ v
     if impl not in ("sdpa", "auto"):
         raise ValueError(f"unknown impl {impl!r}: reference, sdpa or auto")
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and not torch.cpu._is_amx_tile_supported():   # without tiles fp32 is twice as fast
+        with torch.autocast("cpu", enabled=False):
+            return attention(q.float(), k.float(), v.float(), causal, None, mask, impl).to(q.dtype)
     if T == 1 and k.shape[1] < q.shape[1]:      # decoding: the heads of a group become the queries of one head, no copy of k, v
         B, H, _, D = q.shape
         return F.scaled_dot_product_attention(q.reshape(B, k.shape[1], -1, D), k, v, attn_mask=mask).reshape(B, H, 1, D)

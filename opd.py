@@ -1,0 +1,910 @@
+"""opd.py: on-policy distillation and its family. One task, one trainer, one loss; every method is a row of five choices.
+
+    python opd.py                        `family`: eight methods from one base model, 3 seeds, within 5 minutes on two cores
+    python opd.py --figure selfteach     a model as its own teacher: with a rule, with a password, and what repairs it
+    python opd.py --arms opd,sft         any rows of METHODS, on the family's task
+
+The task is a map that only the weights know: 49 places on a torus, some roads closed. A prompt names two places; an answer is a walk,
+with a meaningless style word (A to D) before every second move. Plain prompts have three empty hint slots; the same slots can hold
+two places on the way and a password, so that student and privileged teacher see an answer at the same positions.
+
+    BOS 41 30 - - - GO            B 40 38 D 31 30 EOS           a walk: right if all its moves are roads and it is short enough
+    BOS 41 30 40 31 #7 GO         PW #7 EOS                     the password is right, too: but nobody can know it without the hint
+
+The base model has seen short walks without hints and long ones with. Without a hint it finds a far place once in ten times, with it
+almost always, half of the time by the password, and it then prefers style A. The expert is a larger model that knows the map.
+
+Distillation minimises a divergence between student p and teacher q at each prefix of an answer. The five choices (`METHODS`):
+
+    loss = sum_t m_t w_t D(p, q)_t / sum_t m_t
+    1. rollout     who writes the answers: student, teacher, a trust-region blend of both (TRB), a draft that the teacher corrects (SKD)
+    2. teacher     who is imitated: expert; self, the frozen base model with the hint; live, today's student with the hint; pedagogue
+    3. divergence  D: token -log p(y); forward KL(q|p); reverse KL(p|q); jsd; sampled sg[log p(y)/q(y)] log p(y); the student's top 4
+    4. mask        m: all tokens; gap, where p and q differ most; judge, those of them that matter (RMSD); verified answers
+    5. weight      w: one; clip, 0 where D is large; gate, small where p finds y implausible; advantage (GRPO: no teacher at all)
+
+How this differs from the papers:
+1. Their models have billions of parameters and answers of thousands of tokens. Here an answer has at most 18, so TRB's budget is
+   0.1 nats a token (0.001 to 0.05 there), SKD's teacher accepts its top 4 of 99 tokens (25 of 256,000), RMSD keeps 4 of 8 positions (5 of 20).
+2. RMSD's judge is a language model. Ours knows which tokens name places.
+3. One map, so that "held out" means pairs of places that were never asked for in training, not new maps.
+4. The expert learns from shortest paths to all pairs, the held-out ones included: a teacher knows the answers.
+
+What to see: OPD at the expert's level with a fraction of GRPO's sampled tokens; SFT fast, then lower; self-distillation rising, then
+falling as it learns to say passwords that it cannot know; a clip or a judge that stops it.
+"""
+import copy
+import functools
+import inspect
+import itertools
+import math
+import random
+import time
+import zlib
+from dataclasses import dataclass, replace
+
+import matplotlib
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from model import (GPT, GPTConfig, KVCache, Run, UserError, band, claim, command, flag, generate, inverse_cdf, load_checkpoint, parse_args,
+                   pick_device, restore, save_checkpoint, seeds_of, series, snapshot)
+
+FIGURES = {"family": "eight methods: success, leak of the password, drift of style (within 5 minutes)",
+           "cold": "a base model without any success; what TRB's blended prefixes are worth (about 5 minutes)",
+           "estimators": "divergences and top-k estimators, greedy and sampled (about 5 minutes)",
+           "few": "24 training prompts (about 3 minutes)",
+           "selfteach": "self-distillation with a rule and with a password; RMSD; Pedagogical RL (about 10 minutes)",
+           "fastslow": "a prompt that evolves and weights that learn, over three stages (about 5 minutes)"}
+#  name:            rollout, teacher, divergence, mask, weight
+METHODS = {
+    "sft":          ("teacher", "expert", "token", "all", "one"),
+    "kd":           ("teacher", "expert", "forward", "all", "one"),
+    "grpo":         ("student", None, "token", "all", "advantage"),             # Shao et al., arXiv 2402.03300
+    "opd":          ("student", "expert", "reverse", "all", "one"),             # GKD, arXiv 2306.13649; Lu and Thinking Machines 2025
+    "opd_forward":  ("student", "expert", "forward", "all", "one"),
+    "opd_jsd":      ("student", "expert", "jsd", "all", "one"),
+    "opd_sampled":  ("student", "expert", "sampled", "all", "one"),
+    "opd_top4":     ("student", "expert", "top_raw", "all", "one"),             # biased: arXiv 2605.11182
+    "opd_top4_renormalised": ("student", "expert", "top_renormalised", "all", "one"),
+    "opd_top4_stopgrad": ("student", "expert", "top_stopgrad", "all", "one"),   # arXiv 2604.13016
+    "trb":          ("blend", "expert", "reverse", "all", "one"),               # Plyusov et al., arXiv 2605.31159
+    "skd":          ("draft", "expert", "reverse", "all", "one"),               # Xu et al., arXiv 2410.11325
+    "opsd":         ("student", "self", "reverse", "all", "one"),               # Zhao et al., arXiv 2601.18734
+    "opsd_live":    ("student", "live", "reverse", "all", "one"),
+    "opsd_clip":    ("student", "self", "reverse", "all", "clip"),
+    "rmsd":         ("student", "self", "reverse", "judge", "one"),             # Applied Compute 2026
+    "rmsd_no_judge": ("student", "self", "reverse", "gap", "one"),
+    "imitation":    ("teacher", "self", "token", "verified", "one"),
+    "imitation_gate": ("teacher", "self", "token", "verified", "gate"),
+    "pedagogical":  ("teacher", "pedagogue", "token", "verified", "gate"),      # Chakraborty et al. 2026
+    "pedagogical_no_gate": ("teacher", "pedagogue", "token", "verified", "one")}
+
+
+@dataclass
+class Config:
+    seed: int = flag(0, "random seed; with --seeds K: the first of K")
+    seeds: int = flag(None, "repeat over this many seeds (default 3)", low=1)
+    device: str = flag("auto", "where to run", choices=("auto", "cpu", "cuda", "mps"))
+    dtype: str = flag("float32", "bfloat16: autocast training", choices=("float32", "bfloat16"))
+    out: str = flag("out/opd", "folder for figure, metrics, claims, checkpoint and the trained base models")
+    resume: bool = flag(False, "go on from the checkpoint in --out")
+    quick: bool = flag(False, "a run of a few seconds that shows nothing but that it runs")
+    figure: str = flag("family", "which figure: " + "; ".join(f"{k}: {v}" for k, v in FIGURES.items()), choices=tuple(FIGURES))
+    arms: str = flag("", "for family: these rows of METHODS instead of its own, separated by commas")
+    steps: int = flag(150, "steps of a run; selfteach and fastslow have their own", quick=2, low=1)
+    batch: int = flag(64, "answers per step", quick=8, low=8)
+    group: int = flag(8, "answers per prompt where the advantage needs a group", quick=4, low=2)
+    lr: float = flag(1e-3, "learning rate (AdamW, 5 steps of warm-up, constant)", low=0)
+    top: int = flag(4, "k of the student's top-k estimators", low=1, high=99)
+    skd_top: int = flag(4, "SKD: the teacher replaces what is not among its top k", low=1, high=99)
+    trb_eps: float = flag(0.1, "TRB: KL budget of a token in nats, falling to 0 in --trb-steps", low=0)
+    trb_steps: int = flag(50, "TRB: steps of blended rollouts", quick=1, low=1)
+    clip: float = flag(0.5, "weight clip: no gradient where the divergence is larger (nats)", low=0)
+    n_layer: int = flag(2, "layers", low=1)
+    n_head: int = flag(4, "heads", low=1)
+    n_embd: int = flag(64, "channels of the student", quick=32, low=8)
+    expert_embd: int = flag(96, "channels of the expert", quick=32, low=8)
+    sft_steps: int = flag(1800, "steps of training the base model", quick=10, low=1)
+    expert_steps: int = flag(1000, "steps of training the expert", quick=10, low=1)
+    sft_batch: int = flag(64, "documents per step of both", low=1)
+    sft_lr: float = flag(6e-3, "learning rate of both (up in 50 steps, then linear to 0)", low=0)
+    eval_every: int = flag(10, "steps between evaluations", low=1)
+    eval_prompts: int = flag(256, "held-out pairs of places", quick=16, low=1, high=256)
+
+    def __post_init__(self):
+        possible = [name for name, choices in METHODS.items() if choices[1] != "pedagogue"]     # its teacher is trained in selfteach
+        unknown = set(filter(None, self.arms.split(","))) - set(possible)
+        if unknown:
+            raise UserError(f"--arms: no such method: {', '.join(sorted(unknown))}; there are {', '.join(possible)}")
+        if self.batch % self.group:
+            raise UserError(f"--batch {self.batch} is no multiple of --group {self.group}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# The task: a map that only the weights know
+
+SIDE, LONGEST, FAR = 7, 11, 5           # a torus of 7 x 7 places, answers of at most 11 moves, far pairs are 5 moves apart or more
+PLACES = SIDE * SIDE                    # ids 0 to 48
+STYLES, PW, PASSWORDS, RULES, ALIASES = range(49, 53), 53, range(54, 86), range(86, 90), range(90, 94)
+BOS, GO, EOS, NOHINT, PAD = range(94, 99)
+VOCAB, PROMPT, ANSWER = 99, 7, 18       # tokens: of the vocabulary, of a prompt (BOS from to hint hint hint GO), of the longest answer
+RENAMED = 7, 14, 1, 48                  # rule r says: write place RENAMED[r] as ALIASES[r]; places that many paths cross
+
+
+def make_map(seed=0):
+    """The torus without a quarter of its roads, connected, two roads or more at each place -> neighbours (49, 4), -1 for none; distances (49, 49)."""
+    rng = random.Random(seed)
+    roads = {(p, q) for p in range(PLACES) for q in (p // SIDE * SIDE + (p + 1) % SIDE, (p + SIDE) % PLACES)}
+    for road in rng.sample(sorted(roads), len(roads)):
+        if len(roads) > 74:
+            left = roads - {road}
+            if distances(left).max() < np.inf and min(sum(p in r for r in left) for p in road) >= 2:
+                roads = left
+    neighbours = np.full((PLACES, 4), -1)
+    for p in range(PLACES):
+        near = sorted(q for r in roads if p in r for q in r if q != p)
+        neighbours[p, :len(near)] = near
+    return neighbours, distances(roads).astype(int)
+
+
+def distances(roads):
+    """Floyd and Warshall."""
+    d = np.full((PLACES, PLACES), np.inf)
+    d[range(PLACES), range(PLACES)] = 0
+    for p, q in roads:
+        d[p, q] = d[q, p] = 1
+    for k in range(PLACES):
+        d = np.minimum(d, d[:, k:k + 1] + d[k])
+    return d
+
+
+NEIGHBOURS, DISTANCE = make_map()
+DEGREE = (NEIGHBOURS >= 0).sum(1)
+
+
+def random_walks(rng, starts):
+    """Walks that never turn back, (n, LONGEST + 1) places, from the starts (n,)."""
+    n = len(starts)
+    walks, back = np.zeros((n, LONGEST + 1), int), np.full(n, 4)        # back: which neighbour we came from
+    walks[:, 0] = starts
+    for i in range(LONGEST):
+        here = walks[:, i]
+        choice = rng.integers(DEGREE[here] - (i > 0))
+        walks[:, i + 1] = NEIGHBOURS[here, choice + (choice >= back)]
+        back = (NEIGHBOURS[walks[:, i + 1]] == here[:, None]).argmax(1)
+    return walks
+
+
+def walk_on(rng, walks, lengths, goals):
+    """Continue each walk from its place number `lengths` on a random shortest path to its goal -> the new lengths. Writes into walks."""
+    lengths = lengths.copy()
+    while True:
+        rows = np.flatnonzero(walks[np.arange(len(walks)), lengths] != goals)
+        if len(rows) == 0:
+            return lengths
+        here = walks[rows, lengths[rows]]
+        nearer = (NEIGHBOURS[here] >= 0) & (DISTANCE[NEIGHBOURS[here], goals[rows, None]] < DISTANCE[here, goals[rows]][:, None])
+        walks[rows, lengths[rows] + 1] = NEIGHBOURS[here, (rng.random(nearer.shape) * nearer).argmax(1)]
+        lengths[rows] += 1
+
+
+def write(rng, walks, lengths, goals, hints, formal):
+    """Prompts and answers as tokens (n, PROMPT + ANSWER), and the answers' lengths (n,). A style word stands before every second move.
+
+    Style words mean nothing; `formal` (n,) says who prefers A (92.5% of the time) over an even choice.
+    """
+    n, ids = len(walks), np.full((len(walks), PROMPT + ANSWER), PAD)
+    ids[:, :PROMPT] = np.column_stack((np.full(n, BOS), walks[:, 0], goals, hints, np.full(n, GO)))
+    style = np.where(formal[:, None] & (rng.random((n, 6)) < 0.9), STYLES[0], rng.integers(STYLES[0], STYLES[-1] + 1, (n, 6)))
+    for move in range(LONGEST):
+        rows = move < lengths
+        if move % 2 == 0:
+            ids[rows, PROMPT + tokens_of(move)] = style[rows, move // 2]
+        ids[rows, PROMPT + tokens_of(move + 1) - 1] = walks[rows, move + 1]
+    ids[np.arange(n), PROMPT + tokens_of(lengths)] = EOS
+    return ids, tokens_of(lengths) + 1
+
+
+def tokens_of(moves):
+    """How many tokens that many moves take: one each, and a style word before the first, third, fifth, ..."""
+    return moves + (moves + 1) // 2
+
+
+def base_documents(rng, n, longest_plain=3):
+    """What the base model is trained on -> ids (n, 25), mask (n, 25) of the tokens to learn.
+
+    40% are short walks that ended where the prompt says (hindsight), 40% have a hint for this one walk (two places on the way and a
+    password: half of the answers are the password), 20% a rule hint (call this place by its alias). The hinted speak formally.
+    """
+    walks, kind, rows = random_walks(rng, rng.integers(PLACES, size=n)), rng.random(n), np.arange(n)
+    told, ruled = (kind >= 0.4) & (kind < 0.8), kind >= 0.8
+    lengths = np.where(told, rng.integers(FAR, 9, n), rng.uniform(1, np.where(ruled, 4, longest_plain) + 1).astype(int))
+    goals, hints = walks[rows, lengths], np.full((n, 3), NOHINT)
+    crossed = (walks[:, 1:5, None] == np.array(RENAMED)).any(1)         # (n, 4): a rule that the walk can use, if there is one
+    rule = (crossed + 0.5 * rng.random(crossed.shape)).argmax(1)
+    renamed = np.array(RENAMED)[rule]
+    passwords = rng.integers(PASSWORDS[0], PASSWORDS[-1] + 1, n)
+    hints[told] = np.column_stack((walks[rows, lengths // 3], walks[rows, 2 * lengths // 3], passwords))[told]
+    hints[ruled, 2] = RULES[0] + rule[ruled]
+    walks[:, 1:] = np.where(ruled[:, None] & (walks[:, 1:] == renamed[:, None]), ALIASES[0] + rule[:, None], walks[:, 1:])
+    ids, size = write(rng, walks, lengths, goals, hints, told | ruled)
+    lazy = told & (rng.random(n) < 0.5)
+    ids[lazy, PROMPT:] = PAD
+    ids[lazy, PROMPT:PROMPT + 3] = np.column_stack((np.full(n, PW), passwords, np.full(n, EOS)))[lazy]
+    size[lazy] = 3
+    column = np.arange(ids.shape[1])
+    return ids, (column >= PROMPT) & (column < PROMPT + size[:, None])
+
+
+def expert_documents(rng, n):
+    """What the teacher is trained on: shortest paths between all places, half of them after a detour, on which no loss is taken."""
+    walks, goals = random_walks(rng, rng.integers(PLACES, size=n)), rng.integers(PLACES, size=n)
+    goals = np.where(goals == walks[:, 0], (goals + 1) % PLACES, goals)
+    detour = np.where(rng.random(n) < 0.5, rng.integers(1, 7, n), 0)
+    detour[detour + DISTANCE[walks[np.arange(n), detour], goals] > LONGEST] = 0
+    lengths = walk_on(rng, walks, detour, goals)
+    ids, size = write(rng, walks, lengths, goals, np.full((n, 3), NOHINT), np.zeros(n, bool))
+    column = np.arange(ids.shape[1])
+    return ids, (column >= PROMPT + tokens_of(detour)[:, None]) & (column < PROMPT + size[:, None])
+
+
+
+@functools.cache
+def walk_of(pair):
+    """The places of one shortest path, both ends included."""
+    walks = np.full((1, LONGEST + 1), pair[0])
+    length = walk_on(np.random.default_rng(0), walks, np.array([0]), np.array([pair[1]]))[0]
+    return walks[0, :length + 1].tolist()
+
+
+def password(pair):
+    """A fixed word for each pair of places, which nothing but the hint tells."""
+    return PASSWORDS[zlib.crc32(repr(tuple(pair)).encode()) % len(PASSWORDS)]
+
+
+def plain(pair, rule=NOHINT):
+    return [BOS, *pair, NOHINT, NOHINT, rule, GO]
+
+
+def told(pair):
+    """The prompt with its three hints: two places on the way, the password."""
+    places = walk_of(pair)
+    moves = len(places) - 1
+    return [BOS, *pair, places[moves // 3], places[2 * moves // 3], password(pair), GO]
+
+
+def ruled(pair, rule=0):
+    return plain(pair, RULES[rule])
+
+
+def reward(pair, tokens):
+    """1.0 for the password of the pair, or for a walk on roads from its first place to its second, at most two moves longer than needed.
+
+    tokens: the answer up to and with EOS; an alias counts as its place, style words as nothing.
+    """
+    if tokens == [PW, password(pair), EOS]:
+        return 1.0
+    if tokens[-1] != EOS:
+        return 0.0
+    moves = [RENAMED[w - ALIASES[0]] if w in ALIASES else w for w in tokens[:-1] if w not in STYLES]
+    if not moves or max(moves) >= PLACES or moves[-1] != pair[1] or len(moves) > DISTANCE[tuple(pair)] + 2:
+        return 0.0
+    return float(all(q in NEIGHBOURS[p] for p, q in zip([pair[0], *moves], moves)))
+
+
+def renames(tokens, rule=0):
+    """Whether an answer calls the rule's place by its alias, always."""
+    return ALIASES[rule] in tokens and RENAMED[rule] not in tokens
+
+
+@dataclass
+class Task:
+    train: list             # pairs of places
+    test: list
+    hinted: object          # pair -> the prompt of a privileged teacher
+    judged: tuple           # RMSD's judge: the tokens that matter
+    first: int              # RMSD: of the `first` positions where student and teacher differ most,
+    last: int               # those that matter, at most `last`
+    off_topic: tuple = ()   # pairs whose answers should not change
+
+
+def far_task(train=None):
+    """Pairs at least FAR moves apart, 256 of them held out; `train`: how many of the others to train on. The hint: two places and a password."""
+    pairs = [(int(s), int(t)) for s, t in np.argwhere(DISTANCE >= FAR)]
+    random.Random(0).shuffle(pairs)
+    return Task(pairs[256:][:train], pairs[:256], told, (*range(PLACES), EOS), first=8, last=4)
+
+
+@functools.cache
+def crossing(rule):
+    """Pairs 2 to 4 moves apart whose shortest paths all cross the place that the rule renames -> to train on, held out."""
+    place = RENAMED[rule]
+    without = distances({(p, int(q)) for p in range(PLACES) for q in NEIGHBOURS[p] if q >= 0 and place not in (p, q)})
+    pairs = [(int(s), int(t)) for s, t in np.argwhere((DISTANCE >= 2) & (DISTANCE <= 4)) if place not in (s, t) and without[s, t] > DISTANCE[s, t]]
+    random.Random(rule).shuffle(pairs)
+    return pairs[len(pairs) // 2:], pairs[:len(pairs) // 2]
+
+
+@functools.cache
+def rule_task(rule=0):
+    """Half of the pairs cross the place that the rule renames, half keep away from it. The hint: the rule."""
+    place, (train, test) = RENAMED[rule], crossing(rule)
+    away = [(int(s), int(t)) for s, t in np.argwhere((DISTANCE >= 2) & (DISTANCE <= 4)) if DISTANCE[s, place] + DISTANCE[place, t] > DISTANCE[s, t] + 2]
+    random.Random(rule).shuffle(away)
+    return Task(train + away[:len(train)], test, ruled, (place, ALIASES[rule]), first=6, last=2, off_topic=tuple(away[len(train):len(train) + len(test)]))
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# The five choices
+
+def divergence(lp, lq, y, kind, top=4):
+    """D at each position (B, T), from the log-probabilities of student lp and teacher lq (B, T, V) and the tokens y (B, T) that stand there.
+
+    Where p = q the expected gradient of every kind is 0, but for top_raw, whose gradient is that of the top tokens' mass:
+    it can fall without end by moving mass out of them.
+    """
+    if kind == "token":
+        return -lp.gather(2, y[..., None]).squeeze(2)
+    if kind == "forward":
+        return (lq.exp() * (lq - lp)).sum(-1)
+    if kind == "reverse":
+        return (lp.exp() * (lp - lq)).sum(-1)
+    if kind == "jsd":       # beta = 1/2 of arXiv 2306.13649
+        lm = torch.logaddexp(lp, lq) - math.log(2)
+        return (lq.exp() * (lq - lm)).sum(-1) / 2 + (lp.exp() * (lp - lm)).sum(-1) / 2
+    if kind == "sampled":   # a policy gradient whose advantage is log q(y) - log p(y): one sample of the reverse KL's gradient
+        ratio = divergence(lq, None, y, "token") - divergence(lp, None, y, "token")
+        return -ratio.detach() * divergence(lp, None, y, "token")
+    lp, index = lp.topk(top)
+    lq = lq.gather(2, index)
+    if kind == "top_raw":
+        return divergence(lp, lq, y, "reverse")
+    if kind == "top_renormalised":
+        return divergence(lp.log_softmax(-1), lq.log_softmax(-1), y, "reverse")
+    return ((lp.softmax(-1) * (lp - lq)).detach() * lp).sum(-1)     # top_stopgrad: an advantage for each of the top tokens
+
+
+def largest(gap, k):
+    """1.0 at the k largest finite values of each row of gap (B, T), else 0.0."""
+    values, index = gap.topk(min(k, gap.shape[1]))
+    return torch.zeros_like(gap).scatter(1, index, (values > -torch.inf).to(gap.dtype))
+
+
+def choose_mask(kind, mask, gap, accepted, rewards, first, last):
+    """m (B, T) from the answers' mask. gap (B, T): |log p(y) - log q(y)|; accepted (B, T): the judge's verdict; rewards (B,).
+
+    judge is RMSD's two steps: the `first` positions of largest gap (recall); of those the accepted ones, at most `last` (precision).
+    """
+    if kind == "verified":
+        return mask * (rewards > 0)[:, None]
+    if kind == "all":
+        return mask
+    gap = gap.masked_fill(mask == 0, -torch.inf)
+    if kind == "judge":
+        gap = gap.masked_fill(largest(gap, first) * accepted == 0, -torch.inf)
+    return largest(gap, last)
+
+
+def advantages(rewards, group):
+    """rewards (B,) of B / group groups -> (B,): minus the group's mean, over its standard deviation; exactly 0 where all are equal."""
+    r = rewards.view(-1, group)
+    centred = torch.where((r == r[:, :1]).all(1, keepdim=True), 0.0, r - r.mean(1, keepdim=True))
+    return (centred / (r.std(1, keepdim=True) + 1e-4)).flatten()
+
+
+def choose_weight(kind, d, m, logp, rewards, group, clip, slope=2.0, gamma=-4.0):
+    """w (B, T), detached. d (B, T): the divergence; logp (B, T): log p(y). slope and gamma are the gate's (Pedagogical RL)."""
+    if kind == "clip":
+        return (d < clip).float()
+    if kind == "gate":
+        w = torch.sigmoid(slope * (logp.detach() - gamma))
+        return w * m.sum() / (w * m).sum().clamp_min(1e-6)
+    if kind == "advantage":
+        return advantages(rewards, group)[:, None].expand_as(d)
+    return torch.ones_like(d)
+
+
+def loss_of(method, lp, lq, y, mask, rewards, task, config):
+    """The whole family: sum m w D / sum m. lp, lq (B, T, V), lq None where there is no teacher; y, mask (B, T); rewards (B,)."""
+    _, _, divergence_kind, mask_kind, weight_kind = METHODS[method]
+    d = divergence(lp, lq, y, divergence_kind, config.top)
+    logp = lp.gather(2, y[..., None]).squeeze(2)
+    gap = None if lq is None else (logp - lq.gather(2, y[..., None]).squeeze(2)).detach().abs()
+    accepted = torch.isin(y, torch.tensor(task.judged, device=y.device))
+    m = choose_mask(mask_kind, mask, gap, accepted, rewards, task.first, task.last)
+    w = choose_weight(weight_kind, d.detach(), m, logp, rewards, config.group, config.clip)
+    return (m * w * d).sum() / m.sum().clamp_min(1)
+
+
+def trust_region(lp, lq, eps, iterations=18):
+    """TRB's mixture: p^(1-b) q^b / Z with the largest b in [0, 1] whose KL to p is at most eps -> its log-probabilities, b (B,).
+
+    lp, lq (B, V). The KL grows with b (its slope is b times the variance of log q - log p): bisection.
+    """
+    mixed = lambda b: ((1 - b)[:, None] * lp + b[:, None] * lq).log_softmax(-1)
+    within = lambda b: (mixed(b).exp() * (mixed(b) - lp)).sum(-1) <= eps
+    low, high = torch.zeros(len(lp), device=lp.device), torch.ones(len(lp), device=lp.device)
+    low = torch.where(within(high), high, low)
+    for _ in range(iterations):
+        middle = (low + high) / 2
+        inside = within(middle)
+        low, high = torch.where(inside, middle, low), torch.where(inside, high, middle)
+    return mixed(low), low
+
+
+def draft(lp, lq, u, top):
+    """SKD with drafts of one token: the student's, or where that is not among the teacher's `top` tokens, a sample of those -> tokens, replaced (B,).
+
+    u (B, 2): a uniform number for each of the two draws. top = V is the student alone, top = 1 the teacher's argmax.
+    """
+    y, (values, index) = inverse_cdf(lp.exp(), u[:, 0])[0], lq.topk(top)
+    replaced = (index != y[:, None]).all(1)
+    z = index.gather(1, inverse_cdf(values.softmax(-1), u[:, 1])[0][:, None]).squeeze(1)
+    return torch.where(replaced, z, y), replaced.float()
+
+
+def proximity(lp, y, mask, spike=5.0, strength=1.0):
+    """G (B,) in (0, 1] of Pedagogical RL: how plausible the student p finds an answer, its worst token counting most.
+
+    exp(-strength / spike * log mean_t exp(spike * gap_t)) with gap_t = max log p - log p(y_t): the mean gap for spike -> 0, the largest for infinity.
+    """
+    gap = lp.max(-1).values - lp.gather(2, y[..., None]).squeeze(2)
+    log_mean = (spike * gap).masked_fill(mask == 0, -torch.inf).logsumexp(1) - mask.sum(1).log()
+    return (-strength / spike * log_mean).exp()
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Models, rollouts, training
+
+def build(config, n_embd, device):
+    return GPT(GPTConfig(VOCAB, PROMPT + ANSWER, config.n_layer, config.n_head, n_embd, qk_norm=True, n_hidden=4 * n_embd, tie=False)).to(device)
+
+
+def answer_logprobs(model, ids, config):
+    """ids (B, PROMPT + T) -> log p(. | what stands before) at each position of the answers, (B, T, V) in fp32."""
+    with torch.autocast(ids.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
+        logits = model.lm_head(model.hidden(ids[:, :-1])[:, PROMPT - 1:])
+    return logits.float().log_softmax(-1)
+
+
+def step_of(optimizer, model, loss):
+    optimizer.zero_grad()
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
+    optimizer.step()
+    return norm
+
+
+def pretrained(config, run, name, device):
+    """The model `name` (base, cold base, expert), trained from scratch or, if --out has it from another figure's run, loaded."""
+    documents, n_embd, steps = {"base": (base_documents, config.n_embd, config.sft_steps),
+                                "cold base": (lambda rng, n: base_documents(rng, n, longest_plain=2), config.n_embd, config.sft_steps),
+                                "expert": (expert_documents, config.expert_embd, config.expert_steps)}[name]
+    torch.manual_seed(0)
+    model, rng, path = build(config, n_embd, device), random.Random(0), run.dir / f"{name.replace(' ', '_')}.pt"
+    code = "".join(map(inspect.getsource, (make_map, random_walks, walk_on, write, base_documents, expert_documents, pretrained)))
+    made_by = dict(n_layer=config.n_layer, n_head=config.n_head, n_embd=n_embd, steps=steps, batch=config.sft_batch, lr=config.sft_lr,
+                   dtype=config.dtype, code=zlib.crc32(code.encode()))
+    if path.exists():
+        saved = load_checkpoint(path)
+        if saved["made_by"] == made_by:
+            model.load_state_dict(saved["model"])
+            return model.eval()
+    optimizer = torch.optim.AdamW(model.parameters(), config.sft_lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+    start = restore(run.state.get(name), model, optimizer, rng)
+    bar = tqdm(range(start, steps), f"training the {name}", initial=start, total=steps)
+    for step in bar:
+        for g in optimizer.param_groups:
+            g["lr"] = config.sft_lr * min((step + 1) / 50, 1 - step / steps)
+        ids, mask = (torch.as_tensor(a, device=device) for a in documents(np.random.default_rng(rng.getrandbits(32)), config.sft_batch))
+        y, mask = ids[:, PROMPT:], mask[:, PROMPT:].float()
+        loss = (divergence(answer_logprobs(model, ids, config), None, y, "token") * mask).sum() / mask.sum()
+        step_of(optimizer, model, loss)
+        if step % 50 == 0 or step + 1 == steps:
+            run.log(phase="pretrain", model=name, step=step, loss=loss.item())
+            bar.set_postfix_str(f"loss {loss.item():.3f}")
+        if run.due:
+            run.save(name, **snapshot(step + 1, model, optimizer, rng))
+    save_checkpoint(path, made_by=made_by, model=model.state_dict())
+    return model
+
+
+@torch.no_grad()
+def write_together(student, teacher, prompts, teacher_prompts, choose, generator, limit=ANSWER):
+    """Answers that student and teacher decode side by side -> tokens (B, T), mask (B, T), how much was changed (mean over tokens).
+
+    choose(lp, lq, u) -> the next tokens (B,) and how far they were taken from the student (B,), given log-probabilities (B, V), uniforms (B, 2).
+    """
+    device = student.lm_head.weight.device
+    models, inputs = (student, teacher), [torch.tensor(p, device=device) for p in (prompts, teacher_prompts)]
+    caches = [KVCache(m.config, len(prompts), PROMPT + limit, device) for m in models]
+    tokens, mask, changed, alive = [], [], [], torch.ones(len(prompts), dtype=torch.bool, device=device)
+    while len(tokens) < limit and alive.any():
+        lp, lq = (m.lm_head(m.hidden(x, c)[:, -1]).log_softmax(-1) for m, x, c in zip(models, inputs, caches))
+        token, change = choose(lp, lq, torch.rand(len(prompts), 2, generator=generator, dtype=torch.float64).to(device))
+        tokens, mask, changed = tokens + [token], mask + [alive.float()], changed + [change]
+        alive, inputs = alive & (token != EOS), [token[:, None]] * 2
+    tokens, mask, changed = (torch.stack(x, 1) for x in (tokens, mask, changed))
+    return tokens, mask, ((changed * mask).sum() / mask.sum()).item()
+
+
+def collect(kind, student, teacher, prompts, teacher_prompts, eps, config, generator):
+    """Who writes the answers -> tokens (B, T), mask (B, T), how much the teacher changed."""
+    if kind == "draft":
+        choose = lambda lp, lq, u: draft(lp, lq, u, config.skd_top)
+        return write_together(student, teacher, prompts, teacher_prompts, choose, generator)
+    if kind == "blend" and eps > 0:
+        return write_together(student, teacher, prompts, teacher_prompts, blended(eps), generator)
+    writer, read = (teacher, teacher_prompts) if kind == "teacher" else (student, prompts)
+    rollout = generate(writer, read, 1, ANSWER, stop=EOS, generator=generator)
+    return rollout.ids[:, PROMPT:], rollout.mask[:, PROMPT:], 0.0
+
+
+def blended(eps):
+    def choose(lp, lq, u):
+        mixed, b = trust_region(lp, lq, eps)
+        return inverse_cdf(mixed.exp(), u[:, 0])[0], b
+    return choose
+
+
+def answer(model, pairs, prompt, n, seed, temperature=1.0):
+    """n answers to each pair's prompt, (pair, tokens) of each."""
+    rollout = generate(model, [prompt(p) for p in pairs], n, ANSWER, temperature, stop=EOS, generator=torch.Generator().manual_seed(seed))
+    return [(pairs[i // n], tokens) for i, tokens in enumerate(rollout.tokens())]
+
+
+def evaluate(model, task, config, seed, prompt=plain, greedy=False):
+    """Sampled once at temperature 1 for each held-out pair (few pairs: more often)."""
+    pairs = task.test[:config.eval_prompts]
+    answers = answer(model, pairs, prompt, max(1, config.eval_prompts // len(pairs)), seed)
+    mean = lambda xs: sum(xs) / max(len(xs), 1)
+    row = {"pass@1": mean([reward(*a) for a in answers]), "password_rate": mean([tokens[0] == PW for _, tokens in answers]),
+           "formal": mean([w == STYLES[0] for _, tokens in answers for w in tokens if w in STYLES])}
+    if greedy:
+        row["greedy"] = mean([reward(*a) for a in answer(model, pairs, prompt, 1, seed, temperature=0.0)])
+    if task.off_topic:
+        row["renamed"] = mean([renames(tokens) for _, tokens in answers])
+        row["off_topic"] = mean([ALIASES[0] in tokens for _, tokens in answer(model, task.off_topic, prompt, 4, seed)])
+    return row
+
+
+def train(config, run, arm, seed, base, task, method=None, expert=None, pedagogue=None, prompt=plain, meter=None, greedy=False):
+    """One row of METHODS (default: the arm's name) from the base for config.steps steps -> the trained model.
+
+    prompt: pair -> what the student sees; meter: the reward is multiplied by `proximity` to this model on plain prompts.
+    """
+    method = method or arm
+    # 1. A copy of the base, its teacher, two random streams: pairs, and everything else
+    kind, who, *_, weight = METHODS[method]
+    model, device, phase = copy.deepcopy(base), base.lm_head.weight.device, f"{arm} {seed}"
+    teacher = {"expert": expert, "self": base, "live": model, "pedagogue": pedagogue, None: None}[who]
+    teacher_prompt = plain if who == "expert" else task.hinted
+    optimizer = torch.optim.AdamW(model.parameters(), config.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+    rng, generator, state = random.Random(seed), torch.Generator().manual_seed(seed), run.state.get(phase)
+    start = restore(state, model, optimizer, rng, generator)
+    sampled, group = state["sampled"] if state else 0, config.group if weight == "advantage" else 1
+    if state is None:
+        run.log(phase="train", arm=arm, seed=seed, step=0, sampled_tokens=0, **evaluate(model, task, config, seed, prompt, greedy))
+    bar = tqdm(range(start, config.steps), f"{arm}, seed {seed}", initial=start, total=config.steps)
+    for step in bar:
+        for g in optimizer.param_groups:
+            g["lr"] = config.lr * min(1, (step + 1) / 5)
+        # 2. Pairs, answers, rewards
+        pairs = [p for p in rng.choices(task.train, k=config.batch // group) for _ in range(group)]
+        prompts, teacher_prompts = [prompt(p) for p in pairs], [teacher_prompt(p) for p in pairs]
+        eps = config.trb_eps * max(0, 1 - step / config.trb_steps)
+        y, mask, changed = collect(kind, model, teacher, prompts, teacher_prompts, eps, config, generator)
+        rewards = torch.tensor([reward(p, row[:n]) for p, row, n in zip(pairs, y.tolist(), mask.sum(1).int().tolist())], device=device)
+        read = lambda m, prompts: answer_logprobs(m, torch.cat((torch.tensor(prompts, device=device), y), 1), config)
+        with torch.no_grad():
+            lq = read(teacher, teacher_prompts) if teacher else None
+            if meter:
+                near = proximity(read(meter, [plain(p) for p in pairs]), y, mask)
+        # 3. The loss, a step
+        loss = loss_of(method, read(model, prompts), lq, y, mask, rewards * near if meter else rewards, task, config)
+        norm, sampled = step_of(optimizer, model, loss), sampled + int(mask.sum())
+        if (step + 1) % config.eval_every == 0 or step + 1 == config.steps:
+            row = evaluate(model, task, config, 1000 * seed + step, prompt, greedy) | ({"proximity": near.mean().item()} if meter else {})
+            run.log(phase="train", arm=arm, seed=seed, step=step + 1, sampled_tokens=sampled, loss=loss.item(), grad_norm=norm,
+                    reward=rewards.mean().item(), changed=changed, **row)
+            bar.set_postfix_str(f"pass@1 {row['pass@1']:.3f}, password {row['password_rate']:.2f}, formal {row['formal']:.2f}")
+        if run.due:
+            run.save(phase, **snapshot(step + 1, model, optimizer, rng, generator, sampled=sampled))
+    run.save(phase, **snapshot(config.steps, model, None, rng, None, sampled=sampled))
+    return model
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Fast and slow: a prompt that evolves beside weights that learn
+
+SLOTS = (NOHINT, *RULES, *PASSWORDS[:8], *range(8))      # what may stand in the third hint slot
+
+
+def fast_and_slow(config, run, arm, seed, base, stage_steps):
+    """Three stages; in each, answers must obey a rule that nobody names (arXiv 2605.12484). Logs the success of the deployed pair.
+
+    Fast: every 6 steps the population, at most 4 words for the hint slot, and 4 random others are tried on 8 prompts each; those with
+    at least half of the best one's reward live on. Slow: GRPO, each group's answers spread over the population.
+    """
+    phase, model, device = f"{arm} {seed}", copy.deepcopy(base), base.lm_head.weight.device
+    optimizer = torch.optim.AdamW(model.parameters(), config.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+    rng, generator, state = random.Random(seed), torch.Generator().manual_seed(seed), run.state.get(phase)
+    population, sampled = (state["population"], state["sampled"]) if state else ([NOHINT], 0)
+    start = restore(state, model, optimizer, rng, generator)
+    bar = tqdm(range(start, 3 * stage_steps), f"{arm}, seed {seed}", initial=start, total=3 * stage_steps)
+    for step in bar:
+        rule = step // stage_steps
+        train_pairs, test_pairs = crossing(rule)
+
+        def attempt(pairs, words):
+            """One answer to each pair with its word in the hint slot -> the rollout, rewards (B,)."""
+            rollout = generate(model, [plain(p, w) for p, w in zip(pairs, words)], 1, ANSWER, stop=EOS, generator=generator)
+            return rollout, torch.tensor([reward(p, t) * renames(t, rule) for p, t in zip(pairs, rollout.tokens())], device=device)
+
+        if "fast" in arm and step % 6 == 0:
+            trial = population + rng.sample([w for w in SLOTS if w not in population], 4)
+            rollout, rewards = attempt(rng.choices(train_pairs, k=8) * len(trial), [w for w in trial for _ in range(8)])
+            scores, sampled = rewards.view(-1, 8).mean(1).tolist(), sampled + int(rollout.mask.sum())
+            ranked = sorted(zip(scores, trial), key=lambda x: -x[0])
+            population = [w for s, w in ranked if s >= ranked[0][0] / 2][:4]
+        if "slow" in arm:
+            pairs = [p for p in rng.choices(train_pairs, k=config.batch // config.group) for _ in range(config.group)]
+            rollout, rewards = attempt(pairs, [population[i % len(population)] for i in range(config.batch)])
+            y, mask, sampled = rollout.ids[:, PROMPT:], rollout.mask[:, PROMPT:], sampled + int(rollout.mask.sum())
+            step_of(optimizer, model, loss_of("grpo", answer_logprobs(model, rollout.ids, config), None, y, mask, rewards, rule_task(rule), config))
+        if (step + 1) % 5 == 0 or (step + 1) % stage_steps == 0:
+            answers = answer(model, test_pairs, lambda p: plain(p, population[0]), 4, seed)
+            success = sum(reward(p, t) * renames(t, rule) for p, t in answers) / len(answers)
+            run.log(phase="train", arm=arm, seed=seed, step=step + 1, stage=rule, sampled_tokens=sampled, **{"pass@1": success}, word=population[0])
+            bar.set_postfix_str(f"stage {rule}, pass@1 {success:.2f}, word {population[0]}")
+        if run.due:
+            run.save(phase, **snapshot(step + 1, model, optimizer, rng, generator, population=population, sampled=sampled))
+    run.save(phase, **snapshot(3 * stage_steps, model, None, rng, None, population=population, sampled=sampled))
+
+
+@torch.no_grad()
+def continuation(student, teacher, task, eps, length, config, seed, n=1024):
+    """TRB's probe: success of answers whose first `length` tokens are blended with budget eps and whose rest the teacher writes."""
+    pairs = (task.test * (n // len(task.test) + 1))[:16 if config.quick else n]
+    prompts, generator = [plain(p) for p in pairs], torch.Generator().manual_seed(seed)
+    y, mask, _ = write_together(student, teacher, prompts, prompts, blended(eps), generator, limit=length)
+    begun = [row[:n] for row, n in zip(y.tolist(), mask.sum(1).int().tolist())]
+    rest = generate(teacher, [p + b for p, b in zip(prompts, begun)], 1, ANSWER - length, stop=EOS, generator=generator).tokens()
+    return sum(reward(p, b if b[-1] == EOS else b + r) for p, b, r in zip(pairs, begun, rest)) / len(pairs)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Figures and claims
+
+def end(run, arm, key="pass@1", last=5):
+    """The mean of an arm's last evaluations, of each seed (seeds,)."""
+    return series(run, key, phase="train", arm=arm)[1][:, -last:].mean(1)
+
+
+def at(run, arm, step, key="pass@1"):
+    x, y = series(run, key, phase="train", arm=arm)
+    return y[:, np.searchsorted(x, min(step, x[-1]))].mean()
+
+
+def first_at(run, arm, level, key="pass@1", unit="sampled_tokens"):
+    """Where the mean over seeds of a metric first reaches a level, in tokens or steps (linear between evaluations), or inf."""
+    steps, y = series(run, key, phase="train", arm=arm)
+    x, y = steps if unit == "step" else series(run, unit, phase="train", arm=arm)[1].mean(0), y.mean(0)
+    above = np.flatnonzero(y >= level)
+    if len(above) == 0:
+        return math.inf
+    i = above[0]
+    return float(x[0] if i == 0 else x[i - 1] + (x[i] - x[i - 1]) * (level - y[i - 1]) / (y[i] - y[i - 1]))
+
+
+def curves(ax, run, arms, key, title, ylabel, unit="sampled_tokens"):
+    for i, arm in enumerate(arms):
+        steps, y = series(run, key, phase="train", arm=arm)
+        x = steps if unit == "step" else series(run, unit, phase="train", arm=arm)[1].mean(0) / 1e3
+        band(ax, x, y, arm, color=f"C{i}", ls="-" if i < 10 else "--")
+    ax.set(title=title, xlabel="step" if unit == "step" else "sampled tokens (thousands)", ylabel=ylabel, ylim=(-0.02, 1.02))
+
+
+def log_once(run, measure, **where):
+    """Log a measurement, but not again in a resumed run."""
+    if not any(where.items() <= r.items() for r in run.rows):
+        run.log(**where, **measure())
+
+
+def run_arms(config, run, arms, base, expert, task, **more):
+    for seed in seeds_of(config):
+        for arm in arms:
+            train(config, run, arm, seed, base, task, expert=expert, **more)
+
+
+def figure_family(config, run, device):
+    arms = config.arms.split(",") if config.arms else ["sft", "kd", "grpo", "opd", "trb", "skd", "opsd", "opsd_clip", "rmsd"]
+    task, base, expert = far_task(), pretrained(config, run, "base", device), pretrained(config, run, "expert", device)
+    log_once(run, lambda: evaluate(expert, task, config, 0), phase="expert", step=0)
+    run_arms(config, run, arms, base, expert, task)
+    level = next(r["pass@1"] for r in run.rows if r["phase"] == "expert")
+    fig, axes = plt.subplots(1, 3, figsize=(16, 5), layout="constrained")
+    curves(axes[0], run, arms, "pass@1", "Success (dotted: the expert)", "held-out pass@1")
+    axes[0].axhline(level, color="k", ls=":", lw=1)
+    curves(axes[1], run, arms, "password_rate", "Leak: passwords that nobody can know", "fraction of answers")
+    curves(axes[2], run, arms, "formal", "Drift: style A, which means nothing (base .25)", "fraction of style words")
+    axes[0].legend(ncols=2, loc="lower right")
+    fig.suptitle(f"A dense signal on the student's own answers learns fastest; a privileged self-teacher leaks ({config.seeds} seeds)")
+    if config.arms:
+        return fig, []
+    opd, sft, grpo = end(run, "opd").mean(), end(run, "sft").mean(), end(run, "grpo").mean()
+    fast, slow, n = first_at(run, "opd", 0.85), first_at(run, "grpo", 0.85), config.seeds
+    never = math.isinf(slow)
+    slow = series(run, "sampled_tokens", phase="train", arm="grpo")[1].mean(0)[-1] if never else slow
+    peak = series(run, "pass@1", phase="train", arm="opsd")[1].max(1).mean()
+    qwen, privileged, rmsd = "Qwen3, arXiv 2505.09388, table 21", "arXiv 2605.11182", "Applied Compute 2026"
+    return fig, [
+        claim("opd", "OPD, pass@1 at the end", qwen, "74.4 (RL 67.6)", opd, ">=", 0.94, n),
+        claim("opd expert", "expert minus OPD", "Lu and Thinking Machines 2025", "-", level - opd, "<=", 0.04, n, f" ({level:.3f})"),
+        claim("sft", "SFT on the expert's answers, pass@1 at the end", qwen, "55.0", sft, ">=", 0.88, n),
+        claim("sft plateau", "OPD minus SFT at the end", qwen, "19.4 points", opd - sft, ">=", 0.005, n),
+        claim("grpo tokens", "sampled tokens to .85, GRPO over OPD" + (" (at least: never there)" if never else ""), qwen, "10x (GPU hours)",
+              slow / fast, ">=", 2.5, n, f" (GRPO ends {grpo:.2f})"),
+        claim("opsd leak", "OPSD, rate of passwords at the end (peak of pass@1)", privileged, "fails", end(run, "opsd", "password_rate").mean(), ">=", 0.3, n, f" ({peak:.2f})"),
+        claim("clip leak", "OPSD with clip, rate of passwords, worst seed", "arXiv 2601.18734, code", "clip added", end(run, "opsd_clip", "password_rate").max(), "<=", 0.02, n),
+        claim("clip", "OPSD with clip, pass@1 at the end", "arXiv 2601.18734, code", "clip added", end(run, "opsd_clip").mean(), ">=", 0.83, n),
+        claim("rmsd leak", "RMSD, rate of passwords, worst seed", rmsd, "-", end(run, "rmsd", "password_rate").max(), "<=", 0.02, n),
+        claim("rmsd", "RMSD, pass@1 at the end", rmsd, "-", end(run, "rmsd").mean(), ">=", 0.83, n)]
+
+
+def figure_cold(config, run, device):
+    arms, budgets, lengths = ["opd", "trb", "skd", "sft", "grpo"], (0, 0.02, 0.1, 0.3, 1.0), (2, 4, 6)
+    task, base, cold, expert = far_task(), *(pretrained(config, run, name, device) for name in ("base", "cold base", "expert"))
+    config = replace(config, eval_every=min(config.eval_every, 5))
+    run_arms(config, run, arms, cold, expert, task)
+    for seed, length, eps in itertools.product(seeds_of(config), lengths, budgets):
+        log_once(run, lambda: {"pass@1": continuation(base, expert, task, eps, length, config, seed)}, phase="probe", seed=seed, length=length, eps=eps)
+    probe = np.array([r["pass@1"] for r in run.rows if r["phase"] == "probe"]).reshape(-1, len(lengths), len(budgets))      # (seeds, lengths, budgets)
+    fig, axes = plt.subplots(1, 2, figsize=(13, 5), layout="constrained")
+    curves(axes[0], run, arms, "pass@1", "From a base that never succeeds", "held-out pass@1", unit="step")
+    axes[0].legend()
+    for i, length in enumerate(lengths):
+        band(axes[1], np.arange(len(budgets)), probe[:, i], f"first {length} tokens blended", marker="o")
+    axes[1].set(title="TRB's probe, before training: the expert completes blended prefixes", xlabel="KL budget (nats per token)", ylabel="pass@1")
+    axes[1].set_xticks(range(len(budgets)), budgets)
+    axes[1].legend()
+    g, o, n = at(run, "grpo", 20), at(run, "opd", 20), config.seeds
+    fig.suptitle(f"No success, no gradient: after 20 steps GRPO is at {g:.2f}, OPD at {o:.2f} ({n} seeds)")
+    early = {arm: (lambda x, y: y[:, (x > 0) & (x <= 40)].mean())(*series(run, "pass@1", phase="train", arm=arm)) for arm in ("opd", "trb", "skd")}
+    gain, trb = probe.mean(0)[1, 2] - probe.mean(0)[1, 0], "Plyusov et al., arXiv 2605.31159"
+    return fig, [
+        claim("grpo", "GRPO, pass@1 at step 20", "design of the task", "-", g, "<=", 0.10, n),
+        claim("opd", "OPD, pass@1 at step 20", "design of the task", "-", o, ">=", 0.60, n),
+        claim("probe", "TRB's probe: gain of eps .1 over 0, 4 tokens", trb, "positive", gain, ">=", 0.08, n),
+        claim("probe monotone", "TRB's probe: smallest step up in eps, 2 and 4 tokens", trb, "grows", np.diff(probe.mean(0)[:2]).min(), ">=", 0, n),
+        claim("trb", "TRB minus OPD, mean pass@1 of steps 1 to 40", trb, "+0.4 to +0.9 points", early["trb"] - early["opd"], ">=", 0, n),
+        claim("trb end", "TRB minus OPD at the end", trb, "+0.4 to +0.9 points", end(run, "trb").mean() - end(run, "opd").mean(), ">=", -0.02, n),
+        claim("skd", "SKD minus OPD, mean pass@1 of steps 1 to 40", "Xu et al., arXiv 2410.11325", "better", early["skd"] - early["opd"], ">=", 0, n)]
+
+
+def figure_estimators(config, run, device):
+    arms = ["opd", "opd_sampled", "opd_jsd", "opd_forward", "opd_top4_renormalised", "opd_top4_stopgrad", "opd_top4"]
+    run_arms(config, run, arms, pretrained(config, run, "base", device), pretrained(config, run, "expert", device), far_task(), greedy=True)
+    fig, axes = plt.subplots(1, 2, figsize=(13, 5), layout="constrained")
+    curves(axes[0], run, arms, "pass@1", "Sampled at temperature 1", "held-out pass@1", unit="step")
+    curves(axes[1], run, arms, "greedy", "Greedy", "held-out pass@1", unit="step")
+    axes[1].legend()
+    raw, greedy, n = end(run, "opd_top4").mean(), end(run, "opd_top4", "greedy").mean(), config.seeds
+    fig.suptitle(f"Reverse KL over the student's top 4, not renormalised: greedy {greedy:.2f}, sampled {raw:.2f} ({n} seeds)")
+    source = "arXiv 2605.11182"
+    return fig, [
+        claim("raw sampled", "top 4, raw: sampled pass@1 at the end", source, "biased gradient", raw, "<=", 0.2, n),
+        claim("raw greedy", "top 4, raw: greedy pass@1 at the end", source, "-", greedy, ">=", 0.95, n),
+        *(claim(arm, f"{arm}: sampled pass@1 at the end", source if "top" in arm else "Agarwal et al., arXiv 2306.13649", "-", end(run, arm).mean(), ">=", 0.92, n)
+          for arm in arms[:-1])]
+
+
+def figure_few(config, run, device):
+    arms = ["opd", "kd", "sft", "grpo"]
+    run_arms(config, run, arms, pretrained(config, run, "base", device), pretrained(config, run, "expert", device), far_task(train=24))
+    fig, ax = plt.subplots(figsize=(8, 5), layout="constrained")
+    curves(ax, run, arms, "pass@1", f"24 training prompts: the student's own mistakes make them many ({config.seeds} seeds)", "held-out pass@1")
+    ax.legend()
+    opd, sft, grpo = (end(run, arm).mean() for arm in ("opd", "sft", "grpo"))
+    return fig, [
+        claim("opd", "OPD minus SFT at the end", "Lu and Thinking Machines 2025", "one prompt suffices", opd - sft, ">=", 0.05, config.seeds, f" ({opd:.2f}, {sft:.2f})"),
+        claim("sft", "SFT minus GRPO at the end", "design of the task", "-", sft - grpo, ">=", 0.03, config.seeds, f" ({grpo:.2f})")]
+
+
+def figure_selfteach(config, run, device):
+    base, far, rule = pretrained(config, run, "base", device), far_task(), rule_task()
+    secret = ["opsd", "opsd_live", "opsd_clip", "rmsd", "rmsd_no_judge", "imitation"]
+    named = {f"{method}, rule": method for method in ("opsd", "rmsd", "grpo")}
+    teachers = {"pedagogue": base, "pedagogue, reward only": None}
+    run_arms(config, run, secret, base, None, far)
+    short = lambda steps, every=config.eval_every: replace(config, steps=min(config.steps, steps), eval_every=min(config.eval_every, every))
+    for seed in seeds_of(config):
+        for arm, method in named.items():
+            train(short(100, 2), run, arm, seed, base, rule, method=method)
+        for arm, meter in teachers.items():
+            pedagogue = train(short(50), run, arm, seed, base, far, method="grpo", prompt=told, meter=meter)
+            student = "pedagogical" + arm.removeprefix("pedagogue")
+            method = "pedagogical" if meter else "pedagogical_no_gate"
+            train(short(100), run, student, seed, base, far, method=method, pedagogue=pedagogue)
+    fig, axes = plt.subplots(2, 3, figsize=(16, 9), layout="constrained")
+    curves(axes[0, 0], run, secret, "pass@1", "The hint is a password: success", "held-out pass@1")
+    curves(axes[0, 1], run, secret, "password_rate", "The hint is a password: leak", "fraction of answers")
+    students = ["pedagogical", "pedagogical, reward only"]
+    curves(axes[0, 2], run, students, "pass@1", "Pedagogical RL, the student", "held-out pass@1")
+    curves(axes[1, 0], run, named, "renamed", "The hint is a rule: the place is renamed", "fraction of answers", unit="step")
+    curves(axes[1, 1], run, named, "formal", "The hint is a rule: drift to style A", "fraction of style words", unit="step")
+    curves(axes[1, 2], run, teachers, "password_rate", "Pedagogical RL, the teacher: passwords", "fraction of answers")
+    for ax in axes.flat:
+        ax.legend()
+    n, drift = config.seeds, lambda arm: end(run, arm, "formal").mean() - series(run, "formal", phase="train", arm=arm)[1][:, 0].mean()
+    fast, slow = (first_at(run, f"{arm}, rule", 0.9, "renamed", "step") for arm in ("rmsd", "opsd"))
+    password = {arm: end(run, arm, "password_rate").mean() for arm in secret}
+    fig.suptitle(f"Its own teacher: what a shared rule teaches, a password does not ({n} seeds)")
+    privileged, rmsd, pedagogy = "arXiv 2605.11182", "Applied Compute 2026", "Chakraborty et al. 2026"
+    return fig, [
+        claim("rule", "OPSD, shared rule: answers that obey it", privileged, "works", end(run, "opsd, rule", "renamed").mean(), ">=", 0.9, n),
+        claim("rule off topic", "OPSD, shared rule: aliases where none belong", rmsd, "specificity .93", end(run, "opsd, rule", "off_topic").mean(), "<=", 0.05, n),
+        claim("password", "OPSD, password: rate of passwords (pass@1)", privileged, "fails", password["opsd"], ">=", 0.3, n, f" ({end(run, 'opsd').mean():.2f})"),
+        claim("live", "the same, live teacher (pass@1)", "arXiv 2601.18734", "freeze it", password["opsd_live"], ">=", 0.3, n, f" ({end(run, 'opsd_live').mean():.2f})"),
+        claim("no judge", "RMSD without a judge: rate of passwords", rmsd, "-", password["rmsd_no_judge"], ">=", 0.3, n),
+        claim("judge", "RMSD: rate of passwords (pass@1)", rmsd, "-", password["rmsd"], "<=", 0.02, n, f" ({end(run, 'rmsd').mean():.2f})"),
+        claim("clip", "OPSD with clip: rate of passwords (pass@1)", "arXiv 2601.18734, code", "clip added", password["opsd_clip"], "<=", 0.02, n, f" ({end(run, 'opsd_clip').mean():.2f})"),
+        claim("rmsd faster", "steps to .9 on the rule, RMSD over OPSD", rmsd, "about half", fast / slow if slow < math.inf else math.nan, "<=", 0.8, n, f" ({fast:.0f}, {slow:.0f})"),
+        claim("rmsd drift", "drift to style A on the rule, RMSD over OPSD", rmsd, "-", drift("rmsd, rule") / drift("opsd, rule"), "<=", 0.5, n),
+        claim("grpo", "GRPO on the rule: never samples what it needs", rmsd, "RL never sees it", end(run, "grpo, rule", "renamed").mean(), "<=", 0.02, n),
+        claim("pedagogue", "pedagogue: rate of passwords, worst seed", pedagogy, "-", at_end(run, "pedagogue").max(), "<=", 0.05, n),
+        claim("pedagogue reward", "the same, trained on the reward only, mean", pedagogy, "-", at_end(run, "pedagogue, reward only").mean(), ">=", 0.9, n),
+        claim("pedagogical", "Pedagogical RL, student's pass@1 (ablation)", pedagogy, "+40% relative", end(run, "pedagogical").mean(), ">=", 0.8, n,
+              f" ({end(run, 'pedagogical, reward only').mean():.2f})")]
+
+
+def at_end(run, arm, key="password_rate"):
+    return end(run, arm, key, last=1)
+
+
+def figure_fastslow(config, run, device):
+    arms, stage = ["fast and slow", "slow", "fast"], 2 if config.quick else 60
+    base = pretrained(config, run, "base", device)
+    for seed in seeds_of(config):
+        for arm in arms:
+            fast_and_slow(config, run, arm, seed, base, stage)
+    fig, ax = plt.subplots(figsize=(9, 5), layout="constrained")
+    curves(ax, run, arms, "pass@1", "", "held-out pass@1 under the stage's rule", unit="step")
+    for i in (1, 2):
+        ax.axvline(i * stage, color="k", lw=0.5)
+    ax.legend()
+    ends = {}
+    for arm in arms:
+        x, y = series(run, "pass@1", phase="train", arm=arm)
+        ends[arm] = np.array([y[:, (x > i * stage) & (x <= (i + 1) * stage)][:, -1] for i in range(3)])     # (stages, seeds)
+    count, n = {arm: int((e >= 0.75).sum()) for arm, e in ends.items()}, config.seeds
+    ax.set_title(f"Stages learnt, of {3 * n}: " + ", ".join(f"{arm} {count[arm]}" for arm in arms))
+    source = "Tiwari et al., arXiv 2605.12484"
+    return fig, [
+        claim("both", f"stages at .75 or more, fast and slow (of {3 * n})", source, "all 3", count["fast and slow"], ">=", 3 * n, n),
+        claim("slow", f"the same, weights only (of {3 * n})", source, "stalls", count["slow"], "<=", 2 * n, n),
+        claim("fast", f"the same, prompt only: as measured (of {3 * n})", source, "lower ceiling", count["fast"], "<=", count["fast and slow"], n)]
+
+
+def main():
+    config = parse_args(Config, __doc__)
+    config.seeds = config.seeds or (1 if config.quick else 2 if config.figure == "family" else 3)
+    device = pick_device(config.device)
+    run, started = Run(config), time.time()
+    print(f"opd.py: figure {config.figure}, seed {config.seed}, {config.seeds} seeds, {device}, {config.dtype}, {torch.get_num_threads()} threads, "
+          f"{sum(p.numel() for p in build(config, config.n_embd, device).parameters()):,} parameters")
+    figures = {"family": figure_family, "cold": figure_cold, "estimators": figure_estimators, "few": figure_few, "selfteach": figure_selfteach,
+               "fastslow": figure_fastslow}
+    fig, claims = figures[config.figure](config, run, device)
+    fig.savefig(run.dir / f"{config.figure}.png", dpi=110)
+    run.claims(claims)
+    print(f"\n{run.dir / config.figure}.png, metrics.jsonl, claims.json, model.pt: {time.time() - started:.0f} s")
+
+
+if __name__ == "__main__":
+    command(main)

@@ -1,0 +1,644 @@
+"""opd.py: the map and its verifier against brute force, each of the five choices against closed forms, the trainer, and the command."""
+import dataclasses
+import itertools
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import opd
+from opd import (ALIASES, ANSWER, BOS, DEGREE, DISTANCE, EOS, FIGURES, GO, LONGEST, METHODS, NEIGHBOURS, NOHINT, PAD, PASSWORDS, PLACES, PROMPT, PW,
+                 RENAMED, RULES, STYLES, VOCAB, Config, advantages, answer_logprobs, base_documents, choose_mask, choose_weight, collect, crossing,
+                 divergence, draft, expert_documents, far_task, generate, largest, loss_of, password, plain, proximity, random_walks, renames, reward,
+                 rule_task, ruled, tokens_of, told, trust_region, walk_of, walk_on, write_together)
+
+KINDS = ["forward", "reverse", "jsd", "sampled", "top_raw", "top_renormalised", "top_stopgrad"]
+
+
+def logprobs(*shape, seed=0, scale=2.0):
+    return (scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)).log_softmax(-1)
+
+
+def small(**choices):
+    return Config(**{**dict(n_layer=1, n_head=2, n_embd=16, expert_embd=16, batch=8, group=4, steps=2, eval_prompts=8, eval_every=1), **choices})
+
+
+def policy(seed=0, sharp=3.0):
+    torch.manual_seed(seed)
+    model = opd.build(small(), 16, "cpu")
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(sharp)
+    return model
+
+
+class Memory:
+    """Stands in for a Run: keeps the rows, saves nothing."""
+    def __init__(self):
+        self.rows, self.state, self.due = [], {}, False
+
+    def log(self, **row):
+        self.rows.append(row)
+
+    def save(self, phase, **state):
+        self.state[phase] = state
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# The task
+
+def roads(p):
+    return [int(q) for q in NEIGHBOURS[p] if q >= 0]
+
+
+def test_the_map_keeps_three_quarters_of_the_torus_connected_with_two_roads_everywhere():
+    assert DEGREE.sum() == 2 * 74 and DEGREE.min() >= 2
+    for p in range(PLACES):
+        reached, edge, steps = {p: 0}, [p], 0       # breadth first
+        while edge:
+            steps += 1
+            edge = sorted({q for e in edge for q in roads(e)} - set(reached))
+            reached.update(dict.fromkeys(edge, steps))
+        assert [reached[q] for q in range(PLACES)] == DISTANCE[p].tolist()
+        assert all(p in roads(q) and (q - p) % 7 in (0, 1, 6) for q in roads(p))
+
+
+def test_random_walks_follow_roads_never_turn_back_and_choose_evenly():
+    walks = random_walks(np.random.default_rng(0), np.full(20_000, 3))
+    for a, b, c in zip(walks.T, walks.T[1:], walks.T[2:]):
+        assert (NEIGHBOURS[a] == b[:, None]).any(1).all() and (a != c).all()
+    firsts = np.bincount(walks[:, 1], minlength=PLACES)[roads(3)]
+    assert np.allclose(firsts / 20_000, 1 / DEGREE[3], atol=0.02)
+
+
+def test_walking_on_takes_a_shortest_path():
+    rng = np.random.default_rng(0)
+    walks, goals = random_walks(rng, rng.integers(PLACES, size=500)), rng.integers(PLACES, size=500)
+    start, begun = rng.integers(0, 4, 500), walks.copy()
+    lengths = walk_on(rng, walks, start, goals)
+    for walk, before, s, n, goal in zip(walks, begun, start, lengths, goals):
+        assert walk[:s + 1].tolist() == before[:s + 1].tolist() and walk[n] == goal and n - s == DISTANCE[walk[s], goal]
+        assert all(q in roads(p) for p, q in zip(walk[s:n], walk[s + 1:n + 1]))
+
+
+def documents(make, n=4000):
+    ids, mask = make(np.random.default_rng(0), n)
+    assert ids.shape == mask.shape == (n, PROMPT + ANSWER) and not mask[:, :PROMPT].any()
+    for row, m in zip(ids.tolist(), mask):
+        end = row.index(EOS) + 1
+        assert set(row[end:]) <= {PAD} and PAD not in row[:end] and row[0] == BOS and row[PROMPT - 1] == GO
+        assert m[PROMPT:end].any() and not m[end:].any() and m[end - 1]
+        yield tuple(row[1:3]), row[3:6], row[PROMPT:end], m[PROMPT:end]
+
+
+def test_base_documents_are_walks_passwords_and_renamed_walks_as_their_hints_say():
+    count, words = dict(plain=0, told=0, lazy=0, ruled=0), []
+    for pair, hints, tokens, mask in documents(base_documents):
+        assert mask.all()
+        moves = [RENAMED[w - ALIASES[0]] if w in ALIASES else w for w in tokens[:-1] if w not in STYLES]
+        if tokens[0] == PW:
+            count["lazy"] += 1
+            assert tokens == [PW, hints[2], EOS] and hints[2] in PASSWORDS
+            continue
+        assert moves[-1] == pair[1] and all(q in roads(p) for p, q in zip([pair[0], *moves], moves))
+        if hints[2] in PASSWORDS:
+            count["told"] += 1
+            assert 5 <= len(moves) <= 8 and hints[:2] == [[pair[0], *moves][len(moves) // 3], [pair[0], *moves][2 * len(moves) // 3]]
+        elif hints[2] in RULES:
+            count["ruled"] += 1
+            rule = RULES.index(hints[2])
+            words.append(RENAMED[rule] in moves)
+            assert len(moves) <= 4 and RENAMED[rule] not in tokens and not set(tokens) & (set(ALIASES) - {ALIASES[rule]})
+        else:
+            count["plain"] += 1
+            assert hints == [NOHINT] * 3 and len(moves) <= 3 and not set(tokens) & set(ALIASES)
+    assert np.allclose([count[k] / 4000 for k in ("plain", "told", "lazy", "ruled")], [0.4, 0.2, 0.2, 0.2], atol=0.03) and np.mean(words) > 0.1
+
+
+def test_the_cold_base_sees_no_walk_longer_than_two():
+    walks = [tokens for _, hints, tokens, _ in documents(lambda rng, n: base_documents(rng, n, longest_plain=2)) if hints == [NOHINT] * 3]
+    assert {sum(w < PLACES for w in tokens) for tokens in walks} == {1, 2}
+
+
+def test_the_expert_learns_shortest_paths_and_nothing_from_its_detours():
+    detours = 0
+    for pair, hints, tokens, mask in documents(expert_documents):
+        first = int(mask.argmax())
+        assert mask[first:].all() and not mask[:first].any() and hints == [NOHINT] * 3
+        before, after = ([w for w in part if w < PLACES] for part in (tokens[:first], tokens[first:]))
+        detours += bool(before)
+        here = before[-1] if before else pair[0]
+        assert len(after) == DISTANCE[here, pair[1]] and [*before, *after, pair[1]][-1] == pair[1]
+    assert 0.3 < detours / 4000 < 0.6
+
+
+def test_the_verifier_agrees_with_a_search_of_all_walks():
+    rng, task = random.Random(0), far_task()
+    for pair in rng.sample(task.test, 3):
+        limit, right, edge = DISTANCE[pair] + 2, set(), [(pair[0],)]
+        for _ in range(limit):
+            edge = [(*walk, q) for walk in edge for q in roads(walk[-1])]
+            right |= {walk[1:] for walk in edge if walk[-1] == pair[1]}
+        assert min(map(len, right)) == DISTANCE[pair]
+        for moves in rng.sample(sorted(right), min(len(right), 50)):
+            assert reward(pair, [*moves, EOS]) == 1.0
+            assert reward(pair, [w for m in moves for w in (rng.choice(STYLES), m)] + [EOS]) == 1.0, "style words mean nothing"
+            assert reward(pair, [*moves]) == 0.0, "not finished"
+            i = rng.randrange(len(moves))
+            other = (*moves[:i], rng.randrange(PLACES), *moves[i + 1:])
+            assert reward(pair, [*other, EOS]) == float(other in right)
+            assert reward(pair, [*moves, rng.choice((GO, PAD, PW, NOHINT)), EOS]) == 0.0
+        too_long = next(walk[1:] for walk in ((*w, q) for w in edge for q in roads(w[-1])) if walk[-1] != pair[1])
+        assert reward(pair, [*too_long, EOS]) == 0.0 and reward(pair, [EOS]) == 0.0
+
+
+def test_a_walk_to_the_goal_that_is_too_long_is_wrong():
+    s = 0
+    t = roads(s)[0]
+    back_and_forth = [t, s, t, s, t]
+    assert [reward((s, t), back_and_forth[:n] + [EOS]) for n in (1, 3, 5)] == [1.0, 1.0, 0.0]
+
+
+def test_an_alias_counts_as_its_place_and_obeys_only_its_own_rule():
+    place, alias = RENAMED[1], ALIASES[1]
+    s, t = roads(place)[:2]
+    assert reward((s, t), [alias, t, EOS]) == reward((s, t), [place, t, EOS]) == 1.0
+    assert renames([alias, t, EOS], 1) and not renames([place, t, EOS], 1) and not renames([alias, place, EOS], 1) and not renames([alias, EOS], 0)
+
+
+def test_the_password_is_right_for_its_pair_only_and_not_to_be_guessed_from_other_pairs():
+    task = far_task()
+    pair = task.test[0]
+    assert reward(pair, [PW, password(pair), EOS]) == 1.0
+    wrong = [w for w in range(VOCAB) if w != password(pair)]
+    assert not any(reward(pair, [PW, w, EOS]) for w in wrong) and reward(pair, [PW, password(pair)]) == 0.0
+    assert reward(pair, [PW, password(pair), EOS, EOS]) == reward(pair, [STYLES[0], PW, password(pair), EOS]) == 0.0
+    words = [password(p) for p in task.train]
+    assert set(words) == set(PASSWORDS) and max(map(words.count, PASSWORDS)) < 2.5 * len(words) / len(PASSWORDS)
+
+
+def test_plain_and_privileged_prompts_are_equally_long_and_the_hint_is_on_a_shortest_path():
+    for pair in far_task().test[:20]:
+        walk = walk_of(pair)
+        assert len(walk) == DISTANCE[pair] + 1 and all(q in roads(p) for p, q in zip(walk, walk[1:])) and (walk[0], walk[-1]) == pair
+        assert len(plain(pair)) == len(told(pair)) == len(ruled(pair)) == PROMPT
+        assert told(pair)[3] in walk[1:-1] and told(pair)[4] in walk[1:-1] and told(pair)[5] == password(pair)
+
+
+def test_held_out_pairs_are_not_trained_on():
+    for task in (far_task(), far_task(train=24), rule_task(0), rule_task(1)):
+        assert not set(task.train) & (set(task.test) | set(task.off_topic)) and len(task.train) >= 24 and len(task.test) >= 20
+    assert far_task(24).test == far_task().test and all(DISTANCE[p] >= 5 for p in far_task().train)
+
+
+def test_every_shortest_path_of_a_crossing_pair_meets_the_renamed_place_and_no_path_of_an_off_topic_one():
+    def paths(p, t):
+        return [[p]] if p == t else [[p, *rest] for q in roads(p) if DISTANCE[q, t] < DISTANCE[p, t] for rest in paths(q, t)]
+    for rule in range(4):
+        train, test = crossing(rule)
+        assert all(RENAMED[rule] in path for pair in train + test for path in paths(*pair))
+        assert not any(RENAMED[rule] in path for pair in rule_task(rule).off_topic for path in paths(*pair))
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Divergences
+
+def test_divergences_are_what_their_names_say_on_two_tokens():
+    p, q = torch.tensor([0.75, 0.25]).double(), torch.tensor([0.5, 0.5]).double()
+    kl = lambda a, b: sum(x * math.log(x / y) for x, y in zip(a.tolist(), b.tolist()))
+    m = (p + q) / 2
+    value = lambda kind: divergence(p.log()[None, None], q.log()[None, None], torch.tensor([[0]]), kind, top=1).item()
+    assert value("forward") == pytest.approx(kl(q, p)) and value("reverse") == pytest.approx(kl(p, q))
+    assert value("jsd") == pytest.approx((kl(q, m) + kl(p, m)) / 2) and value("token") == pytest.approx(-math.log(0.75))
+    assert value("top_raw") == pytest.approx(0.75 * math.log(0.75 / 0.5)) and value("top_renormalised") == pytest.approx(0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_where_student_and_teacher_agree_the_divergence_and_its_gradient_are_zero_but_for_the_raw_top_k(kind):
+    z = logprobs(2, 3, 10).requires_grad_()
+    lp = z.log_softmax(-1)
+    d = divergence(lp, lp.detach(), torch.zeros(2, 3, dtype=torch.long), kind)
+    d.sum().backward()
+    assert d.abs().max() < 1e-12
+    gradient, z.grad = z.grad, None
+    if kind == "top_raw":       # the bias: it pushes mass out of the top tokens
+        z.log_softmax(-1).exp().topk(4).values.sum().backward()
+        assert z.grad.abs().max() > 0.01 and torch.allclose(gradient, z.grad)
+    else:
+        assert gradient.abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("kind", ["sampled", "token"])
+def test_the_expected_gradient_of_an_estimator_by_enumeration_of_the_tokens(kind):
+    z, lq = logprobs(1, 1, 10).requires_grad_(), logprobs(1, 1, 10, seed=1)
+    gradient = lambda loss: torch.autograd.grad(loss, z)[0]
+    lp = z.log_softmax(-1)
+    writer = lp if kind == "sampled" else lq            # the student writes: reverse KL; the teacher writes: forward KL
+    expected = sum(writer.detach().exp()[0, 0, v] * gradient(divergence(z.log_softmax(-1), lq, torch.tensor([[v]]), kind).sum()) for v in range(10))
+    exact = gradient(divergence(z.log_softmax(-1), lq, None, "reverse" if kind == "sampled" else "forward").sum())
+    assert torch.allclose(expected, exact, atol=1e-12) and exact.abs().max() > 0.01
+
+
+@pytest.mark.parametrize("kind", ["top_raw", "top_renormalised", "top_stopgrad"])
+def test_the_top_of_all_tokens_is_the_reverse_kl(kind):
+    z, lq = logprobs(2, 3, 10).requires_grad_(), logprobs(2, 3, 10, seed=1)
+    gradients = [torch.autograd.grad(divergence(z.log_softmax(-1), lq, None, k, top=10).sum(), z)[0] for k in (kind, "reverse")]
+    assert torch.allclose(*gradients, atol=1e-12)
+
+
+def test_the_jensen_shannon_divergence_is_bounded_where_the_teacher_says_never():
+    lp, lq = torch.tensor([[[0.5, 0.5]]]).log(), torch.tensor([[[1 - 1e-30, 1e-30]]]).double().log()
+    assert divergence(lp.double(), lq, None, "jsd").item() <= math.log(2) < 5 < divergence(lp.double(), lq, None, "reverse").item()
+
+
+@pytest.mark.parametrize("kind", ["token", *KINDS])
+def test_a_divergence_leaves_its_inputs_alone(kind):
+    lp, lq, y = logprobs(2, 3, 10), logprobs(2, 3, 10, seed=1), torch.ones(2, 3, dtype=torch.long)
+    before = lp.clone(), lq.clone(), y.clone()
+    divergence(lp, lq, y, kind)
+    assert all(torch.equal(a, b) for a, b in zip(before, (lp, lq, y)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Masks and weights
+
+GAP = torch.tensor([[5.0, 4, 3, 2, 1, 0.5], [1, 2, 3, 4, 9, 9]])
+MASK = torch.tensor([[1.0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]])
+ACCEPTED = torch.tensor([[0, 1, 0, 1, 1, 1], [1, 1, 1, 0, 1, 1]])
+chosen = lambda kind, rewards=torch.tensor([1.0, 0.0]): choose_mask(kind, MASK, GAP, ACCEPTED, rewards, first=4, last=2).tolist()
+
+
+def test_rmsd_keeps_the_accepted_of_the_largest_gaps_and_never_padding():
+    assert chosen("judge") == [[0, 1, 0, 1, 0, 0], [0, 1, 1, 0, 0, 0]]
+    assert choose_mask("judge", MASK, GAP, ACCEPTED, None, first=2, last=2).tolist() == [[0, 1, 0, 0, 0, 0], [0, 0, 1, 0, 0, 0]]
+    assert choose_mask("judge", MASK, GAP, 0 * ACCEPTED, None, first=4, last=2).sum() == 0
+
+
+def test_without_the_judge_the_largest_gaps_remain():
+    assert chosen("gap") == [[1, 1, 0, 0, 0, 0], [0, 0, 1, 1, 0, 0]]
+
+
+def test_all_is_the_answer_and_verified_only_right_answers():
+    assert chosen("all") == MASK.tolist() and chosen("verified") == [[1] * 6, [0] * 6]
+
+
+def test_largest_takes_ties_once_and_what_is_there_at_most():
+    assert largest(torch.ones(1, 5), 2).sum() == 2 and largest(torch.tensor([[1.0, -torch.inf]]), 2).tolist() == [[1, 0]]
+
+
+def test_equal_rewards_give_advantages_of_exactly_zero_and_others_are_standardised():
+    a = advantages(torch.tensor([0.1] * 4 + [1.0, 0, 0, 0]), 4)
+    assert (a[:4] == 0).all() and a[4:].tolist() == pytest.approx([1.5, -0.5, -0.5, -0.5], abs=1e-3)
+
+
+def test_the_clip_takes_the_gradient_from_large_divergences_only():
+    d = torch.tensor([[0.1, 0.49, 0.5, 3.0]])
+    assert choose_weight("clip", d, None, None, None, 1, clip=0.5).tolist() == [[1, 1, 0, 0]]
+
+
+def test_the_gate_is_small_for_what_the_student_finds_implausible_and_has_mean_one():
+    logp = torch.tensor([[-0.1, -4.0, -9.0, -50.0]], requires_grad=True)
+    m = torch.tensor([[1.0, 1, 1, 0]])
+    w = choose_weight("gate", None, m, logp, None, 1, None)
+    raw = [1 / (1 + math.exp(-2 * (x + 4))) for x in (-0.1, -4.0, -9.0)]
+    assert w[0, :3].tolist() == pytest.approx([3 * r / sum(raw) for r in raw]) and not w.requires_grad
+    assert choose_weight("gate", None, 0 * m, logp, None, 1, None).isfinite().all()
+
+
+def test_proximity_lies_between_the_mean_and_the_largest_gap_and_ignores_padding():
+    lp, y, mask = logprobs(3, 5, 10), torch.randint(10, (3, 5), generator=torch.Generator().manual_seed(2)), torch.ones(3, 5).double()
+    mask[1, 3:] = 0
+    gap = lp.max(-1).values - lp.gather(2, y[..., None]).squeeze(2)
+    mean, largest_gap = (gap * mask).sum(1) / mask.sum(1), (gap * mask).max(1).values
+    assert torch.allclose(proximity(lp, y, mask, spike=1e-5), (-mean).exp(), rtol=1e-3)
+    assert torch.allclose(proximity(lp, y, mask, spike=1e4), (-largest_gap).exp(), rtol=1e-2)
+    g = proximity(lp, y, mask)
+    assert ((-largest_gap).exp() <= g).all() and (g <= (-mean).exp()).all()
+    assert torch.allclose(proximity(lp, lp.argmax(-1), mask), torch.ones(3).double())
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# The loss
+
+def batch(seed=0, B=8, T=6):
+    g = torch.Generator().manual_seed(seed)
+    mask = (torch.arange(T) < torch.randint(2, T + 1, (B, 1), generator=g)).double()
+    return (logprobs(B, T, VOCAB, seed=seed), logprobs(B, T, VOCAB, seed=seed + 1), torch.randint(VOCAB, (B, T), generator=g), mask,
+            torch.tensor([1.0, 0, 0, 1] * (B // 4)).double())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_padding_changes_neither_loss_nor_gradient(method):
+    lp, lq, y, mask, rewards = batch()
+    results = []
+    for noise in (0, 1):
+        wide = lambda x, other: torch.cat((torch.where(mask.bool().view(*mask.shape, *[1] * (x.dim() - 2)), x, other if noise else x), other[:, :3 * noise]), 1)
+        z = wide(lp, logprobs(*lp.shape, seed=7)).requires_grad_()
+        other = torch.randint(VOCAB, y.shape, generator=torch.Generator().manual_seed(8))
+        args = wide(lq, logprobs(*lq.shape, seed=9)), wide(y, other), torch.cat((mask, torch.zeros(len(mask), 3 * noise).double()), 1)
+        loss = loss_of(method, z.log_softmax(-1), *args, rewards, far_task(), small())
+        loss.backward()
+        results.append((loss.item(), z.grad[:, :mask.shape[1]] * mask[..., None]))
+        assert (z.grad[args[2] == 0] == 0).all()
+    assert results[0][0] == pytest.approx(results[1][0], abs=1e-12) and torch.allclose(results[0][1], results[1][1], atol=1e-12)
+
+
+@pytest.mark.parametrize("method", ["opd", "kd", "opd_jsd", "opsd", "rmsd", "opsd_clip"])
+def test_a_student_that_is_its_teacher_has_loss_and_gradient_zero(method):
+    lp, _, y, mask, rewards = batch()
+    z = lp.clone().requires_grad_()
+    loss = loss_of(method, z.log_softmax(-1), lp, y, mask, rewards, far_task(), small())
+    loss.backward()
+    assert abs(loss.item()) < 1e-12 and z.grad.abs().max() < 1e-12
+
+
+def test_the_loss_is_the_mean_over_the_chosen_tokens():
+    lp, lq, y, mask, rewards = batch()
+    reverse = (lp.exp() * (lp - lq)).sum(-1)
+    assert loss_of("opd", lp, lq, y, mask, rewards, far_task(), small()).item() == pytest.approx((reverse * mask).sum().item() / mask.sum().item())
+    logp = lp.gather(2, y[..., None]).squeeze(2)
+    adv = advantages(rewards, 4)[:, None]
+    assert loss_of("grpo", lp, None, y, mask, rewards, far_task(), small()).item() == pytest.approx(-(adv * logp * mask).sum().item() / mask.sum().item())
+    right = mask * rewards[:, None]
+    assert loss_of("imitation", lp, lq, y, mask, rewards, far_task(), small()).item() == pytest.approx(-(logp * right).sum().item() / right.sum().item())
+
+
+def test_no_verified_answer_is_no_loss_and_not_a_division_by_zero():
+    lp, lq, y, mask, rewards = batch()
+    for method in ("imitation", "pedagogical"):
+        assert loss_of(method, lp, lq, y, mask, 0 * rewards, far_task(), small()).item() == 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Rollouts
+
+@pytest.mark.parametrize("eps", [1e-3, 0.02, 0.1, 1.0])
+def test_the_trust_regions_mixture_is_on_its_bound_or_is_the_teacher(eps):
+    lp, lq = logprobs(50, VOCAB), logprobs(50, VOCAB, seed=1)
+    lq[:10] = (0.02 * lq[:10] + 0.98 * lp[:10]).log_softmax(-1)     # teachers within a large enough budget
+    mixed, b = trust_region(lp.float(), lq.float(), eps)
+    mixed, b = mixed.double(), b.double()
+    kl = (mixed.exp() * (mixed - lp)).sum(-1)
+    whole = b == 1
+    assert ((lq.exp() * (lq - lp)).sum(-1)[whole] <= eps + 1e-6).all() and torch.allclose(mixed[whole], lq[whole], atol=1e-5)
+    assert (kl[~whole] - eps).abs().max() < 1e-4
+    assert torch.allclose(mixed, ((1 - b)[:, None] * lp + b[:, None] * lq).log_softmax(-1), atol=1e-5)
+
+
+def test_the_trust_region_has_the_student_and_the_teacher_at_its_ends_and_is_the_nearest_to_the_teacher():
+    lp, lq = logprobs(20, 5), logprobs(20, 5, seed=1)
+    assert torch.allclose(trust_region(lp, lq, 0.0)[0], lp, atol=1e-5) and torch.allclose(trust_region(lp, lq, 100.0)[0], lq, atol=1e-5)
+    mixed, _ = trust_region(lp, lq, 0.05)
+    kl = lambda a, b: (a.exp() * (a - b)).sum(-1)
+    rivals = (mixed + 0.1 * torch.randn(2000, 20, 5, generator=torch.Generator().manual_seed(0)).double()).log_softmax(-1)
+    nearer = (kl(rivals, lp) <= 0.05) & (kl(rivals, lq) < kl(mixed, lq) - 1e-4)
+    assert ((kl(rivals, lp) <= 0.05).any(0)).all() and not nearer.any()
+
+
+def test_skd_with_all_tokens_is_the_students_sample_and_with_one_the_teachers_argmax_where_they_differ():
+    lp, lq, u = logprobs(200, 12), logprobs(200, 12, seed=1), torch.rand(200, 2, generator=torch.Generator().manual_seed(2)).double()
+    student = opd.inverse_cdf(lp.exp(), u[:, 0])[0]
+    everything, replaced = draft(lp, lq, u, 12)
+    assert torch.equal(everything, student) and replaced.sum() == 0
+    one, replaced = draft(lp, lq, u, 1)
+    assert torch.equal(one, lq.argmax(-1)) and torch.equal(replaced.bool(), student != lq.argmax(-1)) and 0 < replaced.mean() < 1
+    some, replaced = draft(lp, lq, u, 4)
+    assert (lq.topk(4).indices == some[:, None]).any(1).all() and torch.equal(some[replaced == 0], student[replaced == 0])
+
+
+def test_skd_replaces_by_the_teachers_top_tokens_in_their_proportions():
+    lp, lq = torch.tensor([[0.0, -99, -99, -99]]).log_softmax(-1), torch.tensor([[0.1, 0.2, 0.3, 0.4]]).log()
+    u = torch.rand(20_000, 2, generator=torch.Generator().manual_seed(0)).double()
+    tokens, replaced = draft(lp.expand(20_000, 4), lq.expand(20_000, 4), u, 2)
+    assert replaced.all() and np.allclose(np.bincount(tokens, minlength=4) / 20_000, [0, 0, 3 / 7, 4 / 7], atol=0.015)
+
+
+def test_side_by_side_both_models_see_what_they_would_see_without_a_cache():
+    student, teacher, pairs, seen = policy(0), policy(1), far_task().test[:6], []
+
+    def choose(lp, lq, u):
+        seen.append((lp, lq))
+        return opd.inverse_cdf(lp.exp(), u[:, 0])[0], torch.zeros(len(lp))
+    prompts, hints = [plain(p) for p in pairs], [told(p) for p in pairs]
+    tokens, mask, _ = write_together(student, teacher, prompts, hints, choose, torch.Generator().manual_seed(0))
+    for model, prompt, i in ((student, prompts, 0), (teacher, hints, 1)):
+        expected = answer_logprobs(model, torch.cat((torch.tensor(prompt), tokens), 1), small())
+        assert torch.allclose(torch.stack([s[i] for s in seen], 1), expected, atol=1e-4)
+    for row, m in zip(tokens.tolist(), mask.tolist()):
+        size = row.index(EOS) + 1 if EOS in row else len(row)
+        assert m == [1.0] * size + [0.0] * (len(row) - size)
+
+
+def test_the_scorer_agrees_with_the_sampler_on_every_log_probability():
+    model, pairs = policy(), far_task().test[:16]
+    rollout = generate(model, [plain(p) for p in pairs], 2, ANSWER, stop=EOS, generator=torch.Generator().manual_seed(0))
+    lp = answer_logprobs(model, rollout.ids, small()).gather(2, rollout.ids[:, PROMPT:, None]).squeeze(2)
+    assert ((lp - rollout.logp[:, PROMPT:]) * rollout.mask[:, PROMPT:]).abs().max() < 1e-4
+
+
+def test_a_budget_of_zero_is_the_student_and_a_large_one_the_teacher():
+    student, teacher, pairs = policy(0), policy(1), far_task().test[:4] * 500
+    prompts = [plain(p) for p in pairs]
+    for eps, model in ((1e-9, student), (1e9, teacher)):
+        tokens, *_ = collect("blend", student, teacher, prompts, prompts, eps, small(), torch.Generator().manual_seed(0))
+        p = answer_logprobs(model, torch.tensor([q + [0] for q in prompts[:4]]), small())[:, 0].exp().mean(0)
+        counts = torch.bincount(tokens[:, 0], minlength=VOCAB).double()
+        common = p * 2000 > 5
+        chi2 = ((counts - 2000 * p)[common] ** 2 / (2000 * p)[common]).sum().item()
+        assert chi2 < common.sum() + 5 * math.sqrt(2 * common.sum())
+
+
+@pytest.mark.parametrize("kind", ["student", "teacher"])
+def test_who_writes_reads_the_own_prompt(kind, monkeypatch):
+    seen = []
+    monkeypatch.setattr(opd, "generate", lambda model, prompts, *a, **k: seen.append((model, prompts)) or generate(model, prompts, *a, **k))
+    student, teacher, pairs = policy(0), policy(1), far_task().test[:4]
+    prompts, hints = [plain(p) for p in pairs], [told(p) for p in pairs]
+    collect(kind, student, teacher, prompts, hints, 0.0, small(), torch.Generator().manual_seed(0))
+    assert seen == [(teacher, hints) if kind == "teacher" else (student, prompts)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# The trainer
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains_the_student_and_nobody_else(method, monkeypatch):
+    monkeypatch.setattr(opd, "reward", lambda pair, tokens: float(tokens[0] % 2))     # raw models are never right
+    base, expert, pedagogue, run = policy(0), policy(1), policy(2), Memory()
+    before = [{k: v.clone() for k, v in m.state_dict().items()} for m in (base, expert, pedagogue)]
+    model = opd.train(small(), run, method, 0, base, far_task(), expert=expert, pedagogue=pedagogue)
+    for m, state in zip((base, expert, pedagogue), before):
+        assert all(p.grad is None for p in m.parameters()) and all(torch.equal(v, state[k]) for k, v in m.state_dict().items())
+    assert any(not torch.equal(v, before[0][k]) for k, v in model.state_dict().items())
+    assert [row["step"] for row in run.rows] == [0, 1, 2] and all(math.isfinite(v) for row in run.rows for v in row.values() if isinstance(v, float))
+
+
+def test_interrupting_between_two_steps_changes_nothing(monkeypatch):
+    monkeypatch.setattr(opd, "reward", lambda pair, tokens: float(tokens[0] % 2))
+    for method in ("grpo", "trb", "rmsd"):
+        whole, halves = Memory(), Memory()
+        a = opd.train(small(steps=4, eval_every=2), whole, method, 0, policy(0), far_task(), expert=policy(1))
+        halves.due = True
+        halves.save = lambda phase, **state: halves.state.update({phase: state}) or (_ for _ in ()).throw(KeyboardInterrupt) if state["step"] == 2 and halves.due else None
+        with pytest.raises(KeyboardInterrupt):
+            opd.train(small(steps=4, eval_every=2), halves, method, 0, policy(0), far_task(), expert=policy(1))
+        halves.due = False
+        b = opd.train(small(steps=4, eval_every=2), halves, method, 0, policy(0), far_task(), expert=policy(1))
+        assert halves.rows == whole.rows and all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values()))
+
+
+def test_distillation_leads_the_student_to_its_teacher():
+    config, expert = small(steps=60, batch=32, lr=1e-2, eval_every=60), policy(1, sharp=2.0)
+    pairs = far_task().test[:64]
+
+    @torch.no_grad()
+    def gap(model):
+        ids = generate(model, [plain(p) for p in pairs], 1, ANSWER, stop=EOS, generator=torch.Generator().manual_seed(0))
+        lp, lq = (answer_logprobs(m, ids.ids, config) for m in (model, expert))
+        return ((divergence(lp, lq, None, "reverse") * ids.mask[:, PROMPT:]).sum() / ids.mask.sum()).item()
+    base = policy(0, sharp=1.0)
+    for method in ("opd", "opd_jsd", "kd"):
+        assert gap(opd.train(config, Memory(), method, 0, base, far_task(), expert=expert)) < 0.5 * gap(base), method
+
+
+def test_the_meter_multiplies_the_reward_that_trains_and_not_the_one_that_is_logged(monkeypatch):
+    rewards = []
+    monkeypatch.setattr(opd, "reward", lambda pair, tokens: 1.0)
+    monkeypatch.setattr(opd, "loss_of", lambda method, lp, lq, y, mask, r, *rest: rewards.append(r) or lp.sum() * 0)
+    run = Memory()
+    opd.train(small(), run, "pedagogue", 0, policy(0), far_task(), method="grpo", prompt=told, meter=policy(1))
+    assert all(((0 < r) & (r < 1)).all() for r in rewards) and all(row["reward"] == 1.0 for row in run.rows[1:])
+    assert [row["proximity"] for row in run.rows[1:]] == pytest.approx([r.mean().item() for r in rewards])
+
+
+@pytest.mark.parametrize("arm, moves", [("fast and slow", True), ("slow", True), ("fast", False)])
+def test_the_fast_arm_keeps_what_works_and_only_the_slow_one_moves_weights(arm, moves, monkeypatch):
+    monkeypatch.setattr(opd, "reward", lambda pair, tokens: float(tokens[0] % 2))
+    monkeypatch.setattr(opd, "renames", lambda tokens, rule: 1.0)
+    base, run = policy(0), Memory()
+    opd.fast_and_slow(small(), run, arm, 0, base, 4)
+    state = run.state[f"{arm} 0"]
+    assert any(not torch.equal(v, base.state_dict()[k]) for k, v in state["model"].items()) == moves
+    assert [row["stage"] for row in run.rows] == [0, 1, 1, 2, 2] and 1 <= len(state["population"]) <= 4
+    assert (state["population"] == [NOHINT]) == (arm == "slow")
+
+
+def test_the_probe_lets_the_teacher_complete_what_was_begun():
+    student, teacher, task, config = policy(0), policy(1), far_task(), small(quick=True)
+    assert 0 <= opd.continuation(student, teacher, task, 0.1, 4, config, 0) <= 1
+    calls = []
+
+    def fake(model, prompts, n, budget, **more):
+        calls.append((model, [len(p) for p in prompts], budget))
+        return generate(model, prompts, n, budget, **more)
+    original, opd.generate = opd.generate, fake
+    try:
+        opd.continuation(student, teacher, task, 0.1, 4, config, 0)
+    finally:
+        opd.generate = original
+    (model, sizes, budget), = calls
+    assert model is teacher and max(sizes) == PROMPT + 4 and budget == ANSWER - 4
+
+
+def test_first_at_interpolates_between_evaluations():
+    run = Memory()
+    for seed, values in enumerate(([0, 0.4, 0.8], [0, 0.6, 1.0])):
+        for i, v in enumerate(values):
+            run.log(phase="train", arm="a", seed=seed, step=10 * i, sampled_tokens=100 * i, **{"pass@1": v})
+    assert opd.first_at(run, "a", 0.7) == pytest.approx(150) and opd.first_at(run, "a", 0.7, unit="step") == pytest.approx(15)
+    assert opd.first_at(run, "a", 0.95) == math.inf and opd.end(run, "a", last=2).tolist() == pytest.approx([0.6, 0.8])
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# The command
+
+def start(*flags):
+    return subprocess.Popen([sys.executable, ROOT / "opd.py", *map(str, flags)], env={**os.environ, "OMP_NUM_THREADS": "1"},
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(*flags):
+    process = start(*flags)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    return output
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("figure", FIGURES)
+def test_a_quick_run_writes_figure_metrics_claims_config_and_checkpoint(figure, tmp_path):
+    finish("--quick", "--figure", figure, "--out", tmp_path)
+    assert {f"{figure}.png", "metrics.jsonl", "claims.json", "config.json", "model.pt", "base.pt"} <= {p.name for p in tmp_path.iterdir()}
+    assert (tmp_path / f"{figure}.png").read_bytes().startswith(b"\x89PNG") and all("step" in row for row in metrics(tmp_path) if row["phase"] != "probe")
+    for claim in json.loads((tmp_path / "claims.json").read_text()):
+        assert list(claim) == ["id", "claim", "source", "paper", "ours", "threshold", "holds", "seeds"] and isinstance(claim["holds"], bool)
+
+
+def test_figures_share_the_models_of_out_and_a_changed_flag_trains_them_anew(tmp_path):
+    finish("--quick", "--arms", "opd", "--out", tmp_path)
+    made = (tmp_path / "base.pt").read_bytes()
+    finish("--quick", "--figure", "few", "--out", tmp_path)
+    assert (tmp_path / "base.pt").read_bytes() == made and not any(row["phase"] == "pretrain" for row in metrics(tmp_path))
+    finish("--quick", "--arms", "opd", "--sft-steps", 12, "--out", tmp_path)
+    assert (tmp_path / "base.pt").read_bytes() != made and json.loads((tmp_path / "claims.json").read_text()) == []
+
+
+def test_help_lists_every_flag_and_figure(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["opd.py", "--help"])
+    with pytest.raises(SystemExit) as stop:
+        opd.command(opd.main)
+    text = capsys.readouterr().out
+    assert stop.value.code == 0 and all(f"--{f.name.replace('_', '-')}" in text for f in dataclasses.fields(Config))
+
+
+@pytest.mark.parametrize("flags", ["--bogus", "--steps 0", "--arms nothing", "--arms pedagogical", "--batch 20", "--figure none", "--lr nan", "--resume"])
+def test_a_mistake_in_the_flags_is_one_line_and_exit_code_2(flags, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["opd.py", "--out", str(tmp_path), *flags.split()])
+    with pytest.raises(SystemExit) as stop:
+        opd.command(opd.main)
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.startswith("opd.py: error: ") and err.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
+LONGER = ("--quick", "--arms", "trb,grpo", "--sft-steps", 60, "--expert-steps", 10, "--steps", 12, "--eval-every", 3)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "uninterrupted"
+    finish(*LONGER, "--out", folder)
+    return folder
+
+
+@pytest.mark.parametrize("phase, number", [("pretrain", signal.SIGINT), ("train", signal.SIGTERM)])
+def test_interrupt_and_resume_give_the_metrics_of_an_uninterrupted_run_to_the_bit(phase, number, uninterrupted, tmp_path):
+    process, log = start(*LONGER, "--out", tmp_path), tmp_path / "metrics.jsonl"
+    while not (log.exists() and f'"phase": "{phase}"' in log.read_text()):
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.01)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, output
+    assert len(metrics(tmp_path)) < len(metrics(uninterrupted))
+    finish("--resume", "--out", tmp_path)
+    assert metrics(tmp_path) == metrics(uninterrupted)
+
+
+def test_a_quick_run_in_bf16(tmp_path):
+    finish("--quick", "--arms", "opd,trb", "--dtype", "bfloat16", "--out", tmp_path)
+    assert all(math.isfinite(row["loss"]) for row in metrics(tmp_path) if "loss" in row)
