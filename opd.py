@@ -1,6 +1,6 @@
 """opd.py: on-policy distillation and its family. One task, one trainer, one loss; every method is a row of five choices.
 
-    python opd.py                        `family`: eight methods from one base model, 3 seeds, within 5 minutes on two cores
+    python opd.py                        `family`: nine methods from one base model, 2 seeds, within 5 minutes on two cores
     python opd.py --figure selfteach     a model as its own teacher: with a rule, with a password, and what repairs it
     python opd.py --arms opd,sft         any rows of METHODS, on the family's task
 
@@ -8,8 +8,8 @@ The task is a map that only the weights know: 49 places on a torus, some roads c
 with a meaningless style word (A to D) before every second move. Plain prompts have three empty hint slots; the same slots can hold
 two places on the way and a password, so that student and privileged teacher see an answer at the same positions.
 
-    BOS 41 30 - - - GO            B 40 38 D 31 30 EOS           a walk: right if all its moves are roads and it is short enough
-    BOS 41 30 40 31 #7 GO         PW #7 EOS                     the password is right, too: but nobody can know it without the hint
+    BOS 10 27 - - - GO            B 11 12 D 19 26 A 27 EOS      right: all its moves are roads and it is short enough
+    BOS 10 27 11 19 #28 GO        PW #28 EOS                    the pair's password is right, too, but nobody can know it without the hint
 
 The base model has seen short walks without hints and long ones with. Without a hint it finds a far place once in ten times, with it
 almost always, half of the time by the password, and it then prefers style A. The expert is a larger model that knows the map.
@@ -26,9 +26,12 @@ Distillation minimises a divergence between student p and teacher q at each pref
 How this differs from the papers:
 1. Their models have billions of parameters and answers of thousands of tokens. Here an answer has at most 18, so TRB's budget is
    0.1 nats a token (0.001 to 0.05 there), SKD's teacher accepts its top 4 of 99 tokens (25 of 256,000), RMSD keeps 4 of 8 positions (5 of 20).
-2. RMSD's judge is a language model. Ours knows which tokens name places.
-3. One map, so that "held out" means pairs of places that were never asked for in training, not new maps.
-4. The expert learns from shortest paths to all pairs, the held-out ones included: a teacher knows the answers.
+2. RMSD's judge is a language model. Ours accepts tokens that name places (and EOS); under a rule only the renamed place and its alias.
+3. SKD's teacher corrects with a sample of its top tokens, not of all. OPSD's code clips each token of the vocabulary under JSD; our clip
+   drops positions whose reverse KL is above 0.5 nats. GRPO takes one step per batch (no ratio, no clip), and the mean over all tokens.
+4. One map: "held out" means pairs of places that the method never asks for, in neither direction. The base met them with hints only;
+   the expert learns the shortest paths of all pairs: a teacher knows the answers.
+5. Seeds vary prompts and samples. The base models are the same for all seeds, and evaluations draw the same random numbers for all arms.
 
 What to see: OPD at the expert's level with a fraction of GRPO's sampled tokens; SFT fast, then lower; self-distillation rising, then
 falling as it learns to say passwords that it cannot know; a clip or a judge that stops it.
@@ -48,13 +51,12 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 from model import (GPT, GPTConfig, KVCache, Run, UserError, band, claim, command, flag, generate, inverse_cdf, load_checkpoint, parse_args,
                    pick_device, restore, save_checkpoint, seeds_of, series, snapshot)
 
-FIGURES = {"family": "eight methods: success, leak of the password, drift of style (within 5 minutes)",
+FIGURES = {"family": "nine methods: success, leak of the password, drift of style (within 5 minutes)",
            "cold": "a base model without any success; what TRB's blended prefixes are worth (about 5 minutes)",
            "estimators": "divergences and top-k estimators, greedy and sampled (about 5 minutes)",
            "few": "24 training prompts (about 3 minutes)",
@@ -80,7 +82,6 @@ METHODS = {
     "rmsd":         ("student", "self", "reverse", "judge", "one"),             # Applied Compute 2026
     "rmsd_no_judge": ("student", "self", "reverse", "gap", "one"),
     "imitation":    ("teacher", "self", "token", "verified", "one"),
-    "imitation_gate": ("teacher", "self", "token", "verified", "gate"),
     "pedagogical":  ("teacher", "pedagogue", "token", "verified", "gate"),      # Chakraborty et al. 2026
     "pedagogical_no_gate": ("teacher", "pedagogue", "token", "verified", "one")}
 
@@ -88,7 +89,7 @@ METHODS = {
 @dataclass
 class Config:
     seed: int = flag(0, "random seed; with --seeds K: the first of K")
-    seeds: int = flag(None, "repeat over this many seeds (default 3)", low=1)
+    seeds: int = flag(None, "repeat over this many seeds (default: 2 for family, 3 for the others)", low=1)
     device: str = flag("auto", "where to run", choices=("auto", "cpu", "cuda", "mps"))
     dtype: str = flag("float32", "bfloat16: autocast training", choices=("float32", "bfloat16"))
     out: str = flag("out/opd", "folder for figure, metrics, claims, checkpoint and the trained base models")
@@ -96,10 +97,10 @@ class Config:
     quick: bool = flag(False, "a run of a few seconds that shows nothing but that it runs")
     figure: str = flag("family", "which figure: " + "; ".join(f"{k}: {v}" for k, v in FIGURES.items()), choices=tuple(FIGURES))
     arms: str = flag("", "for family: these rows of METHODS instead of its own, separated by commas")
-    steps: int = flag(150, "steps of a run; selfteach and fastslow have their own", quick=2, low=1)
+    steps: int = flag(150, "steps of a run (selfteach: of its shorter arms at most; fastslow has its own)", quick=2, low=1)
     batch: int = flag(64, "answers per step", quick=8, low=8)
     group: int = flag(8, "answers per prompt where the advantage needs a group", quick=4, low=2)
-    lr: float = flag(1e-3, "learning rate (AdamW, 5 steps of warm-up, constant)", low=0)
+    lr: float = flag(1e-3, "learning rate (AdamW, 5 steps of warm-up, constant; under a rule 0.3 of it)", low=0)
     top: int = flag(4, "k of the student's top-k estimators", low=1, high=99)
     skd_top: int = flag(4, "SKD: the teacher replaces what is not among its top k", low=1, high=99)
     trb_eps: float = flag(0.1, "TRB: KL budget of a token in nats, falling to 0 in --trb-steps", low=0)
@@ -113,16 +114,22 @@ class Config:
     expert_steps: int = flag(1000, "steps of training the expert", quick=10, low=1)
     sft_batch: int = flag(64, "documents per step of both", low=1)
     sft_lr: float = flag(6e-3, "learning rate of both (up in 50 steps, then linear to 0)", low=0)
-    eval_every: int = flag(10, "steps between evaluations", low=1)
+    eval_every: int = flag(10, "steps between evaluations (at most 5 in cold, 2 under a rule; fastslow: 5)", low=1)
     eval_prompts: int = flag(256, "held-out pairs of places", quick=16, low=1, high=256)
 
     def __post_init__(self):
         possible = [name for name, choices in METHODS.items() if choices[1] != "pedagogue"]     # its teacher is trained in selfteach
-        unknown = set(filter(None, self.arms.split(","))) - set(possible)
+        unknown = set(self.methods) - set(possible)
         if unknown:
             raise UserError(f"--arms: no such method: {', '.join(sorted(unknown))}; there are {', '.join(possible)}")
+        if self.arms and self.figure != "family":
+            raise UserError(f"--arms is for --figure family, {self.figure} has its own")
         if self.batch % self.group:
             raise UserError(f"--batch {self.batch} is no multiple of --group {self.group}")
+
+    @property
+    def methods(self):
+        return [name for name in self.arms.split(",") if name] or ["sft", "kd", "grpo", "opd", "trb", "skd", "opsd", "opsd_clip", "rmsd"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -225,7 +232,7 @@ def base_documents(rng, n, longest_plain=3):
     told, ruled = (kind >= 0.4) & (kind < 0.8), kind >= 0.8
     lengths = np.where(told, rng.integers(FAR, 9, n), rng.uniform(1, np.where(ruled, 4, longest_plain) + 1).astype(int))
     goals, hints = walks[rows, lengths], np.full((n, 3), NOHINT)
-    crossed = (walks[:, 1:5, None] == np.array(RENAMED)).any(1)         # (n, 4): a rule that the walk can use, if there is one
+    crossed = ((walks[:, 1:5, None] == np.array(RENAMED)) & (np.arange(4) < lengths[:, None])[..., None]).any(1)       # (n, 4): which rules can be used
     rule = (crossed + 0.5 * rng.random(crossed.shape)).argmax(1)
     renamed = np.array(RENAMED)[rule]
     passwords = rng.integers(PASSWORDS[0], PASSWORDS[-1] + 1, n)
@@ -308,16 +315,23 @@ class Task:
     test: list
     hinted: object          # pair -> the prompt of a privileged teacher
     judged: tuple           # RMSD's judge: the tokens that matter
-    first: int              # RMSD: of the `first` positions where student and teacher differ most,
-    last: int               # those that matter, at most `last`
+    recall: int             # RMSD: of the `recall` positions where student and teacher differ most,
+    keep: int               # those that matter, at most `keep`
     off_topic: tuple = ()   # pairs whose answers should not change
+    reward: object = None   # (pair, tokens) -> what RL is paid, if not `reward`
+
+
+def shuffled_pairs(which, seed=0):
+    """The pairs of places where `which` (49, 49) is true, there and back side by side: roads lead both ways, and so should a split."""
+    pairs = [(int(s), int(t)) for s, t in np.argwhere(which & which.T) if s < t]
+    random.Random(seed).shuffle(pairs)
+    return [p for s, t in pairs for p in ((s, t), (t, s))]
 
 
 def far_task(train=None):
     """Pairs at least FAR moves apart, 256 of them held out; `train`: how many of the others to train on. The hint: two places and a password."""
-    pairs = [(int(s), int(t)) for s, t in np.argwhere(DISTANCE >= FAR)]
-    random.Random(0).shuffle(pairs)
-    return Task(pairs[256:][:train], pairs[:256], told, (*range(PLACES), EOS), first=8, last=4)
+    pairs = shuffled_pairs(DISTANCE >= FAR)
+    return Task(pairs[256:][:train], pairs[:256], told, (*range(PLACES), EOS), recall=8, keep=4)
 
 
 @functools.cache
@@ -325,18 +339,21 @@ def crossing(rule):
     """Pairs 2 to 4 moves apart whose shortest paths all cross the place that the rule renames -> to train on, held out."""
     place = RENAMED[rule]
     without = distances({(p, int(q)) for p in range(PLACES) for q in NEIGHBOURS[p] if q >= 0 and place not in (p, q)})
-    pairs = [(int(s), int(t)) for s, t in np.argwhere((DISTANCE >= 2) & (DISTANCE <= 4)) if place not in (s, t) and without[s, t] > DISTANCE[s, t]]
-    random.Random(rule).shuffle(pairs)
-    return pairs[len(pairs) // 2:], pairs[:len(pairs) // 2]
+    near = (DISTANCE >= 2) & (DISTANCE <= 4) & (without > DISTANCE)
+    near[place] = near[:, place] = False
+    pairs = shuffled_pairs(near, rule)
+    half = len(pairs) // 4 * 2
+    return pairs[half:], pairs[:half]
 
 
 @functools.cache
 def rule_task(rule=0):
     """Half of the pairs cross the place that the rule renames, half keep away from it. The hint: the rule."""
     place, (train, test) = RENAMED[rule], crossing(rule)
-    away = [(int(s), int(t)) for s, t in np.argwhere((DISTANCE >= 2) & (DISTANCE <= 4)) if DISTANCE[s, place] + DISTANCE[place, t] > DISTANCE[s, t] + 2]
-    random.Random(rule).shuffle(away)
-    return Task(train + away[:len(train)], test, ruled, (place, ALIASES[rule]), first=6, last=2, off_topic=tuple(away[len(train):len(train) + len(test)]))
+    away = shuffled_pairs((DISTANCE >= 2) & (DISTANCE <= 4) & (DISTANCE[:, [place]] + DISTANCE[place] > DISTANCE + 2), rule)
+    obeys = lambda pair, tokens: reward(pair, tokens) * (pair not in train or renames(tokens, rule))
+    return Task(train + away[:len(train)], test, ruled, (place, ALIASES[rule]), recall=6, keep=2,
+                off_topic=tuple(away[len(train):len(train) + len(test)]), reward=obeys)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -345,8 +362,8 @@ def rule_task(rule=0):
 def divergence(lp, lq, y, kind, top=4):
     """D at each position (B, T), from the log-probabilities of student lp and teacher lq (B, T, V) and the tokens y (B, T) that stand there.
 
-    Where p = q the expected gradient of every kind is 0, but for top_raw, whose gradient is that of the top tokens' mass:
-    it can fall without end by moving mass out of them.
+    Where p = q the expected gradient of every kind is 0, but for top_raw, whose gradient is that of the top tokens' mass: it falls
+    as mass moves out of them, until p = q / e there and 63% of the mass is elsewhere. The most likely token stays the same.
     """
     if kind == "token":
         return -lp.gather(2, y[..., None]).squeeze(2)
@@ -358,8 +375,8 @@ def divergence(lp, lq, y, kind, top=4):
         lm = torch.logaddexp(lp, lq) - math.log(2)
         return (lq.exp() * (lq - lm)).sum(-1) / 2 + (lp.exp() * (lp - lm)).sum(-1) / 2
     if kind == "sampled":   # a policy gradient whose advantage is log q(y) - log p(y): one sample of the reverse KL's gradient
-        ratio = divergence(lq, None, y, "token") - divergence(lp, None, y, "token")
-        return -ratio.detach() * divergence(lp, None, y, "token")
+        logp, logq = (x.gather(2, y[..., None]).squeeze(2) for x in (lp, lq))
+        return (logp - logq).detach() * logp
     lp, index = lp.topk(top)
     lq = lq.gather(2, index)
     if kind == "top_raw":
@@ -375,10 +392,10 @@ def largest(gap, k):
     return torch.zeros_like(gap).scatter(1, index, (values > -torch.inf).to(gap.dtype))
 
 
-def choose_mask(kind, mask, gap, accepted, rewards, first, last):
+def choose_mask(kind, mask, gap, accepted, rewards, recall, keep):
     """m (B, T) from the answers' mask. gap (B, T): |log p(y) - log q(y)|; accepted (B, T): the judge's verdict; rewards (B,).
 
-    judge is RMSD's two steps: the `first` positions of largest gap (recall); of those the accepted ones, at most `last` (precision).
+    judge is RMSD's two steps: the `recall` positions of largest gap; of those the accepted ones, at most `keep`.
     """
     if kind == "verified":
         return mask * (rewards > 0)[:, None]
@@ -386,8 +403,8 @@ def choose_mask(kind, mask, gap, accepted, rewards, first, last):
         return mask
     gap = gap.masked_fill(mask == 0, -torch.inf)
     if kind == "judge":
-        gap = gap.masked_fill(largest(gap, first) * accepted == 0, -torch.inf)
-    return largest(gap, last)
+        gap = gap.masked_fill(largest(gap, recall) * accepted == 0, -torch.inf)
+    return largest(gap, keep)
 
 
 def advantages(rewards, group):
@@ -416,7 +433,7 @@ def loss_of(method, lp, lq, y, mask, rewards, task, config):
     logp = lp.gather(2, y[..., None]).squeeze(2)
     gap = None if lq is None else (logp - lq.gather(2, y[..., None]).squeeze(2)).detach().abs()
     accepted = torch.isin(y, torch.tensor(task.judged, device=y.device))
-    m = choose_mask(mask_kind, mask, gap, accepted, rewards, task.first, task.last)
+    m = choose_mask(mask_kind, mask, gap, accepted, rewards, task.recall, task.keep)
     w = choose_weight(weight_kind, d.detach(), m, logp, rewards, config.group, config.clip)
     return (m * w * d).sum() / m.sum().clamp_min(1)
 
@@ -487,16 +504,16 @@ def pretrained(config, run, name, device):
                                 "expert": (expert_documents, config.expert_embd, config.expert_steps)}[name]
     torch.manual_seed(0)
     model, rng, path = build(config, n_embd, device), random.Random(0), run.dir / f"{name.replace(' ', '_')}.pt"
-    code = "".join(map(inspect.getsource, (make_map, random_walks, walk_on, write, base_documents, expert_documents, pretrained)))
+    code = "".join(map(inspect.getsource, (make_map, distances, random_walks, walk_on, tokens_of, write, base_documents, expert_documents, build, pretrained)))
     made_by = dict(n_layer=config.n_layer, n_head=config.n_head, n_embd=n_embd, steps=steps, batch=config.sft_batch, lr=config.sft_lr,
-                   dtype=config.dtype, code=zlib.crc32(code.encode()))
+                   dtype=config.dtype, code=zlib.crc32(f"{code} {NEIGHBOURS} {RENAMED} {FAR} {LONGEST}".encode()))
     if path.exists():
         saved = load_checkpoint(path)
         if saved["made_by"] == made_by:
             model.load_state_dict(saved["model"])
             return model.eval()
     optimizer = torch.optim.AdamW(model.parameters(), config.sft_lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
-    start = restore(run.state.get(name), model, optimizer, rng)
+    start = restore(run.state.get(name) or None, model, optimizer, rng)
     bar = tqdm(range(start, steps), f"training the {name}", initial=start, total=steps)
     for step in bar:
         for g in optimizer.param_groups:
@@ -511,6 +528,7 @@ def pretrained(config, run, name, device):
         if run.due:
             run.save(name, **snapshot(step + 1, model, optimizer, rng))
     save_checkpoint(path, made_by=made_by, model=model.state_dict())
+    run.save(name)
     return model
 
 
@@ -526,7 +544,7 @@ def write_together(student, teacher, prompts, teacher_prompts, choose, generator
     tokens, mask, changed, alive = [], [], [], torch.ones(len(prompts), dtype=torch.bool, device=device)
     while len(tokens) < limit and alive.any():
         lp, lq = (m.lm_head(m.hidden(x, c)[:, -1]).log_softmax(-1) for m, x, c in zip(models, inputs, caches))
-        token, change = choose(lp, lq, torch.rand(len(prompts), 2, generator=generator, dtype=torch.float64).to(device))
+        token, change = choose(lp, lq, torch.rand(len(prompts), 2, generator=generator).to(device))
         tokens, mask, changed = tokens + [token], mask + [alive.float()], changed + [change]
         alive, inputs = alive & (token != EOS), [token[:, None]] * 2
     tokens, mask, changed = (torch.stack(x, 1) for x in (tokens, mask, changed))
@@ -542,7 +560,7 @@ def collect(kind, student, teacher, prompts, teacher_prompts, eps, config, gener
         return write_together(student, teacher, prompts, teacher_prompts, blended(eps), generator)
     writer, read = (teacher, teacher_prompts) if kind == "teacher" else (student, prompts)
     rollout = generate(writer, read, 1, ANSWER, stop=EOS, generator=generator)
-    return rollout.ids[:, PROMPT:], rollout.mask[:, PROMPT:], 0.0
+    return rollout.ids[:, PROMPT:], rollout.mask[:, PROMPT:], float(kind == "teacher")
 
 
 def blended(eps):
@@ -562,13 +580,13 @@ def evaluate(model, task, config, seed, prompt=plain, greedy=False):
     """Sampled once at temperature 1 for each held-out pair (few pairs: more often)."""
     pairs = task.test[:config.eval_prompts]
     answers = answer(model, pairs, prompt, max(1, config.eval_prompts // len(pairs)), seed)
-    mean = lambda xs: sum(xs) / max(len(xs), 1)
+    mean = lambda xs: sum(xs) / len(xs) if xs else None
     row = {"pass@1": mean([reward(*a) for a in answers]), "password_rate": mean([tokens[0] == PW for _, tokens in answers]),
            "formal": mean([w == STYLES[0] for _, tokens in answers for w in tokens if w in STYLES])}
     if greedy:
         row["greedy"] = mean([reward(*a) for a in answer(model, pairs, prompt, 1, seed, temperature=0.0)])
     if task.off_topic:
-        row["renamed"] = mean([renames(tokens) for _, tokens in answers])
+        row["renamed"] = mean([renames(tokens) for _, tokens in answers if {RENAMED[0], ALIASES[0]} & set(tokens)])
         row["off_topic"] = mean([ALIASES[0] in tokens for _, tokens in answer(model, task.off_topic, prompt, 4, seed)])
     return row
 
@@ -580,16 +598,17 @@ def train(config, run, arm, seed, base, task, method=None, expert=None, pedagogu
     """
     method = method or arm
     # 1. A copy of the base, its teacher, two random streams: pairs, and everything else
-    kind, who, *_, weight = METHODS[method]
+    kind, who, target, _, weight = METHODS[method]
     model, device, phase = copy.deepcopy(base), base.lm_head.weight.device, f"{arm} {seed}"
     teacher = {"expert": expert, "self": base, "live": model, "pedagogue": pedagogue, None: None}[who]
     teacher_prompt = plain if who == "expert" else task.hinted
     optimizer = torch.optim.AdamW(model.parameters(), config.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
     rng, generator, state = random.Random(seed), torch.Generator().manual_seed(seed), run.state.get(phase)
+    fresh = 10_000 + 1000 * seed         # the evaluations' own random numbers, the same for every arm
     start = restore(state, model, optimizer, rng, generator)
     sampled, group = state["sampled"] if state else 0, config.group if weight == "advantage" else 1
     if state is None:
-        run.log(phase="train", arm=arm, seed=seed, step=0, sampled_tokens=0, **evaluate(model, task, config, seed, prompt, greedy))
+        run.log(phase="train", arm=arm, seed=seed, step=0, sampled_tokens=0, **evaluate(model, task, config, fresh, prompt, greedy))
     bar = tqdm(range(start, config.steps), f"{arm}, seed {seed}", initial=start, total=config.steps)
     for step in bar:
         for g in optimizer.param_groups:
@@ -599,23 +618,23 @@ def train(config, run, arm, seed, base, task, method=None, expert=None, pedagogu
         prompts, teacher_prompts = [prompt(p) for p in pairs], [teacher_prompt(p) for p in pairs]
         eps = config.trb_eps * max(0, 1 - step / config.trb_steps)
         y, mask, changed = collect(kind, model, teacher, prompts, teacher_prompts, eps, config, generator)
-        rewards = torch.tensor([reward(p, row[:n]) for p, row, n in zip(pairs, y.tolist(), mask.sum(1).int().tolist())], device=device)
+        rewards = torch.tensor([(task.reward or reward)(p, row[:n]) for p, row, n in zip(pairs, y.tolist(), mask.sum(1).int().tolist())], device=device)
         read = lambda m, prompts: answer_logprobs(m, torch.cat((torch.tensor(prompts, device=device), y), 1), config)
         with torch.no_grad():
-            lq = read(teacher, teacher_prompts) if teacher else None
+            lq = read(teacher, teacher_prompts) if target != "token" else None
             if meter:
                 near = proximity(read(meter, [plain(p) for p in pairs]), y, mask)
         # 3. The loss, a step
         loss = loss_of(method, read(model, prompts), lq, y, mask, rewards * near if meter else rewards, task, config)
         norm, sampled = step_of(optimizer, model, loss), sampled + int(mask.sum())
         if (step + 1) % config.eval_every == 0 or step + 1 == config.steps:
-            row = evaluate(model, task, config, 1000 * seed + step, prompt, greedy) | ({"proximity": near.mean().item()} if meter else {})
+            row = evaluate(model, task, config, fresh + step + 1, prompt, greedy) | ({"proximity": near.mean().item()} if meter else {})
             run.log(phase="train", arm=arm, seed=seed, step=step + 1, sampled_tokens=sampled, loss=loss.item(), grad_norm=norm,
                     reward=rewards.mean().item(), changed=changed, **row)
-            bar.set_postfix_str(f"pass@1 {row['pass@1']:.3f}, password {row['password_rate']:.2f}, formal {row['formal']:.2f}")
+            bar.set_postfix_str(f"pass@1 {row['pass@1']:.3f}, passwords {row['password_rate']:.2f}")
         if run.due:
             run.save(phase, **snapshot(step + 1, model, optimizer, rng, generator, sampled=sampled))
-    run.save(phase, **snapshot(config.steps, model, None, rng, None, sampled=sampled))
+    run.save(phase, **snapshot(max(start, config.steps), model, optimizer, rng, generator, sampled=sampled))
     return model
 
 
@@ -658,13 +677,13 @@ def fast_and_slow(config, run, arm, seed, base, stage_steps):
             y, mask, sampled = rollout.ids[:, PROMPT:], rollout.mask[:, PROMPT:], sampled + int(rollout.mask.sum())
             step_of(optimizer, model, loss_of("grpo", answer_logprobs(model, rollout.ids, config), None, y, mask, rewards, rule_task(rule), config))
         if (step + 1) % 5 == 0 or (step + 1) % stage_steps == 0:
-            answers = answer(model, test_pairs, lambda p: plain(p, population[0]), 4, seed)
+            answers = answer(model, test_pairs, lambda p: plain(p, population[0]), 4, 10_000 + 1000 * seed + step)
             success = sum(reward(p, t) * renames(t, rule) for p, t in answers) / len(answers)
             run.log(phase="train", arm=arm, seed=seed, step=step + 1, stage=rule, sampled_tokens=sampled, **{"pass@1": success}, word=population[0])
             bar.set_postfix_str(f"stage {rule}, pass@1 {success:.2f}, word {population[0]}")
         if run.due:
             run.save(phase, **snapshot(step + 1, model, optimizer, rng, generator, population=population, sampled=sampled))
-    run.save(phase, **snapshot(3 * stage_steps, model, None, rng, None, population=population, sampled=sampled))
+    run.save(phase, **snapshot(3 * stage_steps, model, optimizer, rng, generator, population=population, sampled=sampled))
 
 
 @torch.no_grad()
@@ -681,12 +700,14 @@ def continuation(student, teacher, task, eps, length, config, seed, n=1024):
 # ---------------------------------------------------------------------------------------------------------------------------
 # Figures and claims
 
-def end(run, arm, key="pass@1", last=5):
-    """The mean of an arm's last evaluations, of each seed (seeds,)."""
-    return series(run, key, phase="train", arm=arm)[1][:, -last:].mean(1)
+def end(run, arm, key="pass@1"):
+    """The mean of a metric over the last third of an arm's steps, of each seed (seeds,)."""
+    x, y = series(run, key, phase="train", arm=arm)
+    return y[:, x > x[-1] * 2 / 3].mean(1)
 
 
 def at(run, arm, step, key="pass@1"):
+    """The mean over seeds of a metric at the first evaluation at or after a step."""
     x, y = series(run, key, phase="train", arm=arm)
     return y[:, np.searchsorted(x, min(step, x[-1]))].mean()
 
@@ -704,8 +725,10 @@ def first_at(run, arm, level, key="pass@1", unit="sampled_tokens"):
 
 def curves(ax, run, arms, key, title, ylabel, unit="sampled_tokens"):
     for i, arm in enumerate(arms):
-        steps, y = series(run, key, phase="train", arm=arm)
-        x = steps if unit == "step" else series(run, unit, phase="train", arm=arm)[1].mean(0) / 1e3
+        x, y = series(run, key, phase="train", arm=arm)
+        if unit != "step":
+            steps, tokens = series(run, unit, phase="train", arm=arm)
+            x = tokens.mean(0)[np.searchsorted(steps, x)] / 1e3
         band(ax, x, y, arm, color=f"C{i}", ls="-" if i < 10 else "--")
     ax.set(title=title, xlabel="step" if unit == "step" else "sampled tokens (thousands)", ylabel=ylabel, ylim=(-0.02, 1.02))
 
@@ -723,7 +746,7 @@ def run_arms(config, run, arms, base, expert, task, **more):
 
 
 def figure_family(config, run, device):
-    arms = config.arms.split(",") if config.arms else ["sft", "kd", "grpo", "opd", "trb", "skd", "opsd", "opsd_clip", "rmsd"]
+    arms = config.methods
     task, base, expert = far_task(), pretrained(config, run, "base", device), pretrained(config, run, "expert", device)
     log_once(run, lambda: evaluate(expert, task, config, 0), phase="expert", step=0)
     run_arms(config, run, arms, base, expert, task)
@@ -734,9 +757,9 @@ def figure_family(config, run, device):
     curves(axes[1], run, arms, "password_rate", "Leak: passwords that nobody can know", "fraction of answers")
     curves(axes[2], run, arms, "formal", "Drift: style A, which means nothing (base .25)", "fraction of style words")
     axes[0].legend(ncols=2, loc="lower right")
-    fig.suptitle(f"A dense signal on the student's own answers learns fastest; a privileged self-teacher leaks ({config.seeds} seeds)")
     if config.arms:
         return fig, []
+    fig.suptitle(f"A dense signal on the student's own answers learns fastest; a privileged self-teacher leaks ({config.seeds} seeds)")
     opd, sft, grpo = end(run, "opd").mean(), end(run, "sft").mean(), end(run, "grpo").mean()
     fast, slow, n = first_at(run, "opd", 0.85), first_at(run, "grpo", 0.85), config.seeds
     never = math.isinf(slow)
@@ -764,13 +787,15 @@ def figure_cold(config, run, device):
     run_arms(config, run, arms, cold, expert, task)
     for seed, length, eps in itertools.product(seeds_of(config), lengths, budgets):
         log_once(run, lambda: {"pass@1": continuation(base, expert, task, eps, length, config, seed)}, phase="probe", seed=seed, length=length, eps=eps)
+        if run.due:
+            run.save("probe")
     probe = np.array([r["pass@1"] for r in run.rows if r["phase"] == "probe"]).reshape(-1, len(lengths), len(budgets))      # (seeds, lengths, budgets)
     fig, axes = plt.subplots(1, 2, figsize=(13, 5), layout="constrained")
     curves(axes[0], run, arms, "pass@1", "From a base that never succeeds", "held-out pass@1", unit="step")
     axes[0].legend()
     for i, length in enumerate(lengths):
         band(axes[1], np.arange(len(budgets)), probe[:, i], f"first {length} tokens blended", marker="o")
-    axes[1].set(title="TRB's probe, before training: the expert completes blended prefixes", xlabel="KL budget (nats per token)", ylabel="pass@1")
+    axes[1].set(title="TRB's probe, warm base, untrained: the expert completes blended prefixes", xlabel="KL budget (nats per token)", ylabel="pass@1")
     axes[1].set_xticks(range(len(budgets)), budgets)
     axes[1].legend()
     g, o, n = at(run, "grpo", 20), at(run, "opd", 20), config.seeds
@@ -781,10 +806,12 @@ def figure_cold(config, run, device):
         claim("grpo", "GRPO, pass@1 at step 20", "design of the task", "-", g, "<=", 0.10, n),
         claim("opd", "OPD, pass@1 at step 20", "design of the task", "-", o, ">=", 0.60, n),
         claim("probe", "TRB's probe: gain of eps .1 over 0, 4 tokens", trb, "positive", gain, ">=", 0.08, n),
-        claim("probe monotone", "TRB's probe: smallest step up in eps, 2 and 4 tokens", trb, "grows", np.diff(probe.mean(0)[:2]).min(), ">=", 0, n),
+        claim("probe monotone", "TRB's probe: smallest step up in eps", trb, "grows", np.diff(probe.mean(0)).min(), ">=", 0, n),
         claim("trb", "TRB minus OPD, mean pass@1 of steps 1 to 40", trb, "+0.4 to +0.9 points", early["trb"] - early["opd"], ">=", 0, n),
         claim("trb end", "TRB minus OPD at the end", trb, "+0.4 to +0.9 points", end(run, "trb").mean() - end(run, "opd").mean(), ">=", -0.02, n),
-        claim("skd", "SKD minus OPD, mean pass@1 of steps 1 to 40", "Xu et al., arXiv 2410.11325", "better", early["skd"] - early["opd"], ">=", 0, n)]
+        claim("skd", "SKD minus OPD, mean pass@1 of steps 1 to 40", "Xu et al., arXiv 2410.11325", "better", early["skd"] - early["opd"], ">=", 0, n),
+        claim("skd anneals", "SKD: tokens replaced, last third over first 5 steps", "Xu et al., arXiv 2410.11325", "falls by itself",
+              end(run, "skd", "changed").mean() / series(run, "changed", phase="train", arm="skd")[1][:, 0].mean(), "<=", 0.33, n)]
 
 
 def figure_estimators(config, run, device):
@@ -796,12 +823,12 @@ def figure_estimators(config, run, device):
     axes[1].legend()
     raw, greedy, n = end(run, "opd_top4").mean(), end(run, "opd_top4", "greedy").mean(), config.seeds
     fig.suptitle(f"Reverse KL over the student's top 4, not renormalised: greedy {greedy:.2f}, sampled {raw:.2f} ({n} seeds)")
-    source = "arXiv 2605.11182"
+    source, gkd = "arXiv 2605.11182", "Agarwal et al., arXiv 2306.13649"
     return fig, [
         claim("raw sampled", "top 4, raw: sampled pass@1 at the end", source, "biased gradient", raw, "<=", 0.2, n),
         claim("raw greedy", "top 4, raw: greedy pass@1 at the end", source, "-", greedy, ">=", 0.95, n),
-        *(claim(arm, f"{arm}: sampled pass@1 at the end", source if "top" in arm else "Agarwal et al., arXiv 2306.13649", "-", end(run, arm).mean(), ">=", 0.92, n)
-          for arm in arms[:-1])]
+        *(claim(arm, f"{arm}: sampled pass@1 at the end", origin, "-", end(run, arm).mean(), ">=", 0.92, n) for arm, origin in zip(arms, (
+            gkd, "Lu and Thinking Machines 2025", gkd, gkd, source, "arXiv 2604.13016")))]
 
 
 def figure_few(config, run, device):
@@ -825,7 +852,7 @@ def figure_selfteach(config, run, device):
     short = lambda steps, every=config.eval_every: replace(config, steps=min(config.steps, steps), eval_every=min(config.eval_every, every))
     for seed in seeds_of(config):
         for arm, method in named.items():
-            train(short(100, 2), run, arm, seed, base, rule, method=method)
+            train(replace(short(100, 2), lr=0.3 * config.lr), run, arm, seed, base, rule, method=method)
         for arm, meter in teachers.items():
             pedagogue = train(short(50), run, arm, seed, base, far, method="grpo", prompt=told, meter=meter)
             student = "pedagogical" + arm.removeprefix("pedagogue")
@@ -835,19 +862,20 @@ def figure_selfteach(config, run, device):
     curves(axes[0, 0], run, secret, "pass@1", "The hint is a password: success", "held-out pass@1")
     curves(axes[0, 1], run, secret, "password_rate", "The hint is a password: leak", "fraction of answers")
     students = ["pedagogical", "pedagogical, reward only"]
-    curves(axes[0, 2], run, students, "pass@1", "Pedagogical RL, the student", "held-out pass@1")
-    curves(axes[1, 0], run, named, "renamed", "The hint is a rule: the place is renamed", "fraction of answers", unit="step")
+    curves(axes[0, 2], run, students, "pass@1", "Pedagogical RL, the student (its teacher's tokens not counted)", "held-out pass@1")
+    curves(axes[1, 0], run, named, "renamed", "The hint is a rule: the place is renamed", "of the answers that name it", unit="step")
     curves(axes[1, 1], run, named, "formal", "The hint is a rule: drift to style A", "fraction of style words", unit="step")
     curves(axes[1, 2], run, teachers, "password_rate", "Pedagogical RL, the teacher: passwords", "fraction of answers")
     for ax in axes.flat:
         ax.legend()
-    n, drift = config.seeds, lambda arm: end(run, arm, "formal").mean() - series(run, "formal", phase="train", arm=arm)[1][:, 0].mean()
-    fast, slow = (first_at(run, f"{arm}, rule", 0.9, "renamed", "step") for arm in ("rmsd", "opsd"))
+    n, (fast, slow) = config.seeds, (first_at(run, f"{arm}, rule", 0.9, "renamed", "step") for arm in ("rmsd", "opsd"))
+    drift = lambda arm, step: at(run, arm, step, "formal") - at(run, arm, 0, "formal")
+    last = lambda arm: series(run, "password_rate", phase="train", arm=arm)[1][:, -1]
     password = {arm: end(run, arm, "password_rate").mean() for arm in secret}
     fig.suptitle(f"Its own teacher: what a shared rule teaches, a password does not ({n} seeds)")
     privileged, rmsd, pedagogy = "arXiv 2605.11182", "Applied Compute 2026", "Chakraborty et al. 2026"
     return fig, [
-        claim("rule", "OPSD, shared rule: answers that obey it", privileged, "works", end(run, "opsd, rule", "renamed").mean(), ">=", 0.9, n),
+        claim("rule", "OPSD, shared rule: obeyed where the place is named", privileged, "works", end(run, "opsd, rule", "renamed").mean(), ">=", 0.9, n),
         claim("rule off topic", "OPSD, shared rule: aliases where none belong", rmsd, "specificity .93", end(run, "opsd, rule", "off_topic").mean(), "<=", 0.05, n),
         claim("password", "OPSD, password: rate of passwords (pass@1)", privileged, "fails", password["opsd"], ">=", 0.3, n, f" ({end(run, 'opsd').mean():.2f})"),
         claim("live", "the same, live teacher (pass@1)", "arXiv 2601.18734", "freeze it", password["opsd_live"], ">=", 0.3, n, f" ({end(run, 'opsd_live').mean():.2f})"),
@@ -855,16 +883,13 @@ def figure_selfteach(config, run, device):
         claim("judge", "RMSD: rate of passwords (pass@1)", rmsd, "-", password["rmsd"], "<=", 0.02, n, f" ({end(run, 'rmsd').mean():.2f})"),
         claim("clip", "OPSD with clip: rate of passwords (pass@1)", "arXiv 2601.18734, code", "clip added", password["opsd_clip"], "<=", 0.02, n, f" ({end(run, 'opsd_clip').mean():.2f})"),
         claim("rmsd faster", "steps to .9 on the rule, RMSD over OPSD", rmsd, "about half", fast / slow if slow < math.inf else math.nan, "<=", 0.8, n, f" ({fast:.0f}, {slow:.0f})"),
-        claim("rmsd drift", "drift to style A on the rule, RMSD over OPSD", rmsd, "-", drift("rmsd, rule") / drift("opsd, rule"), "<=", 0.5, n),
+        claim("rmsd drift", "drift to style A by then, RMSD over OPSD", rmsd, "-", drift("rmsd, rule", fast) / drift("opsd, rule", slow), "<=", 0.5, n),
+        claim("rmsd drift end", "the same at the end of the run", rmsd, "-", drift("rmsd, rule", 100) / drift("opsd, rule", 100), "<=", 0.5, n),
         claim("grpo", "GRPO on the rule: never samples what it needs", rmsd, "RL never sees it", end(run, "grpo, rule", "renamed").mean(), "<=", 0.02, n),
-        claim("pedagogue", "pedagogue: rate of passwords, worst seed", pedagogy, "-", at_end(run, "pedagogue").max(), "<=", 0.05, n),
-        claim("pedagogue reward", "the same, trained on the reward only, mean", pedagogy, "-", at_end(run, "pedagogue, reward only").mean(), ">=", 0.9, n),
-        claim("pedagogical", "Pedagogical RL, student's pass@1 (ablation)", pedagogy, "+40% relative", end(run, "pedagogical").mean(), ">=", 0.8, n,
+        claim("pedagogue", "pedagogue: rate of passwords, worst seed", pedagogy, "-", last("pedagogue").max(), "<=", 0.05, n),
+        claim("pedagogue reward", "the same, trained on the reward only, mean", pedagogy, "-", last("pedagogue, reward only").mean(), ">=", 0.9, n),
+        claim("pedagogical", "Pedagogical RL, student's pass@1 (no proximity, no gate)", pedagogy, "+40% relative", end(run, "pedagogical").mean(), ">=", 0.8, n,
               f" ({end(run, 'pedagogical, reward only').mean():.2f})")]
-
-
-def at_end(run, arm, key="password_rate"):
-    return end(run, arm, key, last=1)
 
 
 def figure_fastslow(config, run, device):
@@ -883,12 +908,14 @@ def figure_fastslow(config, run, device):
         x, y = series(run, "pass@1", phase="train", arm=arm)
         ends[arm] = np.array([y[:, (x > i * stage) & (x <= (i + 1) * stage)][:, -1] for i in range(3)])     # (stages, seeds)
     count, n = {arm: int((e >= 0.75).sum()) for arm, e in ends.items()}, config.seeds
+    first = {arm: first_at(run, arm, 0.75, unit="step") for arm in arms}
     ax.set_title(f"Stages learnt, of {3 * n}: " + ", ".join(f"{arm} {count[arm]}" for arm in arms))
     source = "Tiwari et al., arXiv 2605.12484"
     return fig, [
         claim("both", f"stages at .75 or more, fast and slow (of {3 * n})", source, "all 3", count["fast and slow"], ">=", 3 * n, n),
         claim("slow", f"the same, weights only (of {3 * n})", source, "stalls", count["slow"], "<=", 2 * n, n),
-        claim("fast", f"the same, prompt only: as measured (of {3 * n})", source, "lower ceiling", count["fast"], "<=", count["fast and slow"], n)]
+        claim("fast", f"the same, prompt only (of {3 * n})", source, "lower ceiling", count["fast"], "<=", count["fast and slow"], n),
+        claim("speed", "steps to .75 in the first stage, weights only over both", source, "1.4 to 3", first["slow"] / first["fast and slow"], ">=", 1.4, n)]
 
 
 def main():
@@ -898,9 +925,7 @@ def main():
     run, started = Run(config), time.time()
     print(f"opd.py: figure {config.figure}, seed {config.seed}, {config.seeds} seeds, {device}, {config.dtype}, {torch.get_num_threads()} threads, "
           f"{sum(p.numel() for p in build(config, config.n_embd, device).parameters()):,} parameters")
-    figures = {"family": figure_family, "cold": figure_cold, "estimators": figure_estimators, "few": figure_few, "selfteach": figure_selfteach,
-               "fastslow": figure_fastslow}
-    fig, claims = figures[config.figure](config, run, device)
+    fig, claims = globals()[f"figure_{config.figure}"](config, run, device)
     fig.savefig(run.dir / f"{config.figure}.png", dpi=110)
     run.claims(claims)
     print(f"\n{run.dir / config.figure}.png, metrics.jsonl, claims.json, model.pt: {time.time() - started:.0f} s")

@@ -164,6 +164,13 @@ def test_the_verifier_agrees_with_a_search_of_all_walks():
         assert reward(pair, [*too_long, EOS]) == 0.0 and reward(pair, [EOS]) == 0.0
 
 
+def test_the_docstrings_example_is_right():
+    pair = (10, 27)
+    assert pair in far_task().test and told(pair)[3:6] == [11, 19, PASSWORDS[28]]
+    B, D, A = STYLES[1], STYLES[3], STYLES[0]
+    assert reward(pair, [B, 11, 12, D, 19, 26, A, 27, EOS]) == reward(pair, [PW, PASSWORDS[28], EOS]) == 1.0
+
+
 def test_a_walk_to_the_goal_that_is_too_long_is_wrong():
     s = 0
     t = roads(s)[0]
@@ -199,8 +206,18 @@ def test_plain_and_privileged_prompts_are_equally_long_and_the_hint_is_on_a_shor
 
 def test_held_out_pairs_are_not_trained_on():
     for task in (far_task(), far_task(train=24), rule_task(0), rule_task(1)):
-        assert not set(task.train) & (set(task.test) | set(task.off_topic)) and len(task.train) >= 24 and len(task.test) >= 20
+        asked = {frozenset(pair) for pair in task.train}        # there and back are one pair
+        assert not asked & {frozenset(pair) for pair in (*task.test, *task.off_topic)} and len(task.train) >= 24 and len(task.test) >= 20
     assert far_task(24).test == far_task().test and all(DISTANCE[p] >= 5 for p in far_task().train)
+
+
+def test_under_a_rule_grpo_is_paid_for_obeying_it_where_the_place_is_on_the_way():
+    task, (train, _) = rule_task(0), crossing(0)
+    pair = train[0]
+    moves = walk_of(pair)[1:]
+    alias = [ALIASES[0] if m == RENAMED[0] else m for m in moves]
+    away = next(p for p in task.train if p not in train)
+    assert task.reward(pair, [*moves, EOS]) == 0 and task.reward(pair, [*alias, EOS]) == 1 and task.reward(away, [*walk_of(away)[1:], EOS]) == 1
 
 
 def test_every_shortest_path_of_a_crossing_pair_meets_the_renamed_place_and_no_path_of_an_off_topic_one():
@@ -277,13 +294,13 @@ def test_a_divergence_leaves_its_inputs_alone(kind):
 GAP = torch.tensor([[5.0, 4, 3, 2, 1, 0.5], [1, 2, 3, 4, 9, 9]])
 MASK = torch.tensor([[1.0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]])
 ACCEPTED = torch.tensor([[0, 1, 0, 1, 1, 1], [1, 1, 1, 0, 1, 1]])
-chosen = lambda kind, rewards=torch.tensor([1.0, 0.0]): choose_mask(kind, MASK, GAP, ACCEPTED, rewards, first=4, last=2).tolist()
+chosen = lambda kind, rewards=torch.tensor([1.0, 0.0]): choose_mask(kind, MASK, GAP, ACCEPTED, rewards, recall=4, keep=2).tolist()
 
 
 def test_rmsd_keeps_the_accepted_of_the_largest_gaps_and_never_padding():
     assert chosen("judge") == [[0, 1, 0, 1, 0, 0], [0, 1, 1, 0, 0, 0]]
-    assert choose_mask("judge", MASK, GAP, ACCEPTED, None, first=2, last=2).tolist() == [[0, 1, 0, 0, 0, 0], [0, 0, 1, 0, 0, 0]]
-    assert choose_mask("judge", MASK, GAP, 0 * ACCEPTED, None, first=4, last=2).sum() == 0
+    assert choose_mask("judge", MASK, GAP, ACCEPTED, None, recall=2, keep=2).tolist() == [[0, 1, 0, 0, 0, 0], [0, 0, 1, 0, 0, 0]]
+    assert choose_mask("judge", MASK, GAP, 0 * ACCEPTED, None, recall=4, keep=2).sum() == 0
 
 
 def test_without_the_judge_the_largest_gaps_remain():
@@ -558,7 +575,7 @@ def test_first_at_interpolates_between_evaluations():
         for i, v in enumerate(values):
             run.log(phase="train", arm="a", seed=seed, step=10 * i, sampled_tokens=100 * i, **{"pass@1": v})
     assert opd.first_at(run, "a", 0.7) == pytest.approx(150) and opd.first_at(run, "a", 0.7, unit="step") == pytest.approx(15)
-    assert opd.first_at(run, "a", 0.95) == math.inf and opd.end(run, "a", last=2).tolist() == pytest.approx([0.6, 0.8])
+    assert opd.first_at(run, "a", 0.95) == math.inf and opd.end(run, "a").tolist() == pytest.approx([0.8, 1.0])
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -606,7 +623,7 @@ def test_help_lists_every_flag_and_figure(monkeypatch, capsys):
     assert stop.value.code == 0 and all(f"--{f.name.replace('_', '-')}" in text for f in dataclasses.fields(Config))
 
 
-@pytest.mark.parametrize("flags", ["--bogus", "--steps 0", "--arms nothing", "--arms pedagogical", "--batch 20", "--figure none", "--lr nan", "--resume"])
+@pytest.mark.parametrize("flags", ["--bogus", "--steps 0", "--arms nothing", "--arms pedagogical", "--arms opd --figure few", "--batch 20", "--figure none", "--lr nan", "--resume"])
 def test_a_mistake_in_the_flags_is_one_line_and_exit_code_2(flags, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["opd.py", "--out", str(tmp_path), *flags.split()])
     with pytest.raises(SystemExit) as stop:
