@@ -58,10 +58,10 @@ from model import (GPT, GPTConfig, KVCache, Run, UserError, band, claim, command
 
 FIGURES = {"family": "nine methods: success, leak of the password, drift of style (within 5 minutes)",
            "cold": "a base model without any success; what TRB's blended prefixes are worth (about 5 minutes)",
-           "estimators": "divergences and top-k estimators, greedy and sampled (about 5 minutes)",
+           "estimators": "divergences and top-k estimators, greedy and sampled, twice the steps (about 7 minutes)",
            "few": "24 training prompts (about 3 minutes)",
-           "selfteach": "self-distillation with a rule and with a password; RMSD; Pedagogical RL (about 10 minutes)",
-           "fastslow": "a prompt that evolves and weights that learn, over three stages (about 5 minutes)"}
+           "selfteach": "self-distillation with a rule and with a password; RMSD; Pedagogical RL (about 6 minutes)",
+           "fastslow": "a prompt that evolves and weights that learn, over three stages (about 3 minutes)"}
 #  name:            rollout, teacher, divergence, mask, weight
 METHODS = {
     "sft":          ("teacher", "expert", "token", "all", "one"),
@@ -97,7 +97,7 @@ class Config:
     quick: bool = flag(False, "a run of a few seconds that shows nothing but that it runs")
     figure: str = flag("family", "which figure: " + "; ".join(f"{k}: {v}" for k, v in FIGURES.items()), choices=tuple(FIGURES))
     arms: str = flag("", "for family: these rows of METHODS instead of its own, separated by commas")
-    steps: int = flag(150, "steps of a run (selfteach: of its shorter arms at most; fastslow has its own)", quick=2, low=1)
+    steps: int = flag(150, "steps of a run (estimators: twice; selfteach: of its shorter arms at most; fastslow has its own)", quick=2, low=1)
     batch: int = flag(64, "answers per step", quick=8, low=8)
     group: int = flag(8, "answers per prompt where the advantage needs a group", quick=4, low=2)
     lr: float = flag(1e-3, "learning rate (AdamW, 5 steps of warm-up, constant; under a rule 0.3 of it)", low=0)
@@ -816,6 +816,7 @@ def figure_cold(config, run, device):
 
 def figure_estimators(config, run, device):
     arms = ["opd", "opd_sampled", "opd_jsd", "opd_forward", "opd_top4_renormalised", "opd_top4_stopgrad", "opd_top4"]
+    config = replace(config, steps=2 * config.steps)        # the bias takes its time
     run_arms(config, run, arms, pretrained(config, run, "base", device), pretrained(config, run, "expert", device), far_task(), greedy=True)
     fig, axes = plt.subplots(1, 2, figsize=(13, 5), layout="constrained")
     curves(axes[0], run, arms, "pass@1", "Sampled at temperature 1", "held-out pass@1", unit="step")
@@ -862,10 +863,10 @@ def figure_selfteach(config, run, device):
     curves(axes[0, 0], run, secret, "pass@1", "The hint is a password: success", "held-out pass@1")
     curves(axes[0, 1], run, secret, "password_rate", "The hint is a password: leak", "fraction of answers")
     students = ["pedagogical", "pedagogical, reward only"]
-    curves(axes[0, 2], run, students, "pass@1", "Pedagogical RL, the student (its teacher's tokens not counted)", "held-out pass@1")
+    curves(axes[0, 2], run, students, "pass@1", "Pedagogical RL, the student", "held-out pass@1")
     curves(axes[1, 0], run, named, "renamed", "The hint is a rule: the place is renamed", "of the answers that name it", unit="step")
     curves(axes[1, 1], run, named, "formal", "The hint is a rule: drift to style A", "fraction of style words", unit="step")
-    curves(axes[1, 2], run, teachers, "password_rate", "Pedagogical RL, the teacher: passwords", "fraction of answers")
+    curves(axes[1, 2], run, teachers, "password_rate", "Pedagogical RL, its teacher: passwords", "fraction of answers")
     for ax in axes.flat:
         ax.legend()
     n, (fast, slow) = config.seeds, (first_at(run, f"{arm}, rule", 0.9, "renamed", "step") for arm in ("rmsd", "opsd"))

@@ -227,6 +227,23 @@ def test_attention_and_its_gradients_equal_a_loop_over_queries(name, heads, case
         torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("case", CASES)
+def test_attention_in_bf16_is_as_exact_as_its_rounded_inputs_allow(case, autocast):
+    g = torch.Generator().manual_seed(0)
+    kwargs = {**CASES[case]}
+    T = kwargs.pop("T", 7)
+    qkv = [torch.randn(2, n, t, 8, generator=g).bfloat16().requires_grad_() for n, t in ((4, T), (2, 7), (2, 7))]
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        out = attention(*qkv, **kwargs)
+    gradients = torch.autograd.grad(out, qkv, torch.ones_like(out))
+    wide = [x.detach().double().requires_grad_() for x in qkv]
+    exact = naive_attention(*wide, **kwargs)
+    assert out.dtype == torch.bfloat16 and all(x.dtype == torch.bfloat16 for x in gradients)
+    for a, b in zip((out, *gradients), (exact, *torch.autograd.grad(exact, wide, torch.ones_like(exact)))):
+        torch.testing.assert_close(a.double(), b, rtol=0.02, atol=0.02)
+
+
 def test_an_unknown_attention_is_a_value_error():
     with pytest.raises(ValueError):
         attention(*torch.randn(3, 1, 1, 2, 4), impl="fast")

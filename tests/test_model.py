@@ -591,11 +591,19 @@ def test_resume_takes_the_runs_flags_but_for_steps_and_refuses_contradictions(tm
         parse_args(Config, "", ["--resume", "--out", out, "--lr", "0.5"])
 
 
-@pytest.mark.parametrize("script", ["model.py", "grpo.py"])
+@pytest.mark.parametrize("script", ["model.py", "grpo.py", "opd.py"])
 def test_a_mistake_on_the_command_line_is_one_line_and_exit_code_2(tmp_path, script):
     done = subprocess.run([sys.executable, ROOT / script, "--nonsense"], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2 and done.stdout == ""
     assert re.fullmatch(script + ": .*--nonsense.*\n", done.stderr)
+
+
+def test_compile_is_refused_where_it_cannot_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(model, "can_compile", lambda device: False)
+    monkeypatch.setattr(sys, "argv", ["model.py", "--quick", "--compile", "--device", "cpu", "--out", str(tmp_path)])
+    with pytest.raises(UserError, match="--compile"):
+        model.main()
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.fixture
