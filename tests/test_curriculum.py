@@ -1,0 +1,294 @@
+"""curriculum.py: the p^k model against exact values, the task and its parser by hand, the budget rule, the trainer, and the command."""
+import dataclasses
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import curriculum
+from curriculum import (ANS, BOS, BUDGETS, EOS, FIGURES, NO, OK, Config, advantages, behaviour, budget_rule, build, demonstrate, draw_problem,
+                        evaluate, generate, parse, pk_gradient, pk_sample, pk_start, pk_train, pk_value, prompt, reward, second, steps_to, sum_token, target_token,
+                        verdict_gap, verdicts_by_place)
+
+PROBLEM = [3, 11, 8, 2, 6, 12], 14
+TRIES = [3, second(6), sum_token(9), NO, 11, second(2), sum_token(13), NO]
+FOUND = [8, second(6), sum_token(14), OK]
+
+
+def small(**choices):
+    return Config(**{**dict(n_layer=1, n_head=2, n_embd=16, prompts=4, group=4, steps=2, eval_prompts=8, eval_every=1), **choices})
+
+
+def policy(seed=0, sharp=3.0):
+    torch.manual_seed(seed)
+    model = build(small(), "cpu")
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(sharp)
+    return model
+
+
+class Memory:
+    """Stands in for a Run: keeps the rows, saves nothing."""
+    def __init__(self):
+        self.rows, self.state, self.due = [], {}, False
+
+    def log(self, **row):
+        self.rows.append(row)
+
+    def save(self, phase, **state):
+        self.state[phase] = state
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# The p^k model
+
+def test_the_exact_value_is_that_of_all_short_episodes():
+    M, K = pk_start(K=4, stop=0.5, right=-1.0), 4
+    p = M.softmax(-1)
+
+    def success(last, left):
+        return 0 if left == 0 else p[last, 0] + sum(p[last, a] * success(a, left - 1) for a in range(1, K))
+    for budget in (1, 2, 4):
+        assert pk_value(M, budget).item() == pytest.approx(float(success(K, budget)), abs=1e-12)
+
+
+def test_the_gradient_of_the_exact_value_by_finite_differences():
+    M = pk_start(K=5).requires_grad_()
+    gradient, = torch.autograd.grad(pk_value(M, 6), M)
+    for i, j in ((5, 0), (5, 5), (5, 2), (1, 0), (3, 3)):
+        e = torch.zeros_like(M)
+        e[i, j] = 1e-5
+        assert gradient[i, j].item() == pytest.approx(((pk_value(M + e, 6) - pk_value(M - e, 6)) / 2e-5).item(), abs=1e-9)
+
+
+def test_the_closed_form_of_the_log_likelihoods_gradient():
+    M = pk_start(K=5).requires_grad_()
+    counts, *_ = pk_sample(M.detach(), 6, 50, np.random.default_rng(0))
+    weight = torch.as_tensor(-1.0 * counts[0] + 1.0 * counts[1])
+    expected, = torch.autograd.grad((weight * M.log_softmax(-1)).sum(), M)
+    assert torch.allclose(pk_gradient(M.detach(), counts, (-1.0, 1.0)), expected, atol=1e-10)
+
+
+@pytest.mark.parametrize("adv, factor", [((0.0, 1.0), 1), ((-1.0, 1.0), 2), ((-1.0, 0.0), 1)])
+def test_the_sampled_gradient_has_the_exact_one_as_its_mean(adv, factor):
+    M, n = pk_start(K=5, right=-1.0).requires_grad_(), 200_000
+    exact, = torch.autograd.grad(factor * pk_value(M, 6), M)
+    counts, right, lengths = pk_sample(M.detach(), 6, n, np.random.default_rng(0))
+    assert right.mean() == pytest.approx(pk_value(M, 6).item(), abs=0.005) and counts.sum() == lengths.sum()
+    assert (pk_gradient(M.detach(), counts, adv) / n - exact).abs().max() < 0.006 and exact.abs().max() > 0.03
+
+
+def test_negatives_make_the_pk_model_learn_sooner():
+    full, masked = (steps_to(pk_train(m, seed=0, steps=400)) for m in (False, True))
+    assert full * 1.3 < masked < 400
+
+
+def test_steps_to_finds_the_first_window_above_the_level():
+    path = np.array([[0.0, 0, 0]] * 20 + [[1.0, 0, 0]] * 20)
+    assert steps_to(path, 0.5, window=10) == 24 and steps_to(0 * path) == 40
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# The task
+
+def test_traces_are_parsed_into_attempts_and_what_they_name():
+    attempts, named = parse(TRIES + FOUND + [ANS, 8, second(6), EOS])
+    assert attempts == [(3, 6, 9, False), (11, 2, 13, False), (8, 6, 14, True)] and named == (8, 6)
+    assert parse(TRIES + [ANS, 8]) == (attempts[:2], None) and parse(TRIES[:6]) == (attempts[:1], None) and parse([]) == ([], None)
+    assert parse([ANS, 8, second(6), EOS]) == ([], (8, 6)) and parse(TRIES + [ANS, 8, second(6), EOS, EOS])[1] is None and parse([EOS, *TRIES]) == ([], None)
+
+
+def test_only_two_numbers_of_the_problem_with_its_sum_are_right():
+    for tokens, right in ((TRIES + FOUND + [ANS, 8, second(6), EOS], 1), ([ANS, 12, second(2), EOS], 1), ([ANS, 6, second(8), EOS], 1), ([ANS, 11, second(2), EOS], 0),
+                          ([ANS, 8, second(6)], 0), ([ANS, 7, second(7), EOS], 0), ([ANS, 10, second(4), EOS], 0), ([ANS, 2, sum_token(12), EOS], 0), ([OK, 8, second(6), EOS], 0)):
+        assert reward(PROBLEM, tokens) == right, tokens
+
+
+def test_every_problem_has_an_answer_and_every_trace_its_format():
+    rng = random.Random(0)
+    for numbers in (4, 6, 8):
+        for gap in (True, False):
+            answers = []
+            for _ in range(300):
+                problem = xs, target = draw_problem(rng, numbers)
+                assert len(set(xs)) == numbers and any(a + b == target for a in xs for b in xs if a != b)
+                assert prompt(problem) == [BOS, *xs, target_token(target)]
+                trace = demonstrate(rng, problem, gap)
+                attempts, named = parse(trace)
+                assert 1 <= len(attempts) <= 10 and len(trace) == 4 * len(attempts) + 4 and named == attempts[-1][:2]
+                assert not any(ok for *_, ok in attempts[:-1])
+                if gap:
+                    assert all(s == a + b and ok == (s == target) for a, b, s, ok in attempts)
+                answers.append((problem, trace))
+            assert (verdict_gap(*zip(*answers)) > 0.7) == gap and abs(verdict_gap(*zip(*answers)) - (0.9 if gap else 0.4)) < 0.2
+
+
+def test_behaviour_counts_attempts_different_pairs_hits_and_giving_up():
+    answers = [TRIES + FOUND + [ANS, 8, second(6), EOS], TRIES + [6, second(3), sum_token(9), NO, ANS, 6, second(3), EOS]]
+    how = behaviour([PROBLEM] * 2, answers)
+    assert how == dict(attempts=3.0, unique_attempts=2.5, hit_rate=1 / 6, gives_up=1 / 5)
+
+
+def test_the_budget_rule_takes_the_papers_choice():
+    success = dict(zip((256, 512, 1024, 2048, 4096), (0.06, 0.17, 0.23, 0.24, 0.24)))
+    assert budget_rule(success, 1.2) == 1024 and budget_rule(success, 1.5) == 512 and budget_rule(success, 3.0) == 256
+    assert budget_rule({16: 0.1, 32: 0.2, 64: 0.4}, 1.2) == 64, "no plateau in sight: the largest"
+    assert budget_rule({16: 0.0, 32: 0.0}, 1.2) == 16
+
+
+def test_masked_advantages_are_the_positive_part_after_grouping():
+    rewards = torch.tensor([[1, 0, 0, 0], [1, 1, 1, 1], [0.1, 0.1, 0.1, 0.1], [1, 1, 0, 1]])
+    full, masked = (advantages(rewards, m) for m in (False, True))
+    assert torch.equal(masked, full.clamp_min(0)) and (full[1:3] == 0).all() and full[0].tolist() == pytest.approx([1.5, -0.5, -0.5, -0.5], abs=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Training
+
+def test_a_cut_answer_is_the_answer_with_the_smaller_budget():
+    model, rng = policy(), random.Random(0)
+    problems = [draw_problem(rng, 6) for _ in range(8)]
+    longest = generate(model, [prompt(p) for p in problems], 1, 64, temperature=0, stop=EOS).tokens()
+    for budget in (4, 16, 32):
+        assert generate(model, [prompt(p) for p in problems], 1, budget, temperature=0, stop=EOS).tokens() == [t[:budget] for t in longest]
+
+
+def test_evaluation_scores_the_cut_answers(monkeypatch):
+    monkeypatch.setattr(curriculum, "answers_to", lambda model, problems, n, budget, g: (None, [[3, second(6), sum_token(9), NO] + FOUND + [ANS, 8, second(6), EOS]] * 8, problems))
+    monkeypatch.setattr(curriculum, "draw_problem", lambda rng, numbers: PROBLEM)
+    success, how = evaluate(None, small(), 6, (4, 8, 11, 12, 64))
+    assert success == {4: 0, 8: 0, 11: 0, 12: 1, 64: 1} and how["attempts"] == 2
+
+
+def test_verdicts_by_place_reads_sums_and_verdicts_of_a_model_that_knows_them(monkeypatch):
+    class Knows(torch.nn.Module):
+        lm_head = torch.nn.Linear(1, 1)
+
+        def forward(self, ids):
+            logits = torch.zeros(*ids.shape, curriculum.VOCAB)
+            for i, row in enumerate(ids.tolist()):
+                for t in range(7, len(row)):
+                    place = (t - 7) % 4     # after: the target or a verdict, a, b, the sum
+                    if place == 2:
+                        logits[i, t, sum_token(row[t - 1] + row[t] - second(0))] = 1
+                    if place == 3:
+                        logits[i, t, OK if row[t] - 12 == row[7] - 41 else NO] = 1
+            return logits
+    assert verdicts_by_place(Knows(), small(), 0, places=5, n=8) in ([1.0] * 5, pytest.approx([1.0] * 5))
+
+
+def paid_by_chance(monkeypatch):
+    monkeypatch.setattr(curriculum, "reward", lambda problem, tokens: float(bool(tokens) and tokens[0] % 2))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_run_trains_its_copy_and_logs_every_budget(masked, monkeypatch):
+    paid_by_chance(monkeypatch)
+    base, run = policy(), Memory()
+    before = {k: v.clone() for k, v in base.state_dict().items()}
+    model = curriculum.train(small(), run, "a", 0, base, [(6, 16, None)], masked, 0.01, BUDGETS)
+    assert all(torch.equal(v, before[k]) for k, v in base.state_dict().items()) and any(not torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert [row["step"] for row in run.rows] == [0, 1, 2] and all(f"pass@1 of {b}" in row for row in run.rows for b in BUDGETS)
+
+
+def test_stages_end_by_their_tokens_and_the_last_one_ends_the_run(monkeypatch):
+    seen = []
+    original = curriculum.answers_to
+    monkeypatch.setattr(curriculum, "answers_to", lambda model, problems, n, budget, g: seen.append((len(problems[0][0]), budget)) or original(model, problems, n, budget, g))
+    run = Memory()
+    curriculum.train(small(eval_every=100), run, "a", 0, policy(), [(4, 8, 300), (8, 16, 500)], budgets=(16,))
+    training = [s for s in seen if s in ((4, 8), (8, 16))][1:-1]       # without the two evaluations
+    switch = training.index((8, 16))
+    assert switch >= 2 and set(training[:switch]) == {(4, 8)} and set(training[switch:]) == {(8, 16)}
+    assert run.rows[-1]["sampled_tokens"] >= 800 and run.state["a 0"]["sampled"] < 800 + 16 * 16
+
+
+def test_interrupting_between_two_steps_changes_nothing(monkeypatch):
+    paid_by_chance(monkeypatch)
+    whole, halves = Memory(), Memory()
+    config, stages = small(steps=4, eval_every=2), [(6, 16, None)]
+    a = curriculum.train(config, whole, "a", 0, policy(), stages)
+
+    def save(phase, **state):
+        halves.state[phase] = state
+        if state["step"] == 2 and halves.due:
+            raise KeyboardInterrupt
+    halves.due, halves.save = True, save
+    with pytest.raises(KeyboardInterrupt):
+        curriculum.train(config, halves, "a", 0, policy(), stages)
+    halves.due = False
+    b = curriculum.train(config, halves, "a", 0, policy(), stages)
+    assert halves.rows == whole.rows and all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values()))
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# The command
+
+def start(*flags):
+    return subprocess.Popen([sys.executable, ROOT / "curriculum.py", *map(str, flags)], env={**os.environ, "OMP_NUM_THREADS": "1"},
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(*flags):
+    process = start(*flags)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    return output
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("figure", FIGURES)
+def test_a_quick_run_writes_figure_metrics_claims_config_and_checkpoint(figure, tmp_path):
+    finish("--quick", "--figure", figure, "--out", tmp_path)
+    assert {f"{figure}.png", "metrics.jsonl", "claims.json", "config.json", "model.pt"} == {p.name for p in tmp_path.iterdir()}
+    assert (tmp_path / f"{figure}.png").read_bytes().startswith(b"\x89PNG") and all("step" in row for row in metrics(tmp_path))
+    for claim in json.loads((tmp_path / "claims.json").read_text()):
+        assert list(claim) == ["id", "claim", "source", "paper", "ours", "threshold", "holds", "seeds"] and isinstance(claim["holds"], bool)
+
+
+def test_help_lists_every_flag(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["curriculum.py", "--help"])
+    with pytest.raises(SystemExit) as stop:
+        curriculum.command(curriculum.main)
+    text = capsys.readouterr().out
+    assert stop.value.code == 0 and all(f"--{f.name.replace('_', '-')}" in text for f in dataclasses.fields(Config))
+
+
+@pytest.mark.parametrize("flags", ["--bogus", "--steps 0", "--numbers 20", "--figure none", "--kappa nan", "--budget 4", "--resume"])
+def test_a_mistake_in_the_flags_is_one_line_and_exit_code_2(flags, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["curriculum.py", "--out", str(tmp_path), *flags.split()])
+    with pytest.raises(SystemExit) as stop:
+        curriculum.command(curriculum.main)
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.startswith("curriculum.py: error: ") and err.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
+def test_interrupt_and_resume_give_the_metrics_of_an_uninterrupted_run_to_the_bit(tmp_path):
+    flags = ("--quick", "--figure", "budget", "--sft-steps", 40, "--steps", 4)
+    finish(*flags, "--out", tmp_path / "whole")
+    for phase, number in (("sft", signal.SIGINT), ("rl", signal.SIGTERM)):
+        process, log = start(*flags, "--out", tmp_path / phase), tmp_path / phase / "metrics.jsonl"
+        while not (log.exists() and f'"phase": "{phase}"' in log.read_text()):
+            assert process.poll() is None, process.stdout.read()
+            time.sleep(0.01)
+        process.send_signal(number)
+        output, _ = process.communicate(timeout=60)
+        assert process.returncode == 128 + number, output
+        finish("--resume", "--out", tmp_path / phase)
+        assert metrics(tmp_path / phase) == metrics(tmp_path / "whole")
