@@ -500,7 +500,7 @@ def step_of(optimizer, model, loss):
 def pretrained(config, run, name, device):
     """The model `name` (base, cold base, expert), trained from scratch or, if --out has it from another figure's run, loaded."""
     documents, n_embd, steps = {"base": (base_documents, config.n_embd, config.sft_steps),
-                                "cold base": (lambda rng, n: base_documents(rng, n, longest_plain=2), config.n_embd, config.sft_steps),
+                                "cold base": (lambda rng, n: base_documents(rng, n, longest_plain=1), config.n_embd, config.sft_steps),
                                 "expert": (expert_documents, config.expert_embd, config.expert_steps)}[name]
     torch.manual_seed(0)
     model, rng, path = build(config, n_embd, device), random.Random(0), run.dir / f"{name.replace(' ', '_')}.pt"
@@ -795,7 +795,7 @@ def figure_cold(config, run, device):
     axes[0].legend()
     for i, length in enumerate(lengths):
         band(axes[1], np.arange(len(budgets)), probe[:, i], f"first {length} tokens blended", marker="o")
-    axes[1].set(title="TRB's probe, warm base, untrained: the expert completes blended prefixes", xlabel="KL budget (nats per token)", ylabel="pass@1")
+    axes[1].set(title="TRB's probe (warm base): the expert completes an answer", xlabel="KL budget (nats per token)", ylabel="pass@1")
     axes[1].set_xticks(range(len(budgets)), budgets)
     axes[1].legend()
     g, o, n = at(run, "grpo", 20), at(run, "opd", 20), config.seeds

@@ -127,9 +127,10 @@ def test_base_documents_are_walks_passwords_and_renamed_walks_as_their_hints_say
     assert np.allclose([count[k] / 4000 for k in ("plain", "told", "lazy", "ruled")], [0.4, 0.2, 0.2, 0.2], atol=0.03) and np.mean(words) > 0.1
 
 
-def test_the_cold_base_sees_no_walk_longer_than_two():
-    walks = [tokens for _, hints, tokens, _ in documents(lambda rng, n: base_documents(rng, n, longest_plain=2)) if hints == [NOHINT] * 3]
-    assert {sum(w < PLACES for w in tokens) for tokens in walks} == {1, 2}
+@pytest.mark.parametrize("longest", [1, 3])
+def test_plain_walks_are_no_longer_than_they_may_be(longest):
+    walks = [tokens for _, hints, tokens, _ in documents(lambda rng, n: base_documents(rng, n, longest_plain=longest)) if hints == [NOHINT] * 3]
+    assert {sum(w < PLACES for w in tokens) for tokens in walks} == set(range(1, longest + 1))
 
 
 def test_the_expert_learns_shortest_paths_and_nothing_from_its_detours():
@@ -316,6 +317,8 @@ def test_largest_takes_ties_once_and_what_is_there_at_most():
 
 
 def test_equal_rewards_give_advantages_of_exactly_zero_and_others_are_standardised():
+    for group in range(2, 20):      # the mean of equal numbers is not always that number
+        assert all((advantages(torch.full((group,), r), group) == 0).all() for r in (0.1, 0.3, 0.7))
     a = advantages(torch.tensor([0.1] * 4 + [1.0, 0, 0, 0]), 4)
     assert (a[:4] == 0).all() and a[4:].tolist() == pytest.approx([1.5, -0.5, -0.5, -0.5], abs=1e-3)
 
@@ -500,6 +503,17 @@ def test_every_method_trains_the_student_and_nobody_else(method, monkeypatch):
         assert all(p.grad is None for p in m.parameters()) and all(torch.equal(v, state[k]) for k, v in m.state_dict().items())
     assert any(not torch.equal(v, before[0][k]) for k, v in model.state_dict().items())
     assert [row["step"] for row in run.rows] == [0, 1, 2] and all(math.isfinite(v) for row in run.rows for v in row.values() if isinstance(v, float))
+
+
+@pytest.mark.parametrize("method, who, prompt", [("opd", "expert", plain), ("opsd", "base", told), ("opsd_live", "student", told), ("rmsd", "base", told)])
+def test_the_teacher_is_who_the_table_says_and_reads_its_own_prompt(method, who, prompt, monkeypatch):
+    base, expert, seen = policy(0), policy(1), []
+    monkeypatch.setattr(opd, "answer_logprobs", lambda model, ids, config: seen.append((model, ids[:, :PROMPT].tolist())) or answer_logprobs(model, ids, config))
+    student = opd.train(small(), Memory(), method, 0, base, far_task(), expert=expert)
+    assert len(seen) == 4
+    for (teacher, theirs), (model, its) in zip(seen[::2], seen[1::2]):
+        assert teacher is dict(expert=expert, base=base, student=student)[who] and model is student
+        assert its == [plain(row[1:3]) for row in its] and theirs == [prompt(tuple(row[1:3])) for row in its]
 
 
 def test_interrupting_between_two_steps_changes_nothing(monkeypatch):
