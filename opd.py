@@ -57,7 +57,7 @@ from model import (GPT, GPTConfig, KVCache, Run, UserError, band, claim, command
                    pick_device, restore, save_checkpoint, seeds_of, series, snapshot)
 
 FIGURES = {"family": "nine methods: success, leak of the password, drift of style (within 5 minutes)",
-           "cold": "a base model without any success; what TRB's blended prefixes are worth (about 5 minutes)",
+           "cold": "a base model without any success; what TRB's blended prefixes are worth (about 6 minutes)",
            "estimators": "divergences and top-k estimators, greedy and sampled (about 4 minutes)",
            "few": "24 training prompts (about 3 minutes)",
            "selfteach": "self-distillation with a rule and with a password; RMSD; Pedagogical RL (about 6 minutes)",
