@@ -3,6 +3,7 @@
     python curriculum.py                        `explore`: the asymmetry and the negative gradient, within 5 minutes on two cores
     python curriculum.py --figure curriculum    easy problems at a short budget, then hard ones at a longer one, against three rivals
     python curriculum.py --figure budget        one training budget each, tested at all
+    python curriculum.py --figure mask          what negative advantages are worth, in five designs
 
 A problem is a few numbers and the sum of two of them. An answer tries pairs, one attempt of four tokens after the other, then names one:
 
@@ -16,11 +17,11 @@ RL (GRPO, reward at the end only) can raise the success of an attempt, or the nu
 The p^k model is the smallest case: a table of logits over 30 guesses and `stop`, an episode that ends at the right guess. Raising p or k?
 
 How this differs from the paper:
-1. A model of 0.2 million parameters from scratch, sums for equations, budgets of 16 to 256 tokens for 1k to 32k.
-2. One gradient step per batch, no KL term, temperature 1: rho = 1, no clipping.
-3. Positions: with theta = 1e24 one pair of channels turns, by a radian a token, and the others do not (NoPE); the two numbers of an
-   attempt have tokens of their own. A longer trace then shows the model nothing new, and `verdicts_by_place` measures it: the base,
-   trained on 10 attempts, judges 20 and more. With theta = 10,000 or 10 its verdicts on hits fall to chance after 8.
+1. A model of 0.1 million parameters from scratch, sums for equations, budgets of 16 to 256 tokens for 1k to 32k.
+2. One gradient step per batch (rho = 1, no clipping; a design of `mask` takes four), no KL term, temperature 1.
+3. Positions: only four of eight pairs of channels turn (partial rotary, periods of 6 to 35 tokens, all seen in training), the
+   others look for content alone. A longer trace then shows the model little that is new, and `verdicts_by_place` measures how little. With the usual
+   rotary positions (theta = 10,000) sums and verdicts fail soon after the longest demonstration, of 16 attempts.
 
 What to see: attempts per answer grow several times with the asymmetry, not at all without; accuracy goes on rising past the training budget.
 """
@@ -29,7 +30,8 @@ import itertools
 import math
 import random
 import time
-from dataclasses import dataclass, replace
+import zlib
+from dataclasses import dataclass
 
 import matplotlib
 matplotlib.use("Agg")
@@ -39,11 +41,17 @@ import torch
 from tqdm import tqdm
 
 from kernels import token_logprobs
-from model import (GPT, GPTConfig, Run, band, claim, command, flag, generate, parse_args, pick_device, restore, seeds_of, series, snapshot)
+from model import (GPT, GPTConfig, Run, UserError, band, claim, command, flag, generate, parse_args, pick_device, restore, seeds_of, series, snapshot)
 
 FIGURES = {"explore": "asymmetry, negative gradient, the p^k model (within 5 minutes)",
-           "curriculum": "the coupled curriculum against three rivals at equal tokens, tested to 4 times the budget (about 15 minutes)",
-           "budget": "training budgets of 16 to 128 tokens, each tested at all budgets (about 10 minutes)"}
+           "curriculum": "the coupled curriculum against three rivals at equal tokens, tested to 4 times the budget (CURRICULUM_TIME)",
+           "budget": "training budgets of 16 to 128 tokens, each tested at all budgets (BUDGET_TIME)",
+           "mask": "GRPO with and without its negative advantages, in five designs (MASK_TIME)"}
+#  the base model: how it is demonstrated to
+BASES = {"gap": dict(),
+         "no gap": dict(honest=False),              # the same format; sums and verdicts mean nothing
+         "careless": dict(wrong=0.1),               # a tenth of the verdicts are wrong
+         "impatient": dict(patience=(0.0, 0.4))}    # right answers are mostly first tries
 SOURCE = "Setlur et al., arXiv 2506.09026"
 
 
@@ -57,14 +65,15 @@ class Config:
     resume: bool = flag(False, "go on from the checkpoint in --out")
     quick: bool = flag(False, "a run of a few seconds that shows nothing but that it runs")
     figure: str = flag("explore", "which figure: " + "; ".join(f"{k}: {v}" for k, v in FIGURES.items()), choices=tuple(FIGURES))
-    steps: int = flag(60, "RL steps of an arm; `curriculum` counts tokens instead", quick=2, low=1)
+    steps: int = flag(None, "RL steps of an arm (default: 80, for mask 200; curriculum counts tokens)", quick=2, low=1)
     numbers: int = flag(6, "numbers in a problem", low=3, high=8)
     budget: int = flag(64, "tokens that an answer may have in training", low=8, high=256)
     kappa: float = flag(1.2, "budget rule: doubling the budget must multiply the success by more than this", low=1)
     prompts: int = flag(32, "problems per step", quick=4, low=1)
     group: int = flag(8, "answers per problem", quick=4, low=2)
-    lr: float = flag(1e-3, "RL learning rate (AdamW, constant)", low=0)
+    lr: float = flag(4e-4, "RL learning rate (AdamW, constant)", low=0)
     entropy_bonus: float = flag(0.01, "coefficient of the entropy in the arm that has one", low=0)
+    gate: float = flag(0.6, "verdict gap that a base needs before RL starts", quick=-1.0)
     n_layer: int = flag(2, "layers", low=1)
     n_head: int = flag(4, "heads", low=1)
     n_embd: int = flag(64, "channels", quick=32, low=8)
@@ -72,7 +81,7 @@ class Config:
     sft_batch: int = flag(64, "traces per step", quick=8, low=1)
     sft_lr: float = flag(6e-3, "learning rate of the base models (up in 50 steps, then linear to 0)", low=0)
     eval_every: int = flag(10, "RL steps between evaluations", low=1)
-    eval_prompts: int = flag(256, "held-out problems", quick=8, low=1)
+    eval_prompts: int = flag(1024, "held-out problems at the first and the last evaluation, a quarter of them on the way", quick=8, low=4)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -157,10 +166,13 @@ def second(b):
     return 64 + b
 
 
-def draw_problem(rng, numbers):
-    """Distinct numbers and the sum of two of them -> (numbers, target)."""
-    xs = rng.sample(range(1, HIGHEST + 1), numbers)
-    return xs, xs[0] + xs[1] if numbers == 2 else sum(rng.sample(xs, 2))
+def draw_problem(rng, numbers, held_out=False):
+    """Distinct numbers and the sum of two of them -> (numbers, target). A tenth of all problems, by a hash, is never trained on."""
+    while True:
+        xs = rng.sample(range(1, HIGHEST + 1), numbers)
+        target = sum(rng.sample(xs, 2))
+        if (zlib.crc32(bytes([*sorted(xs), target])) % 10 == 0) == held_out:
+            return xs, target
 
 
 def prompt(problem):
@@ -168,16 +180,16 @@ def prompt(problem):
     return [BOS, *xs, target_token(target)]
 
 
-def demonstrate(rng, problem, gap, patience=0.7, attempts=10):
-    """A trace of random attempts up to the first verdict OK, or until patience ends; the last pair is the answer.
+def demonstrate(rng, problem, honest=True, wrong=0.0, patience=(0.4, 1.0), attempts=16):
+    """A trace of random attempts up to the first verdict OK, or until patience, drawn once a trace, ends; the last pair is the answer.
 
-    With the gap sums and verdicts are honest. Without, a verdict is a coin that falls on OK as often as a random pair is right.
+    Honest verdicts are wrong with probability `wrong`. Others are coins that fall on OK as often as a random pair is right, after a random sum.
     """
-    (xs, target), trace = problem, []
+    (xs, target), trace, patience = problem, [], rng.uniform(*patience)
     for _ in range(attempts):
         a, b = rng.sample(xs, 2)
-        ok = a + b == target if gap else rng.random() < 0.1
-        trace += [a, second(b), sum_token(a + b if gap else rng.randrange(3, 2 * HIGHEST)), OK if ok else NO]
+        ok = (a + b == target) != (rng.random() < wrong) if honest else rng.random() < 0.1
+        trace += [a, second(b), sum_token(a + b if honest else rng.randrange(3, 2 * HIGHEST)), OK if ok else NO]
         if ok or rng.random() > patience:
             break
     return [*trace, ANS, a, second(b), EOS]
@@ -227,8 +239,10 @@ def budget_rule(success, kappa):
 # Training
 
 def build(config, device):
-    return GPT(GPTConfig(VOCAB, 2 + 8 + LONGEST, config.n_layer, config.n_head, config.n_embd, n_hidden=4 * config.n_embd, qk_norm=True, tie=False,
-                         rope_theta=1e24)).to(device)
+    model = GPT(GPTConfig(VOCAB, 2 + 8 + LONGEST, config.n_layer, config.n_head, config.n_embd, n_hidden=4 * config.n_embd, qk_norm=True, tie=False,
+                          rope_theta=100.0)).to(device)
+    model.rope[..., model.rope.shape[-1] // 2:] = 1         # partial rotary: the slower half of the pairs does not turn
+    return model
 
 
 def score(model, ids, config):
@@ -237,17 +251,15 @@ def score(model, ids, config):
         return token_logprobs(model.hidden(ids[:, :-1]), model.lm_head.weight, ids[:, 1:])
 
 
-def step_of(optimizer, model, loss):
-    optimizer.zero_grad()
-    loss.backward()
+def clip_and_step(optimizer, model):
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
     optimizer.step()
     return norm
 
 
-def warm_up(config, run, seed, device, gap=True):
-    """Supervised training on traces, from scratch -> a base model that verifies (gap) or only looks like it."""
-    phase, rng = f"base {'gap' if gap else 'no gap'} {seed}", random.Random(seed)
+def warm_up(config, run, seed, device, kind="gap"):
+    """Supervised training on traces, from scratch -> a base model of a row of BASES. A gap between judging and guessing is measured, and is a condition."""
+    phase, rng = f"base {kind} {seed}", random.Random(seed)
     torch.manual_seed(seed)
     model = build(config, device)
     optimizer = torch.optim.AdamW(model.parameters(), config.sft_lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
@@ -257,27 +269,38 @@ def warm_up(config, run, seed, device, gap=True):
         for g in optimizer.param_groups:
             g["lr"] = config.sft_lr * min((step + 1) / 50, 1 - step / config.sft_steps)
         problems = [draw_problem(rng, rng.choice((3, 4, 6, 8))) for _ in range(config.sft_batch)]
-        pairs = [(prompt(p), demonstrate(rng, p, gap)) for p in problems]
-        T = max(len(q) + len(a) for q, a in pairs)
-        ids, mask = torch.zeros(len(pairs), T, dtype=torch.long), torch.zeros(len(pairs), T)
-        for i, (q, a) in enumerate(pairs):
-            ids[i, :len(q) + len(a)], mask[i, len(q):len(q) + len(a)] = torch.tensor(q + a), 1
-        ids, mask = ids.to(device), mask[:, 1:].to(device)
-        loss = -(score(model, ids, config)[0] * mask).sum() / mask.sum()
-        step_of(optimizer, model, loss)
+        pairs = sorted(((prompt(p), demonstrate(rng, p, **BASES[kind])) for p in problems), key=lambda pair: len(pair[0] + pair[1]))
+        count, total = sum(len(a) for _, a in pairs), 0.0
+        optimizer.zero_grad()
+        for part in (pairs[i:i + 16] for i in range(0, len(pairs), 16)):        # short traces together: less padding
+            T = max(len(q + a) for q, a in part)
+            ids, mask = torch.zeros(len(part), T, dtype=torch.long), torch.zeros(len(part), T)
+            for i, (q, a) in enumerate(part):
+                ids[i, :len(q + a)], mask[i, len(q):len(q + a)] = torch.tensor(q + a), 1
+            loss = -(score(model, ids.to(device), config)[0] * mask[:, 1:].to(device)).sum() / count
+            loss.backward()
+            total += loss.item()
+        clip_and_step(optimizer, model)
         if step % 50 == 0 or step + 1 == config.sft_steps:
-            run.log(phase="sft", arm=phase, seed=seed, step=step, loss=loss.item())
-            bar.set_postfix_str(f"loss {loss.item():.3f}")
+            run.log(phase="sft", arm=phase, seed=seed, step=step, loss=total)
+            bar.set_postfix_str(f"loss {total:.3f}")
         if run.due:
             run.save(phase, **snapshot(step + 1, model, optimizer, rng))
     run.save(phase, **snapshot(config.sft_steps, model, None, rng))
+    gap = evaluate(model, config, config.numbers, (64,), "gate")[1]["gap"]
+    print(f"{phase}: the balanced accuracy of its verdicts is {gap:.2f} above the success of its attempts")
+    if kind != "no gap" and gap < config.gate:
+        raise UserError(f"{phase}: a verdict gap of {gap:.2f} is no asymmetry to build on (--gate {config.gate}); give it more --sft-steps")
     return model
 
 
-def advantages(rewards, masked):
-    """rewards (P, G) -> (P, G): minus the group's mean, over its standard deviation; exactly 0 in a group of equals. Masked: then max(A, 0)."""
+def advantages(rewards, masked, raw=False):
+    """rewards (P, G), 0 or 1 -> (P, G): minus the group's mean, over its standard deviation; exactly 0 in a group of equals.
+
+    Raw: 1 and -1, no baseline. Masked: then max(A, 0).
+    """
     centred = torch.where((rewards == rewards[:, :1]).all(1, keepdim=True), 0.0, rewards - rewards.mean(1, keepdim=True))
-    a = centred / (rewards.std(1, keepdim=True) + 1e-6)
+    a = 2 * rewards - 1 if raw else centred / (rewards.std(1, keepdim=True) + 1e-6)
     return a.clamp_min(0) if masked else a
 
 
@@ -286,52 +309,71 @@ def answers_to(model, problems, n, budget, generator):
     return rollout, rollout.tokens(), [p for p in problems for _ in range(n)]
 
 
-def evaluate(model, config, numbers, budgets, seed=0):
-    """One answer to each of held-out problems at the largest budget, cut to the smaller ones -> {budget: success}, behaviour at the largest."""
-    rng = random.Random(f"held out {numbers} {seed}")
-    problems = [draw_problem(rng, numbers) for _ in range(config.eval_prompts)]
-    _, answers, _ = answers_to(model, problems, 1, max(budgets), torch.Generator().manual_seed(seed))
-    success = {b: sum(reward(p, t[:b]) for p, t in zip(problems, answers)) / len(problems) for b in budgets}
+def evaluate(model, config, numbers, budgets, seed=0, n=None):
+    """One answer to each of n held-out problems at the largest budget, cut to the smaller ones -> {budget: success}, behaviour at the largest."""
+    rng, n = random.Random(f"{numbers} {seed}"), n or config.eval_prompts
+    problems = [draw_problem(rng, numbers, held_out=True) for _ in range(n)]
+    _, answers, _ = answers_to(model, problems, 1, max(budgets), torch.Generator().manual_seed(rng.getrandbits(32)))
+    success = {b: sum(reward(p, t[:b]) for p, t in zip(problems, answers)) / n for b in budgets}
     return success, behaviour(problems, answers) | {"gap": verdict_gap(problems, answers)}
 
 
-def train(config, run, arm, seed, base, stages, masked=False, entropy_bonus=0.0, budgets=(64,)):
+def update(model, optimizer, rollout, adv, config, generator, updates=1, entropy_bonus=0.0, eps=(0.2, 0.5)):
+    """The gradient steps of one batch -> metrics of the last. adv (R, 1). More than one: the ratio to the sampler is clipped (eps: the paper's).
+
+    The loss is the mean over all tokens of a step.
+    """
+    order = torch.randperm(len(adv), generator=generator).to(adv.device) if updates > 1 else torch.arange(len(adv), device=adv.device)
+    for step in order.chunk(updates):
+        count, total = rollout.mask[step].sum(), dict(loss=0.0, entropy=0.0)
+        optimizer.zero_grad()
+        for rows in step[rollout.lengths[step].argsort()].split(64):            # short answers together: less padding
+            part = rollout[rows]
+            mask, (logp, entropy) = part.mask[:, 1:], score(model, part.ids, config)
+            rho = (logp - (logp.detach() if updates == 1 else part.logp[:, 1:])).exp()
+            gain = torch.minimum(rho * adv[rows], rho.clamp(1 - eps[0], 1 + eps[1]) * adv[rows])
+            loss = -((gain + entropy_bonus * entropy) * mask).sum() / count
+            loss.backward()
+            total["loss"] += loss.item()
+            total["entropy"] += ((entropy * mask).sum() / count).item()
+        total["grad_norm"] = clip_and_step(optimizer, model)
+    return total
+
+
+def train(config, run, arm, seed, base, stages, budgets, masked=False, raw=False, updates=1, entropy_bonus=0.0):
     """GRPO from the base through stages of (numbers, budget, sampled tokens or None: config.steps steps) -> the trained model.
 
-    Logs the success at each of the budgets, on held-out problems of the last stage's size.
+    Logs the success at each of the budgets, on held-out problems of the last stage's size. masked, raw: see `advantages`; updates: see `update`.
     """
     phase, model, device = f"{arm} {seed}", copy.deepcopy(base), base.lm_head.weight.device
     optimizer = torch.optim.AdamW(model.parameters(), config.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     rng, generator, state = random.Random(seed + 1), torch.Generator().manual_seed(seed + 1), run.state.get(phase)
     step, sampled = restore(state, model, optimizer, rng, generator), state["sampled"] if state else 0
 
-    def log(**row):
-        success, how = evaluate(model, config, stages[-1][0], budgets, seed)
+    def log(last, **row):
+        success, how = evaluate(model, config, stages[-1][0], budgets, f"{seed} {step}", config.eval_prompts // (1 if last else 4))
         run.log(phase="rl", arm=arm, seed=seed, step=step, sampled_tokens=sampled, **row, **{f"pass@1 of {b}": s for b, s in success.items()}, **how)
         bar.set_postfix_str(f"success at {budgets[-1]} tokens {success[budgets[-1]]:.3f}, attempts {how['attempts']:.1f}")
 
     limits = np.cumsum([tokens or math.inf for *_, tokens in stages])
     bar = tqdm(total=config.steps if math.isinf(limits[-1]) else int(limits[-1]), desc=phase, initial=step if math.isinf(limits[-1]) else sampled)
     if state is None:
-        log()
+        log(True)
     done = lambda: step >= config.steps if math.isinf(limits[-1]) else sampled >= limits[-1]
     while not done():
         numbers, budget, _ = stages[int(np.searchsorted(limits, sampled, "right"))]
         problems = [draw_problem(rng, numbers) for _ in range(config.prompts)]
         rollout, answers, repeated = answers_to(model, problems, config.group, budget, generator)
         rewards = torch.tensor([reward(p, t) for p, t in zip(repeated, answers)], device=device)
-        adv, mask = advantages(rewards.view(-1, config.group), masked).view(-1, 1), rollout.mask[:, 1:]
-        logp, entropy = score(model, rollout.ids, config)
-        loss = -((adv * logp + entropy_bonus * entropy) * mask).sum() / mask.sum()          # the mean over all tokens of the batch
-        norm = step_of(optimizer, model, loss)
-        tokens, step = int(mask.sum()), step + 1
+        adv = advantages(rewards.view(-1, config.group), masked, raw).view(-1, 1)
+        metrics = update(model, optimizer, rollout, adv, config, generator, updates, entropy_bonus)
+        tokens, step = int(rollout.mask.sum()), step + 1
         sampled += tokens
         bar.update(1 if math.isinf(limits[-1]) else tokens)
         if step % config.eval_every == 0 or done():
             lengths, right = rollout.lengths.float().cpu(), rewards.cpu() > 0
             mean = lambda x: x.mean().item() if len(x) else None
-            log(loss=loss.item(), grad_norm=norm, reward=rewards.mean().item(), entropy=((entropy * mask).sum() / mask.sum()).item(),
-                length=lengths.mean().item(), length_right=mean(lengths[right]), length_wrong=mean(lengths[~right]))
+            log(done(), **metrics, reward=rewards.mean().item(), length=lengths.mean().item(), length_right=mean(lengths[right]), length_wrong=mean(lengths[~right]))
         if run.due:
             run.save(phase, **snapshot(step, model, optimizer, rng, generator, sampled=sampled))
     run.save(phase, **snapshot(step, model, None, rng, None, sampled=sampled))
@@ -385,103 +427,108 @@ def draw_budgets(ax, curves, title):
     ax.legend()
 
 
-def log_once(run, measure, **where):
-    """Log a measurement, but not again in a resumed run."""
-    if not any(where.items() <= r.items() for r in run.rows):
-        run.log(**where, **measure())
+def mask_claims(run, full, masked, budget, n, design=""):
+    """What negative advantages are worth: three claims on the pair of arms."""
+    mean, prefix = lambda arm, key: of(run, arm, key).mean(), design and design + ": "
+    twice = f"pass@1 of {2 * budget}"
+    return [
+        claim(f"mask entropy {design}".strip(), f"{prefix}entropy, full over masked", SOURCE, "0.11 / 0.015", mean(full, "entropy") / mean(masked, "entropy"), ">=", 1.5, n,
+              f" ({mean(full, 'entropy'):.2f}, {mean(masked, 'entropy'):.2f})"),
+        claim(f"mask unique {design}".strip(), f"{prefix}different attempts, full over masked", SOURCE, "more", mean(full, "unique_attempts") / mean(masked, "unique_attempts"), ">=",
+              1.2, n, f" ({mean(full, 'unique_attempts'):.1f}, {mean(masked, 'unique_attempts'):.1f})"),
+        claim(f"mask accuracy {design}".strip(), f"{prefix}pass@1 at twice the budget, full minus masked", SOURCE, "+0.23", mean(full, twice) - mean(masked, twice), ">=", 0.03, n,
+              f" ({mean(full, twice):.2f}, {mean(masked, twice):.2f})")]
 
 
 def figure_explore(config, run, device):
-    n, budgets = config.seeds, (config.budget,)
+    n, budget = config.seeds, config.budget
     for seed in seeds_of(config):
-        bases = {name: warm_up(config, run, seed, device, name == "gap") for name in ("gap", "no gap")}
-        log_once(run, lambda: {"right": verdicts_by_place(bases["gap"], config, seed)}, phase="places", seed=seed, step=0)
-        for arm, base, budget, masked, bonus in (("full", "gap", config.budget, False, 0.0), ("no gap", "no gap", config.budget, False, 0.0),
-                                                 ("masked", "gap", config.budget, True, 0.0),
-                                                 ("masked, entropy bonus", "gap", config.budget, True, config.entropy_bonus),
-                                                 ("budget 16", "gap", 16, False, 0.0)):
-            train(config, run, arm, seed, bases[base], [(config.numbers, budget, None)], masked, bonus, BUDGETS)
+        bases = {kind: warm_up(config, run, seed, device, kind) for kind in ("gap", "no gap")}
+        run.log_once(lambda: {"right": verdicts_by_place(bases["gap"], config, seed)}, phase="places", seed=seed, step=0)
+        for arm, kind, budget_of_arm, choices in (("full", "gap", budget, {}), ("no gap", "no gap", budget, {}), ("masked", "gap", budget, dict(masked=True)),
+                                                  ("masked, entropy bonus", "gap", budget, dict(masked=True, entropy_bonus=config.entropy_bonus)), ("budget 16", "gap", 16, {})):
+            train(config, run, arm, seed, bases[kind], [(config.numbers, budget_of_arm, None)], BUDGETS, **choices)
     steps = 20 if config.quick else 1200
     pk = {arm: np.array([pk_train(arm == "masked", seed, steps=steps) for seed in range(5)]) for arm in ("full", "masked")}     # (5, steps, 3)
     ratio = np.median([steps_to(m) / steps_to(f) for f, m in zip(pk["full"], pk["masked"])])
 
     fig, axes = plt.subplots(2, 3, figsize=(16, 9), layout="constrained")
-    for i, (title, ylabel) in enumerate((("p^k model: without negatives later", "success"), ("p^k model: first more tries, then better ones", "episode length"))):
+    for i, (title, ylabel) in enumerate((("p^k model: without negatives later", "success"), ("p^k model: first more tries, then better ones", "tries per episode"))):
         for arm, paths in pk.items():
             band(axes[0, i], np.arange(steps), paths[:, :, i], f"{arm} (5 seeds)")
         axes[0, i].set(title=title, xlabel="step", ylabel=ylabel)
     right = np.array([r["right"] for r in run.rows if r["phase"] == "places"])
     band(axes[0, 2], np.arange(1, right.shape[1] + 1), right, "the base, made to read on")
-    axes[0, 2].set(title="Positions are not what fails in long answers", xlabel="attempt", ylabel="sum and verdict right", ylim=(0, 1.02))
+    axes[0, 2].axvline(16, color="k", ls=":", lw=1, label="longest demonstration")
+    axes[0, 2].set(title="Reading far beyond the demonstrations", xlabel="attempt", ylabel="balanced accuracy of the verdict", ylim=(0, 1.02))
     for arm in ("full", "no gap", "masked", "masked, entropy bonus"):
         band(axes[1, 0], *series(run, "attempts", phase="rl", arm=arm), arm)
         band(axes[1, 1], *series(run, "entropy", phase="rl", arm=arm), arm)
-    axes[1, 0].set(title=f"Attempts grow where verdicts can be trusted (of {max(BUDGETS)} tokens)", xlabel="RL step", ylabel="attempts per answer")
-    axes[1, 1].set(title="Entropy", xlabel="RL step", ylabel="nats per token")
-    draw_budgets(axes[1, 2], {"base": tested(run, "full", False), "trained at 16": tested(run, "budget 16"), f"trained at {config.budget}": tested(run, "full"),
-                              "no gap": tested(run, "no gap")}, "Success beyond the training budget")
+    axes[1, 0].set(title=f"Attempts grow where verdicts can be trusted (of {BUDGETS[-1]} tokens)", xlabel="RL step", ylabel="attempts per answer")
+    axes[1, 1].set(title="Entropy: the negatives hardly matter here", xlabel="RL step", ylabel="nats per token", ylim=(0, None))
+    draw_budgets(axes[1, 2], {"base": tested(run, "full", False), "trained at 16": tested(run, "budget 16"), f"trained at {budget}": tested(run, "full"),
+                              f"no gap, trained at {budget}": tested(run, "no gap")}, "Success beyond the training budget")
     for ax in axes.flat[:5]:
         ax.legend()
     grown = {arm: (of(run, arm, "attempts") / of(run, arm, "attempts", False)).mean() for arm in ("full", "no gap")}
-    at_own = BUDGETS.index(config.budget) if config.budget in BUDGETS else 2
-    rise = {arm: (tested(run, arm) - tested(run, arm, False)).mean(0)[at_own] for arm in ("full", "no gap")}
+    rise = {arm: (of(run, arm, f"pass@1 of {budget}") - of(run, arm, f"pass@1 of {budget}", False)).mean() for arm in ("full", "no gap")}
     fig.suptitle(f"A model that can check its guesses learns to make more of them: attempts x{grown['full']:.1f}, without the gap x{grown['no gap']:.1f} "
                  f"({n} seed{'s' if n > 1 else ''})")
-    short = tested(run, "budget 16").mean(0)
-    mean = lambda arm, key: of(run, arm, key).mean()
-    twice = min(at_own + 1, len(BUDGETS) - 1)
+    short, entropy = tested(run, "budget 16").mean(0), pk["full"][:, :, 2]
     return fig, [
         claim("pk", "p^k: steps to 50%, masked over full (median of 5)", SOURCE, "masked is flat", ratio, ">=", 1.5, 5),
-        claim("pk entropy", "p^k, full: rise of the entropy above its start (nats)", SOURCE, "rises", (pk["full"][:, :, 2].max(1) - pk["full"][:, 0, 2]).mean(), ">=", 0.05, 5),
-        claim("gate", "verdict gap of the base, worst seed", SOURCE, "a gap", of(run, "full", "gap", False).min(), ">=", 0.6, n),
-        claim("no gate", "the same of the base without a gap, largest", SOURCE, "no gap", of(run, "no gap", "gap", False).max(), "<=", 0.5, n),
-        claim("positions", "verdicts right: last 8 attempts of long traces minus first 8", "-", "-", (right[:, -8:].mean() - right[:, :8].mean()), ">=", -0.05, n),
+        claim("pk length", "p^k, full: tries at their peak over the start", SOURCE, "3", (pk["full"][:, :, 1].max(1) / pk["full"][:, 0, 1]).mean(), ">=", 2.5, 5),
+        claim("pk entropy", "p^k, full: rise of the entropy above its start (nats)", SOURCE, "rises", (entropy.max(1) - entropy[:, 0]).mean(), ">=", 0.05, 5),
+        claim("gap", "verdict gap of the base, worst seed", SOURCE, "a gap", of(run, "full", "gap", False).min(), ">=", config.gate, n),
+        claim("no gap", "the same of the base without a gap, largest", SOURCE, "no gap", of(run, "no gap", "gap", False).max(), "<=", 0.5, n),
+        claim("positions", "verdicts: mean of attempts 17 to 40 minus that of 1 to 16", "design of the task", "-", right[:, 16:40].mean() - right[:, :16].mean(), ">=", -0.05, n),
         claim("attempts", "attempts per answer, after over before, gap", SOURCE, "grow", grown["full"], ">=", 2.5, n),
         claim("attempts no gap", "the same without a gap", SOURCE, "flat", grown["no gap"], "<=", 1.15, n),
         claim("rise", "rise of pass@1 at the training budget, gap", SOURCE, "0.2 to 0.5", rise["full"], ">=", 0.30, n),
         claim("rise no gap", "the same without a gap", SOURCE, "about 0", rise["no gap"], "<=", 0.04, n),
         claim("extrapolation", "trained at 16 tokens: pass@1 at 64 minus at 16", SOURCE, "+0.11", short[2] - short[0], ">=", 0.15, n, f" ({short[0]:.2f}, {short[2]:.2f})"),
-        claim("mask entropy", "entropy, full over masked", SOURCE, "0.11 / 0.015", mean("full", "entropy") / mean("masked", "entropy"), ">=", 1.5, n),
-        claim("mask unique", "different attempts, full over masked", SOURCE, "more", mean("full", "unique_attempts") / mean("masked", "unique_attempts"), ">=", 1.2, n),
-        claim("mask accuracy", "pass@1 at twice the budget, full minus masked", SOURCE, "+0.23", (tested(run, "full") - tested(run, "masked")).mean(0)[twice], ">=", 0.03, n)]
+        *mask_claims(run, "full", "masked", budget, n)]
 
 
 def figure_curriculum(config, run, device):
-    tokens, easy, hard, first = 2_000 if config.quick else 300_000, 4, 8, 16         # tokens: of a stage
-    rivals, rules, reached = ["hard only", "data only", "budget only"], [], []
+    tokens, easy, hard, first = 2_000 if config.quick else 400_000, 4, 8, BUDGETS[0]     # tokens: of a stage
+    rivals, grid, rules = ["hard only", "data only", "budget only"], [b for b in BUDGETS if 4 * b <= LONGEST], []
     for seed in seeds_of(config):
         base = warm_up(config, run, seed, device)
-        stage1 = train(config, run, "stage 1", seed, base, [(easy, first, tokens)], budgets=BUDGETS)
-        success, _ = evaluate(stage1, config, hard, BUDGETS, seed)
-        chosen = min(budget_rule(success, config.kappa), 64 if config.quick else 128)
-        rules.append((success, chosen))
-        print(f"\nseed {seed}: J(B) of stage 1 on hard problems: " + ", ".join(f"{b}: {s:.3f}" for b, s in success.items()) + f" -> B* = {chosen}")
-        for budget in BUDGETS[:-1]:
-            train(config, run, f"stage 2 at {budget}", seed, stage1, [(hard, budget, tokens)], budgets=BUDGETS + (512,)[:0])
-        log_once(run, lambda: {"chosen": chosen, "J": {str(b): s for b, s in success.items()}}, phase="rule", seed=seed, step=0)
-        for arm, stages in zip(rivals, ([(hard, chosen, 2 * tokens)], [(easy, chosen, tokens), (hard, chosen, tokens)], [(hard, first, tokens), (hard, chosen, tokens)])):
-            train(config, run, arm, seed, base, stages, budgets=BUDGETS)
-    n = config.seeds
-    coupled = np.stack([tested(run, f"stage 2 at {b}")[i] for i, (_, b) in enumerate(rules)])
+        stage1 = train(config, run, "stage 1", seed, base, [(easy, first, tokens)], BUDGETS)
+        success, _ = evaluate(stage1, config, hard, BUDGETS, f"rule {seed}")
+        chosen = budget_rule({b: success[b] for b in (*grid, 2 * grid[-1])}, config.kappa)
+        rules.append((success, min(chosen, grid[-1])))
+        print(f"\nseed {seed}: J(B) of stage 1 on hard problems: " + ", ".join(f"{b}: {s:.3f}" for b, s in success.items()) + f" -> B* = {rules[-1][1]}")
+        run.log_once(lambda: {"chosen": rules[-1][1], "J": {str(b): s for b, s in success.items()}}, phase="rule", seed=seed, step=0)
+        for b in grid:
+            train(config, run, f"stage 2 at {b}", seed, stage1, [(hard, b, tokens)], BUDGETS)
+        b = rules[-1][1]
+        for arm, stages in zip(rivals, ([(hard, b, 2 * tokens)], [(easy, b, tokens), (hard, b, tokens)], [(hard, first, tokens), (hard, b, tokens)])):
+            train(config, run, arm, seed, base, stages, BUDGETS)
+    n, chosen = config.seeds, [b for _, b in rules]
+    of_rule = lambda y, factor: np.array([row[BUDGETS.index(b * factor)] for row, b in zip(y, chosen)])        # at a multiple of each seed's B* (seeds,)
+    coupled = np.stack([tested(run, f"stage 2 at {b}")[i] for i, b in enumerate(chosen)])
     curves = {"coupled": coupled} | {arm: tested(run, arm) for arm in rivals} | {"base": tested(run, "hard only", False)}
     fig, axes = plt.subplots(1, 2, figsize=(13, 5), layout="constrained")
     draw_budgets(axes[0], curves, f"Hard problems, {2 * tokens // 1000}k sampled tokens each ({n} seeds)")
-    band(axes[1], np.array(BUDGETS), np.array([[s[b] for b in BUDGETS] for s, _ in rules]), "after stage 1: J(B)", marker="o")
-    trained = np.stack([tested(run, f"stage 2 at {b}")[:, BUDGETS.index(b)] for b in BUDGETS[:-1]], 1)
-    band(axes[1], np.array(BUDGETS[:-1]), trained, "after stage 2 at B, tested at B", marker="o")
-    axes[1].set(title="The rule chose B* = " + ", ".join(str(b) for _, b in rules), xlabel="budget (tokens)", ylabel="held-out pass@1", xscale="log")
-    axes[1].set_xticks(BUDGETS, BUDGETS)
-    axes[1].minorticks_off()
-    axes[1].legend()
-    at = lambda y, factor: np.mean([row[min(BUDGETS.index(b * factor) if b * factor in BUDGETS else len(BUDGETS) - 1, len(BUDGETS) - 1)] for row, (_, b) in zip(y, rules)])
-    gain, best = at(coupled, 2) - at(coupled, 1), max(at(curves[arm], 4) for arm in rivals)
-    fig.suptitle(f"Coupled curriculum: {at(coupled, 1):.2f} at its training budget, {at(coupled, 2):.2f} at twice, {at(coupled, 4):.2f} at 4 times; best rival {best:.2f}")
-    final = np.stack([tested(run, f"stage 2 at {b}")[:, -1] for b in BUDGETS[:-1]], 1)              # (seeds, training budgets), tested at the largest
-    ranks = [final[i].max() - final[i][BUDGETS.index(b)] for i, (_, b) in enumerate(rules)]
+    trained = np.stack([tested(run, f"stage 2 at {b}") for b in grid], 1)                                       # (seeds, trained at, tested at)
+    draw_budgets(axes[1], {"after stage 1: J(B)": np.array([[s[b] for b in BUDGETS] for s, _ in rules])} | {f"stage 2 at {b}": trained[:, i] for i, b in enumerate(grid)},
+                 "Where the rule looks, and what training at each budget gives")
+    for b in set(chosen):
+        axes[1].axvline(b, color="k", ls=":", lw=1)
+    one, two, four = (of_rule(coupled, factor).mean() for factor in (1, 2, 4))
+    rival = max(of_rule(curves[arm], 4).mean() for arm in rivals)
+    fig.suptitle(f"Easy and short, then hard and long: {one:.2f} at the training budget, {two:.2f} at twice, {four:.2f} at 4 times; the best rival {rival:.2f}")
+    lost = trained[:, :, -1].max(1) - np.array([trained[i, grid.index(b), -1] for i, b in enumerate(chosen)])
+    print("\ntrained at (B* = " + ", ".join(map(str, chosen)) + "), tested at " + " ".join(f"{b:>7}" for b in BUDGETS))
+    for b, row in zip(grid, trained.mean(0)):
+        print(f"{b:>40} " + " ".join(f"{x:7.3f}" for x in row))
     return fig, [
-        claim("twice", "coupled: pass@1 at 2x the training budget minus at 1x", SOURCE, "grows", gain, ">=", 0.05, n),
-        claim("rivals", "coupled minus the best rival at 4x", SOURCE, "+0.07 to +0.09", at(coupled, 4) - best, ">=", 0.03, n),
-        claim("rule", "best training budget minus the chosen one, at the largest test budget", SOURCE, "where gains flatten", np.mean(ranks), "<=", 0.03, n)]
+        claim("twice", "coupled: pass@1 at 2x the training budget minus at 1x", SOURCE, "grows", two - one, ">=", 0.05, n, f" ({one:.2f}, {two:.2f})"),
+        *[claim(f"over {arm}", f"coupled minus {arm}, at 4x", SOURCE, paper, four - of_rule(curves[arm], 4).mean(), ">=", 0.03, n)
+          for arm, paper in zip(rivals, ("+0.09", "more", "+0.07"))],
+        claim("rule", f"pass@1 at {LONGEST} tokens: best training budget minus the rule's", SOURCE, "at the plateau", lost.mean(), "<=", 0.03, n)]
 
 
 def figure_budget(config, run, device):
@@ -489,27 +536,64 @@ def figure_budget(config, run, device):
     for seed in seeds_of(config):
         base = warm_up(config, run, seed, device)
         for b, arm in arms.items():
-            train(config, run, arm, seed, base, [(config.numbers, b, None)], budgets=BUDGETS)
+            train(config, run, arm, seed, base, [(config.numbers, b, None)], BUDGETS)
     fig, ax = plt.subplots(figsize=(8, 5), layout="constrained")
     draw_budgets(ax, {"base": tested(run, arms[16], False)} | {f"trained at {b}": tested(run, arm) for b, arm in arms.items()},
-                 f"Every training budget, tested at all: {config.steps} steps each ({config.seeds} seeds)")
+                 f"A short training budget teaches to give up: {config.steps} steps each ({config.seeds} seeds)")
     matrix = {b: tested(run, arm).mean(0) for b, arm in arms.items()}
-    print("\ntrained at " + " ".join(f"{b:>8}" for b in BUDGETS))
+    print("\ntrained at, tested at " + " ".join(f"{b:>7}" for b in BUDGETS))
     for b, row in matrix.items():
-        print(f"{b:>10} " + " ".join(f"{x:8.3f}" for x in row))
+        print(f"{b:>21} " + " ".join(f"{x:7.3f}" for x in row))
     best = max(matrix, key=lambda b: matrix[b][2])
     return fig, [
-        claim("short", f"tested at 64 tokens: best (trained at {best}) minus trained at 16", SOURCE, "4k flat from 8k on", matrix[best][2] - matrix[16][2], ">=", 0.03, config.seeds)]
+        claim("short", f"tested at 64 tokens: best (trained at {best}) minus trained at 16", SOURCE, "shortest is flat", matrix[best][2] - matrix[16][2], ">=", 0.03, config.seeds),
+        claim("gain", f"trained at {config.budget}: pass@1 at {LONGEST} tokens minus at {config.budget}", SOURCE, "+0.13",
+              (tested(run, arms[64])[:, -1] - tested(run, arms[64])[:, 2]).mean(), ">=", 0.03, config.seeds)]
+
+
+#  design of `mask`:    base, choices of train
+DESIGNS = {"four updates": ("gap", dict(updates=4)),
+           "no baseline": ("gap", dict(raw=True)),
+           "careless verifier": ("careless", {}),
+           "impatient base": ("impatient", {}),
+           "impatient, four updates": ("impatient", dict(updates=4))}
+
+
+def figure_mask(config, run, device):
+    arms, budget, n = ("full", "masked"), config.budget, config.seeds
+    for seed in seeds_of(config):
+        bases = {kind: warm_up(config, run, seed, device, kind) for kind in dict.fromkeys(kind for kind, _ in DESIGNS.values())}
+        for design, (kind, choices) in DESIGNS.items():
+            for arm in arms:
+                train(config, run, f"{design}, {arm}", seed, bases[kind], [(config.numbers, budget, None)], BUDGETS, masked=arm == "masked", **choices)
+    keys = ("entropy", "unique_attempts", "gives_up", f"pass@1 of {2 * budget}")
+    fig, axes = plt.subplots(len(keys), len(DESIGNS), figsize=(18, 10), layout="constrained", sharex=True, sharey="row")
+    print(f"\n{'':<32}" + " ".join(f"{key:>16}" for key in ("attempts", *keys)))
+    for column, design in zip(axes.T, DESIGNS):
+        for arm in arms:
+            print(f"{design + ', ' + arm:<32}" + " ".join(f"{of(run, f'{design}, {arm}', key).mean():16.3f}" for key in ("attempts", *keys)))
+            for ax, key in zip(column, keys):
+                band(ax, *series(run, key, phase="rl", arm=f"{design}, {arm}"), arm)
+        column[0].set_title(design)
+        column[-1].set_xlabel("RL step")
+    for ax, label in zip(axes[:, 0], ("entropy (nats per token)", "different attempts", "P(stop | last verdict NO)", f"pass@1 at {2 * budget} tokens")):
+        ax.set_ylabel(label)
+        ax.set_ylim(0, None)
+    axes[0, 0].legend()
+    claims = [c for design in DESIGNS for c in mask_claims(run, f"{design}, full", f"{design}, masked", budget, n, design)]
+    fig.suptitle(f"With and without negative advantages: {sum(c['holds'] for c in claims)} of {len(claims)} predicted effects seen ({config.steps} steps, {n} seeds)")
+    return fig, claims
 
 
 def main():
     config = parse_args(Config, __doc__)
     config.seeds = config.seeds or (1 if config.figure == "explore" or config.quick else 3)
+    config.steps = config.steps or (200 if config.figure == "mask" else 80)
     device = pick_device(config.device)
     run, started = Run(config), time.time()
     print(f"curriculum.py: figure {config.figure}, seed {config.seed}, {config.seeds} seeds, {device}, {config.dtype}, {torch.get_num_threads()} threads, "
           f"{sum(p.numel() for p in build(config, device).parameters()):,} parameters")
-    fig, claims = {"explore": figure_explore, "curriculum": figure_curriculum, "budget": figure_budget}[config.figure](config, run, device)
+    fig, claims = globals()[f"figure_{config.figure}"](config, run, device)
     fig.savefig(run.dir / f"{config.figure}.png", dpi=110)
     run.claims(claims)
     print(f"\n{run.dir / config.figure}.png, metrics.jsonl, claims.json, model.pt: {time.time() - started:.0f} s")

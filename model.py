@@ -677,6 +677,11 @@ class Run:
         self.metrics.write(json.dumps(row) + "\n")
         self.metrics.flush()
 
+    def log_once(self, measure, **where):
+        """Log measure() -> {name: value} as the row `where`. A resumed run that has the row does not measure again."""
+        if not any(where.items() <= row.items() for row in self.rows):
+            self.log(**where, **measure())
+
     @property
     def due(self):
         return self.signal or time.time() - self.saved > 30

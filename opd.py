@@ -734,12 +734,6 @@ def curves(ax, run, arms, key, title, ylabel, unit="sampled_tokens"):
     ax.set(title=title, xlabel="step" if unit == "step" else "sampled tokens (thousands)", ylabel=ylabel, ylim=(-0.02, 1.02))
 
 
-def log_once(run, measure, **where):
-    """Log a measurement, but not again in a resumed run."""
-    if not any(where.items() <= r.items() for r in run.rows):
-        run.log(**where, **measure())
-
-
 def run_arms(config, run, arms, base, expert, task, **more):
     for seed in seeds_of(config):
         for arm in arms:
@@ -749,7 +743,7 @@ def run_arms(config, run, arms, base, expert, task, **more):
 def figure_family(config, run, device):
     arms = config.methods
     task, base, expert = far_task(), pretrained(config, run, "base", device), pretrained(config, run, "expert", device)
-    log_once(run, lambda: evaluate(expert, task, config, 0), phase="expert", step=0)
+    run.log_once(lambda: evaluate(expert, task, config, 0), phase="expert", step=0)
     run_arms(config, run, arms, base, expert, task)
     level = next(r["pass@1"] for r in run.rows if r["phase"] == "expert")
     fig, axes = plt.subplots(1, 3, figsize=(16, 5), layout="constrained")
@@ -787,7 +781,7 @@ def figure_cold(config, run, device):
     config = replace(config, eval_every=min(config.eval_every, 5))
     run_arms(config, run, arms, cold, expert, task)
     for seed, length, eps in itertools.product(seeds_of(config), lengths, budgets):
-        log_once(run, lambda: {"pass@1": continuation(base, expert, task, eps, length, config, seed)}, phase="probe", seed=seed, length=length, eps=eps)
+        run.log_once(lambda: {"pass@1": continuation(base, expert, task, eps, length, config, seed)}, phase="probe", seed=seed, length=length, eps=eps)
         if run.due:
             run.save("probe")
     probe = np.array([r["pass@1"] for r in run.rows if r["phase"] == "probe"]).reshape(-1, len(lengths), len(budgets))      # (seeds, lengths, budgets)
