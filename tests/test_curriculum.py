@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import curriculum
-from curriculum import (ANS, BOS, BUDGETS, EOS, FIGURES, NO, OK, Config, advantages, behaviour, budget_rule, build, demonstrate, draw_problem,
+from curriculum import (ANS, BASES, BOS, BUDGETS, EOS, FIGURES, NO, OK, Config, advantages, behaviour, budget_rule, build, demonstrate, draw_problem,
                         evaluate, generate, parse, pk_gradient, pk_sample, pk_start, pk_train, pk_value, prompt, reward, second, steps_to, sum_token, target_token,
                         verdict_gap, verdicts_by_place)
 
@@ -118,22 +118,46 @@ def test_only_two_numbers_of_the_problem_with_its_sum_are_right():
 
 
 def test_every_problem_has_an_answer_and_every_trace_its_format():
-    rng = random.Random(0)
+    rng, mean = random.Random(0), {}
     for numbers in (4, 6, 8):
-        for gap in (True, False):
-            answers = []
+        for kind, how in BASES.items():
+            answers, count = [], 0
             for _ in range(300):
                 problem = xs, target = draw_problem(rng, numbers)
                 assert len(set(xs)) == numbers and any(a + b == target for a in xs for b in xs if a != b)
                 assert prompt(problem) == [BOS, *xs, target_token(target)]
-                trace = demonstrate(rng, problem, gap)
+                trace = demonstrate(rng, problem, **how)
                 attempts, named = parse(trace)
-                assert 1 <= len(attempts) <= 10 and len(trace) == 4 * len(attempts) + 4 and named == attempts[-1][:2]
+                assert 1 <= len(attempts) <= 16 and len(trace) == 4 * len(attempts) + 4 and named == attempts[-1][:2]
                 assert not any(ok for *_, ok in attempts[:-1])
-                if gap:
-                    assert all(s == a + b and ok == (s == target) for a, b, s, ok in attempts)
+                if kind != "no gap":
+                    assert all(s == a + b for a, b, s, _ in attempts)
+                count += len(attempts)
                 answers.append((problem, trace))
-            assert (verdict_gap(*zip(*answers)) > 0.7) == gap and abs(verdict_gap(*zip(*answers)) - (0.9 if gap else 0.4)) < 0.2
+            gap, mean[kind] = verdict_gap(*zip(*answers)), count / 300
+            assert abs(gap - {"gap": 0.9, "no gap": 0.4, "careless": 0.8, "impatient": 0.9}[kind]) < 0.15, (kind, gap)
+        assert mean["impatient"] < 1.6 and mean["gap"] > 2 and (numbers == 4 or mean["gap"] > 2.7), mean
+
+
+def test_a_tenth_of_the_problems_is_held_out_whatever_the_order_of_the_numbers():
+    rng, name = random.Random(0), lambda p: (tuple(sorted(p[0])), p[1])
+    trained, held_out = ({name(draw_problem(rng, 6, h)) for _ in range(n)} for h, n in ((False, 30_000), (True, 3_000)))
+    assert not trained & held_out and abs(len(held_out) / len(trained | held_out) - 0.1) < 0.03
+
+
+def test_training_never_sees_a_held_out_problem(monkeypatch):
+    seen, draw = [], draw_problem
+
+    def spy(rng, numbers, held_out=False):
+        seen.append((draw(rng, numbers, held_out), held_out))
+        return seen[-1][0]
+    monkeypatch.setattr(curriculum, "draw_problem", spy)
+    monkeypatch.setattr(curriculum, "prompt", lambda problem: shown.append(problem) or prompt(problem))
+    shown, config = [], small(sft_steps=3, sft_batch=32, gate=-1.0)
+    base = curriculum.warm_up(config, Memory(), 0, "cpu")
+    curriculum.train(config, Memory(), "a", 0, base, [(6, 16, None)], (16,))
+    apart = {held_out: [p for p, h in seen if h == held_out] for held_out in (True, False)}
+    assert len(shown) == len(seen) and len(apart[False]) == 3 * 32 + 2 * 4 and len(apart[True]) == 8 + 8 + 2 + 8
 
 
 def test_behaviour_counts_attempts_different_pairs_hits_and_giving_up():
@@ -151,7 +175,9 @@ def test_the_budget_rule_takes_the_papers_choice():
 
 def test_masked_advantages_are_the_positive_part_after_grouping():
     rewards = torch.tensor([[1, 0, 0, 0], [1, 1, 1, 1], [0.1, 0.1, 0.1, 0.1], [1, 1, 0, 1]])
+    rewards = rewards.float()
     full, masked = (advantages(rewards, m) for m in (False, True))
+    assert torch.equal(advantages(rewards[:2], False, raw=True), 2 * rewards[:2] - 1) and torch.equal(advantages(rewards[:2], True, raw=True), rewards[:2])
     assert torch.equal(masked, full.clamp_min(0)) and (full[1:3] == 0).all() and full[0].tolist() == pytest.approx([1.5, -0.5, -0.5, -0.5], abs=1e-4)
 
 
@@ -168,7 +194,7 @@ def test_a_cut_answer_is_the_answer_with_the_smaller_budget():
 
 def test_evaluation_scores_the_cut_answers(monkeypatch):
     monkeypatch.setattr(curriculum, "answers_to", lambda model, problems, n, budget, g: (None, [[3, second(6), sum_token(9), NO] + FOUND + [ANS, 8, second(6), EOS]] * 8, problems))
-    monkeypatch.setattr(curriculum, "draw_problem", lambda rng, numbers: PROBLEM)
+    monkeypatch.setattr(curriculum, "draw_problem", lambda rng, numbers, held_out: PROBLEM)
     success, how = evaluate(None, small(), 6, (4, 8, 11, 12, 64))
     assert success == {4: 0, 8: 0, 11: 0, 12: 1, 64: 1} and how["attempts"] == 2
 
@@ -190,6 +216,49 @@ def test_verdicts_by_place_reads_sums_and_verdicts_of_a_model_that_knows_them(mo
     assert verdicts_by_place(Knows(), small(), 0, places=5, n=8) in ([1.0] * 5, pytest.approx([1.0] * 5))
 
 
+def test_a_base_that_cannot_judge_is_refused():
+    with pytest.raises(curriculum.UserError, match="verdict gap"):
+        curriculum.warm_up(small(sft_steps=2, gate=0.6), Memory(), 0, "cpu")
+    curriculum.warm_up(small(sft_steps=2, gate=0.6), Memory(), 0, "cpu", "no gap")
+
+
+@pytest.mark.parametrize("updates", [1, 4])
+def test_the_update_is_the_clipped_policy_gradient_over_all_tokens(updates):
+    rng, generator, config = random.Random(0), torch.Generator().manual_seed(0), small()
+    model, reference = policy(), policy()
+    rollout, _, _ = curriculum.answers_to(model, [draw_problem(rng, 6) for _ in range(40)], 4, 24, generator)
+    adv = torch.randn(160, 1)
+    optimizers = [torch.optim.SGD(m.parameters(), 0.5) for m in (model, reference)]
+    state = generator.get_state()
+    metrics = curriculum.update(model, optimizers[0], rollout, adv, config, generator, updates, entropy_bonus=0.1)
+    generator.set_state(state)
+    order = torch.randperm(160, generator=generator) if updates > 1 else torch.arange(160)
+    clipped = 0
+    for rows in order.chunk(updates):           # by hand, in one piece
+        log_p = reference(rollout.ids[rows, :-1]).log_softmax(-1)
+        logp, entropy, mask = log_p.gather(-1, rollout.ids[rows, 1:, None])[..., 0], -(log_p.exp() * log_p).sum(-1), rollout.mask[rows, 1:]
+        rho = (logp - rollout.logp[rows, 1:]).exp()
+        good = adv[rows] > 0
+        gain = torch.where(good, rho.clamp(max=1.5) * adv[rows], rho.clamp(min=0.8) * adv[rows])
+        clipped += int((((rho > 1.5) & good | (rho < 0.8) & ~good) * mask).sum())
+        loss = -((gain + 0.1 * entropy) * mask).sum() / mask.sum()
+        optimizers[1].zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(reference.parameters(), 1.0)
+        optimizers[1].step()
+    assert bool(clipped) == (updates > 1)
+    assert metrics["loss"] == pytest.approx(loss.item(), abs=1e-4) and metrics["entropy"] == pytest.approx(((entropy * mask).sum() / mask.sum()).item(), abs=1e-4)
+    for a, b in zip(model.parameters(), reference.parameters()):
+        assert torch.allclose(a, b, atol=1e-4)
+
+
+def test_half_of_the_channels_turn_with_the_position_and_half_do_not():
+    model = policy()
+    turning = (model.rope[-1] != 1).flatten()
+    assert 2 * int(turning.sum()) == turning.numel() and turning[0] and not turning[-1]
+    assert model.rope[1:, 0, turning].angle().abs().max() > 0.5
+
+
 def paid_by_chance(monkeypatch):
     monkeypatch.setattr(curriculum, "reward", lambda problem, tokens: float(bool(tokens) and tokens[0] % 2))
 
@@ -199,7 +268,7 @@ def test_a_run_trains_its_copy_and_logs_every_budget(masked, monkeypatch):
     paid_by_chance(monkeypatch)
     base, run = policy(), Memory()
     before = {k: v.clone() for k, v in base.state_dict().items()}
-    model = curriculum.train(small(), run, "a", 0, base, [(6, 16, None)], masked, 0.01, BUDGETS)
+    model = curriculum.train(small(), run, "a", 0, base, [(6, 16, None)], BUDGETS, masked=masked, entropy_bonus=0.01)
     assert all(torch.equal(v, before[k]) for k, v in base.state_dict().items()) and any(not torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert [row["step"] for row in run.rows] == [0, 1, 2] and all(f"pass@1 of {b}" in row for row in run.rows for b in BUDGETS)
 
@@ -220,7 +289,7 @@ def test_interrupting_between_two_steps_changes_nothing(monkeypatch):
     paid_by_chance(monkeypatch)
     whole, halves = Memory(), Memory()
     config, stages = small(steps=4, eval_every=2), [(6, 16, None)]
-    a = curriculum.train(config, whole, "a", 0, policy(), stages)
+    a = curriculum.train(config, whole, "a", 0, policy(), stages, (64,))
 
     def save(phase, **state):
         halves.state[phase] = state
@@ -228,9 +297,9 @@ def test_interrupting_between_two_steps_changes_nothing(monkeypatch):
             raise KeyboardInterrupt
     halves.due, halves.save = True, save
     with pytest.raises(KeyboardInterrupt):
-        curriculum.train(config, halves, "a", 0, policy(), stages)
+        curriculum.train(config, halves, "a", 0, policy(), stages, (64,))
     halves.due = False
-    b = curriculum.train(config, halves, "a", 0, policy(), stages)
+    b = curriculum.train(config, halves, "a", 0, policy(), stages, (64,))
     assert halves.rows == whole.rows and all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values()))
 
 
@@ -270,7 +339,7 @@ def test_help_lists_every_flag(monkeypatch, capsys):
     assert stop.value.code == 0 and all(f"--{f.name.replace('_', '-')}" in text for f in dataclasses.fields(Config))
 
 
-@pytest.mark.parametrize("flags", ["--bogus", "--steps 0", "--numbers 20", "--figure none", "--kappa nan", "--budget 4", "--resume"])
+@pytest.mark.parametrize("flags", ["--bogus", "--steps 0", "--numbers 20", "--figure none", "--kappa nan", "--budget 4", "--gate nan", "--resume"])
 def test_a_mistake_in_the_flags_is_one_line_and_exit_code_2(flags, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["curriculum.py", "--out", str(tmp_path), *flags.split()])
     with pytest.raises(SystemExit) as stop:
