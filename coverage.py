@@ -58,14 +58,14 @@ class Config:
     resume: bool = flag(False, "go on from the checkpoint in --out")
     quick: bool = flag(False, "a run of a few seconds that shows nothing but that it runs")
     figure: str = flag("principle", "which figure: " + "; ".join(f"{k}: {v}" for k, v in FIGURES.items()), choices=tuple(FIGURES))
-    steps: int = flag(None, "steps (default: 800 of fine-tuning; optimizers: 1000 sequences of the linear model)", quick=4, low=2)
-    lr: float = flag(2e-5, "learning rate of fine-tuning (AdamW, constant)", low=0)
+    steps: int = flag(None, "steps (default: 700 of fine-tuning; optimizers: 1000 sequences of the linear model)", quick=4, low=2)
+    lr: float = flag(4e-5, "learning rate of fine-tuning (AdamW, constant)", low=0)
     batch: int = flag(64, "graphs per step", quick=8, low=1)
     dco: int = flag(8, "N of the DCO loss", low=1)
     n_layer: int = flag(3, "layers", low=1)
     n_head: int = flag(4, "heads", low=1)
     n_embd: int = flag(64, "channels", quick=32, low=8)
-    sft_steps: int = flag(2500, "steps of pre-training", quick=10, low=1)
+    sft_steps: int = flag(2200, "steps of pre-training", quick=10, low=1)
     sft_lr: float = flag(4e-3, "learning rate of pre-training (up in 50 steps, then linear to 0)", low=0)
     eval_every: int = flag(20, "steps of fine-tuning between checkpoints", quick=2, low=1)
     eval_prompts: int = flag(512, "graphs of each class to evaluate on", quick=16, low=8)
@@ -253,7 +253,7 @@ TRIES = (1, 4, 8, 12, 16)                                   # of Pass@N
 
 
 def fine_tune(config, run, arm, seed, base, loss=None):
-    """From the base on .9 G1 + .1 G2. Logs KL, coverage and Pass@N of every checkpoint, and its log-probabilities of the validation answers.
+    """From the base on .9 G1 + .1 G2. Logs KL, coverage and Pass@N of every checkpoint, and (cross-entropy's) its log-probabilities of the validation answers.
 
     -> the model, and the weights of every fourth checkpoint {step: state}.
     """
@@ -264,8 +264,11 @@ def fine_tune(config, run, arm, seed, base, loss=None):
     def at(step, model):
         if step % config.eval_every and step != config.steps:
             return
-        logp, valid = score_all(model, test, config), score_all(model, validation, config)
-        run.log(phase="finetune", arm=arm, seed=seed, step=step, kl=-logp @ weights, loss=-valid.mean(), valid=[round(x, 5) for x in valid],
+        logp, more = score_all(model, test, config), {}
+        if loss is None:
+            valid = score_all(model, validation, config)
+            more = dict(loss=-valid.mean(), valid=[round(x, 5) for x in valid])
+        run.log(phase="finetune", arm=arm, seed=seed, step=step, **more, kl=-logp @ weights,
                 **{f"cov@{N}": coverage(-logp, N, weights) for N in NS}, **{f"pass@{N}": pass_at(logp, N) @ weights for N in TRIES})
         if step % (4 * config.eval_every) == 0:
             kept[step] = {k: v.clone() for k, v in model.state_dict().items()}
@@ -276,8 +279,7 @@ def sampled_pass(model, seed, config, N):
     """Right answers among N samples of the held-out graphs -> Pass@k for k = 1 to N by the first k samples (N,). 256 graphs, a tenth of G2."""
     classes = np.repeat([0, 1], (230, 26))
     ids = graphs(np.random.default_rng([seed, 4]), classes)
-    device = model.lm_head.weight.device
-    rollout = generate(model, [row[:PROMPT].tolist() for row in ids], N, ANSWER, generator=torch.Generator(device).manual_seed(seed))
+    rollout = generate(model, [row[:PROMPT].tolist() for row in ids], N, ANSWER, generator=torch.Generator().manual_seed(seed))
     answers = np.array(rollout.tokens()).reshape(len(ids), N, ANSWER)
     right = (answers == ids[:, None, PROMPT:]).all(2)
     return np.maximum.accumulate(right, 1).mean(0), score_all(model, ids, config)
@@ -499,7 +501,7 @@ def offset_scores(config, model, kept, seed, N=4):
     for m, state in zip(models, kept.values()):
         m.load_state_dict(state)
     for m in models:
-        generator = torch.Generator(m.lm_head.weight.device).manual_seed(seed)
+        generator = torch.Generator().manual_seed(seed)
         answers = generate(m, [row[:PROMPT].tolist() for row in ids], 1, ANSWER, generator=generator).ids.cpu().numpy()
         own.append([score_all(rival, answers, config) for rival in models])
     scores = offset_tournament(np.stack([score_all(m, ids, config) for m in models]), np.array(own), N)
@@ -584,7 +586,7 @@ def figure_optimizers(config, run, device):
 def main():
     config = parse_args(Config, __doc__)
     config.seeds = config.seeds or (1 if config.figure == "principle" or config.quick else 5)
-    config.steps = config.steps or (1000 if config.figure == "optimizers" else 800)
+    config.steps = config.steps or (1000 if config.figure == "optimizers" else 700)
     device = pick_device(config.device)
     run, started = Run(config), time.time()
     print(f"coverage.py: figure {config.figure}, seed {config.seed}, {config.seeds} seeds, {device}, {config.dtype}, {torch.get_num_threads()} threads, "

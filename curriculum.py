@@ -80,7 +80,7 @@ class Config:
     sft_steps: int = flag(1200, "steps of training each base model", quick=10, low=1)
     sft_batch: int = flag(64, "traces per step", quick=8, low=1)
     sft_lr: float = flag(6e-3, "learning rate of the base models (up in 50 steps, then linear to 0)", low=0)
-    eval_every: int = flag(10, "RL steps between evaluations", low=1)
+    eval_every: int = flag(20, "RL steps between evaluations", low=1)
     eval_prompts: int = flag(1024, "held-out problems at the first and the last evaluation, a quarter of them on the way", quick=8, low=4)
 
 
@@ -465,7 +465,7 @@ def figure_explore(config, run, device):
         band(axes[1, 0], *series(run, "attempts", phase="rl", arm=arm), arm)
         band(axes[1, 1], *series(run, "entropy", phase="rl", arm=arm), arm)
     axes[1, 0].set(title=f"Attempts grow where verdicts can be trusted (of {BUDGETS[-1]} tokens)", xlabel="RL step", ylabel="attempts per answer")
-    axes[1, 1].set(title="Entropy: the negatives hardly matter here", xlabel="RL step", ylabel="nats per token", ylim=(0, None))
+    axes[1, 1].set(title="Entropy", xlabel="RL step", ylabel="nats per token", ylim=(0, None))
     draw_budgets(axes[1, 2], {"base": tested(run, "full", False), "trained at 16": tested(run, "budget 16"), f"trained at {budget}": tested(run, "full"),
                               f"no gap, trained at {budget}": tested(run, "no gap")}, "Success beyond the training budget")
     for ax in axes.flat[:5]:
