@@ -51,14 +51,14 @@ SOURCE = "Chen et al., arXiv 2510.15020"
 @dataclass
 class Config:
     seed: int = flag(0, "random seed; with --seeds K: the first of K")
-    seeds: int = flag(None, "repeat over this many seeds (default: 1 for principle, 5 for the others)", low=1)
+    seeds: int = flag(None, "repeat over this many seeds (default: 1 for principle, 5 for horizon, 50 for optimizers)", low=1)
     device: str = flag("auto", "where to run", choices=("auto", "cpu", "cuda", "mps"))
     dtype: str = flag("float32", "bfloat16: autocast training", choices=("float32", "bfloat16"))
     out: str = flag("out/coverage", "folder for figure, metrics, claims and checkpoint")
     resume: bool = flag(False, "go on from the checkpoint in --out")
     quick: bool = flag(False, "a run of a few seconds that shows nothing but that it runs")
     figure: str = flag("principle", "which figure: " + "; ".join(f"{k}: {v}" for k, v in FIGURES.items()), choices=tuple(FIGURES))
-    steps: int = flag(None, "steps (default: 700 of fine-tuning; optimizers: 1000 sequences of the linear model)", quick=4, low=2)
+    steps: int = flag(None, "steps (default: 700 of fine-tuning; optimizers: 800 sequences of the linear model)", quick=4, low=2)
     lr: float = flag(4e-5, "learning rate of fine-tuning (AdamW, constant)", low=0)
     batch: int = flag(64, "graphs per step", quick=8, low=1)
     dco: int = flag(8, "N of the DCO loss", low=1)
@@ -367,12 +367,12 @@ def truncated_weights(e, A):
     return np.clip((A - before) / np.maximum(e, 1e-300), 0, 1)
 
 
-def linear(kind, eta, H, steps, seeds, N=16):
+def linear(kind, eta, H, steps, seeds, seed=0, N=16):
     """One pass of `steps` sequences for each seed -> the mean of Cov_N over the second half of the iterates (seeds,).
 
     sgd: eta times the gradient. normalised: eta * g / (1 + |g|). distilled: the truth's probabilities are known, tokens are truncated at log N.
     """
-    rng, theta, total = np.random.default_rng(0), np.tile(START, (seeds, 1)), 0.0
+    rng, theta, total = np.random.default_rng(seed), np.tile(START, (seeds, 1)), 0.0
     for step in range(steps):
         prompt, counts = draw(rng, H, (seeds,))
         if kind == "distilled":         # tokens are independent: the weights of the first ones scale the counts
@@ -403,23 +403,23 @@ def teacher_forced(theta, prompt, tokens, eta):
     return total
 
 
-def ttt_coverage(eta, H, steps, seeds, N=16, n=32, kept=8):
+def ttt_coverage(eta, H, steps, seeds, seed=0, N=16, n=16, kept=8):
     """Token-level SGD, never reset, on `steps` sequences; decoding by `teacher_forced` with the same eta -> Cov_N (seeds,).
 
     Averaged over `kept` iterates of the second half and n sequences of each prompt.
     """
-    rng, theta, iterates = np.random.default_rng(0), np.tile(START, (seeds, 1)), []
-    p = [np.exp(log_probs(TRUTH, i)) for i in (0, 1)]
+    rng, theta, iterates = np.random.default_rng(seed), np.tile(START, (seeds, 1)), []
+    sample = lambda prompt, n: (rng.random((*np.shape(prompt), n, 1)) > np.exp(log_probs(TRUTH, prompt)).cumsum(-1)[..., None, :-1]).sum(-1)      # (..., n) tokens
     for step in range(steps):
         prompt = (rng.random(seeds) >= LOUD).astype(int)
-        tokens = np.stack([rng.choice(3, H, p=p[i]) for i in prompt])
+        tokens = sample(prompt, H)
         for h in range(H):
             _, theta = token_step(theta, prompt, tokens[:, h], eta)
         if step >= steps // 2 and step % max(1, steps // 2 // kept) == 0:
             iterates.append(theta)
     theta, total = np.stack(iterates)[:, :, None], 0.0                             # (kept, seeds, 1, 3)
     for prompt, share in ((0, LOUD), (1, 1 - LOUD)):
-        tokens = rng.choice(3, (n, H), p=p[prompt])
+        tokens = sample(np.full(n, prompt), H)
         shape = (*theta.shape[:2], n)
         own = teacher_forced(np.broadcast_to(theta, (*shape, 3)), np.full(shape, prompt), np.broadcast_to(tokens, (*shape, H)), eta)
         truth = log_probs(TRUTH, prompt)[tokens].sum(-1)
@@ -538,7 +538,9 @@ def figure_horizon(config, run, device):
         ax.minorticks_off()
     band(axes[2], throws, infinite, "KL is infinite", marker="o")
     band(axes[2], throws, cov2, "Cov_2", marker="o")
-    axes[2].set(title="A coin that shows heads once in 100, estimated", xlabel="throws", ylabel="probability; mean", xscale="log")
+    axes[2].set(title="A coin that shows heads once in 100, estimated", xlabel="throws", ylabel="probability; mean", xscale="log", ylim=(0, 1))
+    axes[2].set_xticks(throws, throws)
+    axes[2].minorticks_off()
     for ax in axes:
         ax.legend()
     fig.suptitle(f"What best-of-N needs is learnt from a number of answers that does not depend on their length ({len(seeds)} seeds)")
@@ -556,11 +558,11 @@ def figure_optimizers(config, run, device):
     arms = {f"SGD, eta H B = {k}": [("sgd", k / (H * B_LOUD)) for H in lengths] for k in (0.25, 1, 2, 2.5)}
     arms |= {"normalised SGD, eta = 0.2": [("normalised", 0.2)] * 5, "distilled, truncated, eta = 0.002": [("distilled", 2e-3)] * 5}
     ttt = "token SGD, decoded with TTT, eta = 0.003"
-    cells = [(arm, H, lambda H=H, choice=choice: linear(*choice, H, steps, seeds)) for arm, choices in arms.items() for H, choice in zip(lengths, choices)]
-    cells += [(ttt, H, lambda H=H: ttt_coverage(0.003, H, min(steps, 300), seeds)) for H in lengths[:2 if config.quick else 4]]
+    cells = [(arm, H, lambda H=H, choice=choice: linear(*choice, H, steps, seeds, config.seed)) for arm, choices in arms.items() for H, choice in zip(lengths, choices)]
+    cells += [(ttt, H, lambda H=H: ttt_coverage(0.003, H, min(steps, 300), seeds, config.seed)) for H in lengths[:2 if config.quick else 4]]
     for arm, H, measure in cells:
         if not any(r["arm"] == arm and r["step"] == H for r in run.rows):           # a resumed run has it already
-            for seed, cov in enumerate(measure()):
+            for seed, cov in enumerate(measure(), config.seed):
                 run.log(phase="linear", arm=arm, seed=seed, step=H, **{"cov@16": cov})
             print(f"{arm:<42} H {H:5d}  Cov_16 {np.mean([r['cov@16'] for r in run.rows[-seeds:]]):.4f}", flush=True)
             run.save("optimizers")
@@ -571,6 +573,7 @@ def figure_optimizers(config, run, device):
     ax.set(title=f"One step size for all lengths: SGD misses the rare prompt or bounces, the others do not ({seeds} seeds)",
            xlabel="tokens of an answer", ylabel="Cov_16, mean of the second half of training", xscale="log")
     ax.set_yscale("symlog", linthresh=1e-3)
+    ax.set_ylim(-1e-4, 1.5)
     ax.set_xticks(lengths, lengths)
     ax.minorticks_off()
     ax.legend()
@@ -585,8 +588,8 @@ def figure_optimizers(config, run, device):
 
 def main():
     config = parse_args(Config, __doc__)
-    config.seeds = config.seeds or (1 if config.figure == "principle" or config.quick else 5)
-    config.steps = config.steps or (1000 if config.figure == "optimizers" else 700)
+    config.seeds = config.seeds or (1 if config.quick else {"principle": 1, "horizon": 5, "optimizers": 50}[config.figure])
+    config.steps = config.steps or (800 if config.figure == "optimizers" else 700)
     device = pick_device(config.device)
     run, started = Run(config), time.time()
     print(f"coverage.py: figure {config.figure}, seed {config.seed}, {config.seeds} seeds, {device}, {config.dtype}, {torch.get_num_threads()} threads, "
