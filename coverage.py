@@ -253,26 +253,43 @@ TRIES = (1, 4, 8, 12, 16)                                   # of Pass@N
 
 
 def fine_tune(config, run, arm, seed, base, loss=None):
-    """From the base on .9 G1 + .1 G2. Logs KL, coverage and Pass@N of every checkpoint, and (cross-entropy's) its log-probabilities of the validation answers.
+    """From the base on .9 G1 + .1 G2. Logs KL, coverage and Pass@N of every checkpoint.
 
-    -> the model, and the weights of every fourth checkpoint {step: state}.
+    -> the model; each checkpoint's log-probabilities of the validation answers {step: (n,)}; the weights of every fourth {step: state}.
     """
-    kept = run.state.get(f"{arm} {seed}", {}).get("kept", {})
+    phase = f"{arm} {seed}"
+    kept = run.state.get(phase, {}).get("kept", dict(valid={}, weights={}))
     test, weights = held_out(seed, config.eval_prompts)
     validation = graphs(np.random.default_rng([seed, 2]), np.random.default_rng([seed, 3]).choice(2, 2 * config.eval_prompts, p=(0.9, 0.1)))
 
     def at(step, model):
         if step % config.eval_every and step != config.steps:
             return
-        logp, more = score_all(model, test, config), {}
-        if loss is None:
-            valid = score_all(model, validation, config)
-            more = dict(loss=-valid.mean(), valid=[round(x, 5) for x in valid])
-        run.log(phase="finetune", arm=arm, seed=seed, step=step, **more, kl=-logp @ weights,
+        logp = score_all(model, test, config)
+        run.log(phase="finetune", arm=arm, seed=seed, step=step, kl=-logp @ weights,
                 **{f"cov@{N}": coverage(-logp, N, weights) for N in NS}, **{f"pass@{N}": pass_at(logp, N) @ weights for N in TRIES})
+        kept["valid"][step] = torch.from_numpy(score_all(model, validation, config))
         if step % (4 * config.eval_every) == 0:
-            kept[step] = {k: v.clone() for k, v in model.state_dict().items()}
-    return train(config, run, f"{arm} {seed}", seed, base, (0.9, 0.1, 0.0), config.steps, config.lr, loss, at=at, kept=kept), kept
+            kept["weights"][step] = {k: v.clone() for k, v in model.state_dict().items()}
+    model = train(config, run, phase, seed, base, (0.9, 0.1, 0.0), config.steps, config.lr, loss, at=at, kept=kept)
+    return model, kept["valid"], kept["weights"]
+
+
+def select(config, model, valid, weights, seed, N=4):
+    """The steps of the checkpoints that best validation loss, the tournament and, of those with weights, the offset tournament choose.
+
+    For the last one each checkpoint answers other validation prompts, and all of them score all answers.
+    """
+    steps, logp = list(valid), torch.stack(list(valid.values())).numpy()
+    ids, own = graphs(np.random.default_rng([seed, 5]), np.random.default_rng([seed, 6]).choice(2, config.eval_prompts, p=(0.9, 0.1))), []
+    models = [copy.deepcopy(model) for _ in weights]
+    for m, state in zip(models, weights.values()):
+        m.load_state_dict(state)
+    for m in models:
+        answers = generate(m, [row[:PROMPT].tolist() for row in ids], 1, ANSWER, generator=torch.Generator().manual_seed(seed)).ids.cpu().numpy()
+        own.append([score_all(rival, answers, config) for rival in models])
+    offset = offset_tournament(np.array([score_all(m, ids, config) for m in models]), np.array(own), N)
+    return {"best validation loss": steps[int(logp.mean(1).argmax())], "tournament": steps[int(tournament(logp, N).argmin())], "offset": list(weights)[int(offset.argmin())]}
 
 
 def sampled_pass(model, seed, config, N):
@@ -437,17 +454,15 @@ def figure_principle(config, run, device):
         torch.manual_seed(seed)
         base = train(config, run, f"base {seed}", seed, build(config, device), (1 / 3, 1 / 3, 1 / 3), config.sft_steps, config.sft_lr, decay=True)
         for arm, loss in arms.items():
-            model, kept = fine_tune(config, run, arm, seed, base, loss)
+            model, valid, weights = fine_tune(config, run, arm, seed, base, loss)
             if arm == ce:
-                run.log_once(lambda: offset_scores(config, model, kept, seed), phase="offset", seed=seed, step=config.steps)
+                run.log_once(lambda: select(config, model, valid, weights, seed), phase="picks", seed=seed, step=config.steps)
                 run.log_once(lambda: best_of_n_check(config, model, seed), phase="sampled", seed=seed, step=config.steps)
     get = lambda key, arm=ce: series(run, key, phase="finetune", arm=arm)                            # steps, (seeds, checkpoints)
     steps, kl = get("kl")
     passes, covs = {N: get(f"pass@{N}")[1] for N in TRIES}, {N: get(f"cov@{N}")[1] for N in NS}
-    valid = np.array([[r["valid"] for r in run.rows if r.get("arm") == ce and r["seed"] == s] for s in seeds_of(config)])     # (seeds, checkpoints, n)
-    picks = {"best validation loss": get("loss")[1].argmin(1), "tournament": np.array([tournament(v, 4).argmin() for v in valid])}
+    picks = {rule: np.array([list(steps).index(r[rule]) for r in run.rows if r["phase"] == "picks"]) for rule in ("best validation loss", "tournament", "offset")}
     at = lambda y, pick: y[np.arange(n), pick]
-    offset = np.array([list(steps).index(r["pick"]) for r in run.rows if r["phase"] == "offset"])
 
     fig, axes = plt.subplots(2, 3, figsize=(16, 9), layout="constrained")
     for arm in arms:
@@ -459,14 +474,14 @@ def figure_principle(config, run, device):
     for i, N in enumerate((8, 16)):
         for arm, style in zip(arms, ("-", "--")):
             band(axes[0, 2], *get(f"pass@{N}", arm), f"Pass@{N}, {arm}", ls=style, color=f"C{i}")
-        for (pick, index), marker in zip(picks.items(), "oD"):
+        for (pick, index), marker in zip(picks.items(), "oDs"):
             axes[0, 2].plot(steps[index], at(passes[N], index), marker, color=f"C{i}", mec="k", label=f"{pick}" if i == 0 else None)
     axes[0, 2].set(title="and Pass@N follows the coverage, not the KL", xlabel="step of fine-tuning", ylabel="Pass@N, exact")
     for ax, x, label in ((axes[1, 0], kl, "KL (nats)"), (axes[1, 1], covs[8], "Cov_8")):
         for i in range(n):
             ax.scatter(x[i], passes[16][i], c=steps, cmap="viridis", s=18)
-            for (pick, index), marker in zip(picks.items(), "oD"):
-                ax.scatter(x[i, index[i]], passes[16][i, index[i]], marker=marker, s=90, color=f"C{3 if marker == 'o' else 2}", ec="k", label=pick if i == 0 else None)
+            for (pick, index), marker in zip(picks.items(), "oDs"):
+                ax.scatter(x[i, index[i]], passes[16][i, index[i]], marker=marker, s=90, color=dict(o="C3", D="C2", s="C1")[marker], ec="k", label=pick if i == 0 else None)
         ax.set(title=f"Pass@16 against {label}: rank correlation {np.mean([spearman(a, b) for a, b in zip(passes[16], x)]):+.2f}", xlabel=label, ylabel="Pass@16")
     sampled = [r for r in run.rows if r["phase"] == "sampled"]
     for key, label in (("sampled", "best of N samples"), ("exact", "exact"), ("floor", "coverage promises at least (Prop. D.6)")):
@@ -488,24 +503,10 @@ def figure_principle(config, run, device):
         claim("by kl", "rank correlation of Pass@16 with KL", SOURCE, "wrong sign", correlation(kl), ">=", 0.2, n),
         claim("tournament", "Pass@8, tournament minus best validation loss", SOURCE, "0.04", (chosen - lowest).mean(), ">=", 0.015, n, spread(chosen - lowest)),
         claim("near best", "Pass@8, best checkpoint minus the tournament's, worst seed", SOURCE, "at the top", (best8 - chosen).max(), "<=", 0.006, n),
-        claim("offset", "Pass@8, offset tournament minus best validation loss", SOURCE, "-", (at(passes[8], offset) - lowest).mean(), ">=", 0.015, n),
+        claim("offset", "Pass@8, offset tournament minus best validation loss", SOURCE, "-", (at(passes[8], picks["offset"]) - lowest).mean(), ">=", 0.015, n),
         claim("dco", "Pass@8 at the end, DCO minus cross-entropy", "Chen et al., arXiv 2502.07154", "rescues", (get("pass@8", dco)[1][:, -1] - end8).mean(), ">=", 0.025, n),
         claim("bound", "best of 16, sampled, minus its floor by coverage, worst seed", SOURCE, ">= 0", min(r["sampled"][-1] - r["floor"][-1] for r in sampled), ">=", 0, n),
         claim("sampled", "largest difference of sampled and exact Pass@N", "derived", "0", max(np.abs(np.subtract(r["sampled"], r["exact"])).max() for r in sampled), "<=", 0.06, n)]
-
-
-def offset_scores(config, model, kept, seed, N=4):
-    """The offset tournament over the kept checkpoints: each answers the validation prompts, all score all answers -> the step of its pick."""
-    ids, own = graphs(np.random.default_rng([seed, 5]), np.random.default_rng([seed, 6]).choice(2, config.eval_prompts, p=(0.9, 0.1))), []
-    models = [copy.deepcopy(model) for _ in kept]
-    for m, state in zip(models, kept.values()):
-        m.load_state_dict(state)
-    for m in models:
-        generator = torch.Generator().manual_seed(seed)
-        answers = generate(m, [row[:PROMPT].tolist() for row in ids], 1, ANSWER, generator=generator).ids.cpu().numpy()
-        own.append([score_all(rival, answers, config) for rival in models])
-    scores = offset_tournament(np.stack([score_all(m, ids, config) for m in models]), np.array(own), N)
-    return {"pick": list(kept)[int(scores.argmin())]}
 
 
 def best_of_n_check(config, model, seed, N=16):
@@ -566,7 +567,7 @@ def figure_optimizers(config, run, device):
                 run.log(phase="linear", arm=arm, seed=seed, step=H, **{"cov@16": cov})
             print(f"{arm:<42} H {H:5d}  Cov_16 {np.mean([r['cov@16'] for r in run.rows[-seeds:]]):.4f}", flush=True)
             run.save("optimizers")
-    fig, ax = plt.subplots(figsize=(9, 5.5), layout="constrained")
+    fig, ax = plt.subplots(figsize=(11, 5), layout="constrained")
     get = lambda arm: series(run, "cov@16", phase="linear", arm=arm)
     for arm in (*arms, ttt):
         band(ax, *get(arm), arm, marker="o")
@@ -576,7 +577,7 @@ def figure_optimizers(config, run, device):
     ax.set_ylim(-1e-4, 1.5)
     ax.set_xticks(lengths, lengths)
     ax.minorticks_off()
-    ax.legend()
+    ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
     value = lambda arm: get(arm)[1].mean(0)
     return fig, [
         claim("sgd", "SGD at eta H B = 1: Cov_16 at 1,024 and 4,096 tokens, smaller", SOURCE, ">= c H / T", value("SGD, eta H B = 1")[3:].min(), ">=", 0.015, seeds),

@@ -273,8 +273,8 @@ def test_fine_tuning_draws_the_mixture_and_keeps_the_base():
     config, run, seen = small(steps=4), Memory(), []
     base = build(config, "cpu")
     before = {k: v.clone() for k, v in base.state_dict().items()}
-    model, kept = cov.fine_tune(config, run, "a", 0, base)
-    assert all(torch.equal(v, before[k]) for k, v in base.state_dict().items()) and sorted(kept) == [0]
+    model, valid, kept = cov.fine_tune(config, run, "a", 0, base)
+    assert all(torch.equal(v, before[k]) for k, v in base.state_dict().items()) and sorted(kept) == [0] and sorted(valid) == [0, 2, 4]
     assert all(torch.equal(a, b) for a, b in zip(kept[0].values(), before.values())) and not torch.equal(model.lm_head.weight, kept[0]["lm_head.weight"])
     rows = [r for r in run.rows if r["phase"] == "finetune"]
     test, weights = cov.held_out(0, config.eval_prompts)
