@@ -68,6 +68,7 @@ class Config:
     steps: int = flag(None, "RL steps of an arm (default: 80, for mask 200; curriculum counts tokens)", quick=2, low=1)
     numbers: int = flag(6, "numbers in a problem (curriculum has its own)", choices=(3, 4, 6, 8))
     budget: int = flag(64, "tokens that an answer may have in training (budget and curriculum have their own)", choices=(16, 32, 64, 128))
+    stage_tokens: int = flag(400_000, "curriculum: sampled tokens of each of its two stages", quick=2_000, low=1)
     kappa: float = flag(1.2, "budget rule: doubling the budget must multiply the success by more than this", low=1)
     prompts: int = flag(32, "problems per step", quick=4, low=1)
     group: int = flag(8, "answers per problem", quick=4, low=2)
@@ -503,7 +504,7 @@ def figure_explore(config, run, device):
 
 
 def figure_curriculum(config, run, device):
-    tokens, easy, hard, first = 2_000 if config.quick else 400_000, 4, 8, BUDGETS[0]     # tokens: of a stage
+    tokens, easy, hard, first = config.stage_tokens, 4, 8, BUDGETS[0]
     rivals, grid, J, chosen = ["hard only", "data only", "budget only"], [b for b in BUDGETS if 4 * b <= LONGEST], [], []
     for seed in seeds_of(config):
         base = warm_up(config, run, seed, device)
