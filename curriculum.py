@@ -602,9 +602,10 @@ def main():
     config.seeds = config.seeds or (1 if config.figure == "explore" or config.quick else 3)
     config.steps = config.steps or (200 if config.figure == "mask" else 80)
     device = pick_device(config.device)
+    size = sum(p.numel() for p in build(config, device).parameters())        # an impossible shape ends here, before anything is written
     run, started = Run(config), time.time()
     print(f"curriculum.py: figure {config.figure}, seed {config.seed}, {config.seeds} seeds, {device}, {config.dtype}, {torch.get_num_threads()} threads, "
-          f"{sum(p.numel() for p in build(config, device).parameters()):,} parameters")
+          f"{size:,} parameters")
     fig, claims = globals()[f"figure_{config.figure}"](config, run, device)
     fig.savefig(run.dir / f"{config.figure}.png", dpi=110)
     run.claims(claims)

@@ -917,9 +917,10 @@ def main():
     config = parse_args(Config, __doc__)
     config.seeds = config.seeds or (1 if config.quick else 2 if config.figure == "family" else 3)
     device = pick_device(config.device)
+    size = sum(p.numel() for p in build(config, config.n_embd, device).parameters())        # an impossible shape ends here, before anything is written
     run, started = Run(config), time.time()
     print(f"opd.py: figure {config.figure}, seed {config.seed}, {config.seeds} seeds, {device}, {config.dtype}, {torch.get_num_threads()} threads, "
-          f"{sum(p.numel() for p in build(config, config.n_embd, device).parameters()):,} parameters")
+          f"{size:,} parameters")
     fig, claims = globals()[f"figure_{config.figure}"](config, run, device)
     fig.savefig(run.dir / f"{config.figure}.png", dpi=110)
     run.claims(claims)

@@ -627,7 +627,7 @@ def test_help_lists_every_flag(monkeypatch, capsys):
     assert stop.value.code == 0 and all(f"--{f.name.replace('_', '-')}" in text for f in dataclasses.fields(Config))
 
 
-@pytest.mark.parametrize("flags", ["--bogus", "--steps x", "--steps -1", "--loss ppo", "--group 1", "--beta nan", "--beta 0.1 --kl k1", "--resume"])
+@pytest.mark.parametrize("flags", ["--bogus", "--steps x", "--steps -1", "--loss ppo", "--group 1", "--beta nan", "--beta 0.1 --kl k1", "--n-embd 65", "--resume"])
 def test_a_mistake_in_the_flags_is_one_line_and_exit_code_2(flags, tmp_path, monkeypatch, capsys):
     complain(monkeypatch, capsys, "--quick", "--out", tmp_path, *flags.split())
     assert not list(tmp_path.iterdir())

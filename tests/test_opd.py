@@ -637,7 +637,7 @@ def test_help_lists_every_flag_and_figure(monkeypatch, capsys):
     assert stop.value.code == 0 and all(f"--{f.name.replace('_', '-')}" in text for f in dataclasses.fields(Config))
 
 
-@pytest.mark.parametrize("flags", ["--bogus", "--steps 0", "--arms nothing", "--arms pedagogical", "--arms opd --figure few", "--batch 20", "--figure none", "--lr nan", "--resume"])
+@pytest.mark.parametrize("flags", ["--bogus", "--steps 0", "--arms nothing", "--arms pedagogical", "--arms opd --figure few", "--batch 20", "--figure none", "--lr nan", "--n-embd 65", "--resume"])
 def test_a_mistake_in_the_flags_is_one_line_and_exit_code_2(flags, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["opd.py", "--out", str(tmp_path), *flags.split()])
     with pytest.raises(SystemExit) as stop:
