@@ -44,9 +44,9 @@ from kernels import token_logprobs
 from model import (GPT, GPTConfig, Run, UserError, band, claim, command, flag, generate, parse_args, pick_device, restore, seeds_of, series, snapshot)
 
 FIGURES = {"explore": "asymmetry, negative gradient, the p^k model (within 5 minutes)",
-           "curriculum": "the coupled curriculum against three rivals at equal tokens, tested to 4 times the budget (CURRICULUM_TIME)",
-           "budget": "training budgets of 16 to 128 tokens, each tested at all budgets (BUDGET_TIME)",
-           "mask": "GRPO with and without its negative advantages, in five designs (MASK_TIME)"}
+           "curriculum": "the coupled curriculum against three rivals at equal tokens, tested to 4 times the budget (about 20 minutes)",
+           "budget": "training budgets of 16 to 128 tokens, each tested at all budgets (about 15 minutes)",
+           "mask": "GRPO with and without its negative advantages, in five designs (about an hour)"}
 #  a base model: what is different about its demonstrations
 BASES = {"gap": dict(),
          "no gap": dict(honest=False),              # the same format; sums and verdicts mean nothing
