@@ -27,8 +27,8 @@ How this differs from the paper:
 4. Its sections on optimisers are theory without experiments. `optimizers` is ours, on the construction of the lower bound's proof, with
    step sizes found by trial (normalised SGD with batches of one; TTT and distillation with longer steps than the theorems').
 
-What to see: KL falls all the time, Pass@16 rises and then falls below its start; the tournament (checkpoints judged by their mutual
-coverage) picks the checkpoint at the top, the best validation loss one at the bottom.
+What to see: KL falls all the time, Pass@8 rises and then falls below its start; the tournament (checkpoints judged by their mutual
+coverage) picks a checkpoint near the top, the best validation loss one at the bottom.
 """
 import copy
 import math
@@ -48,7 +48,7 @@ from model import (GPT, GPTConfig, Run, band, claim, command, flag, generate, pa
 
 FIGURES = {"principle": "fine-tuning on the graph task: KL, coverage, Pass@N, the tournament, DCO (within 5 minutes)",
            "horizon": "a table learnt by counting; a coin (seconds)",
-           "optimizers": "SGD, normalised SGD, distillation and test-time training on two prompts (about 2 minutes)"}
+           "optimizers": "SGD, normalised SGD, distillation and test-time training on two prompts (about 1 minute)"}
 SOURCE = "Chen et al., arXiv 2510.15020"
 
 
@@ -156,7 +156,6 @@ IDS, LAYERS, EDGES = 24, 3, 16
 PAD, SLASH, EQUALS = IDS, IDS + 1, IDS + 2
 VOCAB, PROMPT, ANSWER = IDS + 3, 2 * EDGES + 4, LAYERS + 1
 SECRET = np.random.default_rng(2510).permutation(IDS) < IDS // 2        # half of the ids; their parity in a graph tells its class
-PURE, MIXED = ("G1", "G2"), "G3"
 
 
 def graphs(rng, classes):
