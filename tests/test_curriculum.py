@@ -259,6 +259,23 @@ def test_half_of_the_channels_turn_with_the_position_and_half_do_not():
     assert model.rope[1:, 0, turning].angle().abs().max() > 0.5
 
 
+def test_a_model_that_always_says_no_judges_by_chance_everywhere():
+    class Denies(torch.nn.Module):
+        lm_head = torch.nn.Linear(1, 1)
+
+        def forward(self, ids):
+            return torch.nn.functional.one_hot(torch.full_like(ids, NO), curriculum.VOCAB).float()
+    assert verdicts_by_place(Denies(), small(), 0, places=5, n=8) == [0.5] * 5
+
+
+def test_of_is_each_seeds_own_last_row_though_they_end_at_different_steps():
+    run = Memory()
+    for seed, last in ((0, 41), (1, 43)):
+        for step in (0, 20, last):
+            run.log(phase="rl", arm="a", seed=seed, step=step, x=100 * seed + step)
+    assert curriculum.of(run, "a", "x").tolist() == [41, 143] and curriculum.of(run, "a", "x", False).tolist() == [0, 100]
+
+
 def paid_by_chance(monkeypatch):
     monkeypatch.setattr(curriculum, "reward", lambda problem, tokens: float(bool(tokens) and tokens[0] % 2))
 
@@ -271,6 +288,13 @@ def test_a_run_trains_its_copy_and_logs_every_budget(masked, monkeypatch):
     model = curriculum.train(small(), run, "a", 0, base, [(6, 16, None)], BUDGETS, masked=masked, entropy_bonus=0.01)
     assert all(torch.equal(v, before[k]) for k, v in base.state_dict().items()) and any(not torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert [row["step"] for row in run.rows] == [0, 1, 2] and all(f"pass@1 of {b}" in row for row in run.rows for b in BUDGETS)
+
+
+@pytest.mark.parametrize("options", [dict(masked=True), dict(raw=True), dict(updates=4), dict(entropy_bonus=0.5)])
+def test_every_option_reaches_the_weights(options, monkeypatch):
+    paid_by_chance(monkeypatch)
+    plain, other = (curriculum.train(small(), Memory(), "a", 0, policy(), [(6, 16, None)], (16,), **o) for o in ({}, options))
+    assert any((a - b).abs().max() > 1e-5 for a, b in zip(plain.state_dict().values(), other.state_dict().values()))
 
 
 def test_stages_end_by_their_tokens_and_the_last_one_ends_the_run(monkeypatch):
