@@ -165,6 +165,8 @@ def attention(q, k, v, causal=True, window=None, mask=None, impl="auto"):
     """
     T, S = q.shape[2], k.shape[2]
     assert q.shape[1] % k.shape[1] == 0, f"{q.shape[1]} query heads over {k.shape[1]} key heads"
+    if impl in ("sdpa", "auto") and mask is None and causal and window is not None and T == S >= 4 * max(window, 32):
+        return banded(q, k, v, window, max(window, 32))
     if mask is None and window is not None and window < S:
         mask = visible(T, S, causal, window, q.device)
     if impl == "reference":
@@ -185,6 +187,19 @@ def attention(q, k, v, causal=True, window=None, mask=None, impl="auto"):
         mask = visible(T, S, causal, None, q.device)
     is_causal = causal and mask is None and T > 1
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=k.shape[1] < q.shape[1])
+
+
+def banded(q, k, v, window, b):
+    """Causal attention in a window of at most b, in blocks of b queries: each sees its own block of keys and the one before, T 2b pairs for T^2."""
+    B, H, T, D = q.shape
+    n = -(-T // b)
+    blocks = lambda x: F.pad(x, (0, 0, 0, n * b - T)).unflatten(2, (n, b)).transpose(1, 2)     # (B, n, heads, b, D)
+    q, k, v = map(blocks, (q, k, v))
+    k, v = (torch.cat((F.pad(x, (0, 0) * 3 + (1, 0))[:, :-1], x), 3).flatten(0, 1) for x in (k, v))     # (B n, Hkv, 2b, D)
+    mask = visible(b, 2 * b, True, window, q.device).repeat(n, 1, 1, 1)                         # (n, 1, b, 2b)
+    mask[0, :, :, :b] = False                                                                   # nothing comes before the first block
+    y = attention(q.flatten(0, 1), k, v, mask=mask.repeat(B, 1, 1, 1), impl="sdpa")             # (B n, H, b, D)
+    return y.unflatten(0, (B, n)).transpose(1, 2).flatten(2, 3)[:, :, :T]
 
 
 def visible(T, S, causal, window, device):

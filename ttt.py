@@ -1,0 +1,494 @@
+"""ttt.py: test-time training, end to end (Tandon, Dalal, Li et al., arXiv 2512.23675). A model that goes on training on the text it reads.
+
+    python ttt.py                     `memory`: every document has a map of its own; who learns it while reading? within 5 minutes on two cores
+    python ttt.py --figure context    real text, the standard library's sources: loss against the length of the context, out to 16k tokens
+    python ttt.py --figure cost       time and memory per token against the length of the context
+
+A GPT whose layers see a short window only. Its last block has one more MLP, W, the fast weights: attention, fast MLP, ordinary MLP.
+Each document starts from the same W_0, and is read in chunks:
+
+    score the chunk with W_c                  loss_c = mean of -log p(next token)         (honest: scored before the step)
+    then step on it                           W_c+1 = W_c - eta g / max(1, |g|)           g = d loss_c / d W_c
+
+Training minimises the mean of loss_c over all weights and W_0, through the steps: gradients of gradients. So W_0 and all that feeds it
+are made to be trained, and what the window has lost is in W. The attention lies below W and is computed once for the whole document.
+
+The task of `memory`: a document follows a random map of 32 tokens with probability .9, and jumps with probability .1.
+
+    map  a->q  q->c  c->x  x->a ...     document  a q c x a q c | m f d m f ...         after some 100 tokens the map can be known
+
+The floor is the entropy of the next token for who knows the map. The window of 8 tokens holds next to nothing of it.
+
+How this differs from the paper:
+1. 0.1 million parameters for 0.1 to 3 billion, windows of 8 to 32 tokens for 8,192, chunks of 16 to 64 for 1,024.
+2. One block of three has fast weights, the paper's last quarter; its W has two matrices and no gate.
+3. `memory` is synthetic; `context` trains for minutes, at the length of 1,024 only, and is then tested out to 16,384.
+4. "Full attention" sees everything in its last layer only, without rotation there (or it would fail past the trained length for that reason
+   alone), below it the same windows. With full attention in all three layers it had not found the map after 1,000 steps.
+
+What to see: TTT falls to the floor as full attention does, in constant memory. The same model trained without steps gains next to
+nothing from steps at test time (classical dynamic evaluation), whatever their size: the training is what matters.
+"""
+import copy
+import math
+import random
+import time
+from dataclasses import dataclass
+
+import matplotlib
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+
+from model import (GPT, Block, GPTConfig, KVCache, RMSNorm, Run, UserError, band, claim, command, flag, load_documents, parse_args, pick_device, restore,
+                   seeds_of, series, snapshot, train_bpe)
+
+FIGURES = {"memory": "documents with a map of their own: loss against position (within 5 minutes)",
+           "context": "real text: loss against the length of the context (about 20 minutes for 3 seeds)",
+           "cost": "time and memory per token against the length of the context (about 2 minutes)"}
+SOURCE = "Tandon et al., arXiv 2512.23675"
+#  what a figure takes where no flag says otherwise
+SIZES = {"memory": dict(seeds=1, steps=300, batch=16, length=256, chunk=16, window=8, n_embd=64, n_fast=128, recompute=False),
+         "context": dict(seeds=3, steps=300, batch=8, length=1024, chunk=64, window=32, n_embd=128, n_fast=256, recompute=True),
+         "cost": dict(seeds=3, steps=0, batch=1, length=1024, chunk=64, window=32, n_embd=128, n_fast=256, recompute=False)}
+
+
+@dataclass
+class Config:
+    seed: int = flag(0, "random seed; with --seeds K: the first of K")
+    seeds: int = flag(None, "repeat over this many seeds (default: 1 for memory, 3 for the others)", quick=1, low=1)
+    device: str = flag("auto", "where to run", choices=("auto", "cpu", "cuda", "mps"))
+    dtype: str = flag("float32", "bfloat16: autocast training", choices=("float32", "bfloat16"))
+    out: str = flag("out/ttt", "folder for figure, metrics, claims and checkpoint")
+    resume: bool = flag(False, "go on from the checkpoint in --out")
+    quick: bool = flag(False, "a run of a few seconds that shows nothing but that it runs")
+    figure: str = flag("memory", "which figure: " + "; ".join(f"{k}: {v}" for k, v in FIGURES.items()), choices=tuple(FIGURES))
+    steps: int = flag(None, "training steps of an arm (default: 300; cost trains nothing)", quick=4, low=1)
+    batch: int = flag(None, "documents per step (default: 16, context 8)", quick=2, low=1)
+    length: int = flag(None, "tokens of a document in training, a multiple of --chunk (default: 256, context 1024)", quick=64, low=2)
+    chunk: int = flag(None, "tokens between two inner steps (default: 16, context and cost 64)", quick=16, low=1)
+    window: int = flag(None, "tokens that attention sees (default: 8, context and cost 32)", quick=8, low=1)
+    eta: float = flag(1.0, "step size of the inner loop (SGD, gradient clipped to norm 1 per document)", low=0)
+    recompute: bool = flag(None, "make a chunk's graph again in the backward pass: memory of one chunk at a time (default: in context only)")
+    lr: float = flag(2e-3, "learning rate of the outer loop (AdamW, warm-up then cosine to a tenth)", low=0)
+    n_layer: int = flag(3, "layers", low=1)
+    n_head: int = flag(4, "heads", low=1)
+    n_embd: int = flag(None, "channels (default: 64, context and cost 128)", quick=32, low=8)
+    n_fast: int = flag(None, "width of the fast MLP (default: 128, context and cost 256)", quick=32, low=1)
+    eval_docs: int = flag(32, "documents to test on (context: passages)", quick=2, low=1)
+    data: str = flag("", "context: a folder, a text file or a Hugging Face dataset with a text column (default: the standard library's sources)")
+    vocab_size: int = flag(512, "context: size of the BPE vocabulary", quick=257, low=257)
+    context: int = flag(16384, "context and cost: the longest context in tokens", quick=256, low=128)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# The model: a GPT whose last block has fast weights
+
+class FastBlock(Block):
+    """Attention, fast MLP, ordinary MLP, in series. `forward` stops where the fast weights begin, `upper` goes on from there."""
+
+    def __init__(self, config, layer, n_fast, rotary=True):
+        super().__init__(config, layer)
+        C, self.rotary = config.n_embd, rotary
+        self.norm_in, self.norm_out = RMSNorm(C, config.norm_eps), RMSNorm(C, config.norm_eps)
+        self.w1, self.w2 = nn.Parameter(0.02 * torch.randn(C, n_fast)), nn.Parameter(0.02 * torch.randn(n_fast, C))     # W_0
+
+    def forward(self, x, rope, mask=None, cache=None):
+        return x + self.attn(self.norm1(x), rope if self.rotary else torch.ones_like(rope), mask, cache)
+
+    def upper(self, x, w1, w2):
+        """x (B, b, C), the fast weights of each document w1 (B, C, F), w2 (B, F, C) -> (B, b, C)."""
+        x = x + self.norm_out(F.silu(self.norm_in(x) @ w1) @ w2)
+        return x + self.mlp(self.norm2(x))
+
+
+class TTT(GPT):
+    """`hidden` gives the states below the fast weights, `logits` what follows. full: the last layer sees the whole context."""
+
+    def __init__(self, config, n_fast, full=False):
+        super().__init__(config)
+        self.blocks[-1] = FastBlock(config, config.n_layer - 1, n_fast, rotary=not full)
+        self.final, self.norm = self.norm, nn.Identity()
+        if full:        # a cache must keep everything
+            config.window = self.blocks[-1].attn.window = None
+
+    def fast(self, B):
+        """W_0 for B documents: a tuple of (B, C, F), (B, F, C)."""
+        return tuple(w.expand(B, -1, -1) for w in (self.blocks[-1].w1, self.blocks[-1].w2))
+
+    def logits(self, x, fast):
+        return self.lm_head(self.final(self.blocks[-1].upper(x, *fast)))
+
+
+def build(config, vocab, full=False, window=True):
+    positions = max(config.length, config.context if config.figure != "memory" else 0) + 1024
+    return TTT(GPTConfig(vocab, positions, config.n_layer, config.n_head, config.n_embd, n_hidden=2 * config.n_embd, qk_norm=True, tie=False,
+                         window=config.window if window else None), config.n_fast, full)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# The inner loop
+
+def score(model, x, y, fast):
+    """x (B, b, C) from `hidden`, targets y (B, b) -> -log p of each (B, b), in nats."""
+    return F.cross_entropy(model.logits(x, fast).flatten(0, 1), y.flatten(), reduction="none").view(y.shape)
+
+
+def inner_update(fast, grads, eta):
+    """One step of SGD in each document on its own, its gradient (all matrices together) clipped to norm 1."""
+    norm = sum(g.square().sum((1, 2)) for g in grads).sqrt()                        # (B,)
+    scale = eta / norm.clamp_min(1.0)
+    return tuple(w - scale[:, None, None] * g for w, g in zip(fast, grads))
+
+
+def score_then_step(model, x, y, fast, eta, outer=False):
+    """A chunk -> its losses (B, b), and the fast weights for the next one. outer: differentiable, gradients of gradients included."""
+    with torch.enable_grad():
+        if not outer:
+            fast = tuple(w.detach().requires_grad_() for w in fast)
+        loss = score(model, x, y, fast)
+        grads = torch.autograd.grad(loss.mean(1).sum(), fast, create_graph=outer)   # the sum over documents: each has its own W
+    return (loss if outer else loss.detach(), *inner_update(fast if outer else [w.detach() for w in fast], grads, eta))
+
+
+def read(model, ids, eta, chunk, outer=False, recompute=False):
+    """Documents ids (B, T + 1), each from W_0 -> the loss of every next token (B, T), in nats. eta 0 is the plain forward pass.
+
+    outer: keep the graph for a backward pass through the inner steps; recompute: of one chunk at a time (reentrant: only for .backward()).
+    """
+    x, y, fast, losses = model.hidden(ids[:, :-1]), ids[:, 1:], model.fast(len(ids)), []
+    if eta == 0:
+        return score(model, x, y, fast)
+    step = lambda x, y, *fast: score_then_step(model, x, y, fast, eta, outer)
+    for part_x, part_y in zip(x.split(chunk, 1), y.split(chunk, 1)):
+        loss, *fast = checkpoint(step, part_x, part_y, *fast, use_reentrant=True) if recompute else step(part_x, part_y, *fast)
+        losses.append(loss)
+    return torch.cat(losses, 1)
+
+
+class Reader:
+    """Reads on and on at a constant cost: its state is a cache of the window, the fast weights and the unfinished chunk.
+
+    The token that ends a chunk is the first one of the next: a step is taken when it comes in. A cache of full attention grows to `capacity`.
+    """
+
+    def __init__(self, model, rows, eta, chunk, capacity=0):
+        window, weight = model.config.window, model.lm_head.weight
+        self.model, self.eta, self.chunk, self.fast = model, eta, chunk, model.fast(rows)
+        self.cache = KVCache(model.config, rows, 2 * (window + chunk) if window else capacity, weight.device, weight.dtype)
+        self.x, self.ids = weight.new_empty(rows, 0, weight.shape[1]), torch.empty(rows, 0, dtype=torch.long, device=weight.device)
+
+    @torch.no_grad()
+    def feed(self, ids):
+        """ids (B, t), any t -> the logits of the token after each, (B, t, V)."""
+        out = []
+        while ids.shape[1]:
+            if self.x.shape[1] == self.chunk:
+                if self.eta:
+                    y = torch.cat((self.ids[:, 1:], ids[:, :1]), 1)
+                    _, *self.fast = score_then_step(self.model, self.x, y, self.fast, self.eta)
+                self.x, self.ids = self.x[:, :0], self.ids[:, :0]
+            part = ids[:, :self.chunk - self.x.shape[1]]
+            x = self.model.hidden(part, self.cache)
+            self.x, self.ids, ids = torch.cat((self.x, x), 1), torch.cat((self.ids, part), 1), ids[:, part.shape[1]:]
+            out.append(self.model.logits(x, self.fast))
+        return torch.cat(out, 1)
+
+    def bytes(self):
+        """Of all that it keeps between two tokens."""
+        return sum(t.numel() * t.element_size() for t in (*self.cache.k, *self.cache.v, *self.fast, self.x, self.ids))
+
+
+def dynamic_evaluation(model, ids, eta, decay, chunk):
+    """Krause et al., ICML 2018: step on ALL weights after each chunk of one document ids (T + 1,), decay towards where they began -> losses (T,).
+
+    The weights that the caller has stay. Each chunk is read with as much before it as the windows of all layers reach.
+    """
+    reach, model = model.config.n_layer * model.config.window, copy.deepcopy(model)
+    weights, losses = list(model.parameters()), []
+    start = [w.detach().clone() for w in weights]
+    for a in range(0, len(ids) - 1, chunk):
+        first = max(0, a - reach)
+        part = ids[None, first:a + chunk + 1]
+        loss = score(model, model.hidden(part[:, :-1]), part[:, 1:], model.fast(1))[0, a - first:]
+        grads = torch.autograd.grad(loss.mean(), weights)
+        norm = torch.stack([g.square().sum() for g in grads]).sum().sqrt()
+        with torch.no_grad():
+            for w, g, w0 in zip(weights, grads, start):
+                w.add_(-eta / norm.clamp_min(1.0) * g + decay * (w0 - w))
+        losses.append(loss.detach())
+    return torch.cat(losses)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# The two tasks
+
+V, FOLLOW = 32, 0.9
+
+
+def floor():
+    """The entropy of the next token for who knows the map, in nats."""
+    p = FOLLOW + (1 - FOLLOW) / V
+    return -p * math.log(p) - (V - 1) * (1 - FOLLOW) / V * math.log((1 - FOLLOW) / V)
+
+
+def documents(rng, B, T):
+    """Each with a random permutation of its own, which it follows with probability FOLLOW, else any token -> ids (B, T). rng: numpy."""
+    successor, ids, rows = rng.random((B, V)).argsort(1), rng.integers(V, size=(B, T)), np.arange(B)
+    follows = rng.random((B, T)) < FOLLOW
+    for t in range(1, T):
+        ids[:, t] = np.where(follows[:, t], successor[rows, ids[:, t - 1]], ids[:, t])
+    return torch.from_numpy(ids)
+
+
+def texts(config):
+    """The documents of --data in tokens of a BPE trained on four fifths of them -> those, and the others: two lists of ids (n,)."""
+    docs = load_documents(config.data)
+    parts = [t for i, t in enumerate(docs) if i % 5], docs[::5]
+    tokenizer = train_bpe("".join(parts[0]), config.vocab_size)
+    train, test = ([torch.tensor(tokenizer.encode_ordinary(t)) for t in part] for part in parts)
+    for part, name, least in ((train, "to train on", config.length), (test, "to test on", config.context)):
+        if not any(len(ids) > least for ids in part):
+            raise UserError(f"--data: no document {name} has more than {least} tokens")
+    return train, test
+
+
+def windows(rng, docs, B, T):
+    """B random stretches of T tokens of documents longer than that -> ids (B, T). A document is drawn in proportion to where one can start."""
+    docs = [d for d in docs if len(d) >= T]
+    room = np.array([len(d) - T + 1 for d in docs])
+    picks = rng.choice(len(docs), B, p=room / room.sum())
+    return torch.stack([docs[i][a:a + T] for i in picks for a in [rng.integers(room[i])]])
+
+
+def passages(docs, T, n):
+    """The first n stretches of T tokens, none overlapping another, the longest document's first -> (n, T), or fewer."""
+    docs = sorted(docs, key=len, reverse=True)
+    return torch.stack([d[a:a + T] for d in docs for a in range(0, len(d) - T + 1, T)][:n])
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Training
+
+ARMS = {"TTT": dict(steps_inside=True), "sliding window": dict(), "full attention": dict(full=True)}
+
+
+def train(config, run, arm, seed, device, vocab, draw):
+    """An arm from scratch on draw(rng) -> ids (B, T + 1)."""
+    choices, phase, rng = ARMS[arm], f"{arm} {seed}", random.Random(seed)
+    torch.manual_seed(seed)
+    model = build(config, vocab, choices.get("full", False)).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), config.lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    start = restore(run.state.get(phase), model, optimizer, rng)
+    bar = tqdm(range(start, config.steps), phase, initial=start, total=config.steps)
+    for step in bar:
+        started = time.time()
+        for g in optimizer.param_groups:
+            g["lr"] = config.lr * min((step + 1) / 40, 0.55 + 0.45 * math.cos(math.pi * step / config.steps))
+        eta = config.eta * min(1.0, 0.1 + 9 * step / config.steps) if choices.get("steps_inside") else 0        # grows over the first tenth
+        ids = draw(np.random.default_rng(rng.getrandbits(64))).to(device)
+        with torch.autocast(device, torch.bfloat16, enabled=config.dtype == "bfloat16"):
+            loss = read(model, ids, eta, config.chunk, outer=True, recompute=config.recompute).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        run.log(phase="train", arm=arm, seed=seed, step=step, loss=loss.item(), grad_norm=norm.item(), seconds=time.time() - started)
+        bar.set_postfix_str(f"loss {loss.item():.3f}")
+        if run.due:
+            run.save(phase, **snapshot(step + 1, model, optimizer, rng))
+    run.save(phase, **snapshot(config.steps, model, optimizer, rng))
+    return model
+
+
+@torch.no_grad()
+def losses(model, ids, eta, chunk, rows):
+    """`read` without an outer graph, `rows` documents at a time."""
+    device = model.lm_head.weight.device
+    return torch.cat([read(model, part.to(device), eta, chunk).cpu() for part in ids.split(rows)])
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Figures and claims
+
+ETAS, DECAYS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0), (0.0, 0.1)
+OFF, FAST, ALL = "TTT, updates off", "dynamic evaluation, fast MLP", "dynamic evaluation, all weights"
+
+
+def figure_memory(config, run, device):
+    T, n = config.length, config.seeds
+    bin_, where = T // 16, [(i + 1) * T // 16 for i in range(16)]
+    of = lambda loss: loss.view(len(loss), 16, -1).mean((0, 2)).tolist()                # (docs, T) -> by sixteenth of the document
+
+    def log(arm, seed, measure, **more):
+        if not any(r["phase"] == "test" and (r["arm"], r["seed"], r["steps"]) == (arm, seed, config.steps) and more.items() <= r.items() for r in run.rows):
+            for x, value in zip(where, of(measure())):
+                run.log(phase="test", arm=arm, seed=seed, steps=config.steps, step=x, loss=value, **more)
+
+    for seed in seeds_of(config):
+        draw = lambda rng: documents(rng, config.batch, T + 1)
+        test = documents(np.random.default_rng([seed, 1]), config.eval_docs, T + 1)
+        models = {arm: train(config, run, arm, seed, device, V, draw) for arm in ARMS}
+        for arm, model in models.items():
+            log(arm, seed, lambda: losses(model, test, config.eta if arm == "TTT" else 0, config.chunk, 32))
+        log(OFF, seed, lambda: losses(models["TTT"], test, 0, config.chunk, 32))
+        plain = models["sliding window"]
+        for eta in ETAS:
+            log(FAST, seed, lambda: losses(plain, test, eta, config.chunk, 32), eta=eta, decay=0.0)
+        for eta in ETAS[:-1]:
+            for decay in DECAYS:
+                log(ALL, seed, lambda: torch.stack([dynamic_evaluation(plain, ids, eta, decay, config.chunk) for ids in test.to(device)]).cpu(), eta=eta, decay=decay)
+        run.save("memory")
+    get = lambda arm, **more: series(run, "loss", phase="test", arm=arm, steps=config.steps, **more)[1]                # (seeds, 16)
+    swept = {(arm, eta, decay): get(arm, eta=eta, decay=decay) for arm, etas, decays in ((FAST, ETAS, (0.0,)), (ALL, ETAS[:-1], DECAYS)) for eta in etas for decay in decays}
+    best = {arm: min((k for k in swept if k[0] == arm), key=lambda k: swept[k].mean()) for arm in (FAST, ALL)}         # chosen on the test documents themselves
+    curves = {arm: get(arm) for arm in (*ARMS, OFF)} | {f"{arm}, eta = {eta:g}": swept[k] for k in best.values() for arm, eta, _ in [k]}
+    fig, axes = plt.subplots(1, 2, figsize=(14, 5), layout="constrained")
+    for (arm, y), style in zip(curves.items(), ("-", "-", "-", ":", "--", "--")):
+        band(axes[0], np.array(where) - bin_ / 2, y, arm, ls=style)
+    axes[0].axhline(floor(), color="k", lw=1, label="floor: the map is known")
+    axes[0].set(title="Loss while reading", xlabel="position in the document (tokens)", ylabel="loss (nats per token)", ylim=(0, None))
+    for arm, decay, style in ((FAST, 0.0, "o-"), (ALL, 0.0, "s-"), (ALL, DECAYS[1], "s--")):
+        keys = [k for k in swept if k[0] == arm and k[2] == decay]
+        band(axes[1], [k[1] for k in keys], np.stack([swept[k].mean(1) for k in keys], 1), arm + (f", decay {decay}" if decay else ""), marker=style[0], ls=style[1:])
+    for arm, color in (("TTT", "C0"), ("sliding window", "C1")):
+        axes[1].axhline(get(arm).mean(), color=color, label=arm)
+    axes[1].set(title="Dynamic evaluation of a model that was not trained for it", xlabel="step size eta", ylabel="loss, mean of the document (nats per token)",
+                xscale="log", ylim=(0, 4))
+    for ax in axes:
+        ax.legend()
+    late = lambda y: y[:, 12:].mean(1)                                                                                 # the last quarter (seeds,)
+    ttt, full = late(get("TTT")), late(get("full attention"))
+    fig.suptitle(f"Trained to be trained while reading, a window of {config.window} tokens is enough: {ttt.mean():.2f} nats at the end, the floor is {floor():.2f} "
+                 f"({n} seed{'s' if n > 1 else ''})")
+    mean = lambda y: y.mean(1)                                                                                         # (seeds,)
+    dynamic = np.min([mean(swept[k]) for k in best.values()], 0)
+    return fig, [
+        claim("floor", "TTT on the last quarter minus the floor, worst seed (nats)", SOURCE, "near full attention", (ttt - floor()).max(), "<=", 0.25, n),
+        claim("dynamic", "best dynamic evaluation minus TTT, whole documents, worst seed", SOURCE, "-", (dynamic - mean(get("TTT"))).min(), ">=", 1.5, n),
+        claim("off", "updates off minus the plain sliding window, largest difference", SOURCE, "-", np.abs(mean(get(OFF)) - mean(get("sliding window"))).max(), "<=", 0.3, n),
+        claim("full", "full attention on the last quarter minus the floor, worst seed", "fair comparison", "-", (full - floor()).max(), "<=", 0.3, n)]
+
+
+def figure_context(config, run, device):
+    train_docs, test_docs = texts(config)
+    target, n, etas = config.length // 2, config.seeds, (0.1, 0.3, 1.0)
+    contexts = [c for c in (64, 256, 1024, 4096) if c < config.context] + [config.context]
+    test = passages(test_docs, config.context + target + 1, config.eval_docs)
+    print(f"{sum(map(len, train_docs)):,} tokens to train on; tested on the last {target} tokens of {len(test)} passages")
+    tests = {"TTT": {"TTT": config.eta, OFF: 0}, "sliding window": {"sliding window": 0} | {f"{FAST}, eta = {eta}": eta for eta in etas}, "full attention": {"full attention": 0}}
+
+    def measure(model, context, eta):
+        """The same targets whatever the context: only what comes before them is cut."""
+        return dict(loss=losses(model, test[:, -context - target - 1:], eta, config.chunk, 4)[:, -target:].mean().item())
+
+    for seed in seeds_of(config):
+        for arm in ARMS:
+            model = train(config, run, arm, seed, device, config.vocab_size, lambda rng: windows(rng, train_docs, config.batch, config.length + 1))
+            for name, eta in tests[arm].items():
+                for context in contexts:
+                    run.log_once(lambda: measure(model, context, eta), phase="test", arm=name, seed=seed, steps=config.steps, step=context)
+            run.save("context")
+    get = lambda arm: series(run, "loss", phase="test", arm=arm, steps=config.steps)[1]                                 # (seeds, contexts)
+    best = min((f"{FAST}, eta = {eta}" for eta in etas), key=lambda arm: get(arm)[:, -1].mean())
+    curves = {arm: get(arm) for arm in ("TTT", "sliding window", "full attention", OFF, best)}
+    fig, axes = plt.subplots(1, 2, figsize=(14, 5), layout="constrained")
+    for (arm, y), style in zip(curves.items(), ("o-", "o-", "o-", "o:", "o--")):
+        band(axes[0], contexts, y, arm, marker=style[0], ls=style[1:])
+        band(axes[1], contexts, y[:, :1] - y, arm, marker=style[0], ls=style[1:])
+    axes[0].set(title=f"Loss on the same {target} tokens", ylabel="loss (nats per token)")
+    axes[1].set(title=f"What more context than {contexts[0]} tokens is worth", ylabel="fall of the loss (nats per token)")
+    for ax in axes:
+        ax.set(xlabel="tokens read before them", xscale="log")
+        ax.set_xticks(contexts, contexts)
+        ax.axvline(config.length, color="k", ls=":", lw=1, label="length in training")
+        ax.minorticks_off()
+        ax.legend()
+    fall = {arm: y[:, 0] - y[:, -1] for arm, y in curves.items()}                                                       # (seeds,)
+    spread = lambda x: np.std(x, ddof=1) if n > 1 else 0.0
+    more = fall["TTT"] - fall["sliding window"]
+    fig.suptitle(f"{config.context:,} tokens of source code, seen through {config.window}: worth {fall['TTT'].mean():.3f} nats with test-time training, "
+                 f"{fall['sliding window'].mean():.3f} without ({n} seed{'s' if n > 1 else ''})")
+    name = f"loss at {contexts[0]} tokens of context minus at {config.context} (nats)"
+    return fig, [
+        claim("ttt", f"TTT: {name}; threshold: its spread over seeds", SOURCE, "falls", fall["TTT"].mean(), ">=", spread(fall["TTT"]), n),
+        claim("over window", "the same minus the sliding window's; threshold: its spread", SOURCE, "positive", more.mean(), ">=", spread(more), n, f" ({fall['sliding window'].mean():.3g})"),
+        claim("over dynamic", "the same minus dynamic evaluation's, best eta", SOURCE, "positive", (fall["TTT"] - fall[best]).mean(), ">=", 0, n, f" ({fall[best].mean():.3g})"),
+        claim("full", "the same minus full attention's", SOURCE, "as full attention", (fall["TTT"] - fall["full attention"]).mean(), ">=", 0, n, f" ({fall['full attention'].mean():.3g})")]
+
+
+def decode(model, context, eta, config, device, seed, tokens=128):
+    """Read `context` random tokens, then `tokens` one by one -> microseconds per token of each, and the bytes that are kept in between."""
+    ids = torch.randint(V, (1, context + tokens + 8), generator=torch.Generator().manual_seed(seed)).to(device)
+    reader, clock = Reader(model, 1, eta, config.chunk, ids.shape[1]), []
+    for part in (ids[:, :context].split(config.chunk, 1), ids[:, context:context + 8].split(1, 1), ids[:, context + 8:].split(1, 1)):
+        clock.append(time.perf_counter())
+        for piece in part:
+            logits = reader.feed(piece)
+        logits.sum().item()         # waits for a GPU
+    return {"read_us_per_token": 1e6 * (clock[1] - clock[0]) / context, "us_per_token": 1e6 * (time.perf_counter() - clock[2]) / tokens, "bytes": reader.bytes()}
+
+
+def figure_cost(config, run, device):
+    contexts = [config.context // k for k in (16, 8, 4, 2, 1)]
+    models = {"TTT": (build(config, V), config.eta), "sliding window": (build(config, V), 0), "full attention, every layer": (build(config, V, window=False), 0)}
+    for model, _ in models.values():
+        model.to(device)
+    decode(models["TTT"][0], config.chunk, config.eta, config, device, 0)           # the first call of everything
+    for seed in tqdm(seeds_of(config), "round"):
+        for context in contexts:
+            for arm, (model, eta) in models.items():
+                run.log_once(lambda: decode(model, context, eta, config, device, seed), phase="cost", arm=arm, seed=seed, step=context)
+        run.save("cost")
+    get = lambda arm, key: series(run, key, phase="cost", arm=arm)[1]                                                   # (seeds, contexts)
+    fig, axes = plt.subplots(1, 3, figsize=(16, 5), layout="constrained")
+    for arm in models:
+        slope = np.polyfit(np.array(contexts) / 1000, np.median(get(arm, "us_per_token"), 0), 1)[0]
+        band(axes[0], contexts, get(arm, "us_per_token") / 1000, f"{arm}: {slope:+.0f} µs per 1,000 tokens", marker="o")
+        band(axes[1], contexts, get(arm, "read_us_per_token") / 1000, arm, marker="o")
+        band(axes[2], contexts, get(arm, "bytes") / 2 ** 20, arm, marker="o")
+    axes[0].set(title="Writing the next token", ylabel="time per token (ms)", ylim=(0, None))
+    axes[1].set(title=f"Reading, {config.chunk} tokens at a time", ylabel="time per token (ms)", ylim=(0, None))
+    axes[2].set(title="What is kept", ylabel="memory (MiB)", yscale="log")
+    for ax in axes:
+        ax.set(xlabel="length of the context (tokens)", xscale="log")
+        ax.set_xticks(contexts, contexts)
+        ax.minorticks_off()
+        ax.legend()
+    ratio = lambda arm, key: np.median(get(arm, key)[:, -1]) / np.median(get(arm, key)[:, 0])
+    full = "full attention, every layer"
+    fig.suptitle(f"From {contexts[0]:,} to {contexts[-1]:,} tokens of context: a token takes {ratio('TTT', 'us_per_token'):.2f} times the time with test-time training, "
+                 f"{ratio(full, 'us_per_token'):.1f} times with full attention")
+    name, n = f"{contexts[-1]:,} over {contexts[0]:,} tokens of context", config.seeds
+    return fig, [
+        claim("time", f"TTT, time per token: {name}", SOURCE, "constant", ratio("TTT", "us_per_token"), "<=", 1.15, n),
+        claim("memory", f"TTT, memory: {name}", SOURCE, "constant", ratio("TTT", "bytes"), "<=", 1, n),
+        claim("full time", f"full attention, time per token: {name}", SOURCE, "grows", ratio(full, "us_per_token"), ">=", 1.5, n),
+        claim("full memory", f"full attention, memory: {name}", SOURCE, "grows", ratio(full, "bytes"), ">=", 8, n)]
+
+
+def main():
+    config = parse_args(Config, __doc__)
+    for name, value in SIZES[config.figure].items():
+        if getattr(config, name) is None:
+            setattr(config, name, value)
+    if config.length % 16 or config.length % config.chunk:
+        raise UserError(f"--length {config.length} must be a multiple of 16 and of --chunk {config.chunk}")
+    device = pick_device(config.device)
+    size = sum(p.numel() for p in build(config, V).parameters())        # an impossible shape ends here, before anything is written
+    run, started = Run(config), time.time()
+    print(f"ttt.py: figure {config.figure}, seed {config.seed}, {config.seeds} seeds, {device}, {config.dtype}, {torch.get_num_threads()} threads, "
+          f"{size:,} parameters")
+    fig, claims = globals()[f"figure_{config.figure}"](config, run, device)
+    fig.savefig(run.dir / f"{config.figure}.png", dpi=110)
+    run.claims(claims)
+    print(f"\n{run.dir / config.figure}.png, metrics.jsonl, claims.json, model.pt: {time.time() - started:.0f} s")
+
+
+if __name__ == "__main__":
+    command(main)
