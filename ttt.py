@@ -375,8 +375,7 @@ def figure_memory(config, run, device):
         claim("full", "full attention on the last quarter minus the floor, worst seed", "fair comparison", "-", (full - floor()).max(), "<=", 0.3, n)]
 
 
-def figure_context(config, run, device):
-    train_docs, test_docs = texts(config)
+def figure_context(config, run, device, train_docs, test_docs):
     target, n, etas = config.length // 2, config.seeds, (0.1, 0.3, 1.0)
     contexts = [c for c in (64, 256, 1024, 4096) if c < config.context] + [config.context]
     test = passages(test_docs, config.context + target + 1, config.eval_docs)
@@ -481,10 +480,11 @@ def main():
         raise UserError(f"--length {config.length} must be a multiple of 16 and of --chunk {config.chunk}")
     device = pick_device(config.device)
     size = sum(p.numel() for p in build(config, V).parameters())        # an impossible shape ends here, before anything is written
+    data = texts(config) if config.figure == "context" else ()
     run, started = Run(config), time.time()
     print(f"ttt.py: figure {config.figure}, seed {config.seed}, {config.seeds} seeds, {device}, {config.dtype}, {torch.get_num_threads()} threads, "
           f"{size:,} parameters")
-    fig, claims = globals()[f"figure_{config.figure}"](config, run, device)
+    fig, claims = globals()[f"figure_{config.figure}"](config, run, device, *data)
     fig.savefig(run.dir / f"{config.figure}.png", dpi=110)
     run.claims(claims)
     print(f"\n{run.dir / config.figure}.png, metrics.jsonl, claims.json, model.pt: {time.time() - started:.0f} s")

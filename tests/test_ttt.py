@@ -1,0 +1,323 @@
+"""ttt.py: gradients of gradients against finite differences, what a step may and may not touch, the reader, the tasks, and the command."""
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from common import Memory, check_help, check_mistake, check_quick, check_resume
+
+import ttt
+from model import GPTConfig, UserError
+from ttt import ARMS, FIGURES, TTT, V, Config, Reader, build, documents, dynamic_evaluation, floor, inner_update, passages, read, score, score_then_step, windows
+
+
+def small(**choices):
+    return Config(**{**dict(n_layer=2, n_head=2, n_embd=16, n_fast=24, batch=3, length=32, chunk=8, window=5, steps=4, seeds=1, recompute=False,
+                            context=64, eval_docs=3), **choices})
+
+
+def model_of(full=False, seed=0, dtype=torch.float32, **choices):
+    torch.manual_seed(seed)
+    model = build(small(**choices), V, full).to(dtype)
+    for block in model.blocks:      # away from the start, where W_0 is next to nothing
+        torch.nn.init.normal_(block.attn.qkv.weight, std=0.3)
+    with torch.no_grad():
+        model.blocks[-1].w1.normal_(std=0.3), model.blocks[-1].w2.normal_(std=0.3), model.lm_head.weight.normal_(std=0.3)
+    return model
+
+
+def ids_of(B=3, T=33, seed=0):
+    return documents(np.random.default_rng(seed), B, T)
+
+
+UPPER = ("w1", "w2", "norm_in.weight", "norm_out.weight", "norm2.weight", "mlp.gate.weight", "mlp.up.weight", "mlp.proj.weight")
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# The outer gradient
+
+def outer_loss(model, x, y, eta, chunk, outer):
+    """`read` from the states on: what lies below them is an ordinary network."""
+    fast, total = model.fast(len(x)), []
+    for a in range(0, y.shape[1], chunk):
+        loss, *fast = score_then_step(model, x[:, a:a + chunk], y[:, a:a + chunk], fast, eta, outer)
+        total.append(loss)
+    return torch.cat(total, 1).mean()
+
+
+@pytest.mark.parametrize("eta", [0.3, 1.0, 5.0])
+@pytest.mark.parametrize("seed", range(2))
+def test_the_outer_gradient_is_that_of_finite_differences(eta, seed):
+    model, generator = model_of(seed=seed, dtype=torch.float64), torch.Generator().manual_seed(seed)
+    x, y = torch.randn(2, 24, 16, generator=generator, dtype=torch.float64, requires_grad=True), ids_of(2, 24, seed)
+    leaves = {f"blocks.1.{name}": model.get_parameter(f"blocks.1.{name}") for name in UPPER} | {"x": x, "final": model.final.weight, "head": model.lm_head.weight}
+    grads = dict(zip(leaves, torch.autograd.grad(outer_loss(model, x, y, eta, 8, True), list(leaves.values()))))
+    for name, leaf in leaves.items():
+        direction, h = torch.randn(leaf.shape, generator=generator, dtype=torch.float64), 1e-5
+        values = []
+        for sign in (1, -1):
+            with torch.no_grad():
+                leaf += sign * h * direction
+            values.append(outer_loss(model, x, y, eta, 8, False).item())
+            with torch.no_grad():
+                leaf -= sign * h * direction
+        slope = (values[0] - values[1]) / (2 * h)
+        assert (grads[name] * direction).sum().item() == pytest.approx(slope, rel=1e-5, abs=1e-8), name
+
+
+def test_the_gradient_through_the_steps_is_not_that_which_stops_at_them():
+    model, ids = model_of(), ids_of()
+    through, = torch.autograd.grad(read(model, ids, 1.0, 8, outer=True).mean(), [model.blocks[-1].w1])
+    plain, = torch.autograd.grad(read(model, ids, 0, 8).mean(), [model.blocks[-1].w1])
+    assert (through - plain).norm() > 0.1 * plain.norm()
+
+
+def test_the_states_below_get_their_gradient_through_the_steps_too():
+    """Embedding and attention: the whole of read against finite differences, in fp32 (the rotation is), along the gradient itself."""
+    model, ids = model_of(), ids_of()
+    w = model.wte.weight
+    grad, = torch.autograd.grad(read(model, ids, 1.0, 8, outer=True).mean(), [w])
+    values, h = [], 1e-3 / grad.norm()
+    for sign in (1, -1):
+        with torch.no_grad():
+            w += sign * h * grad
+            values.append(read(model, ids, 1.0, 8).double().mean().item())
+            w -= sign * h * grad
+    assert (values[0] - values[1]) / (2 * h) == pytest.approx(grad.square().sum().item(), rel=0.02)
+
+
+@pytest.mark.parametrize("chunk", [8, 16])
+def test_recomputing_each_chunk_gives_the_same_loss_and_gradients(chunk):
+    model, ids, grads, values = model_of(), ids_of(), [], []
+    for recompute in (False, True):
+        model.zero_grad()
+        loss = read(model, ids, 1.0, chunk, outer=True, recompute=recompute).mean()
+        loss.backward()
+        values.append(loss.item())
+        grads.append({name: p.grad for name, p in model.named_parameters()})
+    assert values[0] == values[1] and all(g is not None and g.abs().max() > 0 for name, g in grads[0].items())
+    for name, g in grads[0].items():
+        torch.testing.assert_close(grads[1][name], g, rtol=1e-4, atol=1e-7)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# One step
+
+def test_the_update_by_hand_is_clipped_per_document_over_both_matrices():
+    fast = torch.zeros(2, 1, 2), torch.zeros(2, 2, 1)
+    grads = torch.tensor([[[3.0, 0.0]], [[0.3, 0.0]]]), torch.tensor([[[4.0], [0.0]], [[0.4], [0.0]]])      # norms 5 and .5
+    w1, w2 = inner_update(fast, grads, 2.0)
+    assert torch.allclose(w1, torch.tensor([[[-1.2, 0.0]], [[-0.6, 0.0]]])) and torch.allclose(w2, torch.tensor([[[-1.6], [0.0]], [[-0.8], [0.0]]]))
+
+
+@pytest.mark.parametrize("outer", [False, True])
+def test_a_chunk_is_scored_before_the_step_and_the_step_is_on_its_mean_loss(outer):
+    model, ids = model_of(), ids_of(2, 9)
+    x, fast = model.hidden(ids[:, :-1]), model.fast(2)
+    loss, *after = score_then_step(model, x, ids[:, 1:], fast, 0.01, outer)
+    assert torch.equal(loss, score(model, x, ids[:, 1:], fast))
+    for b in range(2):      # each document alone, by autograd on its own weights
+        leaves = [w[b:b + 1].detach().requires_grad_() for w in fast]
+        grads = torch.autograd.grad(score(model, x[b:b + 1], ids[b:b + 1, 1:], leaves).mean(), leaves)
+        norm = math.sqrt(sum(g.square().sum().item() for g in grads))
+        for w, g, new in zip(leaves, grads, after):
+            torch.testing.assert_close(new[b:b + 1], w - 0.01 * g / max(1, norm), rtol=1e-4, atol=1e-7)
+    assert score(model, x, ids[:, 1:], after).mean() < loss.mean()
+
+
+def test_no_step_is_the_plain_forward_pass_to_the_bit():
+    model, ids = model_of(), ids_of()
+    plain = score(model, model.hidden(ids[:, :-1]), ids[:, 1:], model.fast(3))
+    assert torch.equal(read(model, ids, 0, 8), plain)
+    first = read(model, ids, 1.0, 8)
+    assert torch.allclose(first[:, :8], plain[:, :8], atol=1e-6) and not torch.allclose(first[:, 8:], plain[:, 8:], atol=1e-3)
+    assert torch.allclose(read(model, ids, 1e-12, 8), plain, atol=1e-5)
+
+
+def test_an_outer_graph_does_not_change_the_losses():
+    model, ids = model_of(), ids_of()
+    assert torch.allclose(read(model, ids, 1.0, 8, outer=True), read(model, ids, 1.0, 8), atol=1e-6)
+    assert not read(model, ids, 1.0, 8).requires_grad
+
+
+@pytest.mark.parametrize("outer", [False, True])
+def test_documents_of_a_batch_do_not_leak_into_each_other(outer):
+    model, ids = model_of(), ids_of()
+    together = read(model, ids, 1.0, 8, outer)
+    for b in range(3):
+        assert torch.allclose(read(model, ids[b:b + 1], 1.0, 8, outer), together[b:b + 1], atol=1e-5)
+    other = ids.clone()
+    other[0] = ids_of(1, seed=5)
+    assert torch.allclose(read(model, other, 1.0, 8)[1:], together[1:], atol=1e-5)
+
+
+def test_a_loss_does_not_depend_on_what_comes_after():
+    model, ids = model_of(), ids_of()
+    other = ids.clone()
+    other[:, 20:] = (other[:, 20:] + 1) % V
+    assert torch.allclose(read(model, other, 1.0, 8)[:, :19], read(model, ids, 1.0, 8)[:, :19], atol=1e-5)
+
+
+def test_reading_leaves_the_weights_as_they_were():
+    model, ids = model_of(), ids_of()
+    before = copy.deepcopy(model.state_dict())
+    first, _ = read(model, ids, 1.0, 8), dynamic_evaluation(model, ids[0], 1.0, 0.1, 8)
+    Reader(model, 3, 1.0, 8).feed(ids)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()) and torch.equal(read(model, ids, 1.0, 8), first)
+
+
+def test_a_last_chunk_may_be_short():
+    model, ids = model_of(), ids_of(2, 30)
+    assert read(model, ids, 1.0, 8).shape == (2, 29) and torch.allclose(read(model, ids, 1.0, 8)[:, :24], read(model, ids[:, :25], 1.0, 8), atol=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Reading token by token
+
+@pytest.mark.parametrize("arm", ["TTT", "sliding window", "full attention"])
+@pytest.mark.parametrize("pieces", [[1] * 60, [7] * 8 + [4], [60], [8, 1, 1, 20, 30]])
+def test_the_reader_gives_what_the_whole_document_gives(arm, pieces):
+    model, ids, eta = model_of(arm == "full attention"), ids_of(2, 61), 1.0 if arm == "TTT" else 0
+    reader = Reader(model, 2, eta, 8, capacity=61)
+    logits = torch.cat([reader.feed(part) for part in ids[:, :60].split(pieces, 1)], 1)
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(2, 60)
+    assert torch.allclose(loss, read(model, ids, eta, 8), atol=1e-4)
+
+
+def test_what_the_reader_keeps_does_not_grow():
+    model, sizes = model_of(context=400), []
+    reader, full = Reader(model, 1, 1.0, 8), Reader(model_of(full=True, context=400), 1, 0, 8, capacity=400)
+    for part in ids_of(1, 400).split(8, 1):
+        reader.feed(part), full.feed(part)
+        sizes.append(reader.bytes())
+    assert set(sizes) == {sizes[0]} and full.bytes() > 4 * sizes[0] - 8 * model.blocks[-1].w1.numel()
+    assert sizes[0] == 4 * (2 * 2 * (2 * 13) * 16 + 2 * 16 * 24 + 8 * 16) + 8 * 8      # cache of two layers, W, 8 states and tokens
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# The rivals
+
+def test_full_attention_sees_everything_in_its_last_layer_only():
+    model, ids = model_of(full=True), ids_of(1, 33)
+    assert model.blocks[0].attn.window == 5 and model.blocks[1].attn.window is None and model.config.window is None
+    other = ids.clone()
+    other[0, 2] = (other[0, 2] + 1) % V
+    far = lambda model: (model.hidden(ids)[0, -1] - model.hidden(other)[0, -1]).abs().max().item()
+    assert far(model) > 1e-6 and far(model_of()) == 0
+
+
+def test_full_attentions_last_layer_does_not_know_distances():
+    """Without rotation, the order of what lies beyond the windows below is all the same."""
+    torch.manual_seed(0)
+    block, x = model_of(full=True).blocks[-1], torch.randn(1, 12, 16)
+    rope = model_of().rope[:12]
+    order = torch.randperm(11)
+    assert torch.allclose(block(x, rope)[0, -1], block(torch.cat((x[:, order], x[:, -1:]), 1), rope)[0, -1], atol=1e-5)
+
+
+def test_dynamic_evaluation_by_hand():
+    model, ids, eta, decay = model_of(n_layer=1, window=3), ids_of(1, 13)[0], 0.5, 0.2
+    expected, start = copy.deepcopy(model), [p.detach().clone() for p in model.parameters()]
+    for a in (0, 4, 8):
+        loss = score(expected, expected.hidden(ids[None, :-1]), ids[None, 1:], expected.fast(1))[0, a:a + 4]
+        torch.testing.assert_close(dynamic_evaluation(model, ids, eta, decay, 4)[a:a + 4], loss, rtol=1e-3, atol=1e-4)
+        grads = torch.autograd.grad(loss.mean(), list(expected.parameters()))
+        norm = math.sqrt(sum(g.square().sum().item() for g in grads))
+        with torch.no_grad():
+            for w, g, w0 in zip(expected.parameters(), grads, start):
+                w.copy_(w - eta * g / max(1, norm) + decay * (w0 - w))
+
+
+def test_dynamic_evaluation_learns_a_document_that_repeats():
+    model, ids = model_of(), torch.arange(8).repeat(17)[:129]
+    loss = dynamic_evaluation(model, ids, 1.0, 0.0, 8)
+    assert loss[-32:].mean() < loss[:32].mean() - 0.5
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# The tasks
+
+def test_the_floor_is_the_entropy_of_the_next_token():
+    p = np.full(V, 0.1 / V)
+    p[3] += 0.9
+    assert floor() == pytest.approx(-(p * np.log(p)).sum())
+
+
+def test_a_document_follows_its_own_map_with_probability_nine_tenths():
+    ids = documents(np.random.default_rng(0), 40, 2000).numpy()
+    hits, maps = [], []
+    for row in ids:
+        counts = np.zeros((V, V))
+        np.add.at(counts, (row[:-1], row[1:]), 1)
+        best = counts.argmax(1)
+        maps.append(tuple(best))
+        hits.append((best[row[:-1]] == row[1:]).mean())
+        assert sorted(best) == list(range(V))                                   # a permutation
+    assert np.mean(hits) == pytest.approx(0.9 + 0.1 / V, abs=0.01) and len(set(maps)) == 40
+
+
+def test_windows_lie_within_a_document_and_reach_its_ends():
+    docs = [torch.arange(100, 110), torch.arange(200, 206), torch.arange(3)]
+    seen = windows(np.random.default_rng(0), docs, 500, 6)
+    assert seen.shape == (500, 6) and (seen.diff() == 1).all() and {100, 104, 200} == {100, 104, 200} & set(seen[:, 0].tolist()) <= {100, 101, 102, 103, 104, 200}
+    share = (seen[:, 0] == 200).float().mean()
+    assert abs(share - 1 / 6) < 0.06
+
+
+def test_passages_do_not_overlap_and_begin_with_the_longest_document():
+    docs = [torch.arange(7), torch.arange(100, 120), torch.arange(200, 208)]
+    assert passages(docs, 8, 9)[:, 0].tolist() == [100, 108, 200] and passages(docs, 8, 2)[:, 0].tolist() == [100, 108]
+
+
+def test_texts_are_held_out_and_too_short_ones_are_one_clear_line(tmp_path):
+    for i in range(10):
+        (tmp_path / f"{i}.txt").write_text(f"{i} " * 400)
+    train, test = ttt.texts(small(data=str(tmp_path), vocab_size=270))
+    assert len(train) == 8 and len(test) == 2
+    with pytest.raises(UserError, match="more than 9999 tokens"):
+        ttt.texts(small(data=str(tmp_path), vocab_size=270, context=9999))
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Training and the command
+
+def test_every_arm_sees_the_same_documents_and_only_ttt_steps_inside(monkeypatch):
+    seen, original = [], ttt.read
+    monkeypatch.setattr(ttt, "read", lambda model, ids, eta, *rest, **more: seen.append((ids, eta)) or original(model, ids, eta, *rest, **more))
+    for arm in ARMS:
+        ttt.train(small(steps=20), Memory(), arm, 0, "cpu", V, lambda rng: documents(rng, 2, 17))
+    for a, b, c in zip(seen[:20], seen[20:40], seen[40:]):
+        assert torch.equal(a[0], b[0]) and torch.equal(a[0], c[0]) and b[1] == c[1] == 0
+    etas = [eta for _, eta in seen[:20]]
+    assert etas[0] == pytest.approx(0.1) and etas[1] == pytest.approx(0.55) and set(etas[2:]) == {1.0} and not torch.equal(seen[0][0], seen[1][0])
+
+
+def test_training_learns_to_learn():
+    """Documents of four tokens each, in any order: what the window has not seen, the steps know."""
+    draw = lambda rng: torch.from_numpy(np.take_along_axis(rng.random((8, V)).argsort(1), rng.integers(4, size=(8, 65)), 1))
+    config = small(steps=100, batch=8, length=64, chunk=8, n_embd=32, n_fast=32, lr=4e-3, window=2)
+    model = ttt.train(config, Memory(), "TTT", 0, "cpu", V, draw)
+    ids = torch.cat([draw(np.random.default_rng(i)) for i in range(8)])
+    late = lambda eta: read(model, ids, eta, 8)[:, -16:].mean().item()
+    assert late(1.0) < late(0) - 0.5
+
+
+@pytest.mark.parametrize("figure", FIGURES)
+def test_a_quick_run_writes_figure_metrics_claims_config_and_checkpoint(figure, tmp_path):
+    assert check_quick("ttt.py", tmp_path, "--figure", figure) == figure
+
+
+def test_help_lists_every_flag(monkeypatch, capsys):
+    check_help(ttt, monkeypatch, capsys)
+
+
+@pytest.mark.parametrize("flags", ["--bogus", "--steps 0", "--chunk 24", "--figure none", "--lr nan", "--n-embd 65", "--window 0", "--resume",
+                                   "--figure context --data /nowhere"])
+def test_a_mistake_in_the_flags_is_one_line_and_exit_code_2(flags, tmp_path, monkeypatch, capsys):
+    check_mistake(ttt, flags, tmp_path, monkeypatch, capsys)
+
+
+def test_interrupt_and_resume_give_the_metrics_of_an_uninterrupted_run_to_the_bit(tmp_path):
+    check_resume("ttt.py", tmp_path, ('"arm": "TTT"', '"arm": "full attention"'), "--quick", "--steps", 60)
