@@ -53,9 +53,9 @@ FIGURES = {"memory": "documents with a map of their own: loss against position (
            "cost": "time and memory per token against the length of the context (about 2 minutes)"}
 SOURCE = "Tandon et al., arXiv 2512.23675"
 #  what a figure takes where no flag says otherwise
-SIZES = {"memory": dict(seeds=1, steps=300, batch=16, length=256, chunk=16, window=8, n_embd=64, n_fast=128, recompute=False),
-         "context": dict(seeds=3, steps=300, batch=8, length=1024, chunk=64, window=32, n_embd=128, n_fast=256, recompute=True),
-         "cost": dict(seeds=3, steps=0, batch=1, length=1024, chunk=64, window=32, n_embd=128, n_fast=256, recompute=False)}
+SIZES = {"memory": dict(seeds=1, steps=300, batch=16, length=256, chunk=16, window=8, n_embd=64, n_fast=128, recompute=False, eval_docs=32),
+         "context": dict(seeds=3, steps=300, batch=4, length=1024, chunk=64, window=32, n_embd=128, n_fast=256, recompute=True, eval_docs=12),
+         "cost": dict(seeds=3, steps=0, batch=1, length=1024, chunk=64, window=32, n_embd=128, n_fast=256, recompute=False, eval_docs=0)}
 
 
 @dataclass
@@ -69,7 +69,7 @@ class Config:
     quick: bool = flag(False, "a run of a few seconds that shows nothing but that it runs")
     figure: str = flag("memory", "which figure: " + "; ".join(f"{k}: {v}" for k, v in FIGURES.items()), choices=tuple(FIGURES))
     steps: int = flag(None, "training steps of an arm (default: 300; cost trains nothing)", quick=4, low=1)
-    batch: int = flag(None, "documents per step (default: 16, context 8)", quick=2, low=1)
+    batch: int = flag(None, "documents per step (default: 16, context 4)", quick=2, low=1)
     length: int = flag(None, "tokens of a document in training, a multiple of --chunk (default: 256, context 1024)", quick=64, low=2)
     chunk: int = flag(None, "tokens between two inner steps (default: 16, context and cost 64)", quick=16, low=1)
     window: int = flag(None, "tokens that attention sees (default: 8, context and cost 32)", quick=8, low=1)
@@ -80,7 +80,7 @@ class Config:
     n_head: int = flag(4, "heads", low=1)
     n_embd: int = flag(None, "channels (default: 64, context and cost 128)", quick=32, low=8)
     n_fast: int = flag(None, "width of the fast MLP (default: 128, context and cost 256)", quick=32, low=1)
-    eval_docs: int = flag(32, "documents to test on (context: passages)", quick=2, low=1)
+    eval_docs: int = flag(None, "documents to test on (default: 32, context 12 passages)", quick=2, low=1)
     data: str = flag("", "context: a folder, a text file or a Hugging Face dataset with a text column (default: the standard library's sources)")
     vocab_size: int = flag(512, "context: size of the BPE vocabulary", quick=257, low=257)
     context: int = flag(16384, "context and cost: the longest context in tokens", quick=256, low=128)

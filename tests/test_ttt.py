@@ -297,10 +297,10 @@ def test_every_arm_sees_the_same_documents_and_only_ttt_steps_inside(monkeypatch
 def test_training_learns_to_learn():
     """Documents of four tokens each, in any order: what the window has not seen, the steps know."""
     draw = lambda rng: torch.from_numpy(np.take_along_axis(rng.random((8, V)).argsort(1), rng.integers(4, size=(8, 65)), 1))
-    config = small(steps=100, batch=8, length=64, chunk=8, n_embd=32, n_fast=32, lr=4e-3, window=2)
+    config = small(steps=100, batch=8, length=64, chunk=16, n_embd=32, n_fast=32, lr=4e-3, window=2)
     model = ttt.train(config, Memory(), "TTT", 0, "cpu", V, draw)
     ids = torch.cat([draw(np.random.default_rng(i)) for i in range(8)])
-    late = lambda eta: read(model, ids, eta, 8)[:, -16:].mean().item()
+    late = lambda eta: read(model, ids, eta, 16)[:, -16:].mean().item()
     assert late(1.0) < late(0) - 0.5
 
 
@@ -320,4 +320,4 @@ def test_a_mistake_in_the_flags_is_one_line_and_exit_code_2(flags, tmp_path, mon
 
 
 def test_interrupt_and_resume_give_the_metrics_of_an_uninterrupted_run_to_the_bit(tmp_path):
-    check_resume("ttt.py", tmp_path, ('"arm": "TTT"', '"arm": "full attention"'), "--quick", "--steps", 60)
+    check_resume("ttt.py", tmp_path, ('"arm": "TTT"', '"arm": "full attention"'), "--quick", "--steps", 20)
