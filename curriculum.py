@@ -26,7 +26,6 @@ What to see: attempts per answer grow several times with the asymmetry, not at a
 Negative advantages speed up the p^k model. In the GPT they do not help in any design of `mask`.
 """
 import copy
-import itertools
 import math
 import random
 import time

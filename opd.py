@@ -781,7 +781,7 @@ def figure_cold(config, run, device):
     config = replace(config, eval_every=min(config.eval_every, 5))
     run_arms(config, run, arms, cold, expert, task)
     for seed, length, eps in itertools.product(seeds_of(config), lengths, budgets):
-        run.log_once(lambda: {"pass@1": continuation(base, expert, task, eps, length, config, seed)}, phase="probe", seed=seed, length=length, eps=eps)
+        run.log_once(lambda: {"pass@1": continuation(base, expert, task, eps, length, config, seed)}, phase="probe", seed=seed, step=0, length=length, eps=eps)
         if run.due:
             run.save("probe")
     probe = np.array([r["pass@1"] for r in run.rows if r["phase"] == "probe"]).reshape(-1, len(lengths), len(budgets))      # (seeds, lengths, budgets)

@@ -48,10 +48,10 @@ def metrics(folder):
     return [{k: v for k, v in row.items() if k != "seconds" and not k.endswith("_per_s")} for row in rows]
 
 
-def check_quick(script, folder, *flags):
+def check_quick(script, folder, *flags, also=()):
     finish(script, "--quick", "--out", folder, *flags)
     figure, = [p.stem for p in folder.glob("*.png")]
-    assert {f"{figure}.png", "metrics.jsonl", "claims.json", "config.json", "model.pt"} == {p.name for p in folder.iterdir()}
+    assert {f"{figure}.png", "metrics.jsonl", "claims.json", "config.json", "model.pt", *also} == {p.name for p in folder.iterdir()}
     assert (folder / f"{figure}.png").read_bytes().startswith(b"\x89PNG") and all("step" in row for row in metrics(folder))
     for claim in json.loads((folder / "claims.json").read_text()):
         assert list(claim) == ["id", "claim", "source", "paper", "ours", "threshold", "holds", "seeds"] and isinstance(claim["holds"], bool)

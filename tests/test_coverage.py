@@ -1,21 +1,12 @@
 """coverage.py: the profile and its bounds by enumeration, the tournaments by hand, the graphs, the linear model, the trainer, and the command."""
-import dataclasses
 import itertools
-import json
 import math
-import os
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from common import Memory, check_help, check_mistake, check_quick, check_resume
 
 import coverage as cov
 from coverage import (ANSWER, FIGURES, PAD, PROMPT, SECRET, Config, best_of_n, best_of_n_loss, build, coverage, dco_loss, exact_coverage, gradient, graphs, hard_reward,
@@ -35,18 +26,6 @@ def exact(D, p, N):
 
 def small(**choices):
     return Config(**{**dict(n_layer=1, n_head=2, n_embd=16, batch=8, steps=4, eval_every=2, eval_prompts=16), **choices})
-
-
-class Memory:
-    """Stands in for a Run: keeps the rows, saves nothing."""
-    def __init__(self):
-        self.rows, self.state, self.due = [], {}, False
-
-    def log(self, **row):
-        self.rows.append(row)
-
-    def save(self, phase, **state):
-        self.state[phase] = state
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -271,7 +250,7 @@ def test_sgd_bounces_where_the_step_is_long_and_normalised_sgd_does_not():
 # Training
 
 def test_fine_tuning_draws_the_mixture_and_keeps_the_base():
-    config, run, seen = small(steps=4), Memory(), []
+    config, run = small(steps=4), Memory()
     base = build(config, "cpu")
     before = {k: v.clone() for k, v in base.state_dict().items()}
     model, valid, kept = cov.fine_tune(config, run, "a", 0, base)
@@ -328,58 +307,19 @@ def test_interrupting_between_two_steps_changes_nothing():
 # ---------------------------------------------------------------------------------------------------------------------------
 # The command
 
-def start(*flags):
-    return subprocess.Popen([sys.executable, ROOT / "coverage.py", *map(str, flags)], env={**os.environ, "OMP_NUM_THREADS": "1"},
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def finish(*flags):
-    process = start(*flags)
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
-    return output
-
-
-def metrics(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
 @pytest.mark.parametrize("figure", FIGURES)
 def test_a_quick_run_writes_figure_metrics_claims_config_and_checkpoint(figure, tmp_path):
-    finish("--quick", "--figure", figure, "--out", tmp_path)
-    assert {f"{figure}.png", "metrics.jsonl", "claims.json", "config.json", "model.pt"} == {p.name for p in tmp_path.iterdir()}
-    assert (tmp_path / f"{figure}.png").read_bytes().startswith(b"\x89PNG") and all("step" in row for row in metrics(tmp_path))
-    for claim in json.loads((tmp_path / "claims.json").read_text()):
-        assert list(claim) == ["id", "claim", "source", "paper", "ours", "threshold", "holds", "seeds"] and isinstance(claim["holds"], bool)
+    assert check_quick("coverage.py", tmp_path, "--figure", figure) == figure
 
 
 def test_help_lists_every_flag(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["coverage.py", "--help"])
-    with pytest.raises(SystemExit) as stop:
-        cov.command(cov.main)
-    text = capsys.readouterr().out
-    assert stop.value.code == 0 and all(f"--{f.name.replace('_', '-')}" in text for f in dataclasses.fields(Config))
+    check_help(cov, monkeypatch, capsys)
 
 
 @pytest.mark.parametrize("flags", ["--bogus", "--steps 0", "--dco 0", "--figure none", "--lr nan", "--eval-prompts 4", "--n-embd 65", "--resume"])
 def test_a_mistake_in_the_flags_is_one_line_and_exit_code_2(flags, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["coverage.py", "--out", str(tmp_path), *flags.split()])
-    with pytest.raises(SystemExit) as stop:
-        cov.command(cov.main)
-    err = capsys.readouterr().err
-    assert stop.value.code == 2 and err.startswith("coverage.py: error: ") and err.count("\n") == 1 and not list(tmp_path.iterdir())
+    check_mistake(cov, flags, tmp_path, monkeypatch, capsys)
 
 
 def test_interrupt_and_resume_give_the_metrics_of_an_uninterrupted_run_to_the_bit(tmp_path):
-    flags = ("--quick", "--sft-steps", 100, "--steps", 40, "--eval-every", 10)
-    finish(*flags, "--out", tmp_path / "whole")
-    for phase, number in (("pretrain", signal.SIGINT), ("finetune", signal.SIGTERM)):
-        process, log = start(*flags, "--out", tmp_path / phase), tmp_path / phase / "metrics.jsonl"
-        while not (log.exists() and f'"phase": "{phase}"' in log.read_text()):
-            assert process.poll() is None, process.stdout.read()
-            time.sleep(0.01)
-        process.send_signal(number)
-        output, _ = process.communicate(timeout=60)
-        assert process.returncode == 128 + number, output
-        finish("--resume", "--out", tmp_path / phase)
-        assert metrics(tmp_path / phase) == metrics(tmp_path / "whole")
+    check_resume("coverage.py", tmp_path, ('"phase": "pretrain"', '"phase": "finetune"'), "--quick", "--sft-steps", 100, "--steps", 40, "--eval-every", 10)

@@ -1,28 +1,19 @@
 """opd.py: the map and its verifier against brute force, each of the five choices against closed forms, the trainer, and the command."""
-import dataclasses
-import itertools
 import json
 import math
-import os
 import random
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from common import Memory, check_help, check_mistake, check_quick, check_resume, finish, metrics
 
 import opd
-from opd import (ALIASES, ANSWER, BOS, DEGREE, DISTANCE, EOS, FIGURES, GO, LONGEST, METHODS, NEIGHBOURS, NOHINT, PAD, PASSWORDS, PLACES, PROMPT, PW,
+from opd import (ALIASES, ANSWER, BOS, DEGREE, DISTANCE, EOS, FIGURES, GO, METHODS, NEIGHBOURS, NOHINT, PAD, PASSWORDS, PLACES, PROMPT, PW,
                  RENAMED, RULES, STYLES, VOCAB, Config, advantages, answer_logprobs, base_documents, choose_mask, choose_weight, collect, crossing,
                  divergence, draft, expert_documents, far_task, generate, largest, loss_of, password, plain, proximity, random_walks, renames, reward,
-                 rule_task, ruled, tokens_of, told, trust_region, walk_of, walk_on, write_together)
+                 rule_task, ruled, told, trust_region, walk_of, walk_on, write_together)
 
 KINDS = ["forward", "reverse", "jsd", "sampled", "top_raw", "top_renormalised", "top_stopgrad"]
 
@@ -42,18 +33,6 @@ def policy(seed=0, sharp=3.0):
         for p in model.parameters():
             p.mul_(sharp)
     return model
-
-
-class Memory:
-    """Stands in for a Run: keeps the rows, saves nothing."""
-    def __init__(self):
-        self.rows, self.state, self.due = [], {}, False
-
-    def log(self, **row):
-        self.rows.append(row)
-
-    def save(self, phase, **state):
-        self.state[phase] = state
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -595,81 +574,33 @@ def test_first_at_interpolates_between_evaluations():
 # ---------------------------------------------------------------------------------------------------------------------------
 # The command
 
-def start(*flags):
-    return subprocess.Popen([sys.executable, ROOT / "opd.py", *map(str, flags)], env={**os.environ, "OMP_NUM_THREADS": "1"},
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def finish(*flags):
-    process = start(*flags)
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
-    return output
-
-
-def metrics(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
 @pytest.mark.parametrize("figure", FIGURES)
 def test_a_quick_run_writes_figure_metrics_claims_config_and_checkpoint(figure, tmp_path):
-    finish("--quick", "--figure", figure, "--out", tmp_path)
-    assert {f"{figure}.png", "metrics.jsonl", "claims.json", "config.json", "model.pt", "base.pt"} <= {p.name for p in tmp_path.iterdir()}
-    assert (tmp_path / f"{figure}.png").read_bytes().startswith(b"\x89PNG") and all("step" in row for row in metrics(tmp_path) if row["phase"] != "probe")
-    for claim in json.loads((tmp_path / "claims.json").read_text()):
-        assert list(claim) == ["id", "claim", "source", "paper", "ours", "threshold", "holds", "seeds"] and isinstance(claim["holds"], bool)
+    assert check_quick("opd.py", tmp_path, "--figure", figure, also=("base.pt",)) == figure
 
 
 def test_figures_share_the_models_of_out_and_a_changed_flag_trains_them_anew(tmp_path):
-    finish("--quick", "--arms", "opd", "--out", tmp_path)
+    finish("opd.py", "--quick", "--arms", "opd", "--out", tmp_path)
     made = (tmp_path / "base.pt").read_bytes()
-    finish("--quick", "--figure", "few", "--out", tmp_path)
+    finish("opd.py", "--quick", "--figure", "few", "--out", tmp_path)
     assert (tmp_path / "base.pt").read_bytes() == made and not any(row["phase"] == "pretrain" for row in metrics(tmp_path))
-    finish("--quick", "--arms", "opd", "--sft-steps", 12, "--out", tmp_path)
+    finish("opd.py", "--quick", "--arms", "opd", "--sft-steps", 12, "--out", tmp_path)
     assert (tmp_path / "base.pt").read_bytes() != made and json.loads((tmp_path / "claims.json").read_text()) == []
 
 
-def test_help_lists_every_flag_and_figure(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["opd.py", "--help"])
-    with pytest.raises(SystemExit) as stop:
-        opd.command(opd.main)
-    text = capsys.readouterr().out
-    assert stop.value.code == 0 and all(f"--{f.name.replace('_', '-')}" in text for f in dataclasses.fields(Config))
+def test_help_lists_every_flag(monkeypatch, capsys):
+    check_help(opd, monkeypatch, capsys)
 
 
 @pytest.mark.parametrize("flags", ["--bogus", "--steps 0", "--arms nothing", "--arms pedagogical", "--arms opd --figure few", "--batch 20", "--figure none", "--lr nan", "--n-embd 65", "--resume"])
 def test_a_mistake_in_the_flags_is_one_line_and_exit_code_2(flags, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["opd.py", "--out", str(tmp_path), *flags.split()])
-    with pytest.raises(SystemExit) as stop:
-        opd.command(opd.main)
-    err = capsys.readouterr().err
-    assert stop.value.code == 2 and err.startswith("opd.py: error: ") and err.count("\n") == 1 and not list(tmp_path.iterdir())
+    check_mistake(opd, flags, tmp_path, monkeypatch, capsys)
 
 
-LONGER = ("--quick", "--arms", "trb,grpo", "--sft-steps", 60, "--expert-steps", 10, "--steps", 12, "--eval-every", 3)
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs") / "uninterrupted"
-    finish(*LONGER, "--out", folder)
-    return folder
-
-
-@pytest.mark.parametrize("phase, number", [("pretrain", signal.SIGINT), ("train", signal.SIGTERM)])
-def test_interrupt_and_resume_give_the_metrics_of_an_uninterrupted_run_to_the_bit(phase, number, uninterrupted, tmp_path):
-    process, log = start(*LONGER, "--out", tmp_path), tmp_path / "metrics.jsonl"
-    while not (log.exists() and f'"phase": "{phase}"' in log.read_text()):
-        assert process.poll() is None, process.stdout.read()
-        time.sleep(0.01)
-    process.send_signal(number)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 128 + number, output
-    assert len(metrics(tmp_path)) < len(metrics(uninterrupted))
-    finish("--resume", "--out", tmp_path)
-    assert metrics(tmp_path) == metrics(uninterrupted)
+def test_interrupt_and_resume_give_the_metrics_of_an_uninterrupted_run_to_the_bit(tmp_path):
+    check_resume("opd.py", tmp_path, ('"phase": "pretrain"', '"phase": "train"'), "--quick", "--arms", "trb,grpo", "--sft-steps", 60, "--expert-steps", 10, "--steps", 12, "--eval-every", 3)
 
 
 def test_a_quick_run_in_bf16(tmp_path):
-    finish("--quick", "--arms", "opd,trb", "--dtype", "bfloat16", "--out", tmp_path)
+    finish("opd.py", "--quick", "--arms", "opd,trb", "--dtype", "bfloat16", "--out", tmp_path)
     assert all(math.isfinite(row["loss"]) for row in metrics(tmp_path) if "loss" in row)

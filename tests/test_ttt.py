@@ -9,8 +9,8 @@ import torch
 from common import Memory, check_help, check_mistake, check_quick, check_resume
 
 import ttt
-from model import GPTConfig, UserError
-from ttt import ARMS, FIGURES, TTT, V, Config, Reader, build, documents, dynamic_evaluation, floor, inner_update, passages, read, score, score_then_step, windows
+from model import UserError
+from ttt import ARMS, FIGURES, V, Config, Reader, build, documents, dynamic_evaluation, floor, inner_update, passages, read, score, score_then_step, windows
 
 
 def small(**choices):
