@@ -466,7 +466,7 @@ def figure_explore(config, run, device):
     for i, (title, ylabel) in enumerate((("p^k model: without negatives later", "success"), ("p^k model: first more tries, then better ones", "draws per episode"))):
         for arm, paths in pk.items():
             band(axes[0, i], np.arange(steps), paths[:, :, i], f"{arm} (5 seeds)")
-        axes[0, i].set(title=title, xlabel="step", ylabel=ylabel)
+        axes[0, i].set(title=title, xlabel="step", ylabel=ylabel, xlim=(0, min(steps, 400)), ylim=(0, None if i else 1.02))
     right = np.array([r["right"] for r in run.rows if r["phase"] == "places"])
     band(axes[0, 2], np.arange(1, right.shape[1] + 1), right, "the base, made to read on")
     axes[0, 2].axvline(16, color="k", ls=":", lw=1, label="longest demonstration")
