@@ -353,9 +353,9 @@ def figure_memory(config, run, device):
         band(axes[0], np.array(where) - bin_ / 2, y, arm, ls=style)
     axes[0].axhline(floor(), color="k", lw=1, label="floor: the map is known")
     axes[0].set(title="Loss while reading", xlabel="position in the document (tokens)", ylabel="loss (nats per token)", ylim=(0, None))
-    for arm, decay, style in ((FAST, 0.0, "o-"), (ALL, 0.0, "s-"), (ALL, DECAYS[1], "s--")):
+    for arm, decay, color, style in ((FAST, 0.0, "C4", "o-"), (ALL, 0.0, "C5", "s-"), (ALL, DECAYS[1], "C5", "s--")):
         keys = [k for k in swept if k[0] == arm and k[2] == decay]
-        band(axes[1], [k[1] for k in keys], np.stack([swept[k].mean(1) for k in keys], 1), arm + (f", decay {decay}" if decay else ""), marker=style[0], ls=style[1:])
+        band(axes[1], [k[1] for k in keys], np.stack([swept[k].mean(1) for k in keys], 1), arm + (f", decay {decay}" if decay else ""), color=color, marker=style[0], ls=style[1:])
     for arm, color in (("TTT", "C0"), ("sliding window", "C1")):
         axes[1].axhline(get(arm).mean(), color=color, label=arm)
     axes[1].set(title="Dynamic evaluation of a model that was not trained for it", xlabel="step size eta", ylabel="loss, mean of the document (nats per token)",
