@@ -53,9 +53,9 @@ FIGURES = {"memory": "documents with a map of their own: loss against position (
            "cost": "time and memory per token against the length of the context (about 2 minutes)"}
 SOURCE = "Tandon et al., arXiv 2512.23675"
 #  what a figure takes where no flag says otherwise
-SIZES = {"memory": dict(seeds=1, steps=300, batch=16, length=256, chunk=16, window=8, n_embd=64, n_fast=128, recompute=False, eval_docs=32),
-         "context": dict(seeds=3, steps=300, batch=4, length=1024, chunk=64, window=32, n_embd=128, n_fast=256, recompute=True, eval_docs=12),
-         "cost": dict(seeds=3, steps=0, batch=1, length=1024, chunk=64, window=32, n_embd=128, n_fast=256, recompute=False, eval_docs=0)}
+SIZES = {"memory": dict(seeds=1, steps=300, lr=2e-3, batch=16, length=256, chunk=16, window=8, n_embd=64, n_fast=128, recompute=False, eval_docs=32),
+         "context": dict(seeds=3, steps=200, lr=4e-3, batch=4, length=1024, chunk=64, window=32, n_embd=128, n_fast=256, recompute=True, eval_docs=12),
+         "cost": dict(seeds=3, steps=0, lr=0.0, batch=1, length=1024, chunk=64, window=32, n_embd=128, n_fast=256, recompute=False, eval_docs=0)}
 
 
 @dataclass
@@ -68,14 +68,14 @@ class Config:
     resume: bool = flag(False, "go on from the checkpoint in --out")
     quick: bool = flag(False, "a run of a few seconds that shows nothing but that it runs")
     figure: str = flag("memory", "which figure: " + "; ".join(f"{k}: {v}" for k, v in FIGURES.items()), choices=tuple(FIGURES))
-    steps: int = flag(None, "training steps of an arm (default: 300; cost trains nothing)", quick=4, low=1)
+    steps: int = flag(None, "training steps of an arm (default: 300, context 200; cost trains nothing)", quick=4, low=1)
     batch: int = flag(None, "documents per step (default: 16, context 4)", quick=2, low=1)
     length: int = flag(None, "tokens of a document in training, a multiple of --chunk (default: 256, context 1024)", quick=64, low=2)
     chunk: int = flag(None, "tokens between two inner steps (default: 16, context and cost 64)", quick=16, low=1)
     window: int = flag(None, "tokens that attention sees (default: 8, context and cost 32)", quick=8, low=1)
     eta: float = flag(1.0, "step size of the inner loop (SGD, gradient clipped to norm 1 per document)", low=0)
     recompute: bool = flag(None, "make a chunk's graph again in the backward pass: memory of one chunk at a time (default: in context only)")
-    lr: float = flag(2e-3, "learning rate of the outer loop (AdamW, warm-up then cosine to a tenth)", low=0)
+    lr: float = flag(None, "learning rate of the outer loop (AdamW, warm-up then cosine to a tenth; default: 2e-3, context 4e-3)", low=0)
     n_layer: int = flag(3, "layers", low=1)
     n_head: int = flag(4, "heads", low=1)
     n_embd: int = flag(None, "channels (default: 64, context and cost 128)", quick=32, low=8)
@@ -96,6 +96,7 @@ class FastBlock(Block):
         super().__init__(config, layer)
         C, self.rotary = config.n_embd, rotary
         self.norm_in, self.norm_out = RMSNorm(C, config.norm_eps), RMSNorm(C, config.norm_eps)
+        nn.init.constant_(self.norm_out.weight, 0.1)            # what it adds has this size, whatever W is: next to embeddings of 0.02 not 1
         self.w1, self.w2 = nn.Parameter(0.02 * torch.randn(C, n_fast)), nn.Parameter(0.02 * torch.randn(n_fast, C))     # W_0
 
     def forward(self, x, rope, mask=None, cache=None):
@@ -112,7 +113,9 @@ class TTT(GPT):
 
     def __init__(self, config, n_fast, full=False):
         super().__init__(config)
-        self.blocks[-1] = FastBlock(config, config.n_layer - 1, n_fast, rotary=not full)
+        last = FastBlock(config, config.n_layer - 1, n_fast, rotary=not full)
+        last.load_state_dict(self.blocks[-1].state_dict(), strict=False)        # GPT's initial weights, not torch's
+        self.blocks[-1] = last
         self.final, self.norm = self.norm, nn.Identity()
         if full:        # a cache must keep everything
             config.window = self.blocks[-1].attn.window = None

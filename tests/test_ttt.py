@@ -14,7 +14,7 @@ from ttt import ARMS, FIGURES, V, Config, Reader, build, documents, dynamic_eval
 
 
 def small(**choices):
-    return Config(**{**dict(n_layer=2, n_head=2, n_embd=16, n_fast=24, batch=3, length=32, chunk=8, window=5, steps=4, seeds=1, recompute=False,
+    return Config(**{**dict(n_layer=2, n_head=2, n_embd=16, n_fast=24, batch=3, length=32, chunk=8, window=5, steps=4, seeds=1, lr=2e-3, recompute=False,
                             context=64, eval_docs=3), **choices})
 
 
@@ -90,7 +90,7 @@ def test_the_states_below_get_their_gradient_through_the_steps_too():
 
 @pytest.mark.parametrize("chunk", [8, 16])
 def test_recomputing_each_chunk_gives_the_same_loss_and_gradients(chunk):
-    model, ids, grads, values = model_of(), ids_of(), [], []
+    model, ids, grads, values = model_of(dtype=torch.float64), ids_of(), [], []
     for recompute in (False, True):
         model.zero_grad()
         loss = read(model, ids, 1.0, chunk, outer=True, recompute=recompute).mean()
@@ -206,6 +206,16 @@ def test_full_attention_sees_everything_in_its_last_layer_only():
     other[0, 2] = (other[0, 2] + 1) % V
     far = lambda model: (model.hidden(ids)[0, -1] - model.hidden(other)[0, -1]).abs().max().item()
     assert far(model) > 1e-6 and far(model_of()) == 0
+
+
+def test_the_last_block_starts_as_any_other():
+    """Built after GPT has drawn its weights, it would have torch's: three times as large, and no arm learns well."""
+    torch.manual_seed(0)
+    model = build(small(n_embd=64), V)
+    for name, p in model.blocks[-1].named_parameters():
+        if p.dim() == 2:
+            twin = dict(model.blocks[0].named_parameters()).get(name)
+            assert p.std().item() == pytest.approx(0.02 if twin is None else twin.std().item(), rel=0.1), name
 
 
 def test_full_attentions_last_layer_does_not_know_distances():
