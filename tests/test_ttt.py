@@ -311,7 +311,7 @@ def test_training_learns_to_learn():
     model = ttt.train(config, Memory(), "TTT", 0, "cpu", V, draw)
     ids = torch.cat([draw(np.random.default_rng(i)) for i in range(8)])
     late = lambda eta: read(model, ids, eta, 16)[:, -16:].mean().item()
-    assert late(1.0) < late(0) - 0.5
+    assert late(1.0) < late(0) - 0.25
 
 
 @pytest.mark.parametrize("figure", FIGURES)
