@@ -25,10 +25,18 @@ import resource
 import shutil
 import sys
 import time
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 
+try:
+    import triton
+    import triton.language as tl
+except ImportError:     # the Triton kernels below are then defined but cannot run
+    triton, tl = None, SimpleNamespace(constexpr=bool)
+
+INTERPRET = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")     # Triton runs its kernels in numpy: slow, but needs no GPU
 BLOCK = 2 ** 24     # logits in flight at once: 64 MiB in fp32. Larger blocks are no faster, smaller ones starve the matrix product
 COMPILE_V = 16384   # vocabularies from this size on repay the 5 to 20 s that torch.compile takes on its first call
 
@@ -161,10 +169,20 @@ def attention(q, k, v, causal=True, window=None, mask=None, impl="auto"):
 
     q (B, H, T, D), k and v (B, Hkv, S, D) -> (B, H, T, D). The T queries are the last T of the S positions. `causal`: a query
     sees no later key; `window`: of those, only the last `window` (its own included). `mask` (B or 1, 1, T, S) bool, True = sees,
-    replaces both (a ragged cache knows better). `impl`: reference | sdpa | auto. Raises ValueError for an unknown impl.
+    replaces both (a ragged cache knows better). `impl`: reference | sdpa (torch's kernels) | triton (FlashAttention-2, see above) |
+    auto (triton on a GPU, where it can run; else sdpa). Raises ValueError for an unknown impl, and for triton where it cannot run.
     """
     T, S = q.shape[2], k.shape[2]
     assert q.shape[1] % k.shape[1] == 0, f"{q.shape[1]} query heads over {k.shape[1]} key heads"
+    if impl == "triton" or impl == "auto" and q.device.type == "cuda" and T > 1:    # one query alone reads the cache once: nothing to fuse
+        why_not = no_triton(q) or "a mask needs sdpa" * (mask is not None) or "more than 128 channels a head" * (q.shape[-1] > 128)
+        if not why_not:
+            if torch.is_autocast_enabled(q.device.type):
+                q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
+            with torch.cuda.device_of(q):
+                return FlashAttention.apply(q, k, v, FAR if window is None else window - 1, 0 if causal else FAR)
+        if impl == "triton":
+            raise ValueError(f"attention, impl 'triton': {why_not}")
     if mask is None and window is not None and window < S:
         mask = visible(T, S, causal, window, q.device)
     if impl == "reference":
@@ -174,7 +192,7 @@ def attention(q, k, v, causal=True, window=None, mask=None, impl="auto"):
         scores = (q @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5                    # (B, H, T, S)
         return scores.masked_fill(~mask, -torch.inf).softmax(-1).to(v.dtype) @ v
     if impl not in ("sdpa", "auto"):
-        raise ValueError(f"unknown impl {impl!r}: reference, sdpa or auto")
+        raise ValueError(f"unknown impl {impl!r}: reference, sdpa, triton or auto")
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and not torch.cpu._is_amx_tile_supported():   # without tiles fp32 is twice as fast
         with torch.autocast("cpu", enabled=False):
             return attention(q.float(), k.float(), v.float(), causal, None, mask, impl).to(q.dtype)
@@ -196,6 +214,218 @@ def visible(T, S, causal, window, device):
     if window is not None:
         seen &= distance < window
     return seen[None, None]
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Triton: what all kernels share
+
+FAR = 2 ** 30       # "no limit": how far a query sees back (`before`) or ahead (`after`)
+
+
+def no_triton(x):
+    """Why the Triton kernels cannot run on tensors like x; None if they can."""
+    if triton is None:
+        return "triton is not installed"
+    if x.device.type != "cuda" and not INTERPRET:
+        return f"needs a GPU, not {x.device.type} (or TRITON_INTERPRET=1 in the environment, for tests)"
+    if x.device.type == "cuda" and torch.version.cuda and torch.cuda.get_device_capability(x.device) < (8, 0):
+        return "needs a GPU of compute capability 8.0 or later"
+    return None if x.dtype in (torch.float32, torch.bfloat16, torch.float16) else f"no kernel for {x.dtype}"
+
+
+def jit(**options):
+    """triton.jit, where there is Triton; inside, only constants, and functions that are jit themselves."""
+    return triton.jit(**options) if triton else lambda f: f
+
+
+def autotuned(*tiles):
+    """Times a kernel at each (M, N, warps, stages) on the first call of its dtype, head size and power of two of lengths; keeps the fastest.
+
+    The tiles with N = 32 are fp32's: it does without tensor cores and needs four times the registers. The interpreter has one of its own."""
+    def by_dtype(configs, args, **_):
+        return [c for c in configs if INTERPRET or (c.kwargs["N"] == 32) == (args["q"].dtype == torch.float32)]
+
+    if triton is None:
+        return lambda f: f
+    configs = [triton.Config(dict(M=M, N=N), w, n) for M, N, w, n in (((16, 16, 1, 1),) if INTERPRET else tiles)]
+    return triton.autotune(configs, key=["size", "D"], prune_configs_by=dict(early_config_prune=by_dtype))
+
+
+@jit()
+def dot(a, b, c):
+    """c + a b, summed in fp32. "ieee": fp32 stays fp32, not tf32. The interpreter would multiply the bit patterns of bf16, hence the cast."""
+    if INTERPRET:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, c, input_precision="ieee")
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# attention in Triton. A program owns one tile of rows, walks over the tiles that its rows can see, and writes its result once.
+
+@jit()
+def head(x, strides, b, h):
+    """Row b, head h of a (B, H, n, D) tensor: the (n, D) matrix as a pointer and the stride of its rows."""
+    return x + b.to(tl.int64) * strides[0] + h.to(tl.int64) * strides[1], strides[2]
+
+
+@jit()
+def tile_of(matrix, start, R: tl.constexpr, DP: tl.constexpr):
+    """Pointers to rows [start, start + R), (R, DP). 64 bits for the tile's start, 32 inside it: registers are what these kernels run out of."""
+    x, stride = matrix
+    return x + start * tl.cast(stride, tl.int64) + (tl.arange(0, R)[:, None] * stride + tl.arange(0, DP)[None, :])
+
+
+@jit()
+def inside(start, n, R: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):
+    return (start + tl.arange(0, R)[:, None] < n) & (tl.arange(0, DP)[None, :] < D)
+
+
+@jit()
+def load_tile(matrix, start, n, R: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, EDGE: tl.constexpr):
+    """Zeros past D and, at an edge, past row n."""
+    if EDGE or DP > D:
+        return tl.load(tile_of(matrix, start, R, DP), mask=inside(start, n, R, D, DP), other=0.0)
+    else:
+        return tl.load(tile_of(matrix, start, R, DP))
+
+
+@jit()
+def store_tile(matrix, start, n, tile, R: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):
+    tl.store(tile_of(matrix, start, R, DP), tile.to(matrix[0].dtype.element_ty), mask=inside(start, n, R, D, DP))
+
+
+@jit()
+def spans(first, last, before, after, n, TILE: tl.constexpr):
+    """Positions first..last each see from `before` back to `after` ahead, within [0, n) -> lo, a, b, hi: something is seen in [lo, hi)
+    only, and everything by everybody in [a, b), whole tiles. So [lo, a) and [b, hi) need a mask, the bulk between them does not."""
+    lo = tl.maximum(first - before, 0) // TILE * TILE
+    hi = tl.maximum(tl.minimum(last + after + 1, n), lo)
+    a = tl.minimum(tl.cdiv(tl.maximum(last - before, 0), TILE) * TILE, hi)
+    b = tl.maximum(tl.maximum(tl.minimum(first + after + 1, n), 0) // TILE * TILE, a)
+    return lo, a, b, hi
+
+
+@jit()
+def hide(s, query, key, before, after, S):
+    """Scores of pairs that must not meet become -1e30. Finite: a row that sees nothing in its first tile then gets exp2(0) = 1 there, which
+    its first true score rescales by 0; with -inf it would get nan."""
+    return tl.where((query - key <= before) & (key - query <= after) & (key < S), s, -1e30)
+
+
+@autotuned((128, 128, 8, 2), (128, 64, 8, 3), (128, 64, 4, 3), (64, 64, 4, 3), (32, 32, 8, 2))
+@jit(do_not_specialize=["T", "S", "before", "after", "size"])
+def forward_kernel(q, k, v, o, lse, q_s, k_s, v_s, o_s, H, G, T, S, before, after, c, size,
+                   D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
+    """o (B, H, T, D) and lse (B, H, T), the log2-sum-exp2 of a row's scores, for a tile of M queries. c = log2(e) / sqrt(D)."""
+    tiles, pid = tl.cdiv(T, M), tl.program_id(0)
+    start, b, h = (tiles - 1 - pid % tiles) * M, pid // tiles // H, pid // tiles % H        # the longest rows first
+    rows, first = start + tl.arange(0, M), start + S - T                                    # in q; the first one's position
+    lo, full, edge, hi = spans(first, tl.minimum(first + M, S) - 1, before, after, S, N)
+    q, k, v = load_tile(head(q, q_s, b, h), start, T, M, D, DP, True), head(k, k_s, b, h // G), head(v, v_s, b, h // G)
+    acc, m, l = tl.zeros((M, DP), tl.float32), tl.full((M,), -float("inf"), tl.float32), tl.zeros((M,), tl.float32)
+    for EDGE in tl.static_range(2):         # unrolled: first the whole tiles, then those that need a mask
+        for i in range(lo if EDGE else full, hi - (edge - full) if EDGE else edge, N):
+            j = i + tl.where(i >= full, edge - full, 0) if EDGE else i
+            s = dot(q, tl.trans(load_tile(k, j, S, N, D, DP, EDGE)), None)                  # (M, N)
+            if EDGE:
+                s = hide(s, (rows + S - T)[:, None], (j + tl.arange(0, N))[None, :], before, after, S)
+            m_new = tl.maximum(m, tl.max(s, 1) * c)
+            p = tl.exp2(s * c - m_new[:, None])         # one multiply-add and one exp2 per score
+            rescale = tl.exp2(m - m_new)
+            l = l * rescale + tl.sum(p, 1)
+            acc = dot(p.to(q.dtype), load_tile(v, j, S, N, D, DP, EDGE), acc * rescale[:, None])
+            m = m_new
+    store_tile(head(o, o_s, b, h), start, T, acc / l[:, None], M, D, DP)
+    tl.store(lse + (b * H + h).to(tl.int64) * T + rows, m + tl.log2(l), mask=rows < T)
+
+
+@autotuned((128, 64, 8, 2), (64, 64, 4, 3), (64, 64, 4, 2), (32, 32, 8, 2))
+@jit(do_not_specialize=["T", "S", "before", "after", "size"])
+def dq_kernel(q, k, v, o, do, lse, delta, dq, q_s, k_s, v_s, o_s, do_s, dq_s, H, G, T, S, before, after, c, scale, size,
+              D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
+    """dq of a tile of M queries; leaves delta = rowsum(do * o), (B, H, T), for the next kernel."""
+    tiles, pid = tl.cdiv(T, M), tl.program_id(0)
+    start, b, h = (tiles - 1 - pid % tiles) * M, pid // tiles // H, pid // tiles % H
+    rows, first = start + tl.arange(0, M), start + S - T
+    lo, full, edge, hi = spans(first, tl.minimum(first + M, S) - 1, before, after, S, N)
+    q, k, v = load_tile(head(q, q_s, b, h), start, T, M, D, DP, True), head(k, k_s, b, h // G), head(v, v_s, b, h // G)
+    o, do = load_tile(head(o, o_s, b, h), start, T, M, D, DP, True), load_tile(head(do, do_s, b, h), start, T, M, D, DP, True)
+    sums, at = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1), (b * H + h).to(tl.int64) * T + rows
+    tl.store(delta + at, sums, mask=rows < T)
+    lse, acc = tl.load(lse + at, mask=rows < T, other=0.0), tl.zeros((M, DP), tl.float32)
+    for EDGE in tl.static_range(2):
+        for i in range(lo if EDGE else full, hi - (edge - full) if EDGE else edge, N):
+            j = i + tl.where(i >= full, edge - full, 0) if EDGE else i
+            k_tile = load_tile(k, j, S, N, D, DP, EDGE)                                     # (N, DP)
+            s = dot(q, tl.trans(k_tile), None)                                              # (M, N)
+            if EDGE:
+                s = hide(s, (rows + S - T)[:, None], (j + tl.arange(0, N))[None, :], before, after, S)
+            p = tl.exp2(s * c - lse[:, None])
+            dp = dot(do, tl.trans(load_tile(v, j, S, N, D, DP, EDGE)), None)
+            acc = dot((p * (dp - sums[:, None])).to(q.dtype), k_tile, acc)
+    store_tile(head(dq, dq_s, b, h), start, T, acc * scale, M, D, DP)
+
+
+@autotuned((64, 128, 8, 2), (32, 128, 8, 3), (64, 64, 4, 2), (32, 64, 4, 2), (32, 32, 8, 1))
+@jit(do_not_specialize=["T", "S", "before", "after", "size"])
+def dkv_kernel(q, k, v, do, lse, delta, dk, dv, q_s, k_s, v_s, do_s, dk_s, dv_s, H, G, T, S, before, after, c, scale, size,
+               D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
+    """dk and dv of a tile of N keys: a sum over the queries that see them, in the G heads of their group."""
+    tiles, pid = tl.cdiv(S, N), tl.program_id(0)
+    start, b, h = pid % tiles * N, pid // tiles // (H // G), pid // tiles % (H // G)
+    keys, first = start + tl.arange(0, N), start + T - S                                    # in k; the row of q at the first one's position
+    lo, full, edge, hi = spans(first, tl.minimum(first + N, T) - 1, after, before, T, M)    # keys look the other way
+    k, v = load_tile(head(k, k_s, b, h), start, S, N, D, DP, True), load_tile(head(v, v_s, b, h), start, S, N, D, DP, True)
+    dk_acc, dv_acc = tl.zeros((N, DP), tl.float32), tl.zeros((N, DP), tl.float32)
+    for g in range(G):
+        q_g, do_g, at = head(q, q_s, b, h * G + g), head(do, do_s, b, h * G + g), (b * H + h * G + g).to(tl.int64) * T
+        for EDGE in tl.static_range(2):
+            for i in range(lo if EDGE else full, hi - (edge - full) if EDGE else edge, M):
+                j = i + tl.where(i >= full, edge - full, 0) if EDGE else i
+                rows = j + tl.arange(0, M)
+                q_tile, do_tile = load_tile(q_g, j, T, M, D, DP, EDGE), load_tile(do_g, j, T, M, D, DP, EDGE)     # zeros past T add nothing
+                s = dot(k, tl.trans(q_tile), None)      # (N, M), transposed: then p^T and ds^T are left factors, straight from registers
+                if EDGE:
+                    s = hide(s, (rows + S - T)[None, :], keys[:, None], before, after, S)
+                p = tl.exp2(s * c - tl.load(lse + at + rows, mask=rows < T, other=0.0)[None, :])
+                dv_acc = dot(p.to(q_tile.dtype), do_tile, dv_acc)
+                dp = dot(v, tl.trans(do_tile), None)
+                ds = p * (dp - tl.load(delta + at + rows, mask=rows < T, other=0.0)[None, :])
+                dk_acc = dot(ds.to(q_tile.dtype), q_tile, dk_acc)
+    store_tile(head(dk, dk_s, b, h), start, S, dk_acc * scale, N, D, DP)
+    store_tile(head(dv, dv_s, b, h), start, S, dv_acc, N, D, DP)
+
+
+class FlashAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, before, after):
+        (B, H, T, D), S = q.shape, k.shape[2]
+        assert T <= S, f"{T} queries cannot be the last of {S} positions"
+        q, k, v = (unit_stride(x) for x in (q, k, v))
+        o, lse = torch.empty_like(q), torch.empty(B, H, T, device=q.device)                 # o laid out as q is
+        ctx.shared = H, H // k.shape[1], T, S, before, after, D ** -0.5 * 1.4426950408889634        # log2(e)
+        ctx.options = dict(size=triton.next_power_of_2(max(S, 256)), D=D, DP=max(16, triton.next_power_of_2(D)))
+        grid = lambda meta: (triton.cdiv(T, meta["M"]) * B * H,)
+        forward_kernel[grid](q, k, v, o, lse, *(x.stride() for x in (q, k, v, o)), *ctx.shared, **ctx.options)
+        ctx.save_for_backward(q, k, v, o, lse)
+        return o
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, do):
+        q, k, v, o, lse = ctx.saved_tensors
+        (B, H, T, D), (_, K, S, _), do = q.shape, k.shape, unit_stride(do)
+        dq, dk, dv, delta = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), torch.empty_like(lse)
+        strides = lambda *tensors: [x.stride() for x in tensors]
+        grid = lambda meta: (triton.cdiv(T, meta["M"]) * B * H,)
+        dq_kernel[grid](q, k, v, o, do, lse, delta, dq, *strides(q, k, v, o, do, dq), *ctx.shared, D ** -0.5, **ctx.options)
+        grid = lambda meta: (triton.cdiv(S, meta["N"]) * B * K,)
+        dkv_kernel[grid](q, k, v, do, lse, delta, dk, dv, *strides(q, k, v, do, dk, dv), *ctx.shared, D ** -0.5, **ctx.options)
+        return dq, dk, dv, None, None
+
+
+def unit_stride(x):
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 # ---------------------------------------------------------------------------------------------------------------------------

@@ -247,3 +247,134 @@ def test_attention_in_bf16_is_as_exact_as_its_rounded_inputs_allow(case, autocas
 def test_an_unknown_attention_is_a_value_error():
     with pytest.raises(ValueError):
         attention(*torch.randn(3, 1, 1, 2, 4), impl="fast")
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Triton: in its interpreter without a GPU (see conftest.py), natively with one
+
+needs_triton = pytest.mark.skipif(kernels.triton is None, reason="triton is not installed")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="bf16 and fp16 need a GPU: the interpreter has no products of their own")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture
+def tiles(monkeypatch):
+    """Sets the tile (M, N) of the three attention kernels. On a GPU they keep their own."""
+    def set(M, N):
+        if DEVICE == "cpu":
+            for kernel in (kernels.forward_kernel, kernels.dq_kernel, kernels.dkv_kernel):
+                monkeypatch.setattr(kernel, "configs", [kernels.triton.Config(dict(M=M, N=N))])
+    return set
+
+
+def exact_attention(q, k, v, causal=True, window=None):
+    T, S, G = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
+    now, key = torch.arange(S - T, S)[:, None], torch.arange(S)
+    hidden = (key > now) & causal | (now - key >= (window or 10 ** 9))
+    k, v = (x.repeat_interleave(G, dim=1) for x in (k, v))
+    return (q @ k.mT / q.shape[-1] ** 0.5).masked_fill(hidden.to(q.device), -torch.inf).softmax(-1) @ v
+
+
+def attention_case(B=1, H=2, K=1, T=40, S=40, D=16, dtype=torch.float32):
+    """q, k, v and an upstream gradient with rows of zeros."""
+    g = torch.Generator().manual_seed(0)
+    q, k, v, upstream = (torch.randn(B, n, t, D, generator=g) for n, t in ((H, T), (K, S), (K, S), (H, T)))
+    upstream[:, :, torch.rand(T, generator=g) < 0.2] = 0
+    return [x.to(DEVICE, dtype) for x in (q, k, v, upstream)]
+
+
+def out_and_gradients(f, q, k, v, upstream, **kwargs):
+    inputs = [x.detach().requires_grad_() for x in (q, k, v)]       # keeps the strides
+    out = f(*inputs, **kwargs)
+    return [t.detach().double() for t in (out, *torch.autograd.grad(out, inputs, upstream))]
+
+
+def assert_triton_attention_is_exact(q, k, v, upstream, **kwargs):
+    ours = out_and_gradients(impl_attention("triton"), q, k, v, upstream, **kwargs)
+    true = out_and_gradients(exact_attention, q.double(), k.double(), v.double(), upstream.double(), **kwargs)
+    for a, b in zip(ours, true):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def impl_attention(name):
+    return lambda *args, **kwargs: attention(*args, **kwargs, impl=name)
+
+
+@needs_triton
+@pytest.mark.parametrize("tile", [(16, 16), (32, 16), (16, 32)])
+@pytest.mark.parametrize("T, S, causal, window", [
+    (48, 48, True, None), (37, 37, True, None), (37, 50, True, None), (16, 64, True, None), (1, 1, True, None), (1, 33, True, None), (33, 49, False, None),
+    (64, 64, True, 1), (64, 64, True, 5), (50, 50, True, 16), (64, 64, True, 17), (40, 72, True, 33), (72, 72, True, 40), (40, 40, True, 40),
+    (40, 40, True, 1000), (1, 40, True, 3), (3, 64, True, 20), (40, 50, False, 7), (40, 40, False, 40)])
+def test_triton_attention_and_its_gradients_are_exact(tiles, tile, T, S, causal, window):
+    tiles(*tile)
+    assert_triton_attention_is_exact(*attention_case(T=T, S=S), causal=causal, window=window)
+
+
+@needs_triton
+@pytest.mark.parametrize("D", [2, 24, 32, 128])
+def test_triton_attention_is_exact_for_any_head_size(D):
+    assert_triton_attention_is_exact(*attention_case(T=19, S=21, D=D))
+
+
+@needs_triton
+@pytest.mark.parametrize("B, H, K", [(2, 2, 2), (2, 6, 2), (1, 4, 1), (3, 1, 1)])
+def test_triton_attention_is_exact_for_grouped_heads_and_batches(B, H, K):
+    assert_triton_attention_is_exact(*attention_case(B, H, K, 20, 23), window=9)
+
+
+@needs_triton
+@pytest.mark.parametrize("layout", ["time before heads", "channels first", "slices", "one head for all", "one gradient for all"])
+def test_triton_attention_takes_any_strides(layout):
+    q, k, v, upstream = attention_case(2, 2, 2, 19, 19)
+    if layout == "time before heads":
+        q, k, v, upstream = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v, upstream))
+    elif layout == "channels first":
+        q, k, v, upstream = (x.mT.contiguous().mT for x in (q, k, v, upstream))
+    elif layout == "slices":        # as in model.py: split from one (B, T, heads, D)
+        qkv = torch.cat((q, k, v), 1).transpose(1, 2).contiguous()
+        q, k, v = (x.transpose(1, 2) for x in qkv.split([2, 2, 2], dim=2))
+        assert not q.is_contiguous()
+    elif layout == "one head for all":
+        q, k, v = (x[:, :1].expand(2, 2, 19, 16) for x in (q, k, v))
+    else:
+        upstream = torch.ones((), device=DEVICE).expand_as(q)
+    assert_triton_attention_is_exact(q, k, v, upstream)
+
+
+@needs_triton
+def test_triton_attention_without_an_upstream_gradient_has_none():
+    q, k, v, upstream = attention_case()
+    assert all((t == 0).all() for t in out_and_gradients(impl_attention("triton"), q, k, v, 0 * upstream)[1:])
+
+
+@needs_triton
+def test_triton_attention_survives_large_scores():
+    q, k, v, upstream = attention_case()
+    for scale in (30, 3000):        # at 30 most softmaxes are one-hot
+        ours = out_and_gradients(impl_attention("triton"), scale * q, k, v, upstream, window=20)
+        true = out_and_gradients(exact_attention, scale * q.double(), k.double(), v.double(), upstream.double(), window=20)
+        for a, b in zip(ours, true):
+            assert a.isfinite().all() and (a - b).norm() <= 1e-3 * b.norm()
+
+
+@needs_triton
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("D", [32, 64, 96, 128])
+@pytest.mark.parametrize("window", [None, 100])
+def test_triton_attention_in_half_precision_errs_no_more_than_1_5_times_the_reference(dtype, D, window):
+    args = attention_case(2, 4, 2, 500, 700, D, dtype)
+    true = out_and_gradients(exact_attention, *(x.double() for x in args), window=window)
+    for ours, reference, t in zip(*(out_and_gradients(impl_attention(name), *args, window=window) for name in ("triton", "reference")), true):
+        assert (ours - t).norm() <= 1.5 * (reference - t).norm()
+
+
+@needs_triton
+@pytest.mark.parametrize("kwargs", [dict(mask=torch.ones(1, 1, 3, 3, dtype=torch.bool)), dict(D=130), dict(dtype=torch.float64), dict(no_triton=True)])
+def test_triton_where_it_cannot_run_is_a_value_error(monkeypatch, kwargs):
+    x = torch.randn(1, 1, 3, kwargs.get("D", 16), device=DEVICE).to(kwargs.get("dtype", torch.float32))
+    if "no_triton" in kwargs:
+        monkeypatch.setattr(kernels, "triton", None)
+    with pytest.raises(ValueError, match="attention, impl 'triton': "):
+        attention(x, x, x, mask=kwargs.get("mask"), impl="triton")
