@@ -18,7 +18,9 @@
 on two cores, most of it in the naive rows; `--quick` takes 20 s on a smaller problem.
 """
 import argparse
+import functools
 import json
+import math
 import multiprocessing
 import os
 import resource
@@ -48,25 +50,32 @@ def token_logprobs(hidden, weight, targets, temperature=1.0, impl="auto"):
     """Log-probability of each target, and entropy of the distribution it comes from, both in nats.
 
     hidden (..., C), weight (V, C), targets (...) int64 in [0, V) -> logp (...), entropy (...), both fp32. Differentiable in hidden and
-    weight with any per-token upstream gradient. `impl`: reference | chunked | compiled | auto (the fastest that runs here).
-    Raises ValueError for an unknown impl or a temperature that is not positive.
+    weight with any per-token upstream gradient. `impl`: reference | chunked | compiled | triton | auto (the fastest that runs here).
+    Raises ValueError for an unknown impl, for triton where it cannot run, and for a temperature that is not positive.
     """
     if not temperature > 0:
         raise ValueError(f"temperature must be positive to score tokens, got {temperature}")
     shape, V = targets.shape, weight.shape[0]
     h, y = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)    # (N, C), (N,)
     if impl == "auto":      # one block would hold all the logits anyway: then plain autograd, with no second matrix product
-        impl = "reference" if y.numel() * V <= BLOCK else "compiled" if V >= COMPILE_V and can_compile(h.device.type) else "chunked"
+        impl = ("reference" if y.numel() * V <= BLOCK else "triton" if h.is_cuda and triton_runs("token_logprobs", h, "compiled or chunked")
+                else "compiled" if V >= COMPILE_V and can_compile(h.device.type) else "chunked")
+    if impl == "triton" and no_triton(h):
+        raise ValueError(f"token_logprobs, impl 'triton': {no_triton(h)}")
     if impl == "reference":
         logp, entropy = reference_logprobs(h, weight, y, temperature)
-    elif impl in ("chunked", "compiled"):
+    elif impl in ("chunked", "compiled", "triton"):
         if torch.is_autocast_enabled(h.device.type):    # round to its dtype here; inside, the blocks choose their own
             dtype = torch.get_autocast_dtype(h.device.type)
             h, weight = h.to(dtype), weight.to(dtype)
         with torch.autocast(h.device.type, enabled=False):
-            logp, entropy = ChunkedLogprobs.apply(h, weight, y, 1.0 / temperature, impl == "compiled")
+            if impl == "triton":
+                with torch.cuda.device_of(h):
+                    logp, entropy = FusedLogprobs.apply(h, weight, y, 1.0 / temperature)
+            else:
+                logp, entropy = ChunkedLogprobs.apply(h, weight, y, 1.0 / temperature, impl == "compiled")
     else:
-        raise ValueError(f"unknown impl {impl!r}: reference, chunked, compiled or auto")
+        raise ValueError(f"unknown impl {impl!r}: reference, chunked, compiled, triton or auto")
     return logp.view(shape), entropy.view(shape)
 
 
@@ -142,9 +151,19 @@ class ChunkedLogprobs(torch.autograd.Function):
             dz = slope(F.linear(x, w), ctx.inv_t, lse, entropy, g_logp, g_ent)      # (N, b - a)
             onehot = torch.where((y >= a) & (y < b), g_logp * ctx.inv_t, 0)         # (1 - p) g cancels: add in fp32, then round
             dz = dz.scatter_add_(1, (y - a).clamp(0, b - a - 1)[:, None], onehot[:, None]).to(x.dtype)
-            dh += dz @ w
+            add_product(dh, dz, w)
             torch.mm(dz.T, x, out=dweight[a:b]) if x.dtype == weight.dtype else dweight[a:b].copy_(dz.T @ x)
         return dh.to(h.dtype), dweight, None, None, None
+
+
+def add_product(c, a, b):
+    """c += a b, c in fp32. On a GPU the product of half-precision matrices goes straight into the sum: no rounding, no buffer."""
+    if c.dtype == a.dtype:
+        c.addmm_(a, b)
+    elif c.is_cuda:
+        torch.addmm(c, a, b, out_dtype=c.dtype, out=c)
+    else:
+        c += a @ b
 
 
 _compiled = {}
@@ -170,19 +189,20 @@ def attention(q, k, v, causal=True, window=None, mask=None, impl="auto"):
     q (B, H, T, D), k and v (B, Hkv, S, D) -> (B, H, T, D). The T queries are the last T of the S positions. `causal`: a query
     sees no later key; `window`: of those, only the last `window` (its own included). `mask` (B or 1, 1, T, S) bool, True = sees,
     replaces both (a ragged cache knows better). `impl`: reference | sdpa (torch's kernels) | triton (FlashAttention-2, see above) |
-    auto (triton on a GPU, where it can run; else sdpa). Raises ValueError for an unknown impl, and for triton where it cannot run.
+    auto (triton on a GPU in bf16 and fp16, else sdpa). Raises ValueError for an unknown impl, and for triton where it cannot run.
     """
     T, S = q.shape[2], k.shape[2]
     assert q.shape[1] % k.shape[1] == 0, f"{q.shape[1]} query heads over {k.shape[1]} key heads"
-    if impl == "triton" or impl == "auto" and q.device.type == "cuda" and T > 1:    # one query alone reads the cache once: nothing to fuse
-        why_not = no_triton(q) or "a mask needs sdpa" * (mask is not None) or "more than 128 channels a head" * (q.shape[-1] > 128)
-        if not why_not:
-            if torch.is_autocast_enabled(q.device.type):
-                q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
-            with torch.cuda.device_of(q):
-                return FlashAttention.apply(q, k, v, FAR if window is None else window - 1, 0 if causal else FAR)
-        if impl == "triton":
-            raise ValueError(f"attention, impl 'triton': {why_not}")
+    fits = mask is None and q.shape[-1] <= 128
+    if impl == "triton" and (no_triton(q) or not fits):
+        raise ValueError(f"attention, impl 'triton': {no_triton(q) or 'no masks, and no more than 128 channels a head'}")
+    if impl == "auto" and q.is_cuda and fits and T > 1 and q.dtype != torch.float32:    # one query, or fp32: nothing for tensor cores to do
+        impl = "triton" if triton_runs("attention", q, "sdpa") else "sdpa"
+    if impl == "triton":
+        if torch.is_autocast_enabled(q.device.type):
+            q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
+        with torch.cuda.device_of(q):
+            return FlashAttention.apply(q, k, v, FAR if window is None else window - 1, 0 if causal else FAR)
     if mask is None and window is not None and window < S:
         mask = visible(T, S, causal, window, q.device)
     if impl == "reference":
@@ -231,6 +251,15 @@ def no_triton(x):
     if x.device.type == "cuda" and torch.version.cuda and torch.cuda.get_device_capability(x.device) < (8, 0):
         return "needs a GPU of compute capability 8.0 or later"
     return None if x.dtype in (torch.float32, torch.bfloat16, torch.float16) else f"no kernel for {x.dtype}"
+
+
+say_once = functools.cache(print)
+
+
+def triton_runs(what, x, instead):
+    if triton is None:
+        say_once(f"{what}: triton is not installed, takes {instead} instead")
+    return no_triton(x) is None
 
 
 def jit(**options):
@@ -403,7 +432,7 @@ class FlashAttention(torch.autograd.Function):
         assert T <= S, f"{T} queries cannot be the last of {S} positions"
         q, k, v = (unit_stride(x) for x in (q, k, v))
         o, lse = torch.empty_like(q), torch.empty(B, H, T, device=q.device)                 # o laid out as q is
-        ctx.shared = H, H // k.shape[1], T, S, before, after, D ** -0.5 * 1.4426950408889634        # log2(e)
+        ctx.shared = H, H // k.shape[1], T, S, before, after, D ** -0.5 * math.log2(math.e)
         ctx.options = dict(size=triton.next_power_of_2(max(S, 256)), D=D, DP=max(16, triton.next_power_of_2(D)))
         grid = lambda meta: (triton.cdiv(T, meta["M"]) * B * H,)
         forward_kernel[grid](q, k, v, o, lse, *(x.stride() for x in (q, k, v, o)), *ctx.shared, **ctx.options)
@@ -426,6 +455,89 @@ class FlashAttention(torch.autograd.Function):
 
 def unit_stride(x):
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# token_logprobs in Triton: between the matrix products, one pass over a block of logits. A program owns one row of the block.
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@jit()
+def fold_kernel(z, y, m, s, s1, target, stride, first, width, c, COLS: tl.constexpr):
+    """Fold raw logits z (N, width), the vocabulary's [first, first + width), into each row's running max m of x = c z, sum s of 2^(x-m) and
+    sum s1 of (x-m) 2^(x-m). With c = log2(e) / temperature, x is the logit in bits. s1 is relative to m: large logits cancel nothing."""
+    row = tl.program_id(0).to(tl.int64)
+    z += row * stride
+    m_old, s_old, s1_old = tl.load(m + row), tl.load(s + row), tl.load(s1 + row)
+    for start in range(0, width, COLS):
+        cols = start + tl.arange(0, COLS)
+        x = tl.where(cols < width, tl.load(z + cols, mask=cols < width, other=0.0).to(tl.float32) * c, -1e30)
+        m_new = tl.maximum(m_old, tl.max(x, 0))
+        e, rescale = tl.exp2(x - m_new), tl.exp2(m_old - m_new)
+        s1_old = rescale * (s1_old + (m_old - m_new) * s_old) + tl.sum(e * (x - m_new), 0)
+        s_old, m_old = rescale * s_old + tl.sum(e, 0), m_new
+    tl.store(m + row, m_old)
+    tl.store(s + row, s_old)
+    tl.store(s1 + row, s1_old)
+    col = tl.load(y + row) - first
+    here = (col >= 0) & (col < width)
+    tl.store(target + row, tl.load(z + col, mask=here, other=0.0).to(tl.float32) * c, mask=here)
+
+
+@jit()
+def slope_kernel(z, y, lse, entropy, g_logp, g_ent, stride, first, width, inv_t, COLS: tl.constexpr):
+    """Overwrite raw logits z (N, width) by dLoss/dz = (g_logp (onehot - p) - g_ent p (log p + H)) / temperature. lse in bits, the rest in nats."""
+    row = tl.program_id(0).to(tl.int64)
+    z += row * stride
+    lse_row, entropy_row, g, g_h = tl.load(lse + row), tl.load(entropy + row), tl.load(g_logp + row), tl.load(g_ent + row)
+    col = tl.load(y + row) - first
+    for start in range(0, width, COLS):
+        cols = start + tl.arange(0, COLS)
+        logp = tl.load(z + cols, mask=cols < width, other=0.0).to(tl.float32) * (inv_t * LOG2_E) - lse_row     # in bits
+        dz = tl.where(cols == col, g, 0.0) - tl.exp2(logp) * (g + g_h * (logp / LOG2_E + entropy_row))
+        tl.store(z + cols, (dz * inv_t).to(z.dtype.element_ty), mask=cols < width)
+
+
+class FusedLogprobs(torch.autograd.Function):
+    """ChunkedLogprobs on a GPU: the same four products, by cuBLAS, and one kernel instead of a dozen operations between them."""
+
+    @staticmethod
+    def blocks(h, V):
+        """A buffer for a block of logits and the block's bounds. As wide as h at least: then dh is not re-read more often than its products
+        take; at most 128 MiB in bf16, or h's own size; rows of 256 bytes, which tensor cores want."""
+        N, C = h.shape
+        width = min(-(-max(4 * BLOCK // max(N, 1), C) // 128) * 128, -(-V // 8) * 8)
+        return h.new_empty(N, width), [(a, min(a + width, V)) for a in range(0, V, width)]
+
+    @staticmethod
+    def forward(ctx, h, weight, y, inv_t):
+        (N, C), V = h.shape, weight.shape[0]
+        m, (s, s1, target) = torch.full((N,), -1e30, device=h.device), torch.zeros(3, N, device=h.device)
+        buffer, bounds = FusedLogprobs.blocks(h, V)
+        for a, b in bounds:
+            z = buffer[:, :b - a]
+            torch.mm(h, weight[a:b].T, out=z)
+            fold_kernel[(N,)](z, y, m, s, s1, target, z.stride(0), a, b - a, inv_t * math.log2(math.e), COLS=2048)
+        lse, entropy = m + s.log2(), (s.log2() - s1 / s) * math.log(2)      # in bits; in nats
+        ctx.save_for_backward(h, weight, y, lse, entropy)
+        ctx.inv_t = inv_t
+        return (target - lse) * math.log(2), entropy
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g_logp, g_ent):
+        h, weight, y, lse, entropy = ctx.saved_tensors
+        dh, dweight = torch.zeros(h.shape, dtype=torch.float32, device=h.device), torch.empty_like(weight)
+        buffer, bounds = FusedLogprobs.blocks(h, weight.shape[0])
+        g_logp, g_ent = g_logp.contiguous(), g_ent.contiguous()
+        for a, b in bounds:
+            z = buffer[:, :b - a]
+            torch.mm(h, weight[a:b].T, out=z)
+            slope_kernel[(len(h),)](z, y, lse, entropy, g_logp, g_ent, z.stride(0), a, b - a, ctx.inv_t, COLS=2048)
+            add_product(dh, z, weight[a:b])
+            torch.mm(z.T, h, out=dweight[a:b])
+        return dh.to(h.dtype), dweight, None, None
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
