@@ -12,13 +12,36 @@
    al., arXiv 2411.09009). Price: 4 matrix products instead of 3. Walking over the vocabulary, not over the tokens, writes each
    row of the weight's gradient once, so it is never accumulated in bf16.
 
-2. `attention`: grouped-query, causal or sliding-window attention: `reference` spells the equation out; `sdpa` calls torch's kernels.
+   On a GPU (`triton`) the products stay cuBLAS's, and one Triton kernel makes a single pass over each block between them. A block of
+   logits costs 4 bytes of traffic in the forward and 10 in the backward pass, against 8 C operations per logit: at C = 4,096 that is
+   2,300 operations per byte where an H200 balances at about 200. A kernel that also multiplies, as CCE's do, would save that tenth
+   of the time and lose more to cuBLAS. (Counted, not measured: no GPU was at hand.)
 
-`python kernels.py` prints time, peak memory and the fraction of the measured matrix-product roof for every impl: about 4 minutes
-on two cores, most of it in the naive rows; `--quick` takes 20 s on a smaller problem.
+2. `attention`: grouped-query, causal or sliding-window. `reference` spells the equation out; `sdpa` calls torch's kernels; `triton` is
+   FlashAttention-2 (Dao, arXiv 2307.08691), forward and backward. With S = Q K^T / sqrt(D), P = softmax(S) and O = P V:
+
+       dV = P^T dO        dP = dO V^T        dQ = dS K / sqrt(D)        dK = dS^T Q / sqrt(D)
+       dS = P * (dP - delta),  delta_i = sum_j P_ij dP_ij = sum_j P_ij (dO_i . V_j) = dO_i . O_i
+
+   dS is softmax's own gradient, diag(p) - p p^T for each row, and delta, the one thing in it that needs a whole row, is known from O
+   alone. So with one lse per row every tile of P is 2^(S - lse), computed again wherever it is needed: forward the tile's 2 products,
+   backward 3 for dQ and 4 for dK and dV, in two kernels that each write their own rows once: 7 products instead of 5, no atomics, the
+   same sum every time. Nothing of size T^2 ever reaches memory.
+
+   Why that is fast. A tile of M queries by N keys is 4 M N D operations forward and reads 4 N D bytes of K and V (bf16): M operations per
+   byte, 128 here, and the neighbours that read the same K and V find them in the L2 cache. Spelled out, attention writes and reads its
+   scores at least twice, 8 bytes per 4 D operations: 32 per byte at D = 64, a sixth of what the GPU needs to be busy. What is left to
+   save is the softmax itself: a Hopper multiprocessor does 4,096 operations of products a cycle but 16 exponentials, so at D = 64 the one
+   exp2 of a score takes as long as its 4 D = 256 operations. Hence scale and log2(e) in one multiply-add before it, tiles that nobody
+   sees skipped, and masks only in tiles at an edge.
+
+`python kernels.py` prints forward and backward time, peak memory, the fraction of the measured roof (FLOP/s and bytes/s) and the error
+against fp64 for every impl, and draws the roofline, kernels.png: about 4 minutes on two cores, most of it in the naive rows;
+`--quick` takes 20 s on a smaller problem; `--against liger,cce,flash` adds rows of peers that are installed (GPU only).
 """
 import argparse
 import functools
+import importlib.util
 import json
 import math
 import multiprocessing
@@ -41,6 +64,11 @@ except ImportError:     # the Triton kernels below are then defined but cannot r
 INTERPRET = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")     # Triton runs its kernels in numpy: slow, but needs no GPU
 BLOCK = 2 ** 24     # logits in flight at once: 64 MiB in fp32. Larger blocks are no faster, smaller ones starve the matrix product
 COMPILE_V = 16384   # vocabularies from this size on repay the 5 to 20 s that torch.compile takes on its first call
+
+
+def wide(x):
+    """x in fp32, or in the wider type it has: where bf16 would round a sum."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -81,7 +109,7 @@ def token_logprobs(hidden, weight, targets, temperature=1.0, impl="auto"):
 
 def reference_logprobs(h, weight, y, temperature):
     """The oracle: what the other impls must equal. Holds every logit, several times over."""
-    z = F.linear(h, weight).float() / temperature       # (N, V)
+    z = wide(F.linear(h, weight)) / temperature         # (N, V)
     logp = z.log_softmax(-1)                            # (N, V)
     entropy = -(logp.exp() * logp).sum(-1)              # (N,)
     return logp.gather(-1, y[:, None]).squeeze(-1), entropy
@@ -209,7 +237,7 @@ def attention(q, k, v, causal=True, window=None, mask=None, impl="auto"):
         if mask is None:
             mask = visible(T, S, causal, None, q.device)
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-        scores = (q @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5                    # (B, H, T, S)
+        scores = wide(q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5                        # (B, H, T, S)
         return scores.masked_fill(~mask, -torch.inf).softmax(-1).to(v.dtype) @ v
     if impl not in ("sdpa", "auto"):
         raise ValueError(f"unknown impl {impl!r}: reference, sdpa, triton or auto")
@@ -541,94 +569,181 @@ class FusedLogprobs(torch.autograd.Function):
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
-# python kernels.py: the benchmark. Every row runs in a process of its own, so that its peak memory is its own.
+# python kernels.py: the benchmark
 
-def measure(work, shape, dtype, impl, device, repeats=3):
-    """Seconds (median) and peak MiB over the inputs, of one forward and backward pass."""
+PEERS = {"liger": ("liger_kernel", "token_logprobs"), "cce": ("cut_cross_entropy", "token_logprobs"), "flash": ("flash_attn", "attention")}
+MARKERS = dict(reference="x", chunked="s", compiled="D", sdpa="^", triton="*", liger="<", cce=">", flash="v")
+
+
+def problem(work, shape, dtype, device):
+    """The leaves, the rest of the arguments, and an upstream gradient for each output. shape (N, C, V) or (B, H, T, D)."""
     torch.manual_seed(0)
     if work == "token_logprobs":
         N, C, V = shape
         leaves = [torch.randn(n, C, dtype=dtype, device=device).mul_(0.5).requires_grad_() for n in (N, V)]
-        y, g = torch.randint(V, (N,), device=device), torch.randn(N, device=device)
+        g = torch.randn(N, device=device)
+        return leaves, [torch.randint(V, (N,), device=device)], [g, 0.01 * g]
+    *leaves, g = (torch.randn(shape, dtype=dtype, device=device, requires_grad=i < 3) for i in range(4))
+    return leaves, [], [g]
 
-        def step():
-            logp, entropy = token_logprobs(*leaves, y, impl=impl)
-            torch.autograd.backward((logp, entropy), (g, 0.01 * g))
-    else:
-        B, H, T, D = shape
-        leaves = [torch.randn(B, H, T, D, dtype=dtype, device=device, requires_grad=True) for _ in range(3)]
-        g = torch.randn(B, H, T, D, dtype=dtype, device=device)
 
-        def step():
-            attention(*leaves, impl=impl).backward(g)
+def run(work, impl, args):
+    """The outputs of an impl or a peer, a tuple. Liger gives the sum of -logp only, CCE no entropy."""
+    if impl == "liger":
+        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+        return LigerFusedLinearCrossEntropyLoss(reduction="sum")(args[1], args[0], args[2]),
+    if impl == "cce":
+        from cut_cross_entropy import linear_cross_entropy
+        return -linear_cross_entropy(*args, reduction="none"),
+    if impl == "flash":
+        from flash_attn import flash_attn_func
+        return flash_attn_func(*(x.transpose(1, 2) for x in args), causal=True).transpose(1, 2),
+    return token_logprobs(*args, impl=impl) if work == "token_logprobs" else (attention(*args, impl=impl),)
 
+
+def error(work, dtype, impl, device):
+    """Largest error of an output or gradient on a small problem, relative to the same in fp64, in norm."""
+    leaves, rest, upstream = problem(work, (64, 64, 1000) if work == "token_logprobs" else (1, 2, 128, 64), dtype, device)
+    results = []
+    for name, x in ((impl, leaves), ("reference", [leaf.detach().double().requires_grad_() for leaf in leaves])):
+        outputs = run(work, name, (*x, *rest))
+        results.append([*outputs, *torch.autograd.grad(outputs, x, [g.to(o.dtype) for g, o in zip(upstream, outputs)])])
+    return max(((a.double() - b).norm() / b.norm()).item() for a, b in zip(*results))
+
+
+def measure(work, shape, dtype, impl, device, repeats=3):
+    """Seconds of a forward and of a backward pass (medians), peak MiB over the inputs, error."""
     cuda, times = device == "cuda", []
     if impl == "compiled":      # compile first, in this process: inductor's own memory is not the kernel's
         torch._inductor.config.compile_threads = 1
-        small = [torch.randn(n, C, dtype=dtype, device=device, requires_grad=True) for n in (64, 300)]
-        token_logprobs(*small, y[:64] % 300, impl=impl)[0].sum().backward()
+    off = None if impl in PEERS else error(work, dtype, impl, device)
+    leaves, rest, upstream = problem(work, shape, dtype, device)
+    memory = torch.cuda.max_memory_allocated if cuda else lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+    def clock():
+        if cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    run(work, impl, (*leaves, *rest)) if cuda else None     # Triton tunes and compiles
     if cuda:
         torch.cuda.reset_peak_memory_stats()
-    start = torch.cuda.memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start = memory()
     for _ in range(1 + repeats):
         for leaf in leaves:
             leaf.grad = None
-        started = time.perf_counter()
-        step()
-        if cuda:
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - started)
+        started = clock()
+        outputs = run(work, impl, (*leaves, *rest))
+        middle = clock()
+        torch.autograd.backward(outputs, [torch.ones_like(o) if impl == "liger" else g for g, o in zip(upstream, outputs)])
+        times.append((middle - started, clock() - middle))
         if len(times) == 1:
-            peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            peak = memory()
+    forward, backward = (sorted(t[i] for t in times[1:])[repeats // 2] for i in (0, 1))
     unit = 2 ** 20 if cuda or sys.platform == "darwin" else 2 ** 10     # Linux counts ru_maxrss in KiB, macOS in bytes
-    return sorted(times[1:])[repeats // 2], (peak - start) / unit
+    return forward, backward, (peak - start) / unit, off
 
 
 def roof(device):
-    """The fastest matrix product of this machine at each dtype, in FLOP/s; where bf16 is emulated, fp32's counts for both."""
+    """What this machine can do: the fastest matrix product of each dtype in FLOP/s (where bf16 is emulated, fp32's counts), a copy in bytes/s."""
     best, n = {}, 8192 if device == "cuda" else 2048
-    for dtype in (torch.float32, torch.bfloat16):
-        a, times = torch.randn(n, n, dtype=dtype, device=device), []
+    for dtype in (torch.float32, torch.bfloat16, None):
+        a, times = torch.randn(n, n if dtype else 16 * n, dtype=dtype, device=device), []
+        b = torch.empty_like(a)
         for _ in range(6):
             started = time.perf_counter()
-            (a @ a)[0, 0].item()        # waits for a GPU
+            (torch.mm(a, a, out=b) if dtype else b.copy_(a)).flatten()[0].item()        # waits for a GPU
             times.append(time.perf_counter() - started)
-        best[dtype] = 2 * n ** 3 / min(times)
-    best[torch.bfloat16] = max(best.values())
+        best[dtype] = (2 * n ** 3 if dtype else 2 * a.nbytes) / min(times)
+    best[torch.bfloat16] = max(best[torch.float32], best[torch.bfloat16])
     return best
+
+
+def plot_roofline(rows, peak, path):
+    """Useful operations per byte that any impl must move, against operations per second: the distance to the line is what an impl wastes."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    fig, ax = plt.subplots(figsize=(7.5, 5), layout="constrained")
+    x, labels = torch.logspace(0, 5, 200).tolist(), {}
+    for dtype, color in ((torch.float32, "tab:blue"), (torch.bfloat16, "tab:orange")):
+        name = str(dtype)[6:]
+        labels[f"roof, {name}"], = ax.plot(x, [min(peak[dtype], peak[None] * i) for i in x], color=color)
+        for row in (r for r in rows if r["dtype"] == name):
+            fill = color if row["work"] == "attention" else "none"
+            labels[f"{row['impl']}, {row['work']}"], = ax.plot(row["intensity"], row["flops"], MARKERS[row["impl"]], color=color, mfc=fill)
+    best = max(rows, key=lambda r: r["of_roof"])
+    ax.set(xscale="log", yscale="log", xlabel="operations per byte that must be moved (FLOP/byte)", ylabel="achieved (FLOP/s)",
+           title=f"Closest to the roof: {best['work']}, {best['impl']}, {best['dtype']}, {best['of_roof']:.0%}")
+    ax.legend(labels.values(), labels, fontsize=8)
+    fig.savefig(path, dpi=110)
+
+
+def left_out(impl, dtype, device):
+    """Why this machine cannot run this row, or None."""
+    if impl == "compiled":
+        return None if can_compile(device) else "no C++ compiler found"
+    if impl == "triton":
+        return no_triton(torch.empty(0, device=device))
+    if impl in PEERS:
+        found = importlib.util.find_spec(PEERS[impl][0])
+        return "needs a GPU" if device != "cuda" else "not installed" if not found else "bf16 only" if dtype == torch.float32 else None
+
+
+def apart(f, *args):
+    """f(*args) in a process of its own, so that its peak memory is its own."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(f, args)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--quick", action="store_true", help="small shapes, 20 s")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--out", default="out/kernels", help="folder for benchmark.json")
+    parser.add_argument("--against", default="", help="peers to add, with commas: " + ", ".join(PEERS))
+    parser.add_argument("--out", default="out/kernels", help="folder for benchmark.json and kernels.png")
     args = parser.parse_args()
-    peak = roof(args.device)
+    peers, cuda = [p for p in args.against.split(",") if p], args.device == "cuda"
+    if unknown := set(peers) - set(PEERS):
+        parser.error(f"--against: no peer is called {', '.join(sorted(unknown))}")
+    os.makedirs(args.out, exist_ok=True)
+    peak, rows = apart(roof, args.device), []
     print(f"{args.device}, {torch.get_num_threads()} threads, torch {torch.__version__}; matrix products reach "
-          + ", ".join(f"{v / 1e9:.0f} GFLOP/s in {str(k)[6:]}" for k, v in peak.items()))
-    print(f"\n{'':<34} {'seconds':>8} {'peak MiB':>9} {'of roof':>8} {'time':>7} {'memory':>7}   (ratios to reference)")
-    jobs = [("token_logprobs", (512, 256, 8192) if args.quick else (4096, 768, 50257), ("reference", "chunked", "compiled")),
-            ("attention", (1, 4, 256, 64) if args.quick else (4, 12, 1024, 64), ("reference", "sdpa"))]
-    rows = []
+          + ", ".join(f"{v / 1e9:.0f} GFLOP/s in {str(k)[6:]}" for k, v in peak.items() if k) + f"; a copy moves {peak[None] / 1e9:.0f} GB/s")
+    print(f"\n{'':<52} {'seconds':>8} {'forward':>8} {'backward':>8} {'peak MiB':>9} {'of roof':>8} {'error':>7} {'time':>7} {'memory':>7}"
+          "  (ratios to reference)")
+    heads = (512, 256, 8192) if args.quick else (16384, 4096, 128256) if cuda else (4096, 768, 50257)
+    squares = [(1, 4, 256, 64)] if args.quick else [(8, 16, 4096, 64), (8, 16, 4096, 128)] if cuda else [(4, 12, 1024, 64)]
+    jobs = [("token_logprobs", heads, ["reference", "chunked", "compiled"])] + [("attention", shape, ["reference", "sdpa"]) for shape in squares]
     for work, shape, impls in jobs:
-        flops = 6 * shape[0] * shape[1] * shape[2] if work == "token_logprobs" else 7 * shape[0] * shape[1] * shape[2] ** 2 * shape[3]
-        for dtype in (torch.float32, torch.bfloat16):       # useful work: 3 products for the head; causal attention 7 half squares
+        impls = impls + ["triton"] * cuda + [p for p in peers if PEERS[p][1] == work]
+        for dtype in (torch.float32, torch.bfloat16):
+            if work == "token_logprobs":    # useful work: 3 products; h and W move three times: read, read again, and their gradients
+                flops, elements = 6 * math.prod(shape), 3 * (shape[0] + shape[2]) * shape[1]
+            else:                           # causal: 7 half squares; q, k, v, o move, then the same with do, dq, dk, dv
+                flops, elements = 7 * math.prod(shape) * shape[2], 12 * math.prod(shape)
+            intensity, first = flops / (elements * dtype.itemsize), None
             for impl in impls:
-                if impl == "compiled" and not can_compile(args.device):
-                    print("compiled: no C++ compiler found, row left out")
+                name, why_not = f"{work} {'x'.join(map(str, shape))} {str(dtype)[6:]} {impl}", left_out(impl, dtype, args.device)
+                try:
+                    forward, backward, mib, off = (None,) * 4 if why_not else apart(measure, work, shape, dtype, impl, args.device)
+                except torch.OutOfMemoryError:
+                    why_not = "out of memory"
+                if why_not:
+                    print(f"{name}: {why_not}, row left out")
                     continue
-                with multiprocessing.get_context("spawn").Pool(1) as pool:
-                    seconds, mib = pool.apply(measure, (work, shape, dtype, impl, args.device))
-                row = dict(work=work, shape=shape, dtype=str(dtype)[6:], impl=impl, seconds=seconds, peak_mib=mib, of_roof=flops / seconds / peak[dtype])
-                first = row if impl == "reference" else first
+                seconds = forward + backward
+                row = dict(work=work, shape=shape, dtype=str(dtype)[6:], impl=impl, seconds=seconds, forward_seconds=forward,
+                           backward_seconds=backward, peak_mib=mib, error=off, intensity=intensity, flops=flops / seconds,
+                           of_roof=flops / seconds / min(peak[dtype], peak[None] * intensity))
+                first = first or row
                 row |= dict(time_ratio=seconds / first["seconds"], memory_ratio=mib / max(first["peak_mib"], 1e-9))
                 rows.append(row)
-                print(f"{work + ' ' + row['dtype'] + ' ' + impl:<34} {seconds:>8.3f} {mib:>9.0f} {row['of_roof']:>8.0%} "
-                      f"{row['time_ratio']:>6.2f}x {row['memory_ratio']:>6.2f}x", flush=True)
-    os.makedirs(args.out, exist_ok=True)
+                print(f"{name:<52} {seconds:>8.3f} {forward:>8.3f} {backward:>8.3f} {mib:>9.0f} {row['of_roof']:>8.0%} "
+                      f"{'-' if off is None else format(off, '.0e'):>7} {row['time_ratio']:>6.2f}x {row['memory_ratio']:>6.2f}x", flush=True)
     with open(os.path.join(args.out, "benchmark.json"), "w") as f:
         json.dump(dict(device=args.device, threads=torch.get_num_threads(), torch=torch.__version__, rows=rows), f, indent=1)
+    plot_roofline(rows, peak, os.path.join(args.out, "kernels.png"))
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from kernels import attention, can_compile, gemm_dtype, token_logprobs
+from kernels import attention, can_compile, gemm_dtype, token_logprobs, wide
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -78,11 +78,6 @@ class GPTConfig:
             raise UserError(f"window {self.window}: a token sees at least itself")
         if self.head_dim % 2:
             raise UserError(f"rotary positions turn pairs of channels: head_dim {self.head_dim} is odd")
-
-
-def wide(x):
-    """x in fp32, or in the wider type it has: where bf16 would round a sum."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def inverse_rms(x, eps):

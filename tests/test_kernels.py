@@ -316,6 +316,8 @@ def test_triton_attention_and_its_gradients_are_exact(tiles, tile, T, S, causal,
 def test_triton_attention_is_exact_for_every_window_around_a_tile():
     for window in range(1, 20):
         assert_triton_attention_is_exact(*attention_case(T=33, S=38), window=window)
+    for window in (35, 36, 37):     # one tile or two lie whole inside the window
+        assert_triton_attention_is_exact(*attention_case(T=64, S=69), window=window)
 
 
 @needs_triton
@@ -490,3 +492,19 @@ def test_kernels_import_and_run_without_triton(tmp_path):
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert run.stdout == "attention: triton is not installed, takes sdpa instead\n"     # once
+
+
+@pytest.mark.parametrize("work, shape, impl", [("token_logprobs", (64, 16, 500), "chunked"), ("attention", (1, 2, 32, 16), "sdpa")])
+def test_the_benchmark_measures_both_passes_and_the_error_and_draws_them(tmp_path, work, shape, impl):
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2)):
+        forward, backward, mib, error = kernels.measure(work, shape, dtype, impl, "cpu")
+        assert forward > 0 and backward > 0 and mib >= 0 and 0 < error < tolerance
+    row = dict(work=work, impl=impl, dtype="float32", intensity=100, flops=1e9, of_roof=0.5)
+    kernels.plot_roofline([row], {torch.float32: 2e9, torch.bfloat16: 4e9, None: 1e9}, tmp_path / "kernels.png")
+    assert (tmp_path / "kernels.png").stat().st_size > 10000
+    assert kernels.left_out("liger", torch.bfloat16, "cpu") == "needs a GPU"
+
+
+def test_an_unknown_peer_is_one_line_and_exit_code_2(tmp_path):
+    run = subprocess.run([sys.executable, kernels.__file__, "--against", "nobody", "--out", str(tmp_path)], capture_output=True, text=True)
+    assert run.returncode == 2 and "no peer is called nobody" in run.stderr
