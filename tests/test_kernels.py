@@ -428,6 +428,17 @@ def test_triton_logprobs_of_strided_inputs_and_unused_or_zero_gradients(monkeypa
 
 
 @needs_triton
+def test_triton_logprobs_of_a_sum_take_its_one_gradient_for_all(monkeypatch):
+    hidden, weight, targets, _ = [x.to(DEVICE) if torch.is_tensor(x) else x for x in problem(7)]
+    grads = []
+    for f, dtype in ((impl("triton"), torch.float32), (exact, torch.float64)):
+        x = hidden.to(dtype).requires_grad_()
+        logp, entropy = f(x, weight.to(dtype), targets, 1)
+        grads += torch.autograd.grad(logp.sum() + 3 * entropy.sum(), x)       # expanded, with a stride of 0
+    torch.testing.assert_close(grads[0].double(), grads[1], rtol=1e-5, atol=1e-5)
+
+
+@needs_triton
 def test_triton_logprobs_of_extreme_logits_stay_finite_and_certain(monkeypatch):
     monkeypatch.setattr(kernels, "BLOCK", 256)
     hidden, weight, targets, upstream = problem(7)
