@@ -224,8 +224,8 @@ def attention(q, k, v, causal=True, window=None, mask=None, impl="auto"):
     fits = mask is None and q.shape[-1] <= 128
     if impl == "triton" and (no_triton(q) or not fits):
         raise ValueError(f"attention, impl 'triton': {no_triton(q) or 'no masks, and no more than 128 channels a head'}")
-    if impl == "auto" and q.is_cuda and fits and T > 1 and q.dtype != torch.float32:    # one query, or fp32: nothing for tensor cores to do
-        impl = "triton" if triton_runs("attention", q, "sdpa") else "sdpa"
+    if impl == "auto" and q.is_cuda and fits and T > 1 and q.dtype != torch.float32 and not torch.compiler.is_compiling():
+        impl = "triton" if triton_runs("attention", q, "sdpa") else "sdpa"     # one query, or fp32: nothing for tensor cores to do
     if impl == "triton":
         if torch.is_autocast_enabled(q.device.type):
             q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
@@ -268,6 +268,7 @@ def visible(T, S, causal, window, device):
 # Triton: what all kernels share
 
 FAR = 2 ** 30       # "no limit": how far a query sees back (`before`) or ahead (`after`)
+FMA = dict(enable_fp_fusion=True)       # a * b + c in one instruction: Triton's default is about to change
 
 
 def no_triton(x):
@@ -461,7 +462,7 @@ class FlashAttention(torch.autograd.Function):
         q, k, v = (unit_stride(x) for x in (q, k, v))
         o, lse = torch.empty_like(q), torch.empty(B, H, T, device=q.device)                 # o laid out as q is
         ctx.shared = H, H // k.shape[1], T, S, before, after, D ** -0.5 * math.log2(math.e)
-        ctx.options = dict(size=triton.next_power_of_2(max(S, 256)), D=D, DP=max(16, triton.next_power_of_2(D)))
+        ctx.options = dict(size=triton.next_power_of_2(max(S, 256)), D=D, DP=max(16, triton.next_power_of_2(D)), **FMA)
         grid = lambda meta: (triton.cdiv(T, meta["M"]) * B * H,)
         forward_kernel[grid](q, k, v, o, lse, *(x.stride() for x in (q, k, v, o)), *ctx.shared, **ctx.options)
         ctx.save_for_backward(q, k, v, o, lse)
@@ -546,7 +547,7 @@ class FusedLogprobs(torch.autograd.Function):
         for a, b in bounds:
             z = buffer[:, :b - a]
             torch.mm(h, weight[a:b].T, out=z)
-            fold_kernel[(N,)](z, y, m, s, s1, target, z.stride(0), a, b - a, inv_t * math.log2(math.e), COLS=2048)
+            fold_kernel[(N,)](z, y, m, s, s1, target, z.stride(0), a, b - a, inv_t * math.log2(math.e), COLS=2048, **FMA)
         lse, entropy = m + s.log2(), (s.log2() - s1 / s) * math.log(2)      # in bits; in nats
         ctx.save_for_backward(h, weight, y, lse, entropy)
         ctx.inv_t = inv_t
@@ -562,7 +563,7 @@ class FusedLogprobs(torch.autograd.Function):
         for a, b in bounds:
             z = buffer[:, :b - a]
             torch.mm(h, weight[a:b].T, out=z)
-            slope_kernel[(len(h),)](z, y, lse, entropy, g_logp, g_ent, z.stride(0), a, b - a, ctx.inv_t, COLS=2048)
+            slope_kernel[(len(h),)](z, y, lse, entropy, g_logp, g_ent, z.stride(0), a, b - a, ctx.inv_t, COLS=2048, **FMA)
             add_product(dh, z, weight[a:b])
             torch.mm(z.T, h, out=dweight[a:b])
         return dh.to(h.dtype), dweight, None, None

@@ -1,4 +1,5 @@
 """kernels.py against float64: every impl of token_logprobs and of attention gives the same values and the same gradients."""
+import json
 import os
 import subprocess
 import sys
@@ -519,3 +520,43 @@ def test_the_benchmark_measures_both_passes_and_the_error_and_draws_them(tmp_pat
 def test_an_unknown_peer_is_one_line_and_exit_code_2(tmp_path):
     run = subprocess.run([sys.executable, kernels.__file__, "--against", "nobody", "--out", str(tmp_path)], capture_output=True, text=True)
     assert run.returncode == 2 and "no peer is called nobody" in run.stderr
+
+
+COMPILE = """if True:
+    import json, sys, kernels, triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    for name in sys.argv[1:]:
+        kernel, tuned, attributes, constants, signature = getattr(kernels, name), hasattr(getattr(kernels, name), "configs"), {}, {}, {}
+        config = kernel.configs[0] if tuned else triton.Config({}, num_warps=4, num_stages=3)
+        given = dict(D=128, DP=128, **config.kwargs) if tuned else dict(COLS=2048)
+        fn = kernel.fn if tuned else kernel
+        for i, p in enumerate(fn.params):
+            if p.name in given:
+                signature[p.name], constants[p.name] = "constexpr", given[p.name]
+            elif p.name.endswith("_s"):         # strides: multiples of 16, the last one 1
+                signature[p.name], constants[(i, 3)] = ("i32", "i32", "i32", "constexpr"), 1
+                attributes |= {(i, j): [["tt.divisibility", 16]] for j in range(3)}
+            elif p.name in ("H", "G", "T", "S", "before", "after", "size", "stride", "first", "width"):
+                signature[p.name] = "i32"
+            elif p.name in ("c", "scale", "inv_t"):
+                signature[p.name] = "fp32"
+            else:
+                signature[p.name] = "*bf16" if p.name in ("q", "k", "v", "o", "do", "dq", "dk", "dv", "z") else "*i64" if p.name == "y" else "*fp32"
+                attributes[i,] = [["tt.divisibility", 16]]
+        options = dict(num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True)
+        binary = triton.compile(ASTSource(fn, signature, constants, attributes), target=GPUTarget("cuda", 90, 32), options=options)
+        print(json.dumps([name, binary.metadata.shared, binary.asm["ptx"].count("wgmma.mma_async")]))"""
+
+
+@needs_triton
+def test_triton_kernels_compile_for_an_h200_use_its_tensor_cores_and_fit_its_shared_memory(tmp_path):
+    names = ["forward_kernel", "dq_kernel", "dkv_kernel", "fold_kernel", "slope_kernel"]
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(Path(kernels.__file__).parent), "TRITON_CACHE_DIR": str(tmp_path)}
+    script = tmp_path / "compile_kernels.py"
+    script.write_text(COMPILE)
+    run = subprocess.run([sys.executable, script, *names], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+    for name, shared, products in map(json.loads, run.stdout.splitlines()):
+        assert shared <= 227 * 1024, name
+        assert (products > 0) == (name in names[:3]), name

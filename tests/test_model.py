@@ -260,6 +260,15 @@ def test_decoding_on_fixed_shapes_gives_the_tokens_of_decoding_step_by_step(monk
         torch.testing.assert_close(static.logp, rollouts[0].logp, rtol=0, atol=1e-5)
 
 
+def test_decoding_on_fixed_shapes_goes_on_past_the_slots_of_a_span(monkeypatch):
+    gpt, rollouts = make(block_size=200).double(), []
+    monkeypatch.setattr(model, "SPAN", 30)
+    for where in (), ("cpu",):
+        monkeypatch.setattr(model, "STATIC_ON", where)
+        rollouts.append(generate(gpt, PROMPTS, max_new_tokens=150, generator=seeded()).tokens())
+    assert rollouts[0] == rollouts[1]
+
+
 @pytest.mark.parametrize("stop", range(4))      # 0 is also the padding, and every prompt holds some stop
 @pytest.mark.parametrize("uniforms", [None, torch.linspace(0, 0.999, 32, dtype=torch.float64)])
 @pytest.mark.parametrize("gpt, length", [(make(vocab_size=4, window=6).double(), 12), (known([0.4, 0.3, 0.2, 0.1]), 40)])
