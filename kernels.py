@@ -614,8 +614,8 @@ def error(work, dtype, impl, device):
 
 def measure(work, shape, dtype, impl, device, repeats=3):
     """Seconds of a forward and of a backward pass (medians), peak MiB over the inputs, error."""
-    cuda, times = device == "cuda", []
-    if impl == "compiled":      # compile first, in this process: inductor's own memory is not the kernel's
+    cuda = device == "cuda"
+    if impl == "compiled":      # compiles in error, in this process: inductor's own memory is not the kernel's
         torch._inductor.config.compile_threads = 1
     off = None if impl in PEERS else error(work, dtype, impl, device)
     leaves, rest, upstream = problem(work, shape, dtype, device)
@@ -626,21 +626,22 @@ def measure(work, shape, dtype, impl, device, repeats=3):
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    run(work, impl, (*leaves, *rest)) if cuda else None     # Triton tunes and compiles
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
-    start = memory()
-    for _ in range(1 + repeats):
-        for leaf in leaves:
-            leaf.grad = None
+    def step():
         started = clock()
         outputs = run(work, impl, (*leaves, *rest))
         middle = clock()
         torch.autograd.backward(outputs, [torch.ones_like(o) if impl == "liger" else g for g, o in zip(upstream, outputs)])
-        times.append((middle - started, clock() - middle))
-        if len(times) == 1:
-            peak = memory()
-    forward, backward = (sorted(t[i] for t in times[1:])[repeats // 2] for i in (0, 1))
+        ended = clock()
+        for leaf in leaves:
+            leaf.grad = None
+        return middle - started, ended - middle
+
+    if cuda:
+        step()      # Triton tunes and compiles
+        torch.cuda.reset_peak_memory_stats()
+    start, _, peak = memory(), step(), memory()
+    times = [step() for _ in range(repeats)]
+    forward, backward = (sorted(t[i] for t in times)[repeats // 2] for i in (0, 1))
     unit = 2 ** 20 if cuda or sys.platform == "darwin" else 2 ** 10     # Linux counts ru_maxrss in KiB, macOS in bytes
     return forward, backward, (peak - start) / unit, off
 

@@ -306,8 +306,9 @@ def impl_attention(name):
 @needs_triton
 @pytest.mark.parametrize("tile", [(16, 16), (32, 16), (16, 32)])
 @pytest.mark.parametrize("T, S, causal, window", [
-    (48, 48, True, None), (37, 37, True, None), (37, 50, True, None), (16, 64, True, None), (1, 1, True, None), (1, 33, True, None), (33, 49, False, None),
-    (64, 64, True, 1), (40, 72, True, 33), (72, 72, True, 40), (40, 40, True, 1000), (3, 64, True, 20), (40, 50, False, 7), (40, 40, False, 40)])
+    (48, 48, True, None), (37, 37, True, None), (37, 50, True, None), (16, 64, True, None), (1, 1, True, None), (1, 33, True, None),
+    (33, 49, False, None), (64, 64, True, 1), (40, 72, True, 33), (72, 72, True, 40), (40, 40, True, 1000), (3, 64, True, 20),
+    (40, 50, False, 7), (40, 40, False, 40)])
 def test_triton_attention_and_its_gradients_are_exact(tiles, tile, T, S, causal, window):
     tiles(*tile)
     assert_triton_attention_is_exact(*attention_case(T=T, S=S), causal=causal, window=window)
@@ -388,7 +389,8 @@ def test_triton_attention_in_half_precision_errs_no_more_than_1_5_times_the_refe
 
 
 @needs_triton
-@pytest.mark.parametrize("kwargs", [dict(mask=torch.ones(1, 1, 3, 3, dtype=torch.bool)), dict(D=130), dict(dtype=torch.float64), dict(no_triton=True)])
+@pytest.mark.parametrize("kwargs", [dict(mask=torch.ones(1, 1, 3, 3, dtype=torch.bool)), dict(D=130), dict(dtype=torch.float64),
+                                    dict(no_triton=True)])
 def test_triton_where_it_cannot_run_is_a_value_error(monkeypatch, kwargs):
     x = torch.randn(1, 1, 3, kwargs.get("D", 16), device=DEVICE).to(kwargs.get("dtype", torch.float32))
     if "no_triton" in kwargs:
@@ -443,7 +445,8 @@ def test_triton_logprobs_of_a_sum_take_its_one_gradient_for_all(monkeypatch):
 def test_triton_logprobs_of_extreme_logits_stay_finite_and_certain(monkeypatch):
     monkeypatch.setattr(kernels, "BLOCK", 256)
     hidden, weight, targets, upstream = problem(7)
-    for t in values_and_gradients(impl("triton"), 1e4 * hidden.to(DEVICE), weight.to(DEVICE), targets.to(DEVICE), 1, [x.to(DEVICE) for x in upstream]):
+    args = 1e4 * hidden.to(DEVICE), weight.to(DEVICE), targets.to(DEVICE), 1, [x.to(DEVICE) for x in upstream]
+    for t in values_and_gradients(impl("triton"), *args):
         assert t.isfinite().all()
     offset = torch.cat((hidden, torch.full((7, 1), 1e4)), 1), torch.cat((weight, torch.ones(len(weight), 1)), 1)    # every logit + 1e4: same entropy
     entropy = token_logprobs(*(x.to(DEVICE) for x in (*offset, targets)), impl="triton")[1]
@@ -484,6 +487,11 @@ def test_triton_logprobs_where_they_cannot_run_are_a_value_error(monkeypatch, wh
         token_logprobs(hidden, weight, targets, impl="triton")
 
 
+def natively(**more):
+    """The environment without the interpreter."""
+    return {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | more
+
+
 def test_kernels_import_and_run_without_triton(tmp_path):
     (tmp_path / "triton.py").write_text("raise ImportError")
     code = """if True:
@@ -500,7 +508,7 @@ def test_kernels_import_and_run_without_triton(tmp_path):
                 assert "triton is not installed" in str(e)
         for _ in range(2):
             assert not kernels.triton_runs("attention", x, "sdpa")"""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{Path(kernels.__file__).parent}"}
+    environment = natively(PYTHONPATH=f"{tmp_path}{os.pathsep}{Path(kernels.__file__).parent}")
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert run.stdout == "attention: triton is not installed, takes sdpa instead\n"     # once
@@ -552,7 +560,7 @@ COMPILE = """if True:
 @needs_triton
 def test_triton_kernels_compile_for_an_h200_use_its_tensor_cores_and_fit_its_shared_memory(tmp_path):
     names = ["forward_kernel", "dq_kernel", "dkv_kernel", "fold_kernel", "slope_kernel"]
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(Path(kernels.__file__).parent), "TRITON_CACHE_DIR": str(tmp_path)}
+    environment = natively(PYTHONPATH=str(Path(kernels.__file__).parent), TRITON_CACHE_DIR=str(tmp_path))
     script = tmp_path / "compile_kernels.py"
     script.write_text(COMPILE)
     run = subprocess.run([sys.executable, script, *names], env=environment, capture_output=True, text=True)
