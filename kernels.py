@@ -12,25 +12,63 @@
    al., arXiv 2411.09009). Price: 4 matrix products instead of 3. Walking over the vocabulary, not over the tokens, writes each
    row of the weight's gradient once, so it is never accumulated in bf16.
 
-2. `attention`: grouped-query, causal or sliding-window attention: `reference` spells the equation out; `sdpa` calls torch's kernels.
+   On a GPU (`triton`) the products stay cuBLAS's, and one Triton kernel makes a single pass over each block between them. A block of
+   logits costs 4 bytes of traffic in the forward and 10 in the backward pass, against 8 C operations per logit: at C = 4,096 that is
+   2,300 operations per byte where an H200 balances at about 200. A kernel that also multiplies, as CCE's do, would save that tenth
+   of the time and lose more to cuBLAS. (Counted, not measured: no GPU was at hand.)
 
-`python kernels.py` prints time, peak memory and the fraction of the measured matrix-product roof for every impl: about 4 minutes
-on two cores, most of it in the naive rows; `--quick` takes 20 s on a smaller problem.
+2. `attention`: grouped-query, causal or sliding-window. `reference` spells the equation out; `sdpa` calls torch's kernels; `triton` is
+   FlashAttention-2 (Dao, arXiv 2307.08691), forward and backward. With S = Q K^T / sqrt(D), P = softmax(S) and O = P V:
+
+       dV = P^T dO        dP = dO V^T        dQ = dS K / sqrt(D)        dK = dS^T Q / sqrt(D)
+       dS = P * (dP - delta),  delta_i = sum_j P_ij dP_ij = sum_j P_ij (dO_i . V_j) = dO_i . O_i
+
+   dS is softmax's own gradient, diag(p) - p p^T for each row, and delta, the one thing in it that needs a whole row, is known from O
+   alone. So with one lse per row every tile of P is 2^(S - lse), computed again wherever it is needed: forward the tile's 2 products,
+   backward 3 for dQ and 4 for dK and dV, in two kernels that each write their own rows once: 7 products instead of 5, no atomics, the
+   same sum every time. Nothing of size T^2 ever reaches memory.
+
+   Why that is fast. A tile of M queries by N keys is 4 M N D operations forward and reads 4 N D bytes of K and V (bf16): M operations per
+   byte, 128 here, and the neighbours that read the same K and V find them in the L2 cache. Spelled out, attention writes and reads its
+   scores at least twice, 8 bytes per 4 D operations: 32 per byte at D = 64, a sixth of what the GPU needs to be busy. What is left to
+   save is the softmax itself: a Hopper multiprocessor does 4,096 operations of products a cycle but 16 exponentials, so at D = 64 the one
+   exp2 of a score takes as long as its 4 D = 256 operations. Hence scale and log2(e) in one multiply-add before it, tiles that nobody
+   sees skipped, and masks only in tiles at an edge.
+
+`python kernels.py` prints forward and backward time, peak memory, the fraction of the measured roof (FLOP/s and bytes/s) and the error
+against fp64 for every impl, and draws the roofline, kernels.png: about 4 minutes on two cores, most of it in the naive rows;
+`--quick` takes 20 s on a smaller problem; `--against liger,cce,flash` adds rows of peers that are installed (GPU only).
 """
 import argparse
+import functools
+import importlib.util
 import json
+import math
 import multiprocessing
 import os
 import resource
 import shutil
 import sys
 import time
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 
+try:
+    import triton
+    import triton.language as tl
+except ImportError:     # the Triton kernels below are then defined but cannot run
+    triton, tl = None, SimpleNamespace(constexpr=bool)
+
+INTERPRET = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")     # Triton runs its kernels in numpy: slow, but needs no GPU
 BLOCK = 2 ** 24     # logits in flight at once: 64 MiB in fp32. Larger blocks are no faster, smaller ones starve the matrix product
 COMPILE_V = 16384   # vocabularies from this size on repay the 5 to 20 s that torch.compile takes on its first call
+
+
+def wide(x):
+    """x in fp32, or in the wider type it has: where bf16 would round a sum."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -40,31 +78,38 @@ def token_logprobs(hidden, weight, targets, temperature=1.0, impl="auto"):
     """Log-probability of each target, and entropy of the distribution it comes from, both in nats.
 
     hidden (..., C), weight (V, C), targets (...) int64 in [0, V) -> logp (...), entropy (...), both fp32. Differentiable in hidden and
-    weight with any per-token upstream gradient. `impl`: reference | chunked | compiled | auto (the fastest that runs here).
-    Raises ValueError for an unknown impl or a temperature that is not positive.
+    weight with any per-token upstream gradient. `impl`: reference | chunked | compiled | triton | auto (the fastest that runs here).
+    Raises ValueError for an unknown impl, for triton where it cannot run, and for a temperature that is not positive.
     """
     if not temperature > 0:
         raise ValueError(f"temperature must be positive to score tokens, got {temperature}")
     shape, V = targets.shape, weight.shape[0]
     h, y = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)    # (N, C), (N,)
     if impl == "auto":      # one block would hold all the logits anyway: then plain autograd, with no second matrix product
-        impl = "reference" if y.numel() * V <= BLOCK else "compiled" if V >= COMPILE_V and can_compile(h.device.type) else "chunked"
+        impl = ("reference" if y.numel() * V <= BLOCK else "triton" if h.is_cuda and triton_runs("token_logprobs", h, "compiled or chunked")
+                else "compiled" if V >= COMPILE_V and can_compile(h.device.type) else "chunked")
+    if impl == "triton" and no_triton(h):
+        raise ValueError(f"token_logprobs, impl 'triton': {no_triton(h)}")
     if impl == "reference":
         logp, entropy = reference_logprobs(h, weight, y, temperature)
-    elif impl in ("chunked", "compiled"):
+    elif impl in ("chunked", "compiled", "triton"):
         if torch.is_autocast_enabled(h.device.type):    # round to its dtype here; inside, the blocks choose their own
             dtype = torch.get_autocast_dtype(h.device.type)
             h, weight = h.to(dtype), weight.to(dtype)
         with torch.autocast(h.device.type, enabled=False):
-            logp, entropy = ChunkedLogprobs.apply(h, weight, y, 1.0 / temperature, impl == "compiled")
+            if impl == "triton":
+                with torch.cuda.device_of(h):
+                    logp, entropy = FusedLogprobs.apply(h, weight, y, 1.0 / temperature)
+            else:
+                logp, entropy = ChunkedLogprobs.apply(h, weight, y, 1.0 / temperature, impl == "compiled")
     else:
-        raise ValueError(f"unknown impl {impl!r}: reference, chunked, compiled or auto")
+        raise ValueError(f"unknown impl {impl!r}: reference, chunked, compiled, triton or auto")
     return logp.view(shape), entropy.view(shape)
 
 
 def reference_logprobs(h, weight, y, temperature):
     """The oracle: what the other impls must equal. Holds every logit, several times over."""
-    z = F.linear(h, weight).float() / temperature       # (N, V)
+    z = wide(F.linear(h, weight)) / temperature         # (N, V)
     logp = z.log_softmax(-1)                            # (N, V)
     entropy = -(logp.exp() * logp).sum(-1)              # (N,)
     return logp.gather(-1, y[:, None]).squeeze(-1), entropy
@@ -134,9 +179,19 @@ class ChunkedLogprobs(torch.autograd.Function):
             dz = slope(F.linear(x, w), ctx.inv_t, lse, entropy, g_logp, g_ent)      # (N, b - a)
             onehot = torch.where((y >= a) & (y < b), g_logp * ctx.inv_t, 0)         # (1 - p) g cancels: add in fp32, then round
             dz = dz.scatter_add_(1, (y - a).clamp(0, b - a - 1)[:, None], onehot[:, None]).to(x.dtype)
-            dh += dz @ w
+            add_product(dh, dz, w)
             torch.mm(dz.T, x, out=dweight[a:b]) if x.dtype == weight.dtype else dweight[a:b].copy_(dz.T @ x)
         return dh.to(h.dtype), dweight, None, None, None
+
+
+def add_product(c, a, b):
+    """c += a b, c in fp32. On a GPU the product of half-precision matrices goes straight into the sum: no rounding, no buffer."""
+    if c.dtype == a.dtype:
+        c.addmm_(a, b)
+    elif c.is_cuda:
+        torch.addmm(c, a, b, out_dtype=c.dtype, out=c)
+    else:
+        c += a @ b
 
 
 _compiled = {}
@@ -161,10 +216,21 @@ def attention(q, k, v, causal=True, window=None, mask=None, impl="auto"):
 
     q (B, H, T, D), k and v (B, Hkv, S, D) -> (B, H, T, D). The T queries are the last T of the S positions. `causal`: a query
     sees no later key; `window`: of those, only the last `window` (its own included). `mask` (B or 1, 1, T, S) bool, True = sees,
-    replaces both (a ragged cache knows better). `impl`: reference | sdpa | auto. Raises ValueError for an unknown impl.
+    replaces both (a ragged cache knows better). `impl`: reference | sdpa (torch's kernels) | triton (FlashAttention-2, see above) |
+    auto (triton on a GPU in bf16 and fp16, else sdpa). Raises ValueError for an unknown impl, and for triton where it cannot run.
     """
     T, S = q.shape[2], k.shape[2]
     assert q.shape[1] % k.shape[1] == 0, f"{q.shape[1]} query heads over {k.shape[1]} key heads"
+    fits = mask is None and q.shape[-1] <= 128
+    if impl == "triton" and (no_triton(q) or not fits):
+        raise ValueError(f"attention, impl 'triton': {no_triton(q) or 'no masks, and no more than 128 channels a head'}")
+    if impl == "auto" and q.is_cuda and fits and T > 1 and q.dtype != torch.float32 and not torch.compiler.is_compiling():
+        impl = "triton" if triton_runs("attention", q, "sdpa") else "sdpa"     # one query, or fp32: nothing for tensor cores to do
+    if impl == "triton":
+        if torch.is_autocast_enabled(q.device.type):
+            q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
+        with torch.cuda.device_of(q):
+            return FlashAttention.apply(q, k, v, FAR if window is None else window - 1, 0 if causal else FAR)
     if impl in ("sdpa", "auto") and mask is None and causal and window is not None and T == S >= 4 * max(window, 32):
         return banded(q, k, v, window, max(window, 32))
     if mask is None and window is not None and window < S:
@@ -173,10 +239,10 @@ def attention(q, k, v, causal=True, window=None, mask=None, impl="auto"):
         if mask is None:
             mask = visible(T, S, causal, None, q.device)
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-        scores = (q @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5                    # (B, H, T, S)
+        scores = wide(q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5                        # (B, H, T, S)
         return scores.masked_fill(~mask, -torch.inf).softmax(-1).to(v.dtype) @ v
     if impl not in ("sdpa", "auto"):
-        raise ValueError(f"unknown impl {impl!r}: reference, sdpa or auto")
+        raise ValueError(f"unknown impl {impl!r}: reference, sdpa, triton or auto")
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and not torch.cpu._is_amx_tile_supported():   # without tiles fp32 is twice as fast
         with torch.autocast("cpu", enabled=False):
             return attention(q.float(), k.float(), v.float(), causal, None, mask, impl).to(q.dtype)
@@ -214,94 +280,487 @@ def visible(T, S, causal, window, device):
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
-# python kernels.py: the benchmark. Every row runs in a process of its own, so that its peak memory is its own.
+# Triton: what all kernels share
 
-def measure(work, shape, dtype, impl, device, repeats=3):
-    """Seconds (median) and peak MiB over the inputs, of one forward and backward pass."""
+FAR = 2 ** 30       # "no limit": how far a query sees back (`before`) or ahead (`after`)
+FMA = dict(enable_fp_fusion=True)       # a * b + c in one instruction: Triton's default is about to change
+
+
+def no_triton(x):
+    """Why the Triton kernels cannot run on tensors like x; None if they can."""
+    if triton is None:
+        return "triton is not installed"
+    if x.device.type != "cuda" and not INTERPRET:
+        return f"needs a GPU, not {x.device.type} (or TRITON_INTERPRET=1 in the environment, for tests)"
+    if x.device.type == "cuda" and torch.version.cuda and torch.cuda.get_device_capability(x.device) < (8, 0):
+        return "needs a GPU of compute capability 8.0 or later"
+    return None if x.dtype in (torch.float32, torch.bfloat16, torch.float16) else f"no kernel for {x.dtype}"
+
+
+say_once = functools.cache(print)
+
+
+def triton_runs(what, x, instead):
+    if triton is None:
+        say_once(f"{what}: triton is not installed, takes {instead} instead")
+    return no_triton(x) is None
+
+
+def jit(**options):
+    """triton.jit, where there is Triton; inside, only constants, and functions that are jit themselves."""
+    return triton.jit(**options) if triton else lambda f: f
+
+
+def autotuned(*tiles):
+    """Times a kernel at each (M, N, warps, stages) on the first call of its dtype, head size and power of two of lengths; keeps the fastest.
+
+    The tiles with N = 32 are fp32's: it does without tensor cores and needs four times the registers. The interpreter has one of its own."""
+    def by_dtype(configs, args, **_):
+        return [c for c in configs if INTERPRET or (c.kwargs["N"] == 32) == (args["q"].dtype == torch.float32)]
+
+    if triton is None:
+        return lambda f: f
+    configs = [triton.Config(dict(M=M, N=N), w, n) for M, N, w, n in (((16, 16, 1, 1),) if INTERPRET else tiles)]
+    return triton.autotune(configs, key=["size", "D"], prune_configs_by=dict(early_config_prune=by_dtype))
+
+
+@jit()
+def dot(a, b, c):
+    """c + a b, summed in fp32. "ieee": fp32 stays fp32, not tf32. The interpreter would multiply the bit patterns of bf16, hence the cast."""
+    if INTERPRET:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, c, input_precision="ieee")
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# attention in Triton. A program owns one tile of rows, walks over the tiles that its rows can see, and writes its result once.
+
+@jit()
+def head(x, strides, b, h):
+    """Row b, head h of a (B, H, n, D) tensor: the (n, D) matrix as a pointer and the stride of its rows."""
+    return x + b.to(tl.int64) * strides[0] + h.to(tl.int64) * strides[1], strides[2]
+
+
+@jit()
+def tile_of(matrix, start, R: tl.constexpr, DP: tl.constexpr):
+    """Pointers to rows [start, start + R), (R, DP). 64 bits for the tile's start, 32 inside it: registers are what these kernels run out of."""
+    x, stride = matrix
+    return x + start * tl.cast(stride, tl.int64) + (tl.arange(0, R)[:, None] * stride + tl.arange(0, DP)[None, :])
+
+
+@jit()
+def inside(start, n, R: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):
+    return (start + tl.arange(0, R)[:, None] < n) & (tl.arange(0, DP)[None, :] < D)
+
+
+@jit()
+def load_tile(matrix, start, n, R: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, EDGE: tl.constexpr):
+    """Zeros past D and, at an edge, past row n."""
+    if EDGE or DP > D:
+        return tl.load(tile_of(matrix, start, R, DP), mask=inside(start, n, R, D, DP), other=0.0)
+    else:
+        return tl.load(tile_of(matrix, start, R, DP))
+
+
+@jit()
+def store_tile(matrix, start, n, tile, R: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):
+    tl.store(tile_of(matrix, start, R, DP), tile.to(matrix[0].dtype.element_ty), mask=inside(start, n, R, D, DP))
+
+
+@jit()
+def spans(first, last, before, after, n, TILE: tl.constexpr):
+    """Positions first..last each see from `before` back to `after` ahead, within [0, n) -> lo, a, b, hi: something is seen in [lo, hi)
+    only, and everything by everybody in [a, b), whole tiles. So [lo, a) and [b, hi) need a mask, the bulk between them does not."""
+    lo = tl.maximum(first - before, 0) // TILE * TILE
+    hi = tl.maximum(tl.minimum(last + after + 1, n), lo)
+    a = tl.minimum(tl.cdiv(tl.maximum(last - before, 0), TILE) * TILE, hi)
+    b = tl.maximum(tl.maximum(tl.minimum(first + after + 1, n), 0) // TILE * TILE, a)
+    return lo, a, b, hi
+
+
+@jit()
+def hide(s, query, key, before, after, S):
+    """Scores of pairs that must not meet become -1e30. Finite: a row that sees nothing in its first tile then gets exp2(0) = 1 there, which
+    its first true score rescales by 0; with -inf it would get nan."""
+    return tl.where((query - key <= before) & (key - query <= after) & (key < S), s, -1e30)
+
+
+@autotuned((128, 128, 8, 2), (128, 64, 8, 3), (128, 64, 4, 3), (64, 64, 4, 3), (32, 32, 8, 2))
+@jit(do_not_specialize=["T", "S", "before", "after", "size"])
+def forward_kernel(q, k, v, o, lse, q_s, k_s, v_s, o_s, H, G, T, S, before, after, c, size,
+                   D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
+    """o (B, H, T, D) and lse (B, H, T), the log2-sum-exp2 of a row's scores, for a tile of M queries. c = log2(e) / sqrt(D)."""
+    tiles, pid = tl.cdiv(T, M), tl.program_id(0)
+    start, b, h = (tiles - 1 - pid % tiles) * M, pid // tiles // H, pid // tiles % H        # the longest rows first
+    rows, first = start + tl.arange(0, M), start + S - T                                    # in q; the first one's position
+    lo, full, edge, hi = spans(first, tl.minimum(first + M, S) - 1, before, after, S, N)
+    q, k, v = load_tile(head(q, q_s, b, h), start, T, M, D, DP, True), head(k, k_s, b, h // G), head(v, v_s, b, h // G)
+    acc, m, l = tl.zeros((M, DP), tl.float32), tl.full((M,), -float("inf"), tl.float32), tl.zeros((M,), tl.float32)
+    for EDGE in tl.static_range(2):         # unrolled: first the whole tiles, then those that need a mask
+        for i in range(lo if EDGE else full, hi - (edge - full) if EDGE else edge, N):
+            j = i + tl.where(i >= full, edge - full, 0) if EDGE else i
+            s = dot(q, tl.trans(load_tile(k, j, S, N, D, DP, EDGE)), None)                  # (M, N)
+            if EDGE:
+                s = hide(s, (rows + S - T)[:, None], (j + tl.arange(0, N))[None, :], before, after, S)
+            m_new = tl.maximum(m, tl.max(s, 1) * c)
+            p = tl.exp2(s * c - m_new[:, None])         # one multiply-add and one exp2 per score
+            rescale = tl.exp2(m - m_new)
+            l = l * rescale + tl.sum(p, 1)
+            acc = dot(p.to(q.dtype), load_tile(v, j, S, N, D, DP, EDGE), acc * rescale[:, None])
+            m = m_new
+    store_tile(head(o, o_s, b, h), start, T, acc / l[:, None], M, D, DP)
+    tl.store(lse + (b * H + h).to(tl.int64) * T + rows, m + tl.log2(l), mask=rows < T)
+
+
+@autotuned((128, 64, 8, 2), (64, 64, 4, 3), (64, 64, 4, 2), (32, 32, 8, 2))
+@jit(do_not_specialize=["T", "S", "before", "after", "size"])
+def dq_kernel(q, k, v, o, do, lse, delta, dq, q_s, k_s, v_s, o_s, do_s, dq_s, H, G, T, S, before, after, c, scale, size,
+              D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
+    """dq of a tile of M queries; leaves delta = rowsum(do * o), (B, H, T), for the next kernel."""
+    tiles, pid = tl.cdiv(T, M), tl.program_id(0)
+    start, b, h = (tiles - 1 - pid % tiles) * M, pid // tiles // H, pid // tiles % H
+    rows, first = start + tl.arange(0, M), start + S - T
+    lo, full, edge, hi = spans(first, tl.minimum(first + M, S) - 1, before, after, S, N)
+    q, k, v = load_tile(head(q, q_s, b, h), start, T, M, D, DP, True), head(k, k_s, b, h // G), head(v, v_s, b, h // G)
+    o, do = load_tile(head(o, o_s, b, h), start, T, M, D, DP, True), load_tile(head(do, do_s, b, h), start, T, M, D, DP, True)
+    sums, at = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1), (b * H + h).to(tl.int64) * T + rows
+    tl.store(delta + at, sums, mask=rows < T)
+    lse, acc = tl.load(lse + at, mask=rows < T, other=0.0), tl.zeros((M, DP), tl.float32)
+    for EDGE in tl.static_range(2):
+        for i in range(lo if EDGE else full, hi - (edge - full) if EDGE else edge, N):
+            j = i + tl.where(i >= full, edge - full, 0) if EDGE else i
+            k_tile = load_tile(k, j, S, N, D, DP, EDGE)                                     # (N, DP)
+            s = dot(q, tl.trans(k_tile), None)                                              # (M, N)
+            if EDGE:
+                s = hide(s, (rows + S - T)[:, None], (j + tl.arange(0, N))[None, :], before, after, S)
+            p = tl.exp2(s * c - lse[:, None])
+            dp = dot(do, tl.trans(load_tile(v, j, S, N, D, DP, EDGE)), None)
+            acc = dot((p * (dp - sums[:, None])).to(q.dtype), k_tile, acc)
+    store_tile(head(dq, dq_s, b, h), start, T, acc * scale, M, D, DP)
+
+
+@autotuned((64, 128, 8, 2), (32, 128, 8, 3), (64, 64, 4, 2), (32, 64, 4, 2), (32, 32, 8, 1))
+@jit(do_not_specialize=["T", "S", "before", "after", "size"])
+def dkv_kernel(q, k, v, do, lse, delta, dk, dv, q_s, k_s, v_s, do_s, dk_s, dv_s, H, G, T, S, before, after, c, scale, size,
+               D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
+    """dk and dv of a tile of N keys: a sum over the queries that see them, in the G heads of their group."""
+    tiles, pid = tl.cdiv(S, N), tl.program_id(0)
+    start, b, h = pid % tiles * N, pid // tiles // (H // G), pid // tiles % (H // G)
+    keys, first = start + tl.arange(0, N), start + T - S                                    # in k; the row of q at the first one's position
+    lo, full, edge, hi = spans(first, tl.minimum(first + N, T) - 1, after, before, T, M)    # keys look the other way
+    k, v = load_tile(head(k, k_s, b, h), start, S, N, D, DP, True), load_tile(head(v, v_s, b, h), start, S, N, D, DP, True)
+    dk_acc, dv_acc = tl.zeros((N, DP), tl.float32), tl.zeros((N, DP), tl.float32)
+    for g in range(G):
+        q_g, do_g, at = head(q, q_s, b, h * G + g), head(do, do_s, b, h * G + g), (b * H + h * G + g).to(tl.int64) * T
+        for EDGE in tl.static_range(2):
+            for i in range(lo if EDGE else full, hi - (edge - full) if EDGE else edge, M):
+                j = i + tl.where(i >= full, edge - full, 0) if EDGE else i
+                rows = j + tl.arange(0, M)
+                q_tile, do_tile = load_tile(q_g, j, T, M, D, DP, EDGE), load_tile(do_g, j, T, M, D, DP, EDGE)     # zeros past T add nothing
+                s = dot(k, tl.trans(q_tile), None)      # (N, M), transposed: then p^T and ds^T are left factors, straight from registers
+                if EDGE:
+                    s = hide(s, (rows + S - T)[None, :], keys[:, None], before, after, S)
+                p = tl.exp2(s * c - tl.load(lse + at + rows, mask=rows < T, other=0.0)[None, :])
+                dv_acc = dot(p.to(q_tile.dtype), do_tile, dv_acc)
+                dp = dot(v, tl.trans(do_tile), None)
+                ds = p * (dp - tl.load(delta + at + rows, mask=rows < T, other=0.0)[None, :])
+                dk_acc = dot(ds.to(q_tile.dtype), q_tile, dk_acc)
+    store_tile(head(dk, dk_s, b, h), start, S, dk_acc * scale, N, D, DP)
+    store_tile(head(dv, dv_s, b, h), start, S, dv_acc, N, D, DP)
+
+
+class FlashAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, before, after):
+        (B, H, T, D), S = q.shape, k.shape[2]
+        assert T <= S, f"{T} queries cannot be the last of {S} positions"
+        q, k, v = (unit_stride(x) for x in (q, k, v))
+        o, lse = torch.empty_like(q), torch.empty(B, H, T, device=q.device)                 # o laid out as q is
+        ctx.shared = H, H // k.shape[1], T, S, before, after, D ** -0.5 * math.log2(math.e)
+        ctx.options = dict(size=triton.next_power_of_2(max(S, 256)), D=D, DP=max(16, triton.next_power_of_2(D)), **FMA)
+        grid = lambda meta: (triton.cdiv(T, meta["M"]) * B * H,)
+        forward_kernel[grid](q, k, v, o, lse, *(x.stride() for x in (q, k, v, o)), *ctx.shared, **ctx.options)
+        ctx.save_for_backward(q, k, v, o, lse)
+        return o
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, do):
+        q, k, v, o, lse = ctx.saved_tensors
+        (B, H, T, D), (_, K, S, _), do = q.shape, k.shape, unit_stride(do)
+        dq, dk, dv, delta = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), torch.empty_like(lse)
+        strides = lambda *tensors: [x.stride() for x in tensors]
+        grid = lambda meta: (triton.cdiv(T, meta["M"]) * B * H,)
+        dq_kernel[grid](q, k, v, o, do, lse, delta, dq, *strides(q, k, v, o, do, dq), *ctx.shared, D ** -0.5, **ctx.options)
+        grid = lambda meta: (triton.cdiv(S, meta["N"]) * B * K,)
+        dkv_kernel[grid](q, k, v, do, lse, delta, dk, dv, *strides(q, k, v, do, dk, dv), *ctx.shared, D ** -0.5, **ctx.options)
+        return dq, dk, dv, None, None
+
+
+def unit_stride(x):
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# token_logprobs in Triton: between the matrix products, one pass over a block of logits. A program owns one row of the block.
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@jit()
+def fold_kernel(z, y, m, s, s1, target, stride, first, width, c, COLS: tl.constexpr):
+    """Fold raw logits z (N, width), the vocabulary's [first, first + width), into each row's running max m of x = c z, sum s of 2^(x-m) and
+    sum s1 of (x-m) 2^(x-m). With c = log2(e) / temperature, x is the logit in bits. s1 is relative to m: large logits cancel nothing."""
+    row = tl.program_id(0).to(tl.int64)
+    z += row * stride
+    m_old, s_old, s1_old = tl.load(m + row), tl.load(s + row), tl.load(s1 + row)
+    for start in range(0, width, COLS):
+        cols = start + tl.arange(0, COLS)
+        x = tl.where(cols < width, tl.load(z + cols, mask=cols < width, other=0.0).to(tl.float32) * c, -1e30)
+        m_new = tl.maximum(m_old, tl.max(x, 0))
+        e, rescale = tl.exp2(x - m_new), tl.exp2(m_old - m_new)
+        s1_old = rescale * (s1_old + (m_old - m_new) * s_old) + tl.sum(e * (x - m_new), 0)
+        s_old, m_old = rescale * s_old + tl.sum(e, 0), m_new
+    tl.store(m + row, m_old)
+    tl.store(s + row, s_old)
+    tl.store(s1 + row, s1_old)
+    col = tl.load(y + row) - first
+    here = (col >= 0) & (col < width)
+    tl.store(target + row, tl.load(z + col, mask=here, other=0.0).to(tl.float32) * c, mask=here)
+
+
+@jit()
+def slope_kernel(z, y, lse, entropy, g_logp, g_ent, stride, first, width, inv_t, COLS: tl.constexpr):
+    """Overwrite raw logits z (N, width) by dLoss/dz = (g_logp (onehot - p) - g_ent p (log p + H)) / temperature. lse in bits, the rest in nats."""
+    row = tl.program_id(0).to(tl.int64)
+    z += row * stride
+    lse_row, entropy_row, g, g_h = tl.load(lse + row), tl.load(entropy + row), tl.load(g_logp + row), tl.load(g_ent + row)
+    col = tl.load(y + row) - first
+    for start in range(0, width, COLS):
+        cols = start + tl.arange(0, COLS)
+        logp = tl.load(z + cols, mask=cols < width, other=0.0).to(tl.float32) * (inv_t * LOG2_E) - lse_row     # in bits
+        dz = tl.where(cols == col, g, 0.0) - tl.exp2(logp) * (g + g_h * (logp / LOG2_E + entropy_row))
+        tl.store(z + cols, (dz * inv_t).to(z.dtype.element_ty), mask=cols < width)
+
+
+class FusedLogprobs(torch.autograd.Function):
+    """ChunkedLogprobs on a GPU: the same four products, by cuBLAS, and one kernel instead of a dozen operations between them."""
+
+    @staticmethod
+    def blocks(h, V):
+        """A buffer for a block of logits and the block's bounds. As wide as h at least: then dh is not re-read more often than its products
+        take; at most 128 MiB in bf16, or h's own size; rows of 256 bytes, which tensor cores want."""
+        N, C = h.shape
+        width = min(-(-max(4 * BLOCK // max(N, 1), C) // 128) * 128, -(-V // 8) * 8)
+        return h.new_empty(N, width), [(a, min(a + width, V)) for a in range(0, V, width)]
+
+    @staticmethod
+    def forward(ctx, h, weight, y, inv_t):
+        (N, C), V = h.shape, weight.shape[0]
+        m, (s, s1, target) = torch.full((N,), -1e30, device=h.device), torch.zeros(3, N, device=h.device)
+        buffer, bounds = FusedLogprobs.blocks(h, V)
+        for a, b in bounds:
+            z = buffer[:, :b - a]
+            torch.mm(h, weight[a:b].T, out=z)
+            fold_kernel[(N,)](z, y, m, s, s1, target, z.stride(0), a, b - a, inv_t * math.log2(math.e), COLS=2048, **FMA)
+        lse, entropy = m + s.log2(), (s.log2() - s1 / s) * math.log(2)      # in bits; in nats
+        ctx.save_for_backward(h, weight, y, lse, entropy)
+        ctx.inv_t = inv_t
+        return (target - lse) * math.log(2), entropy
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g_logp, g_ent):
+        h, weight, y, lse, entropy = ctx.saved_tensors
+        dh, dweight = torch.zeros(h.shape, dtype=torch.float32, device=h.device), torch.empty_like(weight)
+        buffer, bounds = FusedLogprobs.blocks(h, weight.shape[0])
+        g_logp, g_ent = g_logp.contiguous(), g_ent.contiguous()
+        for a, b in bounds:
+            z = buffer[:, :b - a]
+            torch.mm(h, weight[a:b].T, out=z)
+            slope_kernel[(len(h),)](z, y, lse, entropy, g_logp, g_ent, z.stride(0), a, b - a, ctx.inv_t, COLS=2048, **FMA)
+            add_product(dh, z, weight[a:b])
+            torch.mm(z.T, h, out=dweight[a:b])
+        return dh.to(h.dtype), dweight, None, None
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# python kernels.py: the benchmark
+
+PEERS = {"liger": ("liger_kernel", "token_logprobs"), "cce": ("cut_cross_entropy", "token_logprobs"), "flash": ("flash_attn", "attention")}
+MARKERS = dict(reference="x", chunked="s", compiled="D", sdpa="^", triton="*", liger="<", cce=">", flash="v")
+
+
+def problem(work, shape, dtype, device):
+    """The leaves, the rest of the arguments, and an upstream gradient for each output. shape (N, C, V) or (B, H, T, D)."""
     torch.manual_seed(0)
     if work == "token_logprobs":
         N, C, V = shape
         leaves = [torch.randn(n, C, dtype=dtype, device=device).mul_(0.5).requires_grad_() for n in (N, V)]
-        y, g = torch.randint(V, (N,), device=device), torch.randn(N, device=device)
+        g = torch.randn(N, device=device)
+        return leaves, [torch.randint(V, (N,), device=device)], [g, 0.01 * g]
+    *leaves, g = (torch.randn(shape, dtype=dtype, device=device, requires_grad=i < 3) for i in range(4))
+    return leaves, [], [g]
 
-        def step():
-            logp, entropy = token_logprobs(*leaves, y, impl=impl)
-            torch.autograd.backward((logp, entropy), (g, 0.01 * g))
-    else:
-        B, H, T, D = shape
-        leaves = [torch.randn(B, H, T, D, dtype=dtype, device=device, requires_grad=True) for _ in range(3)]
-        g = torch.randn(B, H, T, D, dtype=dtype, device=device)
 
-        def step():
-            attention(*leaves, impl=impl).backward(g)
+def run(work, impl, args):
+    """The outputs of an impl or a peer, a tuple. Liger gives the sum of -logp only, CCE no entropy."""
+    if impl == "liger":
+        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+        return LigerFusedLinearCrossEntropyLoss(reduction="sum")(args[1], args[0], args[2]),
+    if impl == "cce":
+        from cut_cross_entropy import linear_cross_entropy
+        return -linear_cross_entropy(*args, reduction="none"),
+    if impl == "flash":
+        from flash_attn import flash_attn_func
+        return flash_attn_func(*(x.transpose(1, 2) for x in args), causal=True).transpose(1, 2),
+    return token_logprobs(*args, impl=impl) if work == "token_logprobs" else (attention(*args, impl=impl),)
 
-    cuda, times = device == "cuda", []
-    if impl == "compiled":      # compile first, in this process: inductor's own memory is not the kernel's
+
+def error(work, dtype, impl, device):
+    """Largest error of an output or gradient on a small problem, relative to the same in fp64, in norm."""
+    leaves, rest, upstream = problem(work, (64, 64, 1000) if work == "token_logprobs" else (1, 2, 128, 64), dtype, device)
+    results = []
+    for name, x in ((impl, leaves), ("reference", [leaf.detach().double().requires_grad_() for leaf in leaves])):
+        outputs = run(work, name, (*x, *rest))
+        results.append([*outputs, *torch.autograd.grad(outputs, x, [g.to(o.dtype) for g, o in zip(upstream, outputs)])])
+    return max(((a.double() - b).norm() / b.norm()).item() for a, b in zip(*results))
+
+
+def measure(work, shape, dtype, impl, device, repeats=3):
+    """Seconds of a forward and of a backward pass (medians), peak MiB over the inputs, error."""
+    cuda = device == "cuda"
+    if impl == "compiled":      # compiles in error, in this process: inductor's own memory is not the kernel's
         torch._inductor.config.compile_threads = 1
-        small = [torch.randn(n, C, dtype=dtype, device=device, requires_grad=True) for n in (64, 300)]
-        token_logprobs(*small, y[:64] % 300, impl=impl)[0].sum().backward()
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
-    start = torch.cuda.memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for _ in range(1 + repeats):
-        for leaf in leaves:
-            leaf.grad = None
-        started = time.perf_counter()
-        step()
+    off = None if impl in PEERS else error(work, dtype, impl, device)
+    leaves, rest, upstream = problem(work, shape, dtype, device)
+    memory = torch.cuda.max_memory_allocated if cuda else lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+    def clock():
         if cuda:
             torch.cuda.synchronize()
-        times.append(time.perf_counter() - started)
-        if len(times) == 1:
-            peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return time.perf_counter()
+
+    def step():
+        started = clock()
+        outputs = run(work, impl, (*leaves, *rest))
+        middle = clock()
+        torch.autograd.backward(outputs, [torch.ones_like(o) if impl == "liger" else g for g, o in zip(upstream, outputs)])
+        ended = clock()
+        for leaf in leaves:
+            leaf.grad = None
+        return middle - started, ended - middle
+
+    if cuda:
+        step()      # Triton tunes and compiles
+        torch.cuda.reset_peak_memory_stats()
+    start, _, peak = memory(), step(), memory()
+    times = [step() for _ in range(repeats)]
+    forward, backward = (sorted(t[i] for t in times)[repeats // 2] for i in (0, 1))
     unit = 2 ** 20 if cuda or sys.platform == "darwin" else 2 ** 10     # Linux counts ru_maxrss in KiB, macOS in bytes
-    return sorted(times[1:])[repeats // 2], (peak - start) / unit
+    return forward, backward, (peak - start) / unit, off
 
 
 def roof(device):
-    """The fastest matrix product of this machine at each dtype, in FLOP/s; where bf16 is emulated, fp32's counts for both."""
+    """What this machine can do: the fastest matrix product of each dtype in FLOP/s (where bf16 is emulated, fp32's counts), a copy in bytes/s."""
     best, n = {}, 8192 if device == "cuda" else 2048
-    for dtype in (torch.float32, torch.bfloat16):
-        a, times = torch.randn(n, n, dtype=dtype, device=device), []
+    for dtype in (torch.float32, torch.bfloat16, None):
+        a, times = torch.randn(n, n if dtype else 16 * n, dtype=dtype, device=device), []
+        b = torch.empty_like(a)
         for _ in range(6):
             started = time.perf_counter()
-            (a @ a)[0, 0].item()        # waits for a GPU
+            (torch.mm(a, a, out=b) if dtype else b.copy_(a)).flatten()[0].item()        # waits for a GPU
             times.append(time.perf_counter() - started)
-        best[dtype] = 2 * n ** 3 / min(times)
-    best[torch.bfloat16] = max(best.values())
+        best[dtype] = (2 * n ** 3 if dtype else 2 * a.nbytes) / min(times)
+    best[torch.bfloat16] = max(best[torch.float32], best[torch.bfloat16])
     return best
+
+
+def plot_roofline(rows, peak, path):
+    """Useful operations per byte that any impl must move, against operations per second: the distance to the line is what an impl wastes."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    fig, ax = plt.subplots(figsize=(7.5, 5), layout="constrained")
+    x, labels = torch.logspace(0, 5, 200).tolist(), {}
+    for dtype, color in ((torch.float32, "tab:blue"), (torch.bfloat16, "tab:orange")):
+        name = str(dtype)[6:]
+        labels[f"roof, {name}"], = ax.plot(x, [min(peak[dtype], peak[None] * i) for i in x], color=color)
+        for row in (r for r in rows if r["dtype"] == name):
+            fill = color if row["work"] == "attention" else "none"
+            labels[f"{row['impl']}, {row['work']}"], = ax.plot(row["intensity"], row["flops"], MARKERS[row["impl"]], color=color, mfc=fill)
+    best = max(rows, key=lambda r: r["of_roof"])
+    ax.set(xscale="log", yscale="log", xlabel="operations per byte that must be moved (FLOP/byte)", ylabel="achieved (FLOP/s)",
+           title=f"Closest to the roof: {best['work']}, {best['impl']}, {best['dtype']}, {best['of_roof']:.0%}")
+    ax.legend(labels.values(), labels, fontsize=8)
+    fig.savefig(path, dpi=110)
+
+
+def left_out(impl, dtype, device):
+    """Why this machine cannot run this row, or None."""
+    if impl == "compiled":
+        return None if can_compile(device) else "no C++ compiler found"
+    if impl == "triton":
+        return no_triton(torch.empty(0, device=device))
+    if impl in PEERS:
+        found = importlib.util.find_spec(PEERS[impl][0])
+        return "needs a GPU" if device != "cuda" else "not installed" if not found else "bf16 only" if dtype == torch.float32 else None
+
+
+def apart(f, *args):
+    """f(*args) in a process of its own, so that its peak memory is its own."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(f, args)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--quick", action="store_true", help="small shapes, 20 s")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--out", default="out/kernels", help="folder for benchmark.json")
+    parser.add_argument("--against", default="", help="peers to add, with commas: " + ", ".join(PEERS))
+    parser.add_argument("--out", default="out/kernels", help="folder for benchmark.json and kernels.png")
     args = parser.parse_args()
-    peak = roof(args.device)
+    peers, cuda = [p for p in args.against.split(",") if p], args.device == "cuda"
+    if unknown := set(peers) - set(PEERS):
+        parser.error(f"--against: no peer is called {', '.join(sorted(unknown))}")
+    os.makedirs(args.out, exist_ok=True)
+    peak, rows = apart(roof, args.device), []
     print(f"{args.device}, {torch.get_num_threads()} threads, torch {torch.__version__}; matrix products reach "
-          + ", ".join(f"{v / 1e9:.0f} GFLOP/s in {str(k)[6:]}" for k, v in peak.items()))
-    print(f"\n{'':<34} {'seconds':>8} {'peak MiB':>9} {'of roof':>8} {'time':>7} {'memory':>7}   (ratios to reference)")
-    jobs = [("token_logprobs", (512, 256, 8192) if args.quick else (4096, 768, 50257), ("reference", "chunked", "compiled")),
-            ("attention", (1, 4, 256, 64) if args.quick else (4, 12, 1024, 64), ("reference", "sdpa"))]
-    rows = []
+          + ", ".join(f"{v / 1e9:.0f} GFLOP/s in {str(k)[6:]}" for k, v in peak.items() if k) + f"; a copy moves {peak[None] / 1e9:.0f} GB/s")
+    print(f"\n{'':<52} {'seconds':>8} {'forward':>8} {'backward':>8} {'peak MiB':>9} {'of roof':>8} {'error':>7} {'time':>7} {'memory':>7}"
+          "  (ratios to reference)")
+    heads = (512, 256, 8192) if args.quick else (16384, 4096, 128256) if cuda else (4096, 768, 50257)
+    squares = [(1, 4, 256, 64)] if args.quick else [(8, 16, 4096, 64), (8, 16, 4096, 128)] if cuda else [(4, 12, 1024, 64)]
+    jobs = [("token_logprobs", heads, ["reference", "chunked", "compiled"])] + [("attention", shape, ["reference", "sdpa"]) for shape in squares]
     for work, shape, impls in jobs:
-        flops = 6 * shape[0] * shape[1] * shape[2] if work == "token_logprobs" else 7 * shape[0] * shape[1] * shape[2] ** 2 * shape[3]
-        for dtype in (torch.float32, torch.bfloat16):       # useful work: 3 products for the head; causal attention 7 half squares
+        impls = impls + ["triton"] * cuda + [p for p in peers if PEERS[p][1] == work]
+        for dtype in (torch.float32, torch.bfloat16):
+            if work == "token_logprobs":    # useful work: 3 products; h and W move three times: read, read again, and their gradients
+                flops, elements = 6 * math.prod(shape), 3 * (shape[0] + shape[2]) * shape[1]
+            else:                           # causal: 7 half squares; q, k, v, o move, then the same with do, dq, dk, dv
+                flops, elements = 7 * math.prod(shape) * shape[2], 12 * math.prod(shape)
+            intensity, first = flops / (elements * dtype.itemsize), None
             for impl in impls:
-                if impl == "compiled" and not can_compile(args.device):
-                    print("compiled: no C++ compiler found, row left out")
+                name, why_not = f"{work} {'x'.join(map(str, shape))} {str(dtype)[6:]} {impl}", left_out(impl, dtype, args.device)
+                try:
+                    forward, backward, mib, off = (None,) * 4 if why_not else apart(measure, work, shape, dtype, impl, args.device)
+                except torch.OutOfMemoryError:
+                    why_not = "out of memory"
+                if why_not:
+                    print(f"{name}: {why_not}, row left out")
                     continue
-                with multiprocessing.get_context("spawn").Pool(1) as pool:
-                    seconds, mib = pool.apply(measure, (work, shape, dtype, impl, args.device))
-                row = dict(work=work, shape=shape, dtype=str(dtype)[6:], impl=impl, seconds=seconds, peak_mib=mib, of_roof=flops / seconds / peak[dtype])
-                first = row if impl == "reference" else first
+                seconds = forward + backward
+                row = dict(work=work, shape=shape, dtype=str(dtype)[6:], impl=impl, seconds=seconds, forward_seconds=forward,
+                           backward_seconds=backward, peak_mib=mib, error=off, intensity=intensity, flops=flops / seconds,
+                           of_roof=flops / seconds / min(peak[dtype], peak[None] * intensity))
+                first = first or row
                 row |= dict(time_ratio=seconds / first["seconds"], memory_ratio=mib / max(first["peak_mib"], 1e-9))
                 rows.append(row)
-                print(f"{work + ' ' + row['dtype'] + ' ' + impl:<34} {seconds:>8.3f} {mib:>9.0f} {row['of_roof']:>8.0%} "
-                      f"{row['time_ratio']:>6.2f}x {row['memory_ratio']:>6.2f}x", flush=True)
-    os.makedirs(args.out, exist_ok=True)
+                print(f"{name:<52} {seconds:>8.3f} {forward:>8.3f} {backward:>8.3f} {mib:>9.0f} {row['of_roof']:>8.0%} "
+                      f"{'-' if off is None else format(off, '.0e'):>7} {row['time_ratio']:>6.2f}x {row['memory_ratio']:>6.2f}x", flush=True)
     with open(os.path.join(args.out, "benchmark.json"), "w") as f:
         json.dump(dict(device=args.device, threads=torch.get_num_threads(), torch=torch.__version__, rows=rows), f, indent=1)
+    plot_roofline(rows, peak, os.path.join(args.out, "kernels.png"))
 
 
 if __name__ == "__main__":

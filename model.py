@@ -16,6 +16,8 @@ What to know before changing `generate`:
 3. Every token is drawn by inverting the CDF at a uniform number. Independent samples use a new number per token; `uniforms`
    gives each row ONE number for its whole sequence (arithmetic decoding, Vilnis et al., arXiv 2210.15458): after each token the
    number is rescaled to its place inside the bin it fell in, and is uniform again.
+4. On a GPU a step of a small model is a few hundred launches that each take longer to ask for than to run. There the same step runs
+   on fixed shapes with all that changes in tensors, is captured once in a CUDA graph and replayed (`decode_static`).
 """
 import argparse
 import copy
@@ -43,7 +45,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from kernels import attention, can_compile, gemm_dtype, token_logprobs
+from kernels import attention, can_compile, gemm_dtype, say_once, token_logprobs, wide
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -78,11 +80,6 @@ class GPTConfig:
             raise UserError(f"window {self.window}: a token sees at least itself")
         if self.head_dim % 2:
             raise UserError(f"rotary positions turn pairs of channels: head_dim {self.head_dim} is odd")
-
-
-def wide(x):
-    """x in fp32, or in the wider type it has: where bf16 would round a sum."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def inverse_rms(x, eps):
@@ -289,6 +286,28 @@ class KVCache:
         return order
 
 
+class StaticCache:
+    """Some steps of one token each over a KVCache, every one the same kernels on the same addresses: what a CUDA graph needs. Positions are
+    a tensor that each step advances in place; each step reads all the slots that the last one will, and a mask hides the rest."""
+    length = 0      # a tensor now: generate has checked that all steps fit
+
+    def __init__(self, cache, steps):
+        device, S = cache.lens.device, min(cache.capacity, -(-(cache.length + steps) // 64) * 64)
+        self.cache, self.lens = cache, cache.lens.clone()
+        self.rows, self.slots = torch.arange(cache.rows, device=device), torch.arange(S, device=device)
+
+    def extend(self, T):
+        self.now = self.lens.clone()
+        distance = self.now[:, None, None, None] - self.slots       # (rows, 1, 1, S)
+        self.lens += T
+        return self.now[:, None], (distance >= 0) & (distance < (self.cache.config.window or self.cache.capacity + 1))
+
+    def append(self, layer, k, v):
+        k_slots, v_slots = self.cache.k[layer], self.cache.v[layer]
+        k_slots[self.rows, self.now], v_slots[self.rows, self.now] = k[:, 0], v[:, 0]
+        return k_slots[:len(self.rows), :len(self.slots)], v_slots[:len(self.rows), :len(self.slots)]
+
+
 @dataclass
 class Rollout:
     """Sampled continuations, row order prompt-major. Prompt first, then the generated tokens, then padding (any id: trust `mask`)."""
@@ -339,9 +358,85 @@ def inverse_cdf(probs, u):
     total = cdf[:, -1:]
     v = torch.minimum(u[:, None] * total, total.nextafter(torch.zeros_like(total)))     # (R, 1), strictly below the total
     token = torch.searchsorted(cdf, v, right=True).clamp_max(probs.shape[-1] - 1)       # (R, 1): the first bin that ends above v
-    low = torch.where(token > 0, cdf.gather(1, (token - 1).clamp_min(0)), 0)
+    low = cdf.gather(1, (token - 1).clamp_min(0)).masked_fill(token == 0, 0)
     place = (v - low) / (cdf.gather(1, token) - low)
     return token.squeeze(1), place.squeeze(1).clamp(0, 1 - torch.finfo(u.dtype).eps)
+
+
+def decode_eager(model, cache, logits, draw, fresh, u, spent, stop):
+    """The second part of generate, one step at a time. fresh (R, max_new_tokens) decides its length."""
+    R, new = fresh.shape
+    tokens, logps = torch.full((R, new), -1, device=fresh.device), torch.zeros(R, new, device=fresh.device)
+    rows = torch.arange(R, device=fresh.device)                                             # the output row of each live row
+    for t in range(new):
+        token, logp, u, spent = draw(logits, fresh[rows, t], u, spent)
+        tokens[rows, t], logps[rows, t] = token, logp
+        if t + 1 == new:
+            break
+        alive = token != stop if stop is not None else None
+        if alive is not None and not alive.all():
+            order = cache.keep(alive)
+            rows, token, u, spent = rows[order], token[order], u[order], spent[order]
+            if len(rows) == 0:
+                break
+        logits = model.lm_head(model.hidden(token[:, None], cache)[:, -1])                  # (live, V)
+    return tokens, logps
+
+
+STATIC_ON = ("cuda",)   # where generate decodes with decode_static
+SPAN = 128              # steps between two looks at which rows have stopped: a capture costs about as much as two eager steps
+
+
+def decode_static(model, cache, logits, draw, fresh, u, spent, stop):
+    """decode_eager for a GPU: nothing comes back from the device for SPAN steps, of which all but the first are one CUDA graph's replays.
+    Then rows that have stopped leave, and the graph is captured again for the rows left and the slots that they have come to need."""
+    R, new = fresh.shape
+    tokens, logps = torch.full((R, new), -1, device=fresh.device), torch.zeros(R, new, device=fresh.device)
+    rows, (token, logp, u, spent) = torch.arange(R, device=fresh.device), draw(logits, fresh[:, 0], u, spent)
+    tokens[:, 0], logps[:, 0] = token, logp
+    for start in range(1, new, SPAN):
+        if stop is not None:
+            order = cache.keep(token != stop)
+            rows, token, u, spent = rows[order], token[order], u[order], spent[order]
+            if len(rows) == 0:
+                break
+        steps = min(SPAN, new - start)
+        static, numbers, t = StaticCache(cache, steps), fresh[rows, start:start + steps], torch.zeros(1, dtype=torch.long, device=fresh.device)
+        state = [x.clone() for x in (token, u, spent)]
+        drawn, scored = torch.full(numbers.shape, -1, device=fresh.device), torch.zeros(numbers.shape, device=fresh.device)
+
+        def step():
+            old = state[0]
+            z = model.lm_head(model.hidden(old[:, None], static)[:, -1])                    # (live, V)
+            token, logp, u, spent = draw(z, numbers.index_select(1, t).squeeze(1), *state[1:])
+            done = old == (-1 if stop is None else stop)            # a row that has stopped goes on drawing, unrecorded
+            drawn.index_copy_(1, t, token.masked_fill(done, -1)[:, None]), scored.index_copy_(1, t, logp.masked_fill(done, 0)[:, None])
+            for x, y in zip(state, (torch.where(done, old, token), u, spent)):
+                x.copy_(y)
+            t.add_(1)
+
+        step()
+        again = captured(step, fresh.device) if steps > 8 else step
+        for _ in range(steps - 1):
+            again()
+        tokens[rows, start:start + steps], logps[rows, start:start + steps] = drawn, scored
+        token, u, spent = state
+        cache.set_lens(static.lens.tolist())
+    return tokens, logps
+
+
+def captured(step, device):
+    """A function that repeats what `step` does on the device: a CUDA graph's replay; where there are none, step itself."""
+    if device.type != "cuda":
+        return step
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            step()
+    except RuntimeError as e:
+        say_once(f"generate: this step cannot be a CUDA graph, runs it eagerly instead ({str(e).splitlines()[0]})")
+        return step
+    return graph.replay
 
 
 @torch.no_grad()
@@ -387,32 +482,23 @@ def generate(model, prompts, n=1, max_new_tokens=128, temperature=1.0, top_k=Non
     logits = model.lm_head(x).repeat_interleave(n, dim=0)                                   # (R, V)
 
     # 2. Draw, retire the rows that stop, step the others.
-    tokens = torch.full((R, max_new_tokens), -1, device=device)                             # -1: never drawn
-    logps = torch.zeros(R, max_new_tokens, device=device)
-    rows = torch.arange(R, device=device)                                                   # the output row of each live row
-    for t in range(max_new_tokens):
+    def draw(logits, number, u, spent):
+        """logits (R, V), a fresh number, the row's own number and the bits it has paid, each (R,) -> token, logp, u, spent."""
         if temperature == 0:
-            token, logp = logits.argmax(-1), torch.zeros(len(rows), device=device)
-        else:
-            probs = truncate(logits.float() / temperature, top_k, top_p).softmax(-1)        # (live, V)
-            token, place = inverse_cdf(probs, fresh[rows, t] if uniforms is None else u)
-            logp = probs.gather(1, token[:, None]).squeeze(1).log()
-            if uniforms is not None:
-                spent = spent - logp / math.log(2)
-                u = torch.where(spent > budget, fresh[rows, t], place)
-                spent = torch.where(spent > budget, 0, spent)
-        tokens[rows, t], logps[rows, t] = token, logp
-        if t + 1 == max_new_tokens:
-            break
-        alive = token != stop if stop is not None else None
-        if alive is not None and not alive.all():
-            order = cache.keep(alive)
-            rows, token = rows[order], token[order]
-            if uniforms is not None:
-                u, spent = u[order], spent[order]
-            if len(rows) == 0:
-                break
-        logits = model.lm_head(model.hidden(token[:, None], cache)[:, -1])                  # (live, V)
+            return logits.argmax(-1), torch.zeros_like(number, dtype=torch.float32), u, spent
+        probs = truncate(logits.float() / temperature, top_k, top_p).softmax(-1)            # (R, V)
+        token, place = inverse_cdf(probs, number if uniforms is None else u)
+        logp = probs.gather(1, token[:, None]).squeeze(1).log()
+        if uniforms is not None:
+            spent = spent - logp / math.log(2)
+            used_up = spent > budget
+            u, spent = torch.where(used_up, number, place), spent.masked_fill(used_up, 0)
+        return token, logp, u, spent
+
+    if uniforms is None:
+        u, spent = fresh[:, 0], torch.zeros(R, device=device)       # not used
+    decode = decode_static if device.type in STATIC_ON and not torch.is_autocast_enabled(device.type) else decode_eager
+    tokens, logps = decode(model, cache, logits, draw, fresh, u, spent, stop)               # (R, max_new_tokens); token -1: never drawn
 
     # 3. Prompt and continuation of each row side by side.
     drawn = tokens >= 0
@@ -741,7 +827,7 @@ class Config:
     quick: bool = flag(False, "a run of a few seconds that shows nothing but that it runs")
     figure: str = flag("loss", "which figure: loss (2 minutes)", choices=("loss",))
     steps: int = flag(600, "training steps", quick=5, low=1)
-    bench: bool = flag(False, "measure generate and a training step on the CPU beside the installed peers (2 minutes), train nothing")
+    bench: bool = flag(False, "train nothing: measure generate and a training step on the CPU beside installed peers (2 minutes), decoding on a GPU")
     nanogpt: str = flag("", "with --bench: a checkout of karpathy/nanoGPT to compare the training step with")
     data: str = flag("", "a text file, a folder, or a Hugging Face dataset with a text column (default: the standard library's sources)")
     vocab_size: int = flag(1024, "size of the BPE vocabulary", quick=300, low=257)
@@ -897,6 +983,34 @@ def bench(nanogpt, rounds=2):
     compare("GPT-2 size, batch 8, 24 tokens, bfloat16", rollout_racers(gpt2, prompts, 1, 24, None, torch.bfloat16), rounds)
     for dtype in (torch.float32, torch.bfloat16):
         compare(f"training step, 4 x 128, batch 64 x 256, {str(dtype)[6:]}", step_racers(nanogpt, dtype), rounds)
+    if torch.cuda.is_available():
+        bench_decoding()
+
+
+def bench_decoding(batch=64, prompt=32, new=512):
+    """On a GPU: a GPT-2's steps replayed as CUDA graphs beside the same steps launched one by one, and the memory traffic they reach."""
+    global STATIC_ON
+    gpt, block = GPT(GPTConfig(50257, 1024, 12, 12, 768)).to("cuda", torch.bfloat16), torch.empty(2 ** 32, dtype=torch.uint8, device="cuda")
+    copy, where, speed = block.clone(), STATIC_ON, {}
+
+    def seconds(work):      # best of three
+        times = []
+        for _ in range(3):
+            torch.cuda.synchronize()
+            started = time.perf_counter()
+            work(), torch.cuda.synchronize()
+            times.append(time.perf_counter() - started)
+        return min(times)
+
+    roof = 2 * block.nbytes / seconds(lambda: copy.copy_(block))
+    per_token = 2 * 12 * 768 * 2                            # keys and values of one token, bytes
+    per_step = sum(p.nbytes for p in gpt.parameters()) + batch * (prompt + new / 2) * per_token
+    for name, STATIC_ON in (("eager", ()), ("CUDA graphs", ("cuda",))):
+        speed[name] = batch * new / seconds(lambda: generate(gpt, [[1] * prompt] * batch, 1, new))
+        print(f"GPT-2 size on {torch.cuda.get_device_name()}, batch {batch}, {new} tokens, bfloat16, {name}: {speed[name]:,.0f} tokens/s, "
+              f"{speed[name] / batch * per_step / 1e9:,.0f} GB/s of a copy's {roof / 1e9:,.0f}")
+    print(f"ratio {speed['CUDA graphs'] / speed['eager']:.2f}")
+    STATIC_ON = where
 
 
 def compare(title, racers, rounds):

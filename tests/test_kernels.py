@@ -1,4 +1,7 @@
 """kernels.py against float64: every impl of token_logprobs and of attention gives the same values and the same gradients."""
+import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -20,7 +23,7 @@ def problem(*shape, V=V, dtype=torch.float32, seed=0):
     hidden, weight = torch.randn(*shape, C, generator=g).to(dtype), torch.randn(V, C, generator=g).to(dtype)
     targets = torch.randint(V, shape, generator=g)
     edges = torch.tensor([V - 1, 252, 251, 504, 756, 0])    # the first and the last of the vocabulary and of blocks
-    targets.view(-1)[:6] = edges[:targets.numel()]
+    targets.view(-1)[:6] = edges[:targets.numel()].clamp_max(V - 1)
     upstream = [torch.randn(shape, generator=g) * (torch.rand(shape, generator=g) > 0.3) for _ in range(2)]
     return hidden, weight, targets, upstream
 
@@ -247,3 +250,321 @@ def test_attention_in_bf16_is_as_exact_as_its_rounded_inputs_allow(case, autocas
 def test_an_unknown_attention_is_a_value_error():
     with pytest.raises(ValueError):
         attention(*torch.randn(3, 1, 1, 2, 4), impl="fast")
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Triton: in its interpreter without a GPU (see conftest.py), natively with one
+
+needs_triton = pytest.mark.skipif(kernels.triton is None, reason="triton is not installed")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="bf16 and fp16 need a GPU: the interpreter has no products of their own")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture
+def tiles(monkeypatch):
+    """Sets the tile (M, N) of the three attention kernels. On a GPU they keep their own."""
+    def set(M, N):
+        if DEVICE == "cpu":
+            for kernel in (kernels.forward_kernel, kernels.dq_kernel, kernels.dkv_kernel):
+                monkeypatch.setattr(kernel, "configs", [kernels.triton.Config(dict(M=M, N=N))])
+    return set
+
+
+def exact_attention(q, k, v, causal=True, window=None):
+    T, S, G = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
+    now, key = torch.arange(S - T, S)[:, None], torch.arange(S)
+    hidden = (key > now) & causal | (now - key >= (window or 10 ** 9))
+    k, v = (x.repeat_interleave(G, dim=1) for x in (k, v))
+    return (q @ k.mT / q.shape[-1] ** 0.5).masked_fill(hidden.to(q.device), -torch.inf).softmax(-1) @ v
+
+
+def attention_case(B=1, H=1, K=1, T=40, S=40, D=16, dtype=torch.float32):
+    """q, k, v and an upstream gradient with rows of zeros."""
+    g = torch.Generator().manual_seed(0)
+    q, k, v, upstream = (torch.randn(B, n, t, D, generator=g) for n, t in ((H, T), (K, S), (K, S), (H, T)))
+    upstream[:, :, torch.rand(T, generator=g) < 0.2] = 0
+    return [x.to(DEVICE, dtype) for x in (q, k, v, upstream)]
+
+
+def out_and_gradients(f, q, k, v, upstream, **kwargs):
+    inputs = [x.detach().requires_grad_() for x in (q, k, v)]       # keeps the strides
+    out = f(*inputs, **kwargs)
+    return [t.detach().double() for t in (out, *torch.autograd.grad(out, inputs, upstream))]
+
+
+def assert_triton_attention_is_exact(q, k, v, upstream, **kwargs):
+    ours = out_and_gradients(impl_attention("triton"), q, k, v, upstream, **kwargs)
+    true = out_and_gradients(exact_attention, q.double(), k.double(), v.double(), upstream.double(), **kwargs)
+    for a, b in zip(ours, true):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def impl_attention(name):
+    return lambda *args, **kwargs: attention(*args, **kwargs, impl=name)
+
+
+@needs_triton
+@pytest.mark.parametrize("tile", [(16, 16), (32, 16), (16, 32)])
+@pytest.mark.parametrize("T, S, causal, window", [
+    (48, 48, True, None), (37, 37, True, None), (37, 50, True, None), (16, 64, True, None), (1, 1, True, None), (1, 33, True, None),
+    (33, 49, False, None), (64, 64, True, 1), (40, 72, True, 33), (72, 72, True, 40), (40, 40, True, 1000), (3, 64, True, 20),
+    (40, 50, False, 7), (40, 40, False, 40)])
+def test_triton_attention_and_its_gradients_are_exact(tiles, tile, T, S, causal, window):
+    tiles(*tile)
+    assert_triton_attention_is_exact(*attention_case(T=T, S=S), causal=causal, window=window)
+
+
+@needs_triton
+def test_triton_attention_is_exact_for_every_window_around_a_tile():
+    for window in range(1, 20):
+        assert_triton_attention_is_exact(*attention_case(T=33, S=38), window=window)
+    for window in (35, 36, 37):     # one tile or two lie whole inside the window
+        assert_triton_attention_is_exact(*attention_case(T=64, S=69), window=window)
+
+
+@needs_triton
+def test_triton_attention_is_exact_for_every_length_around_a_tile():
+    for n in range(1, 20):
+        for S in {n, 19}:
+            assert_triton_attention_is_exact(*attention_case(T=n, S=S))
+
+
+@needs_triton
+@pytest.mark.parametrize("D", [2, 24, 32, 128])
+def test_triton_attention_is_exact_for_any_head_size(D):
+    assert_triton_attention_is_exact(*attention_case(T=19, S=21, D=D))
+
+
+@needs_triton
+@pytest.mark.parametrize("B, H, K", [(2, 2, 2), (2, 6, 2), (1, 4, 1), (3, 1, 1)])
+def test_triton_attention_is_exact_for_grouped_heads_and_batches(B, H, K):
+    assert_triton_attention_is_exact(*attention_case(B, H, K, 20, 23), window=9)
+
+
+@needs_triton
+@pytest.mark.parametrize("layout", ["time before heads", "channels first", "slices", "one head for all", "one gradient for all"])
+def test_triton_attention_takes_any_strides(layout):
+    q, k, v, upstream = attention_case(2, 2, 2, 19, 19)
+    if layout == "time before heads":
+        q, k, v, upstream = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v, upstream))
+    elif layout == "channels first":
+        q, k, v, upstream = (x.mT.contiguous().mT for x in (q, k, v, upstream))
+    elif layout == "slices":        # as in model.py: split from one (B, T, heads, D)
+        qkv = torch.cat((q, k, v), 1).transpose(1, 2).contiguous()
+        q, k, v = (x.transpose(1, 2) for x in qkv.split([2, 2, 2], dim=2))
+        assert not q.is_contiguous()
+    elif layout == "one head for all":
+        q, k, v = (x[:, :1].expand(2, 2, 19, 16) for x in (q, k, v))
+    else:
+        upstream = torch.ones((), device=DEVICE).expand_as(q)
+    assert_triton_attention_is_exact(q, k, v, upstream)
+
+
+@needs_triton
+def test_triton_attention_without_an_upstream_gradient_has_none():
+    q, k, v, upstream = attention_case()
+    assert all((t == 0).all() for t in out_and_gradients(impl_attention("triton"), q, k, v, 0 * upstream)[1:])
+
+
+@needs_triton
+def test_triton_attention_survives_large_scores():
+    q, k, v, upstream = attention_case()
+    for scale in (30, 3000):        # most softmaxes are one-hot, all are
+        ours = out_and_gradients(impl_attention("triton"), scale * q, k, v, upstream, window=20)
+        true = out_and_gradients(exact_attention, scale * q.double(), k.double(), v.double(), upstream.double(), window=20)
+        for a, b in zip(ours, true):
+            assert a.isfinite().all() and (scale == 3000 or (a - b).norm() <= 1e-5 * b.norm())
+
+
+@needs_triton
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("D", [32, 64, 96, 128])
+@pytest.mark.parametrize("window", [None, 100])
+def test_triton_attention_in_half_precision_errs_no_more_than_1_5_times_the_reference(dtype, D, window):
+    args = attention_case(2, 4, 2, 500, 700, D, dtype)
+    true = out_and_gradients(exact_attention, *(x.double() for x in args), window=window)
+    for ours, reference, t in zip(*(out_and_gradients(impl_attention(name), *args, window=window) for name in ("triton", "reference")), true):
+        assert (ours - t).norm() <= 1.5 * (reference - t).norm()
+
+
+@needs_triton
+@pytest.mark.parametrize("kwargs", [dict(mask=torch.ones(1, 1, 3, 3, dtype=torch.bool)), dict(D=130), dict(dtype=torch.float64),
+                                    dict(no_triton=True)])
+def test_triton_where_it_cannot_run_is_a_value_error(monkeypatch, kwargs):
+    x = torch.randn(1, 1, 3, kwargs.get("D", 16), device=DEVICE).to(kwargs.get("dtype", torch.float32))
+    if "no_triton" in kwargs:
+        monkeypatch.setattr(kernels, "triton", None)
+    with pytest.raises(ValueError, match="attention, impl 'triton': "):
+        attention(x, x, x, mask=kwargs.get("mask"), impl="triton")
+
+
+@needs_triton
+@pytest.mark.parametrize("temperature", [0.7, 2])
+@pytest.mark.parametrize("shape, V", [((2, 3), 1009), ((1,), 1009), ((2, 1, 4), 1024), ((6,), 100), ((9,), 2500)])
+def test_triton_logp_and_entropy_and_their_gradients_are_exact(monkeypatch, temperature, shape, V):
+    monkeypatch.setattr(kernels, "BLOCK", 256)      # blocks of 128 or 256 columns
+    args = [x.to(DEVICE) for x in (problem(*shape, V=V)[:3])], [x.to(DEVICE) for x in problem(*shape, V=V)[3]]
+    ours = values_and_gradients(impl("triton"), *args[0], temperature, args[1])
+    true = values_and_gradients(exact, *args[0], temperature, args[1])
+    for a, b in zip(ours, true):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@needs_triton
+def test_triton_logprobs_walk_over_tiles_within_a_block():
+    hidden, weight, targets, upstream = [x.to(DEVICE) for x in problem(3, V=5000)[:3]] + [[x.to(DEVICE) for x in problem(3, V=5000)[3]]]
+    targets[:] = torch.tensor([2047, 2048, 4999])   # a kernel takes 2,048 columns at a time
+    for a, b in zip(*(values_and_gradients(f, hidden, weight, targets, 1, upstream) for f in (impl("triton"), exact))):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@needs_triton
+def test_triton_logprobs_of_strided_inputs_and_unused_or_zero_gradients(monkeypatch):
+    monkeypatch.setattr(kernels, "BLOCK", 256)
+    hidden, weight, targets, upstream = problem(2, 3)
+    args = hidden.transpose(0, 1).to(DEVICE), weight.T.contiguous().T.to(DEVICE), targets.T.to(DEVICE), 0.7
+    for g in ([upstream[0].T, None], [None, upstream[1].T], [torch.ones(()).expand(3, 2), upstream[1].T], [upstream[0].T, 0 * upstream[1].T]):
+        g = [x if x is None else x.to(DEVICE) for x in g]
+        for a, b in zip(*(values_and_gradients(f, *args, g) for f in (impl("triton"), exact))):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@needs_triton
+def test_triton_logprobs_of_a_sum_take_its_one_gradient_for_all(monkeypatch):
+    hidden, weight, targets, _ = [x.to(DEVICE) if torch.is_tensor(x) else x for x in problem(7)]
+    grads = []
+    for f, dtype in ((impl("triton"), torch.float32), (exact, torch.float64)):
+        x = hidden.to(dtype).requires_grad_()
+        logp, entropy = f(x, weight.to(dtype), targets, 1)
+        grads += torch.autograd.grad(logp.sum() + 3 * entropy.sum(), x)       # expanded, with a stride of 0
+    torch.testing.assert_close(grads[0].double(), grads[1], rtol=1e-5, atol=1e-5)
+
+
+@needs_triton
+def test_triton_logprobs_of_extreme_logits_stay_finite_and_certain(monkeypatch):
+    monkeypatch.setattr(kernels, "BLOCK", 256)
+    hidden, weight, targets, upstream = problem(7)
+    args = 1e4 * hidden.to(DEVICE), weight.to(DEVICE), targets.to(DEVICE), 1, [x.to(DEVICE) for x in upstream]
+    for t in values_and_gradients(impl("triton"), *args):
+        assert t.isfinite().all()
+    offset = torch.cat((hidden, torch.full((7, 1), 1e4)), 1), torch.cat((weight, torch.ones(len(weight), 1)), 1)    # every logit + 1e4: same entropy
+    entropy = token_logprobs(*(x.to(DEVICE) for x in (*offset, targets)), impl="triton")[1]
+    torch.testing.assert_close(entropy.cpu().double(), exact(hidden.double(), weight.double(), targets, 1)[1], rtol=0, atol=0.01)
+
+
+@needs_triton
+def test_triton_never_holds_the_logits_of_all_tokens_and_leaves_its_inputs_alone(monkeypatch):
+    monkeypatch.setattr(kernels, "BLOCK", 256)
+    inputs = hidden, weight, targets, upstream = problem(64)
+    before = [t.clone() for t in (hidden, weight, targets, *upstream)]
+    with Largest() as largest:
+        values_and_gradients(impl("triton"), *(x.to(DEVICE) for x in inputs[:3]), 1, [x.to(DEVICE) for x in upstream])
+    assert largest.elements < 64 * V      # the interpreter copies the block as bytes
+    assert all(torch.equal(a, b) for a, b in zip(before, (hidden, weight, targets, *upstream)))
+
+
+@needs_triton
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_triton_logprobs_in_half_precision_err_no_more_than_1_5_times_the_reference(dtype):
+    hidden, weight, targets, upstream = problem(300, V=100003, dtype=dtype)
+    args = hidden.to(DEVICE), weight.to(DEVICE), targets.to(DEVICE)
+    upstream = [x.to(DEVICE) for x in upstream]
+    true = values_and_gradients(exact, args[0].double(), args[1].double(), args[2], 0.7, upstream)
+    for ours, reference, t in zip(*(values_and_gradients(impl(name), *args, 0.7, upstream) for name in ("triton", "reference")), true):
+        assert (ours - t).norm() <= 1.5 * (reference - t).norm()
+
+
+@pytest.mark.parametrize("why", ["no triton", "no GPU", "float64"])
+def test_triton_logprobs_where_they_cannot_run_are_a_value_error(monkeypatch, why):
+    hidden, weight, targets, _ = problem(7, dtype=torch.float64 if why == "float64" else torch.float32)
+    if why == "no triton":
+        monkeypatch.setattr(kernels, "triton", None)
+    if why == "no GPU":
+        monkeypatch.setattr(kernels, "INTERPRET", False)
+    with pytest.raises(ValueError, match="token_logprobs, impl 'triton': "):
+        token_logprobs(hidden, weight, targets, impl="triton")
+
+
+def natively(**more):
+    """The environment without the interpreter."""
+    return {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | more
+
+
+def test_kernels_import_and_run_without_triton(tmp_path):
+    (tmp_path / "triton.py").write_text("raise ImportError")
+    code = """if True:
+        import sys, torch, kernels
+        assert kernels.triton is None
+        x = torch.randn(1, 2, 5, 8, requires_grad=True)
+        kernels.attention(x, x, x, window=2).sum().backward()
+        kernels.token_logprobs(torch.randn(3, 4), torch.randn(9, 4), torch.arange(3), impl="chunked")
+        for f, args in ((kernels.attention, (x, x, x)), (kernels.token_logprobs, (torch.randn(3, 4), torch.randn(9, 4), torch.arange(3)))):
+            try:
+                f(*args, impl="triton")
+                sys.exit(1)
+            except ValueError as e:
+                assert "triton is not installed" in str(e)
+        for _ in range(2):
+            assert not kernels.triton_runs("attention", x, "sdpa")"""
+    environment = natively(PYTHONPATH=f"{tmp_path}{os.pathsep}{Path(kernels.__file__).parent}")
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout == "attention: triton is not installed, takes sdpa instead\n"     # once
+
+
+@pytest.mark.parametrize("work, shape, impl", [("token_logprobs", (64, 16, 500), "chunked"), ("attention", (1, 2, 32, 16), "sdpa")])
+def test_the_benchmark_measures_both_passes_and_the_error_and_draws_them(tmp_path, work, shape, impl):
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2)):
+        forward, backward, mib, error = kernels.measure(work, shape, dtype, impl, "cpu")
+        assert forward > 0 and backward > 0 and mib >= 0 and 0 < error < tolerance
+    row = dict(work=work, impl=impl, dtype="float32", intensity=100, flops=1e9, of_roof=0.5)
+    kernels.plot_roofline([row], {torch.float32: 2e9, torch.bfloat16: 4e9, None: 1e9}, tmp_path / "kernels.png")
+    assert (tmp_path / "kernels.png").stat().st_size > 10000
+    assert kernels.left_out("liger", torch.bfloat16, "cpu") == "needs a GPU"
+
+
+def test_an_unknown_peer_is_one_line_and_exit_code_2(tmp_path):
+    run = subprocess.run([sys.executable, kernels.__file__, "--against", "nobody", "--out", str(tmp_path)], capture_output=True, text=True)
+    assert run.returncode == 2 and "no peer is called nobody" in run.stderr
+
+
+COMPILE = """if True:
+    import json, sys, kernels, triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    for name in sys.argv[1:]:
+        kernel, tuned, attributes, constants, signature = getattr(kernels, name), hasattr(getattr(kernels, name), "configs"), {}, {}, {}
+        config = kernel.configs[0] if tuned else triton.Config({}, num_warps=4, num_stages=3)
+        given = dict(D=128, DP=128, **config.kwargs) if tuned else dict(COLS=2048)
+        fn = kernel.fn if tuned else kernel
+        for i, p in enumerate(fn.params):
+            if p.name in given:
+                signature[p.name], constants[p.name] = "constexpr", given[p.name]
+            elif p.name.endswith("_s"):         # strides: multiples of 16, the last one 1
+                signature[p.name], constants[(i, 3)] = ("i32", "i32", "i32", "constexpr"), 1
+                attributes |= {(i, j): [["tt.divisibility", 16]] for j in range(3)}
+            elif p.name in ("H", "G", "T", "S", "before", "after", "size", "stride", "first", "width"):
+                signature[p.name] = "i32"
+            elif p.name in ("c", "scale", "inv_t"):
+                signature[p.name] = "fp32"
+            else:
+                signature[p.name] = "*bf16" if p.name in ("q", "k", "v", "o", "do", "dq", "dk", "dv", "z") else "*i64" if p.name == "y" else "*fp32"
+                attributes[i,] = [["tt.divisibility", 16]]
+        options = dict(num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True)
+        binary = triton.compile(ASTSource(fn, signature, constants, attributes), target=GPUTarget("cuda", 90, 32), options=options)
+        print(json.dumps([name, binary.metadata.shared, binary.asm["ptx"].count("wgmma.mma_async")]))"""
+
+
+@needs_triton
+def test_triton_kernels_compile_for_an_h200_use_its_tensor_cores_and_fit_its_shared_memory(tmp_path):
+    names = ["forward_kernel", "dq_kernel", "dkv_kernel", "fold_kernel", "slope_kernel"]
+    environment = natively(PYTHONPATH=str(Path(kernels.__file__).parent), TRITON_CACHE_DIR=str(tmp_path))
+    script = tmp_path / "compile_kernels.py"
+    script.write_text(COMPILE)
+    run = subprocess.run([sys.executable, script, *names], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+    for name, shared, products in map(json.loads, run.stdout.splitlines()):
+        assert shared <= 227 * 1024, name
+        assert (products > 0) == (name in names[:3]), name

@@ -241,6 +241,34 @@ def test_a_row_of_a_batch_is_the_row_alone(variant):
         torch.testing.assert_close(batch.logp[r][batch.mask[r] > 0], alone.logp[alone.mask > 0], rtol=0, atol=1e-5)
 
 
+SETTINGS = {"sampled": dict(), "greedy": dict(temperature=0), "stop": dict(stop=1), "truncated": dict(top_k=9, top_p=0.8, temperature=0.7, stop=2),
+            "uniforms": dict(uniforms=torch.rand(24, generator=seeded(), dtype=torch.float64), stop=3)}
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU"))])
+@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_decoding_on_fixed_shapes_gives_the_tokens_of_decoding_step_by_step(monkeypatch, variant, settings, device):
+    gpt, rollouts = make(**VARIANTS[variant]).double().to(device), []
+    for where, span in ((), 1), ((device,), 1), ((device,), 5), ((device,), 100):
+        monkeypatch.setattr(model, "STATIC_ON", where), monkeypatch.setattr(model, "SPAN", span)
+        rollouts.append(generate(gpt, PROMPTS, n=6, max_new_tokens=17, generator=seeded(), **SETTINGS[settings]))
+    if "stop" in SETTINGS[settings]:
+        assert len(set(rollouts[0].lengths.tolist())) > 1       # rows do leave on the way
+    for static in rollouts[1:]:
+        assert static.tokens() == rollouts[0].tokens() and static.mask.equal(rollouts[0].mask)
+        torch.testing.assert_close(static.logp, rollouts[0].logp, rtol=0, atol=1e-5)
+
+
+def test_decoding_on_fixed_shapes_goes_on_past_the_slots_of_a_span(monkeypatch):
+    gpt, rollouts = make(block_size=200).double(), []
+    monkeypatch.setattr(model, "SPAN", 30)
+    for where in (), ("cpu",):
+        monkeypatch.setattr(model, "STATIC_ON", where)
+        rollouts.append(generate(gpt, PROMPTS, max_new_tokens=150, generator=seeded()).tokens())
+    assert rollouts[0] == rollouts[1]
+
+
 @pytest.mark.parametrize("stop", range(4))      # 0 is also the padding, and every prompt holds some stop
 @pytest.mark.parametrize("uniforms", [None, torch.linspace(0, 0.999, 32, dtype=torch.float64)])
 @pytest.mark.parametrize("gpt, length", [(make(vocab_size=4, window=6).double(), 12), (known([0.4, 0.3, 0.2, 0.1]), 40)])
