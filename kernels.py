@@ -556,7 +556,7 @@ class FusedLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, h, weight, y, inv_t):
-        (N, C), V = h.shape, weight.shape[0]
+        N, V = h.shape[0], weight.shape[0]
         m, (s, s1, target) = torch.full((N,), -1e30, device=h.device), torch.zeros(3, N, device=h.device)
         buffer, bounds = FusedLogprobs.blocks(h, V)
         for a, b in bounds:

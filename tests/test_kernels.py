@@ -230,6 +230,29 @@ def test_attention_and_its_gradients_equal_a_loop_over_queries(name, heads, case
         torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2)])
+@pytest.mark.parametrize("T, window", [(128, 1), (128, 8), (130, 31), (200, 32), (161, 33), (300, 75), (127, 8)])
+def test_attention_in_a_short_window_goes_by_blocks_and_is_exact(heads, T, window):
+    g, (H, K) = torch.Generator().manual_seed(0), heads
+    qkv = [torch.randn(2, n, T, 8, generator=g) for n in (H, K, K)]
+    upstream = torch.randn(2, H, T, 8, generator=g)
+    results = []
+    for name, dtype in (("auto", torch.float32), ("reference", torch.float64)):
+        inputs = [x.to(dtype).requires_grad_() for x in qkv]
+        out = attention(*inputs, window=window, impl=name)
+        results.append([out, *torch.autograd.grad(out, inputs, upstream.to(dtype))])
+    for a, b in zip(*results):
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
+
+
+def test_attention_in_a_short_window_holds_no_square(monkeypatch):
+    sizes, original = [], torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(kernels.F, "scaled_dot_product_attention", lambda q, k, v, **more: sizes.append((q.shape[-2], k.shape[-2])) or original(q, k, v, **more))
+    qkv = torch.randn(3, 1, 2, 512, 8)
+    attention(*qkv, window=8), attention(*qkv, window=200)
+    assert sizes == [(32, 64), (512, 512)]
+
+
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("case", CASES)
 def test_attention_in_bf16_is_as_exact_as_its_rounded_inputs_allow(case, autocast):
