@@ -3,6 +3,7 @@
     python grpo.py                        the main run: `train`, under 3 minutes on two cores
     python grpo.py --figure variants      every loss at the same number of sampled tokens, 3 seeds
     python grpo.py --figure length        why wrong answers grow long under GRPO, without a model and with one
+    torchrun --nproc-per-node 2 grpo.py   the same run by two processes: each samples and trains on its share of the prompts
 
 The task is column addition. A problem is two numbers, their digits named by column; the answer fills in the columns, one by one:
 
@@ -50,8 +51,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from kernels import token_logprobs
-from model import (GPT, CharTokenizer, GPTConfig, Rollout, Run, UserError, band, claim, command, flag, generate, parse_args, pick_device,
-                   restore, seeds_of, series, snapshot)
+from model import (GPT, CharTokenizer, GPTConfig, Rollout, Run, UserError, all_sum, band, claim, command, flag, gathered, generate, join, parse_args,
+                   pick_device, restore, same_weights, seeds_of, series, share, snapshot, sum_gradients, world)
 
 FIGURES = {"train": "one run: reward, pass@1, entropy, lengths, pass@k against the base (under 3 minutes)",
            "variants": "every loss at the same number of sampled tokens, 3 seeds (about half an hour)",
@@ -216,13 +217,14 @@ def surrogate(logp, old_logp, adv, mask, ratio, eps_low, eps_high):
     return -torch.minimum(rho * adv, clipped * adv), silenced.float() * mask
 
 
-def aggregation_weights(mask, kind, budget):
+def aggregation_weights(mask, kind, budget, rows=None, tokens=None):
     """(R, T) weights a. Made from all rows of a gradient step, before they are cut into micro-batches, which then cannot change them.
 
     sequence: mean over rows of the mean over tokens. token: mean over all tokens. constant: sum / (rows * budget). sum: sum / rows.
+    rows, tokens: how many the step has, where other processes hold some of them (default: those of mask).
     """
-    R = mask.shape[0]
-    return mask / {"sequence": R * mask.sum(1, keepdim=True).clamp_min(1), "token": mask.sum().clamp_min(1),
+    R, tokens = rows or mask.shape[0], mask.sum() if tokens is None else tokens
+    return mask / {"sequence": R * mask.sum(1, keepdim=True).clamp_min(1), "token": tokens.clamp_min(1),
                    "constant": R * budget, "sum": R}[kind]
 
 
@@ -275,7 +277,7 @@ def warm_up(config, run, seed, device, draw=draw_demonstration):
     model = build(config, device)
     optimizer = torch.optim.AdamW(model.parameters(), config.sft_lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
     start = restore(run.state.get(phase), model, optimizer, rng)
-    bar = tqdm(range(start, config.sft_steps), f"warm-up, seed {seed}", initial=start, total=config.sft_steps)
+    bar = tqdm(range(start, config.sft_steps), f"warm-up, seed {seed}", initial=start, total=config.sft_steps, disable=world()[0] > 0)
     for step in bar:
         for g in optimizer.param_groups:
             g["lr"] = config.sft_lr * min((step + 1) / 50, 1 - step / config.sft_steps)
@@ -302,7 +304,7 @@ def warm_up(config, run, seed, device, draw=draw_demonstration):
         if run.due:
             run.save(phase, **snapshot(step + 1, model, optimizer, rng))
     run.save(phase, **snapshot(config.sft_steps, model, None, rng))
-    return model
+    return same_weights(model)
 
 
 def score(model, rollout, config, T):
@@ -313,11 +315,20 @@ def score(model, rollout, config, T):
     return F.pad(logp, pad), F.pad(entropy, pad)
 
 
-def sample(model, problems, n, config, generator, sampler="iid"):
-    """-> Rollout of n answers per problem, their texts, their rewards (P, n)."""
+def skip_draws(rows, config, generator):
+    """Draw, and drop, the numbers that generate takes for so many rows: processes that share a batch share one random stream."""
+    torch.rand(rows, config.max_new_tokens, dtype=torch.float64, generator=generator)
+
+
+def sample(model, problems, n, config, generator, sampler="iid", mine=slice(None)):
+    """-> Rollout of n answers per problem, their texts, their rewards (P, n). mine: the slice of the problems that this process answers."""
     sampling = copy.deepcopy(model).bfloat16() if config.dtype == "bfloat16" else model
+    first, end, _ = mine.indices(len(problems))
+    uniforms, others, problems = group_uniforms(len(problems), n, sampler, generator), len(problems) - end, problems[mine]
+    skip_draws(first * n, config, generator)
     rollout = generate(sampling, [tokenizer.encode(question(p)) for p in problems], n, config.max_new_tokens, config.temperature,
-                       stop=tokenizer.eos, generator=generator, uniforms=group_uniforms(len(problems), n, sampler, generator))
+                       stop=tokenizer.eos, generator=generator, uniforms=uniforms if uniforms is None else uniforms[first * n:end * n])
+    skip_draws(others * n, config, generator)
     texts = rollout.texts(tokenizer)
     last = rollout.ids.gather(1, (rollout.prompt_lens + rollout.lengths - 1)[:, None]).squeeze(1)
     finished = (last == tokenizer.eos).tolist()
@@ -326,51 +337,60 @@ def sample(model, problems, n, config, generator, sampler="iid"):
 
 
 def collect(model, config, rng, generator):
-    """One batch of rollouts -> (rollout, rewards (P, G), statistics of all that was sampled).
+    """One batch of rollouts -> (rollout of this process's prompts, rewards (P, G) of all, statistics of all that was sampled).
 
     Dynamic sampling (DAPO) keeps sampling until `prompts` groups have both right and wrong answers, at most 4 times; P may be less.
     """
-    dynamic, kept, rewards, tokens, dull, right, seen = config.method.dynamic, [], [], 0, 0, 0, 0
+    dynamic, kept, rows, rewards, tokens, dull, right, seen = config.method.dynamic, [], [], [], 0, 0, 0, 0
+    mine, G = share(config.prompts), config.group
     while seen == 0 or (dynamic and len(kept) < config.prompts and seen < 4 * config.prompts):
         problems = [draw_problem(rng, config.digits) for _ in range(config.prompts)]
-        rollout, _, r = sample(model, problems, config.group, config, generator, config.sampler)
-        tokens, seen, mixed = tokens + int(rollout.mask.sum()), seen + config.prompts, r.std(1) > 0
+        rollout, _, r = sample(model, problems, G, config, generator, config.sampler, mine)
+        r = gathered(r, mine, config.prompts)
+        tokens, seen, mixed = tokens + int(all_sum(rollout.mask.sum())), seen + config.prompts, r.std(1) > 0
         dull, right = dull + int((~mixed).sum()), right + r.mean(1).sum().item()
         for i in range(config.prompts):
-            if (mixed[i] or not dynamic) and len(kept) < config.prompts:
-                kept.append(rollout[slice(i * config.group, (i + 1) * config.group)])
+            if (mixed[i] or not dynamic) and len(rewards) < config.prompts:
+                if mine.start <= i < mine.stop:
+                    kept.append(rollout[slice((i - mine.start) * G, (i - mine.start + 1) * G)])
+                    rows += range(len(rewards) * G, len(rewards) * G + G)
                 rewards.append(r[i])
-    if not kept:            # nothing mixed in 4 batches: the last one, whose advantages are all 0
-        kept, rewards = [rollout], list(r)
-    return Rollout.cat(kept), torch.stack(rewards), dict(reward=right / seen, zero_variance=dull / seen, tokens=tokens)
+    if not rewards:         # nothing mixed in 4 batches: the last one, whose advantages are all 0
+        kept, rows, rewards = [rollout], range(mine.start * G, mine.stop * G), list(r)
+    rollout = Rollout.cat(kept or [rollout[:0]])
+    rollout.rows = torch.tensor(list(rows), dtype=torch.long)
+    return rollout, torch.stack(rewards), dict(reward=right / seen, zero_variance=dull / seen, tokens=tokens)
 
 
 @torch.no_grad()
 def score_all(model, rollout, config):
     """score's log-probabilities without gradients, in micro-batches."""
     rows = torch.arange(len(rollout.ids)).split(config.micro_batch)
-    return torch.cat([score(model, rollout[r], config, rollout.ids.shape[1])[0] for r in rows])
+    return torch.cat([score(model, rollout[r], config, rollout.ids.shape[1])[0] for r in rows if len(r)] or [rollout.logp])
 
 
 def update(model, base, optimizer, rollout, rewards, config, generator):
-    """The gradient steps of one rollout batch -> metrics. rewards (P, G)."""
-    method, mask, R = config.method, rollout.mask, len(rollout.ids)
+    """The gradient steps of one rollout batch -> metrics. rewards (P, G) are those of all rows, of which the rollout may hold a process's share."""
+    method, mask, R = config.method, rollout.mask, rewards.numel()
+    mine, tokens = torch.arange(R) if rollout.rows is None else rollout.rows, all_sum(mask.sum())
+    place = torch.full((R,), -1).index_copy(0, mine, torch.arange(len(mine)))       # of each row in this process's rollout, -1: in another's
     rewards, kl_in_reward = rewards.to(mask.device), config.beta > 0 and config.kl_in == "reward"
     old_logp = score_all(model, rollout, config) if config.minibatches > 1 or kl_in_reward else None
     ref_logp = score_all(base, rollout, config) if config.beta else None
     if kl_in_reward:
-        rewards = rewards - config.beta * (kl_estimate(old_logp, ref_logp, "k1") * mask).sum(1).view_as(rewards)
+        rewards = rewards - config.beta * gathered((kl_estimate(old_logp, ref_logp, "k1") * mask).sum(1), mine, R).view_as(rewards)
     adv = advantages(rewards, method.advantage)
     if config.positive_only:
         adv = adv.clamp_min(0)
-    adv = adv.reshape(R, 1)
+    adv = adv.reshape(R, 1)[mine]
     order = torch.arange(R) if config.minibatches == 1 else torch.randperm(R, generator=generator)
-    total = dict.fromkeys(("loss", "entropy", "clip_fraction", "grad_norm"), 0.0) | ({"kl": 0.0} if config.beta else {})
+    total, norm = dict.fromkeys(("loss", "entropy", "clip_fraction") + ("kl",) * (config.beta > 0), 0.0), 0.0
     minibatches = order.chunk(config.minibatches)
     for minibatch in minibatches:
-        weights = aggregation_weights(mask[minibatch], method.aggregation, config.max_new_tokens)
+        here = place[minibatch][place[minibatch] >= 0]
+        weights = aggregation_weights(mask[here], method.aggregation, config.max_new_tokens, len(minibatch), all_sum(mask[here].sum()))
         optimizer.zero_grad()
-        for rows, a in zip(minibatch.split(config.micro_batch), weights.split(config.micro_batch)):
+        for rows, a in zip(here.split(config.micro_batch), weights.split(config.micro_batch)) if len(here) else ():
             m = mask[rows]
             logp, entropy = score(model, rollout[rows], config, mask.shape[1])
             old = logp.detach() if old_logp is None else old_logp[rows]     # the only gradient step: the old policy is this one
@@ -378,25 +398,28 @@ def update(model, base, optimizer, rollout, rewards, config, generator):
             loss = loss * correction_weights(old, rollout.logp[rows], m, config.correction) - config.entropy_bonus * entropy
             if config.beta:
                 kl = kl_estimate(logp, ref_logp[rows], config.kl or "k3")
-                total["kl"] += ((kl * m).sum() / mask.sum()).item()
+                total["kl"] += ((kl * m).sum() / tokens).item()
                 loss = loss + config.beta * kl if config.kl_in == "loss" else loss
             (a * loss).sum().backward()
             total["loss"] += (a * loss).sum().item() / len(minibatches)
-            total["entropy"] += ((entropy * m).sum() / mask.sum()).item()
-            total["clip_fraction"] += (silenced.sum() / mask.sum()).item()
-        total["grad_norm"] += torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item() / len(minibatches)
+            total["entropy"] += ((entropy * m).sum() / tokens).item()
+            total["clip_fraction"] += (silenced.sum() / tokens).item()
+        sum_gradients(model)
+        norm += torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item() / len(minibatches)
         optimizer.step()
-    return total
+    return dict(zip(total, all_sum(torch.tensor(list(total.values()), dtype=torch.float64)).tolist()), grad_norm=norm)
 
 
 def evaluate(model, config, n):
     """n answers to each held-out problem -> how many are right (P,), and the fraction of lines whose carry was a guess."""
     rng, generator = random.Random("held out"), torch.Generator().manual_seed(0)
     problems = [draw_problem(rng, config.digits, held_out=True) for _ in range(config.eval_prompts)]
-    size = max(1, config.prompts * config.group // n)           # as many rows at once as in training: with more of them a CPU is slower
-    parts = [sample(model, problems[i:i + size], n, config, generator)[1:] for i in range(0, len(problems), size)]
-    texts, rewards = [t for texts, _ in parts for t in texts], torch.cat([r for _, r in parts])
-    return rewards.sum(1), sum(map(guessed_carries, texts)) / len(texts)
+    size, mine = max(1, config.prompts * config.group // n), share(len(problems))   # as many rows at once as in training: more are slower on a CPU
+    skip_draws(mine.start * n, config, generator)
+    parts = [sample(model, problems[i:min(i + size, mine.stop)], n, config, generator)[1:] for i in range(mine.start, mine.stop, size)]
+    texts, rewards = [t for texts, _ in parts for t in texts], torch.cat([torch.zeros(0, n)] + [r for _, r in parts])
+    guesses = all_sum(torch.tensor(sum(map(guessed_carries, texts)), dtype=torch.float64)).item() / (len(problems) * n)
+    return gathered(rewards.sum(1), mine, len(problems)), guesses
 
 
 def held_out(model, config, n=16, ks=(1, 16)):
@@ -427,7 +450,7 @@ def train(config, run, arm, seed, base, tokens=math.inf):
         tokens_now, seconds = stats.pop("tokens"), time.time() - started
         sampled, step = sampled + tokens_now, step + 1
         # 3. Log; of no answers there is no mean length
-        lengths, right = rollout.lengths.float().cpu(), rewards.flatten() > 0
+        lengths, right = gathered(rollout.lengths.float().cpu(), rollout.rows, rewards.numel()), rewards.flatten() > 0
         mean = lambda x: x.mean().item() if len(x) else None
         row = dict(phase="rl", arm=arm, seed=seed, step=step, **stats, **metrics, length=mean(lengths), length_right=mean(lengths[right]),
                    length_wrong=mean(lengths[~right]), sampled_tokens=sampled, seconds=seconds, tokens_per_s=tokens_now / seconds)
@@ -600,12 +623,15 @@ def main():
     config.seeds = config.seeds or (1 if config.figure == "train" or config.quick else 3)
     config.steps = config.steps if config.steps is not None else 60 if config.figure == "length" else 45
     device = pick_device(config.device)
+    join(device)
+    if world()[1] > (1 if config.figure == "length" else config.prompts):
+        raise UserError(f"{world()[1]} processes: --figure length takes one, the others no more than there are --prompts")
     size = sum(p.numel() for p in build(config, device).parameters())        # an impossible shape ends here, before anything is written
     run, started = Run(config), time.time()
     print(f"grpo.py: figure {config.figure}, seed {config.seed}, {config.seeds} seeds, {device}, {config.dtype}, {torch.get_num_threads()} threads, "
           f"{size:,} parameters")
     fig, claims = {"train": figure_train, "variants": figure_variants, "length": figure_length}[config.figure](config, run, device)
-    fig.savefig(run.dir / f"{config.figure}.png", dpi=110)
+    run.draw(fig, config.figure)
     run.claims(claims)
     print(f"\n{run.dir / config.figure}.png, metrics.jsonl, claims.json, model.pt: {time.time() - started:.0f} s")
 

@@ -42,6 +42,7 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
@@ -452,6 +453,7 @@ class Rollout:
     mask: torch.Tensor          # (R, T) fp32, 1 on generated tokens up to and with the stop token
     logp: torch.Tensor          # (R, T) fp32, log-probability of each generated token under the distribution it was drawn from
     prompt_lens: torch.Tensor   # (R,) int64
+    rows = None                 # (R,) int64, set where several processes hold a batch together: the places of this one's rows in it
 
     @property
     def lengths(self):
@@ -468,7 +470,7 @@ class Rollout:
 
     def __getitem__(self, rows):
         """The rows of an index or mask, the columns cut to the longest of them."""
-        T = int((self.prompt_lens + self.lengths)[rows].max())
+        T = max((self.prompt_lens + self.lengths)[rows].tolist(), default=1)
         return Rollout(self.ids[rows, :T], self.mask[rows, :T], self.logp[rows, :T], self.prompt_lens[rows])
 
     @staticmethod
@@ -758,7 +760,7 @@ def load_tokenizer(name):
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
-# Flags, checkpoints and the folder of a run: what every script needs and none should say twice
+# Flags: what every script needs and none should say twice
 
 class UserError(ValueError):
     """A mistake of the person at the keyboard: `command` prints it as one line and exits with code 2."""
@@ -770,6 +772,8 @@ def command(main):
     except UserError as e:
         print(f"{Path(sys.argv[0]).name}: error: {e}", file=sys.stderr)
         raise SystemExit(2) from None
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def flag(default, help, quick=None, choices=None, low=None, high=None):
@@ -828,6 +832,76 @@ def pick_device(name):
     return name
 
 
+# ---------------------------------------------------------------------------------------------------------------------------
+# Several processes: all they ever exchange is sums
+
+def join(device):
+    """Under torchrun, meet the other processes, one on each GPU (nccl) or all on the CPU (gloo). Only rank 0 prints."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return
+    local = int(os.environ["LOCAL_RANK"])
+    if device == "mps" or device == "cuda" and local >= torch.cuda.device_count():
+        raise UserError(f"process {local + 1} of this machine finds no {device} device of its own; --device cpu takes any number")
+    if device == "cuda":
+        torch.cuda.set_device(local)
+    dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    if world()[0]:
+        sys.stdout = open(os.devnull, "w")
+
+
+def world():
+    """This process's rank, and how many there are: (0, 1) without torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def share(n):
+    """This process's slice of n things."""
+    rank, processes = world()
+    return slice(n * rank // processes, n * (rank + 1) // processes)
+
+
+def all_sum(x):
+    """The sum of a tensor over the processes, in each of them: the same bits. UserError if one of them is no longer there."""
+    if not dist.is_initialized():
+        return x
+    total = x.cuda() if dist.get_backend() == "nccl" else x.cpu()
+    try:
+        dist.all_reduce(total)
+    except RuntimeError as e:
+        raise UserError(f"rank {world()[0]} lost another process of this run ({type(e).__name__})") from None
+    return total.to(x.device)
+
+
+def gathered(part, rows, n):
+    """A tensor of n rows, of which this process holds those at `rows` (a slice or an index) -> all of it."""
+    whole = part.new_zeros(n, *part.shape[1:])
+    whole[rows] = part
+    return all_sum(whole)
+
+
+def sum_gradients(model):
+    """What data parallelism is: every process has the gradient of its own rows, the batch's is their sum, and all take the same step.
+
+    A sum, not a mean, because each loss is divided by the counts of the whole batch (all_sum of rows and tokens): a mean of means would give
+    a token of the process that has fewer of them more weight. DistributedDataParallel hides this, and overlaps it with the backward pass.
+    """
+    if dist.is_initialized():
+        flat = all_sum(torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in model.parameters()]))
+        for p, g in zip(model.parameters(), flat.split([p.numel() for p in model.parameters()])):
+            p.grad = g.view_as(p)
+
+
+def same_weights(model):
+    """Rank 0's weights in every process: GPUs need not have trained to the same bits."""
+    if dist.is_initialized():
+        for p in model.parameters():
+            dist.broadcast(p.data, 0)
+    return model
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Checkpoints and the folder of a run
+
 def save_checkpoint(path, **state):
     """Write a checkpoint whole or not at all: to a temporary name, flushed to disk, then renamed over the old one."""
     path = Path(path)
@@ -873,7 +947,8 @@ class Run:
     """The folder of one run: config.json, metrics.jsonl, claims.json, and model.pt with the state of each phase of the run.
 
     `state` maps a phase ("base", "train dapo 2") to what it needs to go on. `save` writes it all; a loop calls it whenever
-    `due`: every 30 s, and at once after SIGINT or SIGTERM, in which case save ends the process with code 130 or 143.
+    `due`: every 30 s, and at once after SIGINT or SIGTERM, in which case save ends the process with code 130 or 143. Of several
+    processes rank 0 writes, saves and heeds signals; the others end when they lose it.
     """
 
     def __init__(self, config):
@@ -887,6 +962,13 @@ class Run:
                 self.rows = []
             if len(self.rows) < n:
                 raise UserError(f"{self.dir / 'metrics.jsonl'} does not hold the {n} rows that model.pt goes on from")
+        if int(os.environ.get("WORLD_SIZE", 1)) != world()[1]:
+            raise UserError("this script runs in one process")
+        if world()[0]:
+            self.metrics, self.write, self.save, self.saved = open(os.devnull, "w"), lambda *_: None, lambda *_, **__: None, math.inf
+            for s in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(s, signal.SIG_IGN)
+            return
         try:
             self.dir.mkdir(parents=True, exist_ok=True)
             if not config.resume:
@@ -923,6 +1005,10 @@ class Run:
         self.rows.append(row)
         self.metrics.write(json.dumps(row) + "\n")
         self.metrics.flush()
+
+    def draw(self, fig, name):
+        if world()[0] == 0:
+            fig.savefig(self.dir / f"{name}.png", dpi=110)
 
     def log_once(self, measure, **where):
         """Log measure() -> {name: value} as the row `where`. A resumed run that has the row does not measure again."""

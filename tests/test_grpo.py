@@ -677,3 +677,97 @@ def test_interrupt_and_resume_give_the_metrics_of_an_uninterrupted_run_to_the_bi
 def test_a_quick_run_in_bf16_corrects_for_its_sampler(tmp_path):
     finish("--quick", "--dtype", "bfloat16", "--correction", "tis", "--sft-steps", 40, "--entropy-bonus", 0.1, "--out", tmp_path / "run")
     assert all(row["grad_norm"] > 0 for row in metrics(tmp_path / "run") if row["phase"] == "rl" and row["step"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Several processes (gloo)
+
+def torchrun(script, *flags, processes=2, **environment):
+    """Run a script, or a piece of code, in several processes -> exit code, all they wrote."""
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), script, *map(str, flags)],
+                          env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", **environment},
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=240)
+    return done.returncode, done.stdout
+
+
+UPDATES = [dict(loss=loss, minibatches=m, micro_batch=3) for loss in LOSSES for m in (1, 2)] + [
+    dict(loss="grpo", beta=0.1), dict(loss="dr_grpo", beta=0.1, kl="k1", kl_in="reward", entropy_bonus=0.1), dict(loss="cispo", positive_only=True)]
+
+
+def gradients(folder):
+    """The gradient and the metrics of an update of each kind; of several processes each holds its own rows, in any order, or none at all."""
+    rank, processes = grpo.world()
+    dealt = ([[3, 1, 0], [2]], [[0, 1, 2, 3], []])
+    results = []
+    for choices, deal in itertools.product(UPDATES, dealt):
+        config = small(**choices)
+        rollout = answers(policy(config), config)
+        rows = torch.arange(16).view(4, 4)[deal[rank] if processes == 2 else [0, 1, 2, 3]].flatten()
+        part = rollout[rows]
+        part.rows = rows
+        gradient, _, metrics = one_update(config, part)
+        results.append((gradient, metrics))
+    torch.save(results, Path(folder) / f"{(rank, processes)}.pt")
+
+
+def test_two_processes_have_the_gradient_and_the_metrics_of_one_whatever_the_loss_and_however_the_rows_are_dealt(tmp_path):
+    code = tmp_path / "worker.py"
+    code.write_text(f"import test_grpo as t\nt.grpo.join('cpu')\nt.gradients({str(tmp_path)!r})\n")
+    rc, output = torchrun(code)
+    assert rc == 0, output
+    gradients(tmp_path)
+    alone, first, second = (torch.load(tmp_path / f"{w}.pt") for w in ((0, 1), (0, 2), (1, 2)))
+    for (g, m), (g0, m0), (g1, m1) in zip(alone, first, second, strict=True):
+        assert torch.equal(g0, g1) and m0 == m1 and g.abs().max() > 0
+        assert close(g0, g, 1e-6) and m0 == pytest.approx(m, rel=1e-5, abs=1e-7)
+
+
+@pytest.mark.parametrize("flags", [[], ["--loss", "dapo", "--minibatches", 2, "--digits", 1, "--sft-steps", 100, "--sft-batch", 8, "--steps", 1, "--prompts", 5, "--eval-prompts", 7]])
+def test_two_processes_write_the_metrics_of_one(flags, quick, tmp_path):
+    alone = quick if not flags else tmp_path / "alone"
+    if flags:
+        finish("--quick", *flags, "--out", alone)
+    rc, output = torchrun(ROOT / "grpo.py", "--quick", *flags, "--out", tmp_path / "two")
+    assert rc == 0 and output.count("held-out pass@1: base") == 1, output
+    is_whole(tmp_path / "two", "train")
+    for ours, theirs in zip(metrics(alone), metrics(tmp_path / "two"), strict=True):
+        for k in ours | theirs:
+            assert ours[k] == theirs[k] or theirs[k] == pytest.approx(ours[k], rel=1e-3, abs=1e-5), k
+
+
+def test_a_shared_stream_gives_each_process_its_own_numbers():
+    config, problems = small(prompts=4), [draw_problem(random.Random(i), 2) for i in range(4)]
+    generator = lambda: torch.Generator().manual_seed(1)
+    draws = [generator() for _ in range(3)]
+    whole = grpo.sample(policy(config), problems, 4, config, draws[0])[0].tokens()
+    parts = [grpo.sample(policy(config), problems, 4, config, g, "iid", mine)[0].tokens() for g, mine in zip(draws[1:], (slice(0, 1), slice(1, 4)))]
+    assert parts[0] + parts[1] == whole and len({tuple(g.get_state().tolist()) for g in draws}) == 1
+
+
+def test_a_process_that_dies_ends_the_run_with_a_message(tmp_path):
+    code = tmp_path / "worker.py"
+    code.write_text("""import os, grpo
+update, calls = grpo.update, []
+def dying(*args):
+    calls.append(1)
+    if len(calls) == 2 and grpo.world()[0] == 0:
+        os._exit(7)
+    return update(*args)
+grpo.update = dying
+grpo.command(grpo.main)
+""")
+    rc, output = torchrun(code, "--quick", "--steps", 3, "--out", tmp_path / "run")
+    assert rc != 0 and "exitcode  : 7" in output and "error: rank 1 lost another process" in output
+    assert (tmp_path / "run/model.pt").exists()
+
+
+@pytest.mark.parametrize("flags", [["--figure", "length"], ["--prompts", "1"]])
+def test_what_several_processes_cannot_do_is_refused_before_anything_is_written(flags, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(grpo, "world", lambda: (0, 2))
+    assert "2 processes" in complain(monkeypatch, capsys, "--quick", *flags, "--out", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_script_that_knows_of_one_process_only_refuses_several(tmp_path):
+    done = subprocess.run([sys.executable, ROOT / "opd.py", "--quick", "--out", tmp_path / "run"], env={**os.environ, "WORLD_SIZE": "2"}, capture_output=True, text=True)
+    assert done.returncode == 2 and "one process" in done.stderr and not (tmp_path / "run").exists()
