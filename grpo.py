@@ -4,6 +4,7 @@
     python grpo.py --figure variants      every loss at the same number of sampled tokens, 3 seeds
     python grpo.py --figure length        why wrong answers grow long under GRPO, without a model and with one
     torchrun --nproc-per-node 2 grpo.py   the same run by two processes: each samples and trains on its share of the prompts
+    python grpo.py --init Qwen/Qwen2.5-0.5B-Instruct --chat --data gsm8k --max-new-tokens 300 --dtype bfloat16      a real model, real data
 
 The task is column addition. A problem is two numbers, their digits named by column; the answer fills in the columns, one by one:
 
@@ -30,16 +31,22 @@ How this differs from the papers:
 2. DAPO (arXiv 2503.14476): clip-higher, token aggregation and dynamic sampling; no overlong reward, the task has no long answers.
 3. GSPO's clip range (arXiv 2507.18071: 3e-4, 4e-4) is 100 times wider: a small model's sequence ratio moves more in one step.
 4. With stratified or lattice samples a group's answers depend on one another: its mean is no longer an unbiased baseline.
+5. Word problems (--data) are drawn with replacement, not in epochs. Their verifier is that of GSM8K's authors (arXiv 2110.14168): the first
+   "#### number" of the answer, without commas, must be the reference's, letter by letter; an answer need not be finished.
 
 What to see: held-out pass@1 from about .3 to over .9 in 45 steps; guessed carries from half of the lines to almost none.
 The value of a policy gradient's loss says nothing about success: watch `reward` and `pass@1`.
 """
 import copy
+import functools
+import json
 import math
 import random
+import re
 import time
 import zlib
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import matplotlib
@@ -51,8 +58,9 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from kernels import token_logprobs
-from model import (GPT, CharTokenizer, GPTConfig, Rollout, Run, UserError, all_sum, band, claim, command, flag, gathered, generate, join, parse_args,
-                   pick_device, restore, same_weights, seeds_of, series, share, snapshot, sum_gradients, world)
+from model import (GPT, CharTokenizer, GPTConfig, Rollout, Run, UserError, all_sum, band, claim, command, flag, gathered, generate, join,
+                   load_chat_template, load_tokenizer, parse_args, pick_device, restore, same_weights, seeds_of, series, share, snapshot, sum_gradients,
+                   world)
 
 FIGURES = {"train": "one run: reward, pass@1, entropy, lengths, pass@k against the base (under 3 minutes)",
            "variants": "every loss at the same number of sampled tokens, 3 seeds (about half an hour)",
@@ -78,6 +86,12 @@ class Config:
     quick: bool = flag(False, "a run of a few seconds that shows nothing but that it runs")
     figure: str = flag("train", "which figure: " + "; ".join(f"{k}: {v}" for k, v in FIGURES.items()), choices=tuple(FIGURES))
     steps: int = flag(None, "RL steps (default: 45, for length 60; variants counts tokens)", quick=2, low=0)
+    init: str = flag("", "start from this Hugging Face folder or hub id, not from the toy's warm-up; with --data")
+    data: str = flag("", "word problems: gsm8k, or a .jsonl or .parquet file with the columns question and answer, the answer with '#### number'; "
+                         "of a file a tenth is held out")
+    template: str = flag("{question}\\nThink step by step. End with the answer as: #### number", "the prompt of a word problem; \\n is a new line")
+    chat: bool = flag(False, "put the prompt into the checkpoint's own chat template, as a user's message")
+    checkpointing: bool = flag(False, "keep no activations inside a layer, compute them again: less memory, a third more time")
     loss: str = flag("dr_grpo", "the method; the next five flags override its choices one by one", choices=tuple(LOSSES))
     advantage: str = flag(None, "std | mean | rloo | batch", choices=("std", "mean", "rloo", "batch"))
     ratio: str = flag(None, "none | token | sequence | cispo", choices=("none", "token", "sequence", "cispo"))
@@ -96,9 +110,9 @@ class Config:
     minibatches: int = flag(1, "gradient steps per rollout batch", low=1)
     micro_batch: int = flag(64, "rows per forward pass; changes memory, the gradient only by rounding", low=1)
     temperature: float = flag(1.0, "sampling temperature, in training and evaluation; the scorer uses the same", low=1e-3)
-    lr: float = flag(3e-4, "RL learning rate (AdamW, constant)", low=0)
+    lr: float = flag(None, "RL learning rate (AdamW, constant; default 3e-4, with --init 1e-5)", low=0)
     digits: int = flag(5, "columns of a problem", low=1, high=8)
-    max_new_tokens: int = flag(56, "budget of an answer; unfinished ones are wrong", low=1, high=224)
+    max_new_tokens: int = flag(56, "budget of an answer; columns: at most 224, and unfinished ones are wrong", low=1)
     n_layer: int = flag(2, "layers", low=1)
     n_head: int = flag(8, "heads", low=1)
     n_embd: int = flag(128, "channels", quick=32, low=8)
@@ -107,9 +121,15 @@ class Config:
     sft_lr: float = flag(3e-3, "warm-up learning rate (up in 50 steps, then linear to 0)", low=0)
     eval_every: int = flag(15, "RL steps between evaluations", low=1)
     eval_prompts: int = flag(128, "held-out problems", quick=8, low=1)
+    eval_samples: int = flag(16, "answers to each of them", low=1)
 
     def __post_init__(self):
-        if self.max_new_tokens < LINE * self.digits + 1 and not self.quick:
+        self.lr = self.lr if self.lr is not None else 1e-5 if self.init else 3e-4
+        if bool(self.init) != bool(self.data) or self.init and (self.figure != "train" or "{question}" not in self.template):
+            raise UserError("--init and --data need one another, --figure train, and {question} in the --template")
+        if self.max_new_tokens > 224 and not self.data:
+            raise UserError(f"--max-new-tokens {self.max_new_tokens}: must be at most 224")
+        if self.max_new_tokens < LINE * self.digits + 1 and not self.quick and not self.data:
             raise UserError(f"--max-new-tokens {self.max_new_tokens}: {self.digits} columns take at least {LINE * self.digits + 1}")
         if self.beta and self.kl and (self.kl == "k1") != (self.kl_in == "reward"):
             raise UserError(f"--kl {self.kl} --kl-in {self.kl_in} does not pull to the base: in the loss k1's gradient has mean zero, "
@@ -169,6 +189,58 @@ def guessed_carries(text):
     columns = text[::LINE]
     lines = [i for i, c in enumerate(columns) if c != "a"]
     return sum(COLUMNS[COLUMNS.find(columns[i]) - 1] not in columns[:i] for i in lines) / max(len(lines), 1)
+
+
+def extract_answer(text):
+    """The number after the first "#### ", as GSM8K's authors read it (github.com/openai/grade-school-math), or None."""
+    match = re.search(r"#### (\-?[0-9\.\,]+)", text)
+    return match.group(1).replace(",", "") if match else None
+
+
+def load_problems(data):
+    """(question, answer) pairs to train on, and others: gsm8k's own splits; of a file, those whose question's hash says so."""
+    try:
+        if data == "gsm8k":
+            import datasets
+            splits = [list(datasets.load_dataset("openai/gsm8k", "main", split=s)) for s in ("train", "test")]
+        elif data.endswith(".parquet"):
+            import pyarrow.parquet          # comes with datasets
+            splits = [pyarrow.parquet.read_table(data).to_pylist()]
+        else:
+            splits = [[json.loads(line) for line in Path(data).read_text("utf-8").split("\n") if line.strip()]]
+        rows = [(row["question"], extract_answer(row["answer"]), i) for i, split in enumerate(splits) for row in split]
+    except KeyError as e:
+        raise UserError(f"--data {data}: a row has no column {e}") from None
+    except FileNotFoundError:
+        raise UserError(f"--data {data}: no such file, and not gsm8k") from None
+    except Exception as e:
+        raise UserError(f"--data {data}: no rows with a question and an answer can be read from it ({type(e).__name__})") from None
+    for q, a, _ in rows:
+        if a is None:
+            raise UserError(f"--data {data}: the answer to {q[:50]!r} has no '#### number'")
+    other = lambda q, split: split == 1 if len(splits) > 1 else zlib.crc32(q.encode()) % 10 == 0
+    parts = [[(q, a) for q, a, split in rows if other(q, split) == held_out] for held_out in (False, True)]
+    if not all(parts):
+        raise UserError(f"--data {data}: {len(parts[0])} problems to train on, {len(parts[1])} held out are too few")
+    return parts
+
+
+@functools.cache
+def word_problems(init, data, template, chat):
+    tokenizer, wrap, (train, held_out) = load_tokenizer(init), load_chat_template(init) if chat else lambda text: text, load_problems(data)
+    prompt = lambda p: tokenizer.encode(wrap(template.replace("\\n", "\n").replace("{question}", p[0])), allowed_special="all")
+    return SimpleNamespace(tokenizer=tokenizer, prompt=prompt, longest=max(len(prompt(p)) for p in train + held_out), draw=lambda rng: rng.choice(train),
+                           held_out=lambda rng, n: rng.sample(held_out, min(n, len(held_out))),
+                           judge=lambda p, text, finished: float(extract_answer(text) == p[1]))
+
+
+def task_of(config):
+    """How the problems that the flags speak of are drawn, held out, asked and judged."""
+    if config.data:
+        return word_problems(config.init, config.data, config.template, config.chat)
+    return SimpleNamespace(tokenizer=tokenizer, prompt=lambda p: tokenizer.encode(question(p)), draw=lambda rng: draw_problem(rng, config.digits),
+                           held_out=lambda rng, n: [draw_problem(rng, config.digits, held_out=True) for _ in range(n)],
+                           judge=lambda p, text, finished: reward(p, text) * finished)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -261,6 +333,15 @@ def pass_at_k(n, correct, k):
 # Training
 
 def build(config, device):
+    if config.init:         # fp32 weights; bf16 is for the products (autocast) and for the copy that samples
+        task = task_of(config)
+        positions = task.longest + config.max_new_tokens - 1
+        model = GPT.from_pretrained(config.init, torch.float32).to(device)
+        if model.config.block_size < positions or model.config.vocab_size < task.tokenizer.n_vocab:
+            raise UserError(f"--init {config.init}: has {model.config.block_size} positions and {model.config.vocab_size} ids; the longest prompt and "
+                            f"--max-new-tokens need {positions}, the tokenizer {task.tokenizer.n_vocab}")
+        model.checkpointing = config.checkpointing
+        return model
     return GPT(GPTConfig(tokenizer.n_vocab, 256, config.n_layer, config.n_head, config.n_embd, qk_norm=True)).to(device)
 
 
@@ -275,6 +356,8 @@ def warm_up(config, run, seed, device, draw=draw_demonstration):
     phase, rng = f"base {seed}", random.Random(seed)
     torch.manual_seed(seed)
     model = build(config, device)
+    if config.init:         # somebody else has warmed it up
+        return model
     optimizer = torch.optim.AdamW(model.parameters(), config.sft_lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
     start = restore(run.state.get(phase), model, optimizer, rng)
     bar = tqdm(range(start, config.sft_steps), f"warm-up, seed {seed}", initial=start, total=config.sft_steps, disable=world()[0] > 0)
@@ -322,17 +405,17 @@ def skip_draws(rows, config, generator):
 
 def sample(model, problems, n, config, generator, sampler="iid", mine=slice(None)):
     """-> Rollout of n answers per problem, their texts, their rewards (P, n). mine: the slice of the problems that this process answers."""
-    sampling = copy.deepcopy(model).bfloat16() if config.dtype == "bfloat16" else model
+    sampling, task = copy.deepcopy(model).bfloat16() if config.dtype == "bfloat16" else model, task_of(config)
     first, end, _ = mine.indices(len(problems))
     uniforms, others, problems = group_uniforms(len(problems), n, sampler, generator), len(problems) - end, problems[mine]
     skip_draws(first * n, config, generator)
-    rollout = generate(sampling, [tokenizer.encode(question(p)) for p in problems], n, config.max_new_tokens, config.temperature,
-                       stop=tokenizer.eos, generator=generator, uniforms=uniforms if uniforms is None else uniforms[first * n:end * n])
+    rollout = generate(sampling, [task.prompt(p) for p in problems], n, config.max_new_tokens, config.temperature,
+                       stop=task.tokenizer.eos, generator=generator, uniforms=uniforms if uniforms is None else uniforms[first * n:end * n])
     skip_draws(others * n, config, generator)
-    texts = rollout.texts(tokenizer)
+    texts = rollout.texts(task.tokenizer)
     last = rollout.ids.gather(1, (rollout.prompt_lens + rollout.lengths - 1)[:, None]).squeeze(1)
-    finished = (last == tokenizer.eos).tolist()
-    rewards = torch.tensor([reward(problems[i // n], t) * finished[i] for i, t in enumerate(texts)])
+    finished = (last == task.tokenizer.eos).tolist()
+    rewards = torch.tensor([task.judge(problems[i // n], t, finished[i]) for i, t in enumerate(texts)])
     return rollout, texts, rewards.view(-1, n)
 
 
@@ -344,7 +427,7 @@ def collect(model, config, rng, generator):
     dynamic, kept, rows, rewards, tokens, dull, right, seen = config.method.dynamic, [], [], [], 0, 0, 0, 0
     mine, G = share(config.prompts), config.group
     while seen == 0 or (dynamic and len(kept) < config.prompts and seen < 4 * config.prompts):
-        problems = [draw_problem(rng, config.digits) for _ in range(config.prompts)]
+        problems = [task_of(config).draw(rng) for _ in range(config.prompts)]
         rollout, _, r = sample(model, problems, G, config, generator, config.sampler, mine)
         r = gathered(r, mine, config.prompts)
         tokens, seen, mixed = tokens + int(all_sum(rollout.mask.sum())), seen + config.prompts, r.std(1) > 0
@@ -413,7 +496,7 @@ def update(model, base, optimizer, rollout, rewards, config, generator):
 def evaluate(model, config, n):
     """n answers to each held-out problem -> how many are right (P,), and the fraction of lines whose carry was a guess."""
     rng, generator = random.Random("held out"), torch.Generator().manual_seed(0)
-    problems = [draw_problem(rng, config.digits, held_out=True) for _ in range(config.eval_prompts)]
+    problems = task_of(config).held_out(rng, config.eval_prompts)
     size, mine = max(1, config.prompts * config.group // n), share(len(problems))   # as many rows at once as in training: more are slower on a CPU
     skip_draws(mine.start * n, config, generator)
     parts = [sample(model, problems[i:min(i + size, mine.stop)], n, config, generator)[1:] for i in range(mine.start, mine.stop, size)]
@@ -422,9 +505,10 @@ def evaluate(model, config, n):
     return gathered(rewards.sum(1), mine, len(problems)), guesses
 
 
-def held_out(model, config, n=16, ks=(1, 16)):
+def held_out(model, config, n=None, ks=None):
+    n = n or config.eval_samples
     correct, guesses = evaluate(model, config, n)
-    return {f"pass@{k}": pass_at_k(n, correct, k).mean().item() for k in ks} | {"guessed_carries": guesses}
+    return {f"pass@{k}": pass_at_k(n, correct, k).mean().item() for k in ks or (1, n)} | ({} if config.data else {"guessed_carries": guesses})
 
 
 SHOWN = ("step", "reward", "pass@1", "guessed_carries", "entropy", "length_right", "length_wrong", "zero_variance", "clip_fraction", "tokens_per_s")
@@ -516,21 +600,24 @@ def length_bias_gpt(config, run, arm, seed, base):
 # Figures and claims
 
 def figure_train(config, run, device):
-    n, arms = 4 if config.quick else 64, ("base", config.loss)
+    n, arms, real = config.eval_samples if config.data else 4 if config.quick else 64, ("base", config.loss), bool(config.data)
     ks = [2 ** i for i in range(int(math.log2(n)) + 1)]
     for seed in seeds_of(config):
         base = warm_up(config, run, seed, device)
         trained = train(config, run, config.loss, seed, base)
         for arm, model in zip(arms, (base, trained)):
             run.log_once(lambda: held_out(model, config, n, ks), phase="pass@k", arm=arm, seed=seed, step=config.steps)
+        if real and world()[0] == 0:
+            trained.save_pretrained(run.dir / f"{config.loss} {seed}", like=config.init)
     final = lambda arm, key: series(run, key, phase="pass@k", arm=arm)[1][:, -1]        # (seeds,)
-    (p0, p1), (g0, g1) = ([final(arm, key) for arm in arms] for key in ("pass@1", "guessed_carries"))
-    print(f"\nheld-out pass@1: base {p0.mean():.3f}, {config.loss} {p1.mean():.3f}; guessed carries {g0.mean():.3f}, {g1.mean():.3f}")
+    (p0, p1), (g0, g1) = ([final(arm, key) for arm in arms] for key in ("pass@1", "pass@1" if real else "guessed_carries"))
+    print(f"\nheld-out pass@1: base {p0.mean():.3f}, {config.loss} {p1.mean():.3f}" + ("" if real else f"; guessed carries {g0.mean():.3f}, {g1.mean():.3f}"))
 
     fig, axes = plt.subplots(2, 3, figsize=(13, 7), layout="constrained")
-    fig.suptitle(f"Told only right or wrong, the model stops guessing carries: held-out pass@1 {p0.mean():.2f} → {p1.mean():.2f} "
-                 f"({config.seeds} seed{'s' if config.seeds > 1 else ''})")
+    what = f"{Path(config.init).name} on {Path(config.data).name}" if real else "Told only right or wrong, the model stops guessing carries"
+    fig.suptitle(f"{what}: held-out pass@1 {p0.mean():.2f} → {p1.mean():.2f} ({config.seeds} seed{'s' if config.seeds > 1 else ''})")
     panels = [("Answers that are right", "fraction", {"reward": "training problems", "pass@1": "held-out problems"}),
+              ("Gradient", "norm", {"grad_norm": "before it is cut to 1"}) if real else
               ("Lines whose carry was a guess", "fraction", {"guessed_carries": "held-out problems"}),
               ("Entropy", "nats per token", {"entropy": "training problems"}),
               ("Length of right and wrong answers", "tokens", {"length_right": "right", "length_wrong": "wrong"}),
@@ -545,6 +632,9 @@ def figure_train(config, run, device):
     axes[1, 2].set(title="pass@k: sharpened or discovered?", xlabel="k (samples)", ylabel="held-out pass@k", xscale="log", ylim=(0, 1.02))
     axes[1, 2].set_xticks(ks, ks)
     axes[1, 2].legend()
+    if real:
+        return fig, [claim("gain", "held-out pass@1 after RL minus before, worst seed", "-", "-", (p1 - p0).min(), ">=", 0.05, config.seeds,
+                           f" ({p0.mean():.2f}, {p1.mean():.2f})")]
     return fig, [
         claim("base", "pass@1 of the base, best seed", "design of the task", "-", p0.max(), "<=", 0.40, config.seeds),
         claim("trained", "pass@1 after RL, worst seed", "design of the task", "-", p1.min(), ">=", 0.90, config.seeds),

@@ -45,6 +45,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
@@ -182,7 +183,7 @@ class Block(nn.Module):
 class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.config = config
+        self.config, self.checkpointing = config, False     # True: a block keeps its input only, and is computed again in the backward pass
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
         self.norm = RMSNorm(config.n_embd, config.norm_eps)
@@ -206,7 +207,8 @@ class GPT(nn.Module):
         positions, mask = (slice(0, T), None) if cache is None else cache.extend(T)
         x, rope = self.wte(ids), self.rope[positions]       # (B, T, C)
         for block in self.blocks:
-            x = block(x, rope, mask, cache)
+            again = self.checkpointing and torch.is_grad_enabled()
+            x = torch.utils.checkpoint.checkpoint(block, x, rope, mask, cache, use_reentrant=False) if again else block(x, rope, mask, cache)
         return self.norm(x)
 
     def forward(self, ids):
@@ -759,6 +761,26 @@ def load_tokenizer(name):
     return encoding
 
 
+def load_chat_template(name):
+    """The chat template of a Hugging Face folder or hub id, as a function: a user's message -> the text up to where the answer starts."""
+    from jinja2.sandbox import ImmutableSandboxedEnvironment        # comes with torch
+    folder = hub_folder(name)
+    settings, file = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").exists() else {}, folder / "chat_template.jinja"
+    source = file.read_text("utf-8") if file.exists() else settings.get("chat_template")
+    if not isinstance(source, str):
+        raise UserError(f"{folder}: neither chat_template.jinja nor tokenizer_config.json has a chat template")
+    tokens = {k: t["content"] if isinstance(t, dict) else t for k in ("bos_token", "eos_token") if (t := settings.get(k))}
+    env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    env.globals["strftime_now"] = lambda form: time.strftime(form)
+
+    def render(message):
+        try:
+            return env.from_string(source).render(messages=[dict(role="user", content=message)], add_generation_prompt=True, **tokens)
+        except Exception as e:      # a template is a program
+            raise UserError(f"{folder}: its chat template fails ({type(e).__name__}: {e})") from None
+    return render
+
+
 # ---------------------------------------------------------------------------------------------------------------------------
 # Flags: what every script needs and none should say twice
 
@@ -947,12 +969,12 @@ class Run:
     """The folder of one run: config.json, metrics.jsonl, claims.json, and model.pt with the state of each phase of the run.
 
     `state` maps a phase ("base", "train dapo 2") to what it needs to go on. `save` writes it all; a loop calls it whenever
-    `due`: every 30 s, and at once after SIGINT or SIGTERM, in which case save ends the process with code 130 or 143. Of several
+    `due`: every 30 s (less often if it takes a second and more), and at once after SIGINT or SIGTERM, in which case save ends the process with code 130 or 143. Of several
     processes rank 0 writes, saves and heeds signals; the others end when they lose it.
     """
 
     def __init__(self, config):
-        self.config, self.dir, self.rows, self.state, self.signal, self.saved = dataclasses.asdict(config), Path(config.out), [], {}, 0, time.time()
+        self.config, self.dir, self.rows, self.state, self.signal, self.saved, self.cost = dataclasses.asdict(config), Path(config.out), [], {}, 0, time.time(), 0
         if config.resume:
             checkpoint = load_checkpoint(self.dir / "model.pt")
             self.state, n = checkpoint["state"], checkpoint["rows"]
@@ -1017,11 +1039,12 @@ class Run:
 
     @property
     def due(self):
-        return self.signal or time.time() - self.saved > 30
+        return self.signal or time.time() - self.saved > max(30, 20 * self.cost)
 
     def save(self, phase, **state):
-        self.state[phase], self.saved = state, time.time()
+        self.state[phase], started = state, time.time()
         save_checkpoint(self.dir / "model.pt", state=self.state, rows=len(self.rows), config=self.config, revision=self.revision)
+        self.saved, self.cost = time.time(), time.time() - started
         if self.signal:
             print(f"\nsaved {self.dir / 'model.pt'}: --resume goes on from here", flush=True)
             raise SystemExit(128 + self.signal)
