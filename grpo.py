@@ -525,7 +525,8 @@ def train(config, run, arm, seed, base, tokens=math.inf):
     sampled = state["sampled"] if state else 0
     if state is None:
         run.log(phase="rl", arm=arm, seed=seed, step=0, sampled_tokens=0, **held_out(model, config))
-    print("  ".join(SHOWN))
+    shown = [k for k in SHOWN if k != "guessed_carries" or not config.data]
+    print("  ".join(shown))
     while step < config.steps and sampled < tokens:
         # 2. Sample, score with the verifier, take the gradient steps
         started = time.time()
@@ -541,8 +542,8 @@ def train(config, run, arm, seed, base, tokens=math.inf):
         if step % config.eval_every == 0 or step == config.steps or sampled >= tokens:
             row |= held_out(model, config)
         run.log(**row)
-        cells = (f"{row[k]:.{3 if isinstance(row[k], float) and row[k] < 10 else 0}f}" if row.get(k) is not None else "" for k in SHOWN)
-        print("  ".join(f"{cell:>{len(k)}}" for k, cell in zip(SHOWN, cells)), flush=True)
+        cells = (f"{row[k]:.{3 if isinstance(row[k], float) and row[k] < 10 else 0}f}" if row.get(k) is not None else "" for k in shown)
+        print("  ".join(f"{cell:>{len(k)}}" for k, cell in zip(shown, cells)), flush=True)
         # 4. Save now and then, and at once when interrupted
         if run.due:
             run.save(phase, **snapshot(step, model, optimizer, rng, generator, sampled=sampled))
