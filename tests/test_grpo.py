@@ -746,6 +746,27 @@ def test_a_shared_stream_gives_each_process_its_own_numbers():
     assert parts[0] + parts[1] == whole and len({tuple(g.get_state().tolist()) for g in draws}) == 1
 
 
+def test_only_rank_0_writes(quick, tmp_path, monkeypatch):
+    import model
+    monkeypatch.setattr(model, "world", lambda: (1, 2))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    handlers = [(s, signal.getsignal(s)) for s in (signal.SIGINT, signal.SIGTERM)]
+    try:
+        folder = shutil.copytree(quick, tmp_path / "resumed")
+        before = {p.name: p.read_bytes() for p in folder.iterdir()}
+        for out, resume in ((folder, True), (tmp_path / "new", False)):
+            run = model.Run(small(out=str(out), resume=resume))
+            run.log(step=1)
+            run.save("phase", step=1)
+            run.claims([])
+            run.draw(None, "figure")
+            assert run.rows[-1] == dict(step=1) and not run.due
+        assert {p.name: p.read_bytes() for p in folder.iterdir()} == before and not (tmp_path / "new").exists()
+    finally:
+        for s, handler in handlers:
+            signal.signal(s, handler)
+
+
 def test_a_process_that_dies_ends_the_run_with_a_message(tmp_path):
     code = tmp_path / "worker.py"
     code.write_text("""import os, grpo
@@ -856,7 +877,7 @@ def test_held_out_word_problems_are_never_trained_on_and_none_twice(real, monkey
 
 
 def test_a_real_run_samples_what_it_scores_and_checkpointing_changes_no_gradient(real):
-    gradients = []
+    gradients, calls = [], []
     for checkpointing in (False, True):
         config = real_config(real, checkpointing=checkpointing, max_new_tokens=12)
         model = grpo.build(config, "cpu")
@@ -864,8 +885,10 @@ def test_a_real_run_samples_what_it_scores_and_checkpointing_changes_no_gradient
         rollout, rewards, _ = grpo.collect(model, config, random.Random(0), torch.Generator().manual_seed(0))
         logp = grpo.score_all(model, rollout, config)
         assert ((logp - rollout.logp) * rollout.mask).abs().max() < 1e-4
+        model.blocks[0].norm1.register_forward_hook(lambda *_: calls.append(checkpointing))
         grpo.update(model, None, torch.optim.SGD(model.parameters(), 0.0), rollout, REWARDS, config, None)
         gradients.append(flat(model, gradient=True))
+    assert calls == [False, True, True]         # computed again in the backward pass
     assert torch.equal(*gradients) and gradients[0].abs().max() > 0
 
 

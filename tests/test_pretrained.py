@@ -249,7 +249,7 @@ TOKENIZERS = {"gpt2": dict(pre_tokenizer=level(True)),
               "qwen": dict(pre_tokenizer=sequence(split(QWEN), False), normalizer=dict(type="NFC")),
               "llama3": dict(pre_tokenizer=sequence(split(QWEN.replace(r"\p{N}|", r"\p{N}{1,3}|")), False), ignore_merges=True),
               "missing bytes": dict(pre_tokenizer=level(True), drop=[0x04, 0x13, 0xF1, 0xF2])}
-CORPUS = "".join((ROOT / f).read_text() for f in ("README.md", "grpo.py")) + "naïve café 東京都と京都 Übermut 123 1234 12   \n\n" * 9
+CORPUS = (ROOT / "LICENSE").read_text() + "def f(x):\n    return x + 1  # don't 12, 1234 == 5\n\n" * 5 + "naïve café 東京都と京都 Übermut 123 1234 12   \n\n" * 9
 
 
 def merges_of(text, n):
@@ -273,7 +273,7 @@ def bpe(parts, ranks):
 
 @pytest.fixture(scope="module")
 def merges():
-    return merges_of(CORPUS, 400)
+    return merges_of(CORPUS, 300)
 
 
 @pytest.fixture(params=TOKENIZERS)
@@ -437,7 +437,7 @@ def test_a_missing_or_damaged_tokenizer_is_one_line_that_names_it(tmp_path):
 
 def test_a_saved_model_takes_a_tokenizer_along(merges, tmp_path):
     like = save_json(tmp_path / "like", make_json(merges))
-    GPT(GPTConfig(700, 16, 1, 2, 16)).save_pretrained(tmp_path / "b", like=like)
+    GPT(GPTConfig(600, 16, 1, 2, 16)).save_pretrained(tmp_path / "b", like=like)
     assert load_tokenizer(tmp_path / "b").encode("the cat") == load_tokenizer(like).encode("the cat")
     assert json.loads((tmp_path / "b/config.json").read_text())["eos_token_id"] == 2
 
