@@ -3,6 +3,8 @@
     python grpo.py                        the main run: `train`, under 3 minutes on two cores
     python grpo.py --figure variants      every loss at the same number of sampled tokens, 3 seeds
     python grpo.py --figure length        why wrong answers grow long under GRPO, without a model and with one
+    torchrun --nproc-per-node 2 grpo.py   the same run by two processes: each samples and trains on its share of the prompts
+    python grpo.py --init Qwen/Qwen2.5-0.5B-Instruct --chat --data gsm8k --max-new-tokens 300 --dtype bfloat16      a real model, real data
 
 The task is column addition. A problem is two numbers, their digits named by column; the answer fills in the columns, one by one:
 
@@ -29,16 +31,22 @@ How this differs from the papers:
 2. DAPO (arXiv 2503.14476): clip-higher, token aggregation and dynamic sampling; no overlong reward, the task has no long answers.
 3. GSPO's clip range (arXiv 2507.18071: 3e-4, 4e-4) is 100 times wider: a small model's sequence ratio moves more in one step.
 4. With stratified or lattice samples a group's answers depend on one another: its mean is no longer an unbiased baseline.
+5. Word problems (--data) are drawn with replacement, not in epochs. Their verifier is that of GSM8K's authors (arXiv 2110.14168): the first
+   "#### number" of the answer, without commas, must be the reference's, letter by letter; an answer need not be finished.
 
 What to see: held-out pass@1 from about .3 to over .9 in 45 steps; guessed carries from half of the lines to almost none.
 The value of a policy gradient's loss says nothing about success: watch `reward` and `pass@1`.
 """
 import copy
+import functools
+import json
 import math
 import random
+import re
 import time
 import zlib
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import matplotlib
@@ -50,8 +58,9 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from kernels import token_logprobs
-from model import (GPT, CharTokenizer, GPTConfig, Rollout, Run, UserError, band, claim, command, flag, generate, parse_args, pick_device,
-                   restore, seeds_of, series, snapshot)
+from model import (GPT, CharTokenizer, GPTConfig, Rollout, Run, UserError, all_sum, band, claim, command, flag, gathered, generate, join,
+                   load_chat_template, load_tokenizer, parse_args, pick_device, restore, same_weights, seeds_of, series, share, snapshot, sum_gradients,
+                   world)
 
 FIGURES = {"train": "one run: reward, pass@1, entropy, lengths, pass@k against the base (under 3 minutes)",
            "variants": "every loss at the same number of sampled tokens, 3 seeds (about half an hour)",
@@ -77,6 +86,12 @@ class Config:
     quick: bool = flag(False, "a run of a few seconds that shows nothing but that it runs")
     figure: str = flag("train", "which figure: " + "; ".join(f"{k}: {v}" for k, v in FIGURES.items()), choices=tuple(FIGURES))
     steps: int = flag(None, "RL steps (default: 45, for length 60; variants counts tokens)", quick=2, low=0)
+    init: str = flag("", "start from this Hugging Face folder or hub id, not from the toy's warm-up; with --data")
+    data: str = flag("", "word problems: gsm8k, or a .jsonl or .parquet file with the columns question and answer, the answer with '#### number'; "
+                         "of a file a tenth is held out")
+    template: str = flag("{question}\\nThink step by step. End with the answer as: #### number", "the prompt of a word problem; \\n is a new line")
+    chat: bool = flag(False, "put the prompt into the checkpoint's own chat template, as a user's message")
+    checkpointing: bool = flag(False, "keep no activations inside a layer, compute them again: less memory, a third more time")
     loss: str = flag("dr_grpo", "the method; the next five flags override its choices one by one", choices=tuple(LOSSES))
     advantage: str = flag(None, "std | mean | rloo | batch", choices=("std", "mean", "rloo", "batch"))
     ratio: str = flag(None, "none | token | sequence | cispo", choices=("none", "token", "sequence", "cispo"))
@@ -95,9 +110,9 @@ class Config:
     minibatches: int = flag(1, "gradient steps per rollout batch", low=1)
     micro_batch: int = flag(64, "rows per forward pass; changes memory, the gradient only by rounding", low=1)
     temperature: float = flag(1.0, "sampling temperature, in training and evaluation; the scorer uses the same", low=1e-3)
-    lr: float = flag(3e-4, "RL learning rate (AdamW, constant)", low=0)
+    lr: float = flag(None, "RL learning rate (AdamW, constant; default 3e-4, with --init 1e-5)", low=0)
     digits: int = flag(5, "columns of a problem", low=1, high=8)
-    max_new_tokens: int = flag(56, "budget of an answer; unfinished ones are wrong", low=1, high=224)
+    max_new_tokens: int = flag(56, "budget of an answer; columns: at most 224, and unfinished ones are wrong", low=1)
     n_layer: int = flag(2, "layers", low=1)
     n_head: int = flag(8, "heads", low=1)
     n_embd: int = flag(128, "channels", quick=32, low=8)
@@ -106,9 +121,15 @@ class Config:
     sft_lr: float = flag(3e-3, "warm-up learning rate (up in 50 steps, then linear to 0)", low=0)
     eval_every: int = flag(15, "RL steps between evaluations", low=1)
     eval_prompts: int = flag(128, "held-out problems", quick=8, low=1)
+    eval_samples: int = flag(16, "answers to each of them", low=1)
 
     def __post_init__(self):
-        if self.max_new_tokens < LINE * self.digits + 1 and not self.quick:
+        self.lr = self.lr if self.lr is not None else 1e-5 if self.init else 3e-4
+        if bool(self.init) != bool(self.data) or self.init and (self.figure != "train" or "{question}" not in self.template):
+            raise UserError("--init and --data need one another, --figure train, and {question} in the --template")
+        if self.max_new_tokens > 224 and not self.data:
+            raise UserError(f"--max-new-tokens {self.max_new_tokens}: must be at most 224")
+        if self.max_new_tokens < LINE * self.digits + 1 and not self.quick and not self.data:
             raise UserError(f"--max-new-tokens {self.max_new_tokens}: {self.digits} columns take at least {LINE * self.digits + 1}")
         if self.beta and self.kl and (self.kl == "k1") != (self.kl_in == "reward"):
             raise UserError(f"--kl {self.kl} --kl-in {self.kl_in} does not pull to the base: in the loss k1's gradient has mean zero, "
@@ -170,6 +191,58 @@ def guessed_carries(text):
     return sum(COLUMNS[COLUMNS.find(columns[i]) - 1] not in columns[:i] for i in lines) / max(len(lines), 1)
 
 
+def extract_answer(text):
+    """The number after the first "#### ", as GSM8K's authors read it (github.com/openai/grade-school-math), or None."""
+    match = re.search(r"#### (\-?[0-9\.\,]+)", text)
+    return match.group(1).replace(",", "") if match else None
+
+
+def load_problems(data):
+    """(question, answer) pairs to train on, and others: gsm8k's own splits; of a file, those whose question's hash says so."""
+    try:
+        if data == "gsm8k":
+            import datasets
+            splits = [list(datasets.load_dataset("openai/gsm8k", "main", split=s)) for s in ("train", "test")]
+        elif data.endswith(".parquet"):
+            import pyarrow.parquet          # comes with datasets
+            splits = [pyarrow.parquet.read_table(data).to_pylist()]
+        else:
+            splits = [[json.loads(line) for line in Path(data).read_text("utf-8").split("\n") if line.strip()]]
+        rows = [(row["question"], extract_answer(row["answer"]), i) for i, split in enumerate(splits) for row in split]
+    except KeyError as e:
+        raise UserError(f"--data {data}: a row has no column {e}") from None
+    except FileNotFoundError:
+        raise UserError(f"--data {data}: no such file, and not gsm8k") from None
+    except Exception as e:
+        raise UserError(f"--data {data}: no rows with a question and an answer can be read from it ({type(e).__name__})") from None
+    for q, a, _ in rows:
+        if a is None:
+            raise UserError(f"--data {data}: the answer to {q[:50]!r} has no '#### number'")
+    other = lambda q, split: split == 1 if len(splits) > 1 else zlib.crc32(q.encode()) % 10 == 0
+    parts = [[(q, a) for q, a, split in rows if other(q, split) == held_out] for held_out in (False, True)]
+    if not all(parts):
+        raise UserError(f"--data {data}: {len(parts[0])} problems to train on, {len(parts[1])} held out are too few")
+    return parts
+
+
+@functools.cache
+def word_problems(init, data, template, chat):
+    tokenizer, wrap, (train, held_out) = load_tokenizer(init), load_chat_template(init) if chat else lambda text: text, load_problems(data)
+    prompt = lambda p: tokenizer.encode(wrap(template.replace("\\n", "\n").replace("{question}", p[0])), allowed_special="all")
+    return SimpleNamespace(tokenizer=tokenizer, prompt=prompt, longest=max(len(prompt(p)) for p in train + held_out), draw=lambda rng: rng.choice(train),
+                           held_out=lambda rng, n: rng.sample(held_out, min(n, len(held_out))),
+                           judge=lambda p, text, finished: float(extract_answer(text) == p[1]))
+
+
+def task_of(config):
+    """How the problems that the flags speak of are drawn, held out, asked and judged."""
+    if config.data:
+        return word_problems(config.init, config.data, config.template, config.chat)
+    return SimpleNamespace(tokenizer=tokenizer, prompt=lambda p: tokenizer.encode(question(p)), draw=lambda rng: draw_problem(rng, config.digits),
+                           held_out=lambda rng, n: [draw_problem(rng, config.digits, held_out=True) for _ in range(n)],
+                           judge=lambda p, text, finished: reward(p, text) * finished)
+
+
 # ---------------------------------------------------------------------------------------------------------------------------
 # The algorithm
 
@@ -216,13 +289,14 @@ def surrogate(logp, old_logp, adv, mask, ratio, eps_low, eps_high):
     return -torch.minimum(rho * adv, clipped * adv), silenced.float() * mask
 
 
-def aggregation_weights(mask, kind, budget):
+def aggregation_weights(mask, kind, budget, rows=None, tokens=None):
     """(R, T) weights a. Made from all rows of a gradient step, before they are cut into micro-batches, which then cannot change them.
 
     sequence: mean over rows of the mean over tokens. token: mean over all tokens. constant: sum / (rows * budget). sum: sum / rows.
+    rows, tokens: how many the step has, where other processes hold some of them (default: those of mask).
     """
-    R = mask.shape[0]
-    return mask / {"sequence": R * mask.sum(1, keepdim=True).clamp_min(1), "token": mask.sum().clamp_min(1),
+    R, tokens = rows or mask.shape[0], mask.sum() if tokens is None else tokens
+    return mask / {"sequence": R * mask.sum(1, keepdim=True).clamp_min(1), "token": tokens.clamp_min(1),
                    "constant": R * budget, "sum": R}[kind]
 
 
@@ -259,6 +333,15 @@ def pass_at_k(n, correct, k):
 # Training
 
 def build(config, device):
+    if config.init:         # fp32 weights; bf16 is for the products (autocast) and for the copy that samples
+        task = task_of(config)
+        positions = task.longest + config.max_new_tokens - 1
+        model = GPT.from_pretrained(config.init, torch.float32).to(device)
+        if model.config.block_size < positions or model.config.vocab_size < task.tokenizer.n_vocab:
+            raise UserError(f"--init {config.init}: has {model.config.block_size} positions and {model.config.vocab_size} ids; the longest prompt and "
+                            f"--max-new-tokens need {positions}, the tokenizer {task.tokenizer.n_vocab}")
+        model.checkpointing = config.checkpointing
+        return model
     return GPT(GPTConfig(tokenizer.n_vocab, 256, config.n_layer, config.n_head, config.n_embd, qk_norm=True)).to(device)
 
 
@@ -273,9 +356,11 @@ def warm_up(config, run, seed, device, draw=draw_demonstration):
     phase, rng = f"base {seed}", random.Random(seed)
     torch.manual_seed(seed)
     model = build(config, device)
+    if config.init:         # somebody else has warmed it up
+        return model
     optimizer = torch.optim.AdamW(model.parameters(), config.sft_lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
     start = restore(run.state.get(phase), model, optimizer, rng)
-    bar = tqdm(range(start, config.sft_steps), f"warm-up, seed {seed}", initial=start, total=config.sft_steps)
+    bar = tqdm(range(start, config.sft_steps), f"warm-up, seed {seed}", initial=start, total=config.sft_steps, disable=world()[0] > 0)
     for step in bar:
         for g in optimizer.param_groups:
             g["lr"] = config.sft_lr * min((step + 1) / 50, 1 - step / config.sft_steps)
@@ -302,7 +387,7 @@ def warm_up(config, run, seed, device, draw=draw_demonstration):
         if run.due:
             run.save(phase, **snapshot(step + 1, model, optimizer, rng))
     run.save(phase, **snapshot(config.sft_steps, model, None, rng))
-    return model
+    return same_weights(model)
 
 
 def score(model, rollout, config, T):
@@ -313,64 +398,82 @@ def score(model, rollout, config, T):
     return F.pad(logp, pad), F.pad(entropy, pad)
 
 
-def sample(model, problems, n, config, generator, sampler="iid"):
-    """-> Rollout of n answers per problem, their texts, their rewards (P, n)."""
-    sampling = copy.deepcopy(model).bfloat16() if config.dtype == "bfloat16" else model
-    rollout = generate(sampling, [tokenizer.encode(question(p)) for p in problems], n, config.max_new_tokens, config.temperature,
-                       stop=tokenizer.eos, generator=generator, uniforms=group_uniforms(len(problems), n, sampler, generator))
-    texts = rollout.texts(tokenizer)
+def skip_draws(rows, config, generator):
+    """Draw, and drop, the numbers that generate takes for so many rows: processes that share a batch share one random stream."""
+    torch.rand(rows, config.max_new_tokens, dtype=torch.float64, generator=generator)
+
+
+def sample(model, problems, n, config, generator, sampler="iid", mine=slice(None)):
+    """-> Rollout of n answers per problem, their texts, their rewards (P, n). mine: the slice of the problems that this process answers."""
+    sampling, task = copy.deepcopy(model).bfloat16() if config.dtype == "bfloat16" else model, task_of(config)
+    first, end, _ = mine.indices(len(problems))
+    uniforms, others, problems = group_uniforms(len(problems), n, sampler, generator), len(problems) - end, problems[mine]
+    skip_draws(first * n, config, generator)
+    rollout = generate(sampling, [task.prompt(p) for p in problems], n, config.max_new_tokens, config.temperature,
+                       stop=task.tokenizer.eos, generator=generator, uniforms=uniforms if uniforms is None else uniforms[first * n:end * n])
+    skip_draws(others * n, config, generator)
+    texts = rollout.texts(task.tokenizer)
     last = rollout.ids.gather(1, (rollout.prompt_lens + rollout.lengths - 1)[:, None]).squeeze(1)
-    finished = (last == tokenizer.eos).tolist()
-    rewards = torch.tensor([reward(problems[i // n], t) * finished[i] for i, t in enumerate(texts)])
+    finished = (last == task.tokenizer.eos).tolist()
+    rewards = torch.tensor([task.judge(problems[i // n], t, finished[i]) for i, t in enumerate(texts)])
     return rollout, texts, rewards.view(-1, n)
 
 
 def collect(model, config, rng, generator):
-    """One batch of rollouts -> (rollout, rewards (P, G), statistics of all that was sampled).
+    """One batch of rollouts -> (rollout of this process's prompts, rewards (P, G) of all, statistics of all that was sampled).
 
     Dynamic sampling (DAPO) keeps sampling until `prompts` groups have both right and wrong answers, at most 4 times; P may be less.
     """
-    dynamic, kept, rewards, tokens, dull, right, seen = config.method.dynamic, [], [], 0, 0, 0, 0
+    dynamic, kept, rows, rewards, tokens, dull, right, seen = config.method.dynamic, [], [], [], 0, 0, 0, 0
+    mine, G = share(config.prompts), config.group
     while seen == 0 or (dynamic and len(kept) < config.prompts and seen < 4 * config.prompts):
-        problems = [draw_problem(rng, config.digits) for _ in range(config.prompts)]
-        rollout, _, r = sample(model, problems, config.group, config, generator, config.sampler)
-        tokens, seen, mixed = tokens + int(rollout.mask.sum()), seen + config.prompts, r.std(1) > 0
+        problems = [task_of(config).draw(rng) for _ in range(config.prompts)]
+        rollout, _, r = sample(model, problems, G, config, generator, config.sampler, mine)
+        r = gathered(r, mine, config.prompts)
+        tokens, seen, mixed = tokens + int(all_sum(rollout.mask.sum())), seen + config.prompts, r.std(1) > 0
         dull, right = dull + int((~mixed).sum()), right + r.mean(1).sum().item()
         for i in range(config.prompts):
-            if (mixed[i] or not dynamic) and len(kept) < config.prompts:
-                kept.append(rollout[slice(i * config.group, (i + 1) * config.group)])
+            if (mixed[i] or not dynamic) and len(rewards) < config.prompts:
+                if mine.start <= i < mine.stop:
+                    kept.append(rollout[slice((i - mine.start) * G, (i - mine.start + 1) * G)])
+                    rows += range(len(rewards) * G, len(rewards) * G + G)
                 rewards.append(r[i])
-    if not kept:            # nothing mixed in 4 batches: the last one, whose advantages are all 0
-        kept, rewards = [rollout], list(r)
-    return Rollout.cat(kept), torch.stack(rewards), dict(reward=right / seen, zero_variance=dull / seen, tokens=tokens)
+    if not rewards:         # nothing mixed in 4 batches: the last one, whose advantages are all 0
+        kept, rows, rewards = [rollout], range(mine.start * G, mine.stop * G), list(r)
+    rollout = Rollout.cat(kept or [rollout[:0]])
+    rollout.rows = torch.tensor(list(rows), dtype=torch.long)
+    return rollout, torch.stack(rewards), dict(reward=right / seen, zero_variance=dull / seen, tokens=tokens)
 
 
 @torch.no_grad()
 def score_all(model, rollout, config):
     """score's log-probabilities without gradients, in micro-batches."""
     rows = torch.arange(len(rollout.ids)).split(config.micro_batch)
-    return torch.cat([score(model, rollout[r], config, rollout.ids.shape[1])[0] for r in rows])
+    return torch.cat([score(model, rollout[r], config, rollout.ids.shape[1])[0] for r in rows if len(r)] or [rollout.logp])
 
 
 def update(model, base, optimizer, rollout, rewards, config, generator):
-    """The gradient steps of one rollout batch -> metrics. rewards (P, G)."""
-    method, mask, R = config.method, rollout.mask, len(rollout.ids)
+    """The gradient steps of one rollout batch -> metrics. rewards (P, G) are those of all rows, of which the rollout may hold a process's share."""
+    method, mask, R = config.method, rollout.mask, rewards.numel()
+    mine, tokens = torch.arange(R) if rollout.rows is None else rollout.rows, all_sum(mask.sum())
+    place = torch.full((R,), -1).index_copy(0, mine, torch.arange(len(mine)))       # of each row in this process's rollout, -1: in another's
     rewards, kl_in_reward = rewards.to(mask.device), config.beta > 0 and config.kl_in == "reward"
     old_logp = score_all(model, rollout, config) if config.minibatches > 1 or kl_in_reward else None
     ref_logp = score_all(base, rollout, config) if config.beta else None
     if kl_in_reward:
-        rewards = rewards - config.beta * (kl_estimate(old_logp, ref_logp, "k1") * mask).sum(1).view_as(rewards)
+        rewards = rewards - config.beta * gathered((kl_estimate(old_logp, ref_logp, "k1") * mask).sum(1), mine, R).view_as(rewards)
     adv = advantages(rewards, method.advantage)
     if config.positive_only:
         adv = adv.clamp_min(0)
-    adv = adv.reshape(R, 1)
+    adv = adv.reshape(R, 1)[mine]
     order = torch.arange(R) if config.minibatches == 1 else torch.randperm(R, generator=generator)
-    total = dict.fromkeys(("loss", "entropy", "clip_fraction", "grad_norm"), 0.0) | ({"kl": 0.0} if config.beta else {})
+    total, norm = dict.fromkeys(("loss", "entropy", "clip_fraction") + ("kl",) * (config.beta > 0), 0.0), 0.0
     minibatches = order.chunk(config.minibatches)
     for minibatch in minibatches:
-        weights = aggregation_weights(mask[minibatch], method.aggregation, config.max_new_tokens)
+        here = place[minibatch][place[minibatch] >= 0]
+        weights = aggregation_weights(mask[here], method.aggregation, config.max_new_tokens, len(minibatch), all_sum(mask[here].sum()))
         optimizer.zero_grad()
-        for rows, a in zip(minibatch.split(config.micro_batch), weights.split(config.micro_batch)):
+        for rows, a in zip(here.split(config.micro_batch), weights.split(config.micro_batch)) if len(here) else ():
             m = mask[rows]
             logp, entropy = score(model, rollout[rows], config, mask.shape[1])
             old = logp.detach() if old_logp is None else old_logp[rows]     # the only gradient step: the old policy is this one
@@ -378,30 +481,34 @@ def update(model, base, optimizer, rollout, rewards, config, generator):
             loss = loss * correction_weights(old, rollout.logp[rows], m, config.correction) - config.entropy_bonus * entropy
             if config.beta:
                 kl = kl_estimate(logp, ref_logp[rows], config.kl or "k3")
-                total["kl"] += ((kl * m).sum() / mask.sum()).item()
+                total["kl"] += ((kl * m).sum() / tokens).item()
                 loss = loss + config.beta * kl if config.kl_in == "loss" else loss
             (a * loss).sum().backward()
             total["loss"] += (a * loss).sum().item() / len(minibatches)
-            total["entropy"] += ((entropy * m).sum() / mask.sum()).item()
-            total["clip_fraction"] += (silenced.sum() / mask.sum()).item()
-        total["grad_norm"] += torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item() / len(minibatches)
+            total["entropy"] += ((entropy * m).sum() / tokens).item()
+            total["clip_fraction"] += (silenced.sum() / tokens).item()
+        sum_gradients(model)
+        norm += torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item() / len(minibatches)
         optimizer.step()
-    return total
+    return dict(zip(total, all_sum(torch.tensor(list(total.values()), dtype=torch.float64)).tolist()), grad_norm=norm)
 
 
 def evaluate(model, config, n):
     """n answers to each held-out problem -> how many are right (P,), and the fraction of lines whose carry was a guess."""
     rng, generator = random.Random("held out"), torch.Generator().manual_seed(0)
-    problems = [draw_problem(rng, config.digits, held_out=True) for _ in range(config.eval_prompts)]
-    size = max(1, config.prompts * config.group // n)           # as many rows at once as in training: with more of them a CPU is slower
-    parts = [sample(model, problems[i:i + size], n, config, generator)[1:] for i in range(0, len(problems), size)]
-    texts, rewards = [t for texts, _ in parts for t in texts], torch.cat([r for _, r in parts])
-    return rewards.sum(1), sum(map(guessed_carries, texts)) / len(texts)
+    problems = task_of(config).held_out(rng, config.eval_prompts)
+    size, mine = max(1, config.prompts * config.group // n), share(len(problems))   # as many rows at once as in training: more are slower on a CPU
+    skip_draws(mine.start * n, config, generator)
+    parts = [sample(model, problems[i:min(i + size, mine.stop)], n, config, generator)[1:] for i in range(mine.start, mine.stop, size)]
+    texts, rewards = [t for texts, _ in parts for t in texts], torch.cat([torch.zeros(0, n)] + [r for _, r in parts])
+    guesses = all_sum(torch.tensor(sum(map(guessed_carries, texts)), dtype=torch.float64)).item() / (len(problems) * n)
+    return gathered(rewards.sum(1), mine, len(problems)), guesses
 
 
-def held_out(model, config, n=16, ks=(1, 16)):
+def held_out(model, config, n=None, ks=None):
+    n = n or config.eval_samples
     correct, guesses = evaluate(model, config, n)
-    return {f"pass@{k}": pass_at_k(n, correct, k).mean().item() for k in ks} | {"guessed_carries": guesses}
+    return {f"pass@{k}": pass_at_k(n, correct, k).mean().item() for k in ks or (1, n)} | ({} if config.data else {"guessed_carries": guesses})
 
 
 SHOWN = ("step", "reward", "pass@1", "guessed_carries", "entropy", "length_right", "length_wrong", "zero_variance", "clip_fraction", "tokens_per_s")
@@ -418,7 +525,8 @@ def train(config, run, arm, seed, base, tokens=math.inf):
     sampled = state["sampled"] if state else 0
     if state is None:
         run.log(phase="rl", arm=arm, seed=seed, step=0, sampled_tokens=0, **held_out(model, config))
-    print("  ".join(SHOWN))
+    shown = [k for k in SHOWN if k != "guessed_carries" or not config.data]
+    print("  ".join(shown))
     while step < config.steps and sampled < tokens:
         # 2. Sample, score with the verifier, take the gradient steps
         started = time.time()
@@ -427,15 +535,15 @@ def train(config, run, arm, seed, base, tokens=math.inf):
         tokens_now, seconds = stats.pop("tokens"), time.time() - started
         sampled, step = sampled + tokens_now, step + 1
         # 3. Log; of no answers there is no mean length
-        lengths, right = rollout.lengths.float().cpu(), rewards.flatten() > 0
+        lengths, right = gathered(rollout.lengths.float().cpu(), rollout.rows, rewards.numel()), rewards.flatten() > 0
         mean = lambda x: x.mean().item() if len(x) else None
         row = dict(phase="rl", arm=arm, seed=seed, step=step, **stats, **metrics, length=mean(lengths), length_right=mean(lengths[right]),
                    length_wrong=mean(lengths[~right]), sampled_tokens=sampled, seconds=seconds, tokens_per_s=tokens_now / seconds)
         if step % config.eval_every == 0 or step == config.steps or sampled >= tokens:
             row |= held_out(model, config)
         run.log(**row)
-        cells = (f"{row[k]:.{3 if isinstance(row[k], float) and row[k] < 10 else 0}f}" if row.get(k) is not None else "" for k in SHOWN)
-        print("  ".join(f"{cell:>{len(k)}}" for k, cell in zip(SHOWN, cells)), flush=True)
+        cells = (f"{row[k]:.{3 if isinstance(row[k], float) and row[k] < 10 else 0}f}" if row.get(k) is not None else "" for k in shown)
+        print("  ".join(f"{cell:>{len(k)}}" for k, cell in zip(shown, cells)), flush=True)
         # 4. Save now and then, and at once when interrupted
         if run.due:
             run.save(phase, **snapshot(step, model, optimizer, rng, generator, sampled=sampled))
@@ -493,21 +601,24 @@ def length_bias_gpt(config, run, arm, seed, base):
 # Figures and claims
 
 def figure_train(config, run, device):
-    n, arms = 4 if config.quick else 64, ("base", config.loss)
+    n, arms, real = config.eval_samples if config.data else 4 if config.quick else 64, ("base", config.loss), bool(config.data)
     ks = [2 ** i for i in range(int(math.log2(n)) + 1)]
     for seed in seeds_of(config):
         base = warm_up(config, run, seed, device)
         trained = train(config, run, config.loss, seed, base)
         for arm, model in zip(arms, (base, trained)):
             run.log_once(lambda: held_out(model, config, n, ks), phase="pass@k", arm=arm, seed=seed, step=config.steps)
+        if real and world()[0] == 0:
+            trained.save_pretrained(run.dir / f"{config.loss} {seed}", like=config.init)
     final = lambda arm, key: series(run, key, phase="pass@k", arm=arm)[1][:, -1]        # (seeds,)
-    (p0, p1), (g0, g1) = ([final(arm, key) for arm in arms] for key in ("pass@1", "guessed_carries"))
-    print(f"\nheld-out pass@1: base {p0.mean():.3f}, {config.loss} {p1.mean():.3f}; guessed carries {g0.mean():.3f}, {g1.mean():.3f}")
+    (p0, p1), (g0, g1) = ([final(arm, key) for arm in arms] for key in ("pass@1", "pass@1" if real else "guessed_carries"))
+    print(f"\nheld-out pass@1: base {p0.mean():.3f}, {config.loss} {p1.mean():.3f}" + ("" if real else f"; guessed carries {g0.mean():.3f}, {g1.mean():.3f}"))
 
     fig, axes = plt.subplots(2, 3, figsize=(13, 7), layout="constrained")
-    fig.suptitle(f"Told only right or wrong, the model stops guessing carries: held-out pass@1 {p0.mean():.2f} → {p1.mean():.2f} "
-                 f"({config.seeds} seed{'s' if config.seeds > 1 else ''})")
+    what = f"{Path(config.init).name} on {Path(config.data).name}" if real else "Told only right or wrong, the model stops guessing carries"
+    fig.suptitle(f"{what}: held-out pass@1 {p0.mean():.2f} → {p1.mean():.2f} ({config.seeds} seed{'s' if config.seeds > 1 else ''})")
     panels = [("Answers that are right", "fraction", {"reward": "training problems", "pass@1": "held-out problems"}),
+              ("Gradient", "norm", {"grad_norm": "before it is cut to 1"}) if real else
               ("Lines whose carry was a guess", "fraction", {"guessed_carries": "held-out problems"}),
               ("Entropy", "nats per token", {"entropy": "training problems"}),
               ("Length of right and wrong answers", "tokens", {"length_right": "right", "length_wrong": "wrong"}),
@@ -522,6 +633,9 @@ def figure_train(config, run, device):
     axes[1, 2].set(title="pass@k: sharpened or discovered?", xlabel="k (samples)", ylabel="held-out pass@k", xscale="log", ylim=(0, 1.02))
     axes[1, 2].set_xticks(ks, ks)
     axes[1, 2].legend()
+    if real:
+        return fig, [claim("gain", "held-out pass@1 after RL minus before, worst seed", "-", "-", (p1 - p0).min(), ">=", 0.05, config.seeds,
+                           f" ({p0.mean():.2f}, {p1.mean():.2f})")]
     return fig, [
         claim("base", "pass@1 of the base, best seed", "design of the task", "-", p0.max(), "<=", 0.40, config.seeds),
         claim("trained", "pass@1 after RL, worst seed", "design of the task", "-", p1.min(), ">=", 0.90, config.seeds),
@@ -600,12 +714,15 @@ def main():
     config.seeds = config.seeds or (1 if config.figure == "train" or config.quick else 3)
     config.steps = config.steps if config.steps is not None else 60 if config.figure == "length" else 45
     device = pick_device(config.device)
+    join(device)
+    if world()[1] > (1 if config.figure == "length" else config.prompts):
+        raise UserError(f"{world()[1]} processes: --figure length takes one, the others no more than there are --prompts")
     size = sum(p.numel() for p in build(config, device).parameters())        # an impossible shape ends here, before anything is written
     run, started = Run(config), time.time()
     print(f"grpo.py: figure {config.figure}, seed {config.seed}, {config.seeds} seeds, {device}, {config.dtype}, {torch.get_num_threads()} threads, "
           f"{size:,} parameters")
     fig, claims = {"train": figure_train, "variants": figure_variants, "length": figure_length}[config.figure](config, run, device)
-    fig.savefig(run.dir / f"{config.figure}.png", dpi=110)
+    run.draw(fig, config.figure)
     run.claims(claims)
     print(f"\n{run.dir / config.figure}.png, metrics.jsonl, claims.json, model.pt: {time.time() - started:.0f} s")
 

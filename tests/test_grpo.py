@@ -23,6 +23,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import grpo
+from test_pretrained import make_json, merges_of, save_json
+from model import GPT, GPTConfig, load_tokenizer
 from grpo import (COLUMNS, LINE, LOSSES, Config, Rollout, UserError, advantages, aggregation_weights, correction_weights, demonstrate, draw_problem,
                   generate, group_uniforms, guessed_carries, kl_estimate, length_bias, pass_at_k, question, reward, surrogate, tokenizer)
 
@@ -677,3 +679,269 @@ def test_interrupt_and_resume_give_the_metrics_of_an_uninterrupted_run_to_the_bi
 def test_a_quick_run_in_bf16_corrects_for_its_sampler(tmp_path):
     finish("--quick", "--dtype", "bfloat16", "--correction", "tis", "--sft-steps", 40, "--entropy-bonus", 0.1, "--out", tmp_path / "run")
     assert all(row["grad_norm"] > 0 for row in metrics(tmp_path / "run") if row["phase"] == "rl" and row["step"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Several processes (gloo)
+
+def torchrun(script, *flags, processes=2, **environment):
+    """Run a script, or a piece of code, in several processes -> exit code, all they wrote."""
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), script, *map(str, flags)],
+                          env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", **environment},
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=240)
+    return done.returncode, done.stdout
+
+
+UPDATES = [dict(loss=loss, minibatches=m, micro_batch=3) for loss in LOSSES for m in (1, 2)] + [
+    dict(loss="grpo", beta=0.1), dict(loss="dr_grpo", beta=0.1, kl="k1", kl_in="reward", entropy_bonus=0.1), dict(loss="cispo", positive_only=True)]
+
+
+def gradients(folder):
+    """The gradient and the metrics of an update of each kind; of several processes each holds its own rows, in any order, or none at all."""
+    rank, processes = grpo.world()
+    dealt = ([[3, 1, 0], [2]], [[0, 1, 2, 3], []])
+    results = []
+    for choices, deal in itertools.product(UPDATES, dealt):
+        config = small(**choices)
+        rollout = answers(policy(config), config)
+        rows = torch.arange(16).view(4, 4)[deal[rank] if processes == 2 else [0, 1, 2, 3]].flatten()
+        part = rollout[rows]
+        part.rows = rows
+        gradient, _, metrics = one_update(config, part)
+        results.append((gradient, metrics))
+    torch.save(results, Path(folder) / f"{(rank, processes)}.pt")
+
+
+def test_two_processes_have_the_gradient_and_the_metrics_of_one_whatever_the_loss_and_however_the_rows_are_dealt(tmp_path):
+    code = tmp_path / "worker.py"
+    code.write_text(f"import test_grpo as t\nt.grpo.join('cpu')\nt.gradients({str(tmp_path)!r})\n")
+    rc, output = torchrun(code)
+    assert rc == 0, output
+    gradients(tmp_path)
+    alone, first, second = (torch.load(tmp_path / f"{w}.pt") for w in ((0, 1), (0, 2), (1, 2)))
+    for (g, m), (g0, m0), (g1, m1) in zip(alone, first, second, strict=True):
+        assert torch.equal(g0, g1) and m0 == m1 and g.abs().max() > 0
+        assert close(g0, g, 1e-6) and m0 == pytest.approx(m, rel=1e-5, abs=1e-7)
+
+
+@pytest.mark.parametrize("flags", [[], ["--loss", "dapo", "--minibatches", 2, "--digits", 1, "--sft-steps", 100, "--sft-batch", 8, "--steps", 1, "--prompts", 5, "--eval-prompts", 7]])
+def test_two_processes_write_the_metrics_of_one(flags, quick, tmp_path):
+    alone = quick if not flags else tmp_path / "alone"
+    if flags:
+        finish("--quick", *flags, "--out", alone)
+    rc, output = torchrun(ROOT / "grpo.py", "--quick", *flags, "--out", tmp_path / "two")
+    assert rc == 0 and output.count("held-out pass@1: base") == 1, output
+    is_whole(tmp_path / "two", "train")
+    for ours, theirs in zip(metrics(alone), metrics(tmp_path / "two"), strict=True):
+        for k in ours | theirs:
+            assert ours[k] == theirs[k] or theirs[k] == pytest.approx(ours[k], rel=1e-3, abs=1e-5), k
+
+
+def test_a_shared_stream_gives_each_process_its_own_numbers():
+    config, problems = small(prompts=4), [draw_problem(random.Random(i), 2) for i in range(4)]
+    generator = lambda: torch.Generator().manual_seed(1)
+    draws = [generator() for _ in range(3)]
+    whole = grpo.sample(policy(config), problems, 4, config, draws[0])[0].tokens()
+    parts = [grpo.sample(policy(config), problems, 4, config, g, "iid", mine)[0].tokens() for g, mine in zip(draws[1:], (slice(0, 1), slice(1, 4)))]
+    assert parts[0] + parts[1] == whole and len({tuple(g.get_state().tolist()) for g in draws}) == 1
+
+
+def test_only_rank_0_writes(quick, tmp_path, monkeypatch):
+    import model
+    monkeypatch.setattr(model, "world", lambda: (1, 2))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    handlers = [(s, signal.getsignal(s)) for s in (signal.SIGINT, signal.SIGTERM)]
+    try:
+        folder = shutil.copytree(quick, tmp_path / "resumed")
+        before = {p.name: p.read_bytes() for p in folder.iterdir()}
+        for out, resume in ((folder, True), (tmp_path / "new", False)):
+            run = model.Run(small(out=str(out), resume=resume))
+            run.log(step=1)
+            run.save("phase", step=1)
+            run.claims([])
+            run.draw(None, "figure")
+            assert run.rows[-1] == dict(step=1) and not run.due
+        assert {p.name: p.read_bytes() for p in folder.iterdir()} == before and not (tmp_path / "new").exists()
+    finally:
+        for s, handler in handlers:
+            signal.signal(s, handler)
+
+
+def test_a_process_that_dies_ends_the_run_with_a_message(tmp_path):
+    code = tmp_path / "worker.py"
+    code.write_text("""import os, grpo
+update, calls = grpo.update, []
+def dying(*args):
+    calls.append(1)
+    if len(calls) == 2 and grpo.world()[0] == 0:
+        os._exit(7)
+    return update(*args)
+grpo.update = dying
+grpo.command(grpo.main)
+""")
+    rc, output = torchrun(code, "--quick", "--steps", 3, "--out", tmp_path / "run")
+    assert rc != 0 and "exitcode  : 7" in output and "error: rank 1 lost another process" in output
+    assert (tmp_path / "run/model.pt").exists()
+
+
+@pytest.mark.parametrize("flags", [["--figure", "length"], ["--prompts", "1"]])
+def test_what_several_processes_cannot_do_is_refused_before_anything_is_written(flags, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(grpo, "world", lambda: (0, 2))
+    assert "2 processes" in complain(monkeypatch, capsys, "--quick", *flags, "--out", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_script_that_knows_of_one_process_only_refuses_several(tmp_path):
+    done = subprocess.run([sys.executable, ROOT / "opd.py", "--quick", "--out", tmp_path / "run"], env={**os.environ, "WORLD_SIZE": "2"}, capture_output=True, text=True)
+    assert done.returncode == 2 and "one process" in done.stderr and not (tmp_path / "run").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Real checkpoints, real data
+
+@pytest.mark.parametrize("text, answer", [
+    ("She has 48/2 = <<48/2=24>>24.\n#### 72", "72"), ("#### 1,234", "1234"), ("#### -5", "-5"), ("#### 3.50", "3.50"), ("#### 5.", "5."), ("#### 12 apples", "12"),
+    ("#### 1\n#### 2", "1"), ("#### $5", None), ("####7", None), ("72", None), ("", None), ("#### 1,000,000.", "1000000."), ("x #### 9", "9")])
+def test_an_answer_is_read_as_gsm8ks_authors_read_it(text, answer):
+    assert grpo.extract_answer(text) == answer
+
+
+ROWS = [dict(question=f"What is {a} + {b}?\u2028", answer=f"{a} and {b} make\n#### {a + b + 1000:,}") for a in range(8) for b in range(8)]
+CHAT = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory):
+    """A tiny checkpoint with a tokenizer and a chat template, and word problems as JSONL and as Parquet."""
+    import pyarrow
+    import pyarrow.parquet
+    folder = tmp_path_factory.mktemp("real")
+    content = make_json(merges_of("What is 1 + 2? Think step by step. End with the answer as: #### number", 20))
+    save_json(folder / "like", content, eos_token="<|im_end|>", chat_template=CHAT)
+    torch.manual_seed(0)
+    GPT(GPTConfig(300, 256, 1, 2, 32, n_kv_head=1, qkv_bias=True)).save_pretrained(folder / "checkpoint", like=folder / "like")
+    (folder / "sums.jsonl").write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in ROWS))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), folder / "sums.parquet")
+    return folder
+
+
+def real_config(real, **choices):
+    return small(**{**dict(init=str(real / "checkpoint"), data=str(real / "sums.jsonl")), **choices})
+
+
+def test_word_problems_come_from_jsonl_or_parquet_and_a_tenth_is_held_out(real):
+    train, held_out = grpo.load_problems(str(real / "sums.jsonl"))
+    assert grpo.load_problems(str(real / "sums.parquet")) == [train, held_out]
+    assert sorted(train + held_out) == sorted((r["question"], str(i // 8 + i % 8 + 1000)) for i, r in enumerate(ROWS)) and not set(train) & set(held_out)
+    assert 0 < len(held_out) < 20
+
+
+def test_gsm8k_comes_through_datasets_with_its_own_splits(monkeypatch):
+    import datasets
+    rows = dict(train=ROWS[:9], test=ROWS[9:12])
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, config, split: rows[split] if (name, config) == ("openai/gsm8k", "main") else None)
+    train, held_out = grpo.load_problems("gsm8k")
+    assert [q for q, _ in train] == [r["question"] for r in ROWS[:9]] and [q for q, _ in held_out] == [r["question"] for r in ROWS[9:12]]
+
+
+def test_the_prompt_is_the_template_or_the_chat_with_the_question_in_it(real):
+    tokenizer, problem = load_tokenizer(real / "checkpoint"), ("2 {x} + 2?", "4")
+    ask = lambda **choices: grpo.task_of(real_config(real, **choices)).prompt(problem)
+    assert tokenizer.decode(ask(template="Q: {question}\\nA:")) == "Q: 2 {x} + 2?\nA:"
+    ids = ask(template="{question} #", chat=True)
+    assert tokenizer.decode(ids) == "<|im_start|>user\n2 {x} + 2? #<|im_end|>\n<|im_start|>assistant\n"
+    assert ids[0] == 1 and ids.count(1) == 2 and ids.count(2) == 1      # special tokens, not their letters
+
+
+def test_a_word_problem_is_judged_by_its_own_number_whether_finished_or_not(real, monkeypatch):
+    config, problems = real_config(real), [("one", "1001"), ("two", "1002")]
+    tokenizer = load_tokenizer(real / "checkpoint")
+    texts = ["#### 1,001", "so #### 1002", "no", "#### 1002", "#### 1002.", "#### 1002 #### 3"]
+    rows = [tokenizer.encode(t) + [tokenizer.eos] * (i % 2) for i, t in enumerate(texts)]
+    T = max(map(len, rows)) + 1
+    ids, mask = torch.zeros(6, T, dtype=torch.long), torch.zeros(6, T)
+    for i, row in enumerate(rows):
+        ids[i, 1:len(row) + 1], mask[i, 1:len(row) + 1] = torch.tensor(row), 1
+    monkeypatch.setattr(grpo, "generate", lambda *_, **__: Rollout(ids, mask, mask, torch.ones(6, dtype=torch.long)))
+    _, seen, rewards = grpo.sample(None, problems, 3, config, None)
+    assert seen == texts and rewards.tolist() == [[1, 0, 0], [1, 0, 1]]
+
+
+def test_held_out_word_problems_are_never_trained_on_and_none_twice(real, monkeypatch):
+    config, sampled = real_config(real, prompts=200, eval_prompts=1000), []
+    monkeypatch.setattr(grpo, "sample", fake_sample(sampled, lambda _, P, n: torch.zeros(P, n)))
+    grpo.collect(None, config, random.Random(0), None)
+    grpo.evaluate(None, config, 1)
+    train, held_out = grpo.load_problems(config.data)
+    assert set(sampled[0]) <= set(train) and len(set(sampled[0])) > 40 and sorted(sampled[1]) == sorted(held_out)
+
+
+def test_a_real_run_samples_what_it_scores_and_checkpointing_changes_no_gradient(real):
+    gradients, calls = [], []
+    for checkpointing in (False, True):
+        config = real_config(real, checkpointing=checkpointing, max_new_tokens=12)
+        model = grpo.build(config, "cpu")
+        assert model.checkpointing == checkpointing and model.lm_head.weight.dtype == torch.float32
+        rollout, rewards, _ = grpo.collect(model, config, random.Random(0), torch.Generator().manual_seed(0))
+        logp = grpo.score_all(model, rollout, config)
+        assert ((logp - rollout.logp) * rollout.mask).abs().max() < 1e-4
+        model.blocks[0].norm1.register_forward_hook(lambda *_: calls.append(checkpointing))
+        grpo.update(model, None, torch.optim.SGD(model.parameters(), 0.0), rollout, REWARDS, config, None)
+        gradients.append(flat(model, gradient=True))
+    assert calls == [False, True, True]         # computed again in the backward pass
+    assert torch.equal(*gradients) and gradients[0].abs().max() > 0
+
+
+REAL = "--quick", "--max-new-tokens", 8, "--steps", 2
+
+
+@pytest.mark.parametrize("flags", [("--chat", "--dtype", "bfloat16", "--checkpointing"), ("--loss", "grpo", "--beta", 0.01)])
+def test_a_real_run_ends_with_a_checkpoint_that_can_be_opened_and_resumes_to_itself(flags, real, tmp_path):
+    out, trained = tmp_path / "run", f"{'grpo' if 'grpo' in flags else 'dr_grpo'} 0"
+    finish(*REAL, *flags, "--init", real / "checkpoint", "--data", real / "sums.parquet", "--out", out)
+    assert {p.name for p in out.iterdir()} == {"train.png", "metrics.jsonl", "claims.json", "config.json", "model.pt", trained}
+    before = metrics(out)
+    assert [r["phase"] for r in before] == ["rl"] * 3 + ["pass@k"] * 2 and not any("guessed_carries" in r for r in before)
+    assert GPT.from_pretrained(out / trained).config == GPT.from_pretrained(real / "checkpoint").config
+    assert load_tokenizer(out / trained).eos == load_tokenizer(real / "checkpoint").eos == 2
+    finish("--resume", "--out", out)
+    assert metrics(out) == before
+
+
+@pytest.mark.parametrize("data, words", [
+    ("none.jsonl", ["no such file"]), ("gsm9k", ["no such file"]), ("[1]\n", ["TypeError"]), ("{", ["JSONDecodeError"]), ('{"question": "a", "solution": "#### 1"}', ["no column 'answer'"]),
+    ('{"answer": "#### 1"}', ["no column 'question'"]), ('{"question": "a", "answer": "1"}', ["####"]), ('{"question": "a", "answer": 1}', ["TypeError"]),
+    ('{"question": "a", "answer": "#### 1"}', ["too few"]), ("", ["too few"]), (b"PAR1 no parquet", ["ArrowInvalid"]), (b"\xff", ["UnicodeDecodeError"])])
+def test_data_that_cannot_be_used_is_one_line_that_says_why(data, words, real, tmp_path, monkeypatch, capsys):
+    file = tmp_path / ("x.parquet" if data == b"PAR1 no parquet" else "x.jsonl")
+    if "no such file" in words:
+        file = tmp_path / data if data.endswith("jsonl") else data
+    else:
+        file.write_bytes(data if isinstance(data, bytes) else data.encode())
+    err = complain(monkeypatch, capsys, *REAL, "--init", real / "checkpoint", "--data", file, "--out", tmp_path / "run")
+    assert all(w in err for w in words) and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--init", "CHECKPOINT"], ["--init and --data"]), (["--data", "DATA"], ["--init and --data"]), (["--init", "CHECKPOINT", "--data", "DATA", "--figure", "variants"], ["--figure"]),
+    (["--init", "CHECKPOINT", "--data", "DATA", "--template", "no"], ["{question}"]), (["--init", "/no/such", "--data", "DATA"], ["/no/such"]),
+    (["--init", "CHECKPOINT", "--data", "DATA", "--max-new-tokens", "250"], ["256 positions", "--max-new-tokens"]), (["--max-new-tokens", "225"], ["224"])])
+def test_a_mistake_in_the_flags_of_a_real_run_is_one_line(flags, words, real, tmp_path, monkeypatch, capsys):
+    flags = [dict(CHECKPOINT=real / "checkpoint", DATA=real / "sums.jsonl").get(f, f) for f in flags]
+    err = complain(monkeypatch, capsys, *REAL[:1], *flags, "--out", tmp_path / "run")
+    assert all(w in err for w in words) and not (tmp_path / "run").exists()
+
+
+def test_a_checkpoint_without_a_chat_template_or_with_a_damaged_one_is_one_line(real, tmp_path, monkeypatch, capsys):
+    for template, word in ((None, "chat template"), ("{% for", "fails"), ("{{ raise_exception('no') }}", "fails"), ("{{ ''.__class__.__mro__ }}{{ 1 / 0 }}", "fails")):
+        folder = shutil.copytree(real / "checkpoint", tmp_path / word / str(template).strip("{ }%/")[:3])
+        (folder / "tokenizer_config.json").write_text(json.dumps(dict(eos_token="<|im_end|>", chat_template=template)))
+        assert word in complain(monkeypatch, capsys, *REAL, "--chat", "--init", folder, "--data", real / "sums.jsonl", "--out", tmp_path / "run")
+
+
+def test_the_chat_is_that_of_transformers(real):
+    transformers = pytest.importorskip("transformers")
+    from model import load_chat_template
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=str(real / "checkpoint/tokenizer.json"), chat_template=CHAT, eos_token="<|im_end|>")
+    expected = tokenizer.apply_chat_template([dict(role="user", content="a {b}\n c")], add_generation_prompt=True, tokenize=False)
+    assert load_chat_template(real / "checkpoint")("a {b}\n c") == expected
