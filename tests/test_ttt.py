@@ -212,6 +212,8 @@ def test_the_last_block_starts_as_any_other():
     """Built after GPT has drawn its weights, it would have torch's: three times as large, and no arm learns well."""
     torch.manual_seed(0)
     model = build(small(n_embd=64), V)
+    assert build(small(n_embd=64), V, full=True).blocks[-1].attn.proj.weight.std().item() == pytest.approx(0.05, rel=0.1)
+    assert build(small(n_embd=64, figure="context"), V, full=True).blocks[-1].attn.proj.weight.std().item() == pytest.approx(0.01, rel=0.1)
     for name, p in model.blocks[-1].named_parameters():
         if p.dim() == 2:
             twin = dict(model.blocks[0].named_parameters()).get(name)
