@@ -1334,9 +1334,10 @@ def bench(nanogpt, rounds=2):
     prompts = [torch.randint(1, 64, (int(n),), generator=generator).tolist() for n in torch.randint(8, 41, (16,), generator=generator)]
     for dtype in (torch.float32, torch.bfloat16):
         compare(f"rollout, 16 prompts x 16, stop token, {str(dtype)[6:]}", rollout_racers(toy, prompts, 16, 128, 0, dtype), rounds)
-    gpt2 = GPTConfig(50257, 1024, 12, 12, 768)
-    prompts = [torch.randint(1, 50257, (32,), generator=generator).tolist() for _ in range(8)]
-    compare("GPT-2 size, batch 8, 24 tokens, bfloat16", rollout_racers(gpt2, prompts, 1, 24, None, torch.bfloat16), rounds)
+    gpt2, smollm2 = GPTConfig(50257, 1024, 12, 12, 768), GPTConfig(49152, 2048, 30, 9, 576, n_kv_head=3, n_hidden=1536)
+    for name, config, batch in (("GPT-2", gpt2, 8), ("SmolLM2-135M", smollm2, 8), ("SmolLM2-135M", smollm2, 32)):
+        prompts = [torch.randint(1, config.vocab_size, (32,), generator=generator).tolist() for _ in range(batch)]
+        compare(f"{name} size, batch {batch}, 24 tokens, bfloat16", rollout_racers(config, prompts, 1, 24, None, torch.bfloat16), rounds)
     for dtype in (torch.float32, torch.bfloat16):
         compare(f"training step, 4 x 128, batch 64 x 256, {str(dtype)[6:]}", step_racers(nanogpt, dtype), rounds)
     if torch.cuda.is_available():
