@@ -112,9 +112,12 @@ def test_the_update_by_hand_is_clipped_per_document_over_both_matrices():
     assert torch.allclose(w1, torch.tensor([[[-1.2, 0.0]], [[-0.6, 0.0]]])) and torch.allclose(w2, torch.tensor([[[-1.6], [0.0]], [[-0.8], [0.0]]]))
 
 
+@pytest.mark.parametrize("size", [0.02, 1.0])
 @pytest.mark.parametrize("outer", [False, True])
-def test_a_chunk_is_scored_before_the_step_and_the_step_is_on_its_mean_loss(outer):
+def test_a_chunk_is_scored_before_the_step_and_the_step_is_on_its_mean_loss(outer, size):
     model, ids = model_of(), ids_of(2, 9)
+    with torch.no_grad():
+        model.lm_head.weight[:] *= size         # a gradient within the clip, and one beyond it
     x, fast = model.hidden(ids[:, :-1]), model.fast(2)
     loss, *after = score_then_step(model, x, ids[:, 1:], fast, 0.01, outer)
     assert torch.equal(loss, score(model, x, ids[:, 1:], fast))
@@ -122,9 +125,19 @@ def test_a_chunk_is_scored_before_the_step_and_the_step_is_on_its_mean_loss(oute
         leaves = [w[b:b + 1].detach().requires_grad_() for w in fast]
         grads = torch.autograd.grad(score(model, x[b:b + 1], ids[b:b + 1, 1:], leaves).mean(), leaves)
         norm = math.sqrt(sum(g.square().sum().item() for g in grads))
+        assert (norm < 1) == (size < 1)
         for w, g, new in zip(leaves, grads, after):
             torch.testing.assert_close(new[b:b + 1], w - 0.01 * g / max(1, norm), rtol=1e-4, atol=1e-7)
     assert score(model, x, ids[:, 1:], after).mean() < loss.mean()
+
+
+def test_the_last_block_by_hand():
+    """Attention, fast MLP, ordinary MLP: each adds to the stream."""
+    block, x = model_of().blocks[-1], torch.randn(2, 4, 16)
+    w1, w2 = torch.randn(2, 16, 24), torch.randn(2, 24, 16)
+    rms = lambda x: x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    y = torch.stack([x[b] + 0.1 * rms(torch.nn.functional.silu(rms(x[b]) @ w1[b]) @ w2[b]) for b in range(2)])
+    torch.testing.assert_close(block.upper(x, w1, w2), y + block.mlp(rms(y)), rtol=1e-4, atol=1e-5)
 
 
 def test_no_step_is_the_plain_forward_pass_to_the_bit():
@@ -279,7 +292,7 @@ def test_windows_lie_within_a_document_and_reach_its_ends():
 
 
 def test_passages_do_not_overlap_and_begin_with_the_longest_document():
-    docs = [torch.arange(7), torch.arange(100, 120), torch.arange(200, 208)]
+    docs = [torch.arange(7), torch.arange(200, 208), torch.arange(100, 120)]
     assert passages(docs, 8, 9)[:, 0].tolist() == [100, 108, 200] and passages(docs, 8, 2)[:, 0].tolist() == [100, 108]
 
 
@@ -287,7 +300,8 @@ def test_texts_are_held_out_and_too_short_ones_are_one_clear_line(tmp_path):
     for i in range(10):
         (tmp_path / f"{i}.txt").write_text(f"{i} " * 400)
     train, test = ttt.texts(small(data=str(tmp_path), vocab_size=270))
-    assert len(train) == 8 and len(test) == 2
+    texts = lambda docs: {tuple(ids.tolist()) for ids in docs}
+    assert len(train) == 8 and len(test) == 2 and len(texts(train) | texts(test)) == 10
     with pytest.raises(UserError, match="more than 9999 tokens"):
         ttt.texts(small(data=str(tmp_path), vocab_size=270, context=9999))
 
