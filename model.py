@@ -1138,7 +1138,7 @@ class Run:
             if len(self.rows) < n:
                 raise UserError(f"{self.dir / 'metrics.jsonl'} does not hold the {n} rows that model.pt goes on from")
         if int(os.environ.get("WORLD_SIZE", 1)) != world()[1]:
-            raise UserError("this script runs in one process")
+            raise UserError("this script, or what its flags ask for, runs in one process")
         if world()[0]:
             self.metrics, self.write, self.save, self.saved = open(os.devnull, "w"), lambda *_: None, lambda *_, **__: None, math.inf
             for s in (signal.SIGINT, signal.SIGTERM):
