@@ -33,8 +33,8 @@ How this differs from the papers:
 4. One map: "held out" means pairs of places that the method never asks for, in neither direction. The base met them with hints only;
    the expert learns the shortest paths of all pairs: a teacher knows the answers.
 5. Seeds vary prompts and samples. The base models are the same for all seeds, and evaluations draw the same random numbers for all arms.
-6. Of real checkpoints (--init, --teacher) the tokenizers must be the same. Ids that only the teacher's embedding has, to pad it, are cut off:
-   both distributions are over the student's ids.
+6. Real checkpoints (--init, --teacher) need one tokenizer. Ids that pad the teacher's embedding only are cut off: both distributions are
+   over the student's ids. The teacher reads what the student reads, its chat template (--chat) and its end of text included.
 
 What to see: OPD at the expert's level with a fraction of GRPO's sampled tokens; SFT fast, then lower; self-distillation rising, then
 falling as it learns to say passwords that it cannot know; a clip or a judge that stops it.
@@ -91,7 +91,8 @@ METHODS = {
     "imitation":    ("teacher", "self", "token", "verified", "one"),
     "pedagogical":  ("teacher", "pedagogue", "token", "verified", "gate"),      # Chakraborty et al. 2026
     "pedagogical_no_gate": ("teacher", "pedagogue", "token", "verified", "one")}
-REAL = [name for name, (writer, who, *_) in METHODS.items() if who == "expert" and writer in ("student", "teacher")]     # need no map
+REAL = [name for name, (writer, who, *_, mask, weight) in METHODS.items()       # need no map, no hint, no judge
+        if who == "expert" and writer in ("student", "teacher") and (mask, weight) == ("all", "one")]
 
 
 @dataclass
@@ -751,18 +752,18 @@ def token_divergence(model, teacher, rollout, kind, config):
     Two log-probabilities of the token that stands there are enough for token and sampled. The other kinds need whole distributions: they are
     made of so many tokens at once as LOGITS allows, and once more in the backward pass.
     """
-    own, y = rollout.mask[:, 1:] > 0, rollout.ids[:, 1:]
-    y = y[own]                                                          # (N,)
+    x, own = rollout.ids[:, :-1], rollout.mask[:, 1:] > 0
+    y, logprobs = rollout.ids[:, 1:][own], lambda m, h: m.lm_head(h).float().log_softmax(-1)[None]      # (N,); (1, n, V)
     with torch.autocast(y.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
-        h = model.hidden(rollout.ids[:, :-1])[own]                      # (N, C)
+        h = model.hidden(x)[own]                                        # (N, C)
         with torch.no_grad():
-            g = teacher.hidden(rollout.ids[:, :-1])[own] if kind != "token" else None
+            g = teacher.hidden(x)[own] if kind != "token" else None     # (N, the teacher's C)
         if kind in ("token", "sampled"):        # as if the vocabulary had one token: (1, N, 1)
             logp = token_logprobs(h, model.lm_head.weight, y)[0][None, :, None]
             logq = token_logprobs(g, teacher.lm_head.weight, y)[0][None, :, None] if kind == "sampled" else None
             return divergence(logp, logq, torch.zeros_like(y)[None], kind)[0]
-        whole = lambda h, g, y: divergence(*(m.lm_head(x).float().log_softmax(-1)[None] for m, x in ((model, h), (teacher, g))), y[None], kind, config.top)[0]
-        parts = zip(*(x.split(max(1, LOGITS // len(model.lm_head.weight))) for x in (h, g, y)))
+        whole = lambda h, g, y: divergence(logprobs(model, h), logprobs(teacher, g), y[None], kind, config.top)[0]
+        parts = zip(*(t.split(max(1, LOGITS // model.config.vocab_size)) for t in (h, g, y)))
         return torch.cat([checkpoint(whole, *part, use_reentrant=False) for part in parts])
 
 
@@ -801,7 +802,8 @@ def held_out(model, teacher, config, seed):
     for i in range(mine.start, mine.stop, config.micro_batch):
         part = problems[i:min(i + config.micro_batch, mine.stop)]
         rollout = sample(model, part, config, generator)
-        kl, right = token_divergence(model, teacher, rollout, "reverse", config).sum(), sum(map(task.judge, part, rollout.texts(task.tokenizer), part))
+        kl = token_divergence(model, teacher, rollout, "reverse", config).sum()
+        right = sum(task.judge(p, text, True) for p, text in zip(part, rollout.texts(task.tokenizer)))
         sums += torch.tensor([kl, rollout.mask.sum(), right])
     kl, tokens, right = all_sum(sums).tolist()
     return dict(kl=kl / tokens, length=tokens / len(problems)) | ({"pass@1": right / len(problems)} if task.judged else {})
