@@ -920,7 +920,10 @@ def word_problems(init, data, template, chat, answers=True):
     """How the problems of a file are drawn, held out, asked in the checkpoint's own tokens, and judged."""
     tokenizer, wrap, (train, held_out) = load_tokenizer(init), load_chat_template(init) if chat else lambda text: text, load_problems(data, answers)
     prompt = lambda p: tokenizer.encode(wrap(template.replace("\\n", "\n").replace("{question}", p[0])), allowed_special="all")
-    return SimpleNamespace(tokenizer=tokenizer, prompt=prompt, longest=max(len(prompt(p)) for p in train + held_out), draw=lambda rng: rng.choice(train),
+    lengths = [len(prompt(p)) for p in train + held_out]
+    if not min(lengths):
+        raise UserError(f"--data {data}: an empty question is an empty prompt under this --template")
+    return SimpleNamespace(tokenizer=tokenizer, prompt=prompt, longest=max(lengths), draw=lambda rng: rng.choice(train),
                            held_out=lambda rng, n: rng.sample(held_out, min(n, len(held_out))), judged=all(a is not None for _, a in held_out),
                            judge=lambda p, text, finished: float(extract_answer(text) == p[1]))
 

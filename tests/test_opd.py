@@ -766,10 +766,12 @@ def test_interrupting_a_run_between_checkpoints_changes_nothing(real):
     ("--init STUDENT --teacher FOREIGN --data DATA", "vocabulary is not that of"), ("--init STUDENT --teacher NARROW --data DATA", "290 ids"),
     ("--init STUDENT --teacher SHORT --data DATA --max-new-tokens 50", "40 positions"), ("--init STUDENT --teacher /no/such --data DATA", "/no/such: no such folder"),
     ("--init /no/such --teacher TEACHER --data DATA", "/no/such: no such folder"), ("--init STUDENT --teacher TEACHER --data /no/such.jsonl", "no such file"),
-    ("--init STUDENT --teacher TEACHER --data BROKEN", "no column 'question'"), ("--init STUDENT --teacher TEACHER --data DATA --chat", "chat template")])
+    ("--init STUDENT --teacher TEACHER --data BROKEN", "no column 'question'"), ("--init STUDENT --teacher TEACHER --data DATA --chat", "chat template"),
+    ("--init STUDENT --teacher TEACHER --data EMPTY --template {question}", "empty prompt")])
 def test_a_mistake_about_checkpoints_is_one_line_and_nothing_is_written(flags, words, real, tmp_path, monkeypatch, capsys):
     (real / "broken.jsonl").write_text('{"prompt": "a"}\n')
-    names = dict({k.upper(): real / k for k in ("student", "teacher", "foreign", "narrow", "short")}, DATA=real / "questions.jsonl", BROKEN=real / "broken.jsonl")
+    (real / "empty.jsonl").write_text('{"question": ""}\n{"question": "a"}\n')
+    names = dict({k.upper(): real / k for k in ("student", "teacher", "foreign", "narrow", "short")}, DATA=real / "questions.jsonl", BROKEN=real / "broken.jsonl", EMPTY=real / "empty.jsonl")
     flags = " ".join(str(names.get(f, f)) for f in flags.split())
     monkeypatch.setattr(sys, "argv", ["opd.py", "--quick", "--out", str(tmp_path / "run"), *flags.split()])
     with pytest.raises(SystemExit) as stop:
