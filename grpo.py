@@ -38,11 +38,8 @@ What to see: held-out pass@1 from about .3 to over .9 in 45 steps; guessed carri
 The value of a policy gradient's loss says nothing about success: watch `reward` and `pass@1`.
 """
 import copy
-import functools
-import json
 import math
 import random
-import re
 import time
 import zlib
 from dataclasses import dataclass, replace
@@ -58,9 +55,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from kernels import token_logprobs
-from model import (GPT, CharTokenizer, GPTConfig, Rollout, Run, UserError, all_sum, band, claim, command, flag, gathered, generate, join,
-                   load_chat_template, load_tokenizer, parse_args, pick_device, restore, same_weights, seeds_of, series, share, snapshot, sum_gradients,
-                   world)
+from model import (GPT, CharTokenizer, GPTConfig, Rollout, Run, UserError, all_sum, band, checkpoint_for, claim, command, flag, gathered, generate, join,
+                   parse_args, pick_device, restore, same_weights, seeds_of, series, share, skip_draws, snapshot, sum_gradients, word_problems, world)
 
 FIGURES = {"train": "one run: reward, pass@1, entropy, lengths, pass@k against the base (under 3 minutes)",
            "variants": "every loss at the same number of sampled tokens, 3 seeds (about half an hour)",
@@ -191,49 +187,6 @@ def guessed_carries(text):
     return sum(COLUMNS[COLUMNS.find(columns[i]) - 1] not in columns[:i] for i in lines) / max(len(lines), 1)
 
 
-def extract_answer(text):
-    """The number after the first "#### ", as GSM8K's authors read it (github.com/openai/grade-school-math), or None."""
-    match = re.search(r"#### (\-?[0-9\.\,]+)", text)
-    return match.group(1).replace(",", "") if match else None
-
-
-def load_problems(data):
-    """(question, answer) pairs to train on, and others: gsm8k's own splits; of a file, those whose question's hash says so."""
-    try:
-        if data == "gsm8k":
-            import datasets
-            splits = [list(datasets.load_dataset("openai/gsm8k", "main", split=s)) for s in ("train", "test")]
-        elif data.endswith(".parquet"):
-            import pyarrow.parquet          # comes with datasets
-            splits = [pyarrow.parquet.read_table(data).to_pylist()]
-        else:
-            splits = [[json.loads(line) for line in Path(data).read_text("utf-8").split("\n") if line.strip()]]
-        rows = [(row["question"], extract_answer(row["answer"]), i) for i, split in enumerate(splits) for row in split]
-    except KeyError as e:
-        raise UserError(f"--data {data}: a row has no column {e}") from None
-    except FileNotFoundError:
-        raise UserError(f"--data {data}: no such file, and not gsm8k") from None
-    except Exception as e:
-        raise UserError(f"--data {data}: no rows with a question and an answer can be read from it ({type(e).__name__})") from None
-    for q, a, _ in rows:
-        if a is None:
-            raise UserError(f"--data {data}: the answer to {q[:50]!r} has no '#### number'")
-    other = lambda q, split: split == 1 if len(splits) > 1 else zlib.crc32(q.encode()) % 10 == 0
-    parts = [[(q, a) for q, a, split in rows if other(q, split) == held_out] for held_out in (False, True)]
-    if not all(parts):
-        raise UserError(f"--data {data}: {len(parts[0])} problems to train on, {len(parts[1])} held out are too few")
-    return parts
-
-
-@functools.cache
-def word_problems(init, data, template, chat):
-    tokenizer, wrap, (train, held_out) = load_tokenizer(init), load_chat_template(init) if chat else lambda text: text, load_problems(data)
-    prompt = lambda p: tokenizer.encode(wrap(template.replace("\\n", "\n").replace("{question}", p[0])), allowed_special="all")
-    return SimpleNamespace(tokenizer=tokenizer, prompt=prompt, longest=max(len(prompt(p)) for p in train + held_out), draw=lambda rng: rng.choice(train),
-                           held_out=lambda rng, n: rng.sample(held_out, min(n, len(held_out))),
-                           judge=lambda p, text, finished: float(extract_answer(text) == p[1]))
-
-
 def task_of(config):
     """How the problems that the flags speak of are drawn, held out, asked and judged."""
     if config.data:
@@ -334,12 +287,7 @@ def pass_at_k(n, correct, k):
 
 def build(config, device):
     if config.init:         # fp32 weights; bf16 is for the products (autocast) and for the copy that samples
-        task = task_of(config)
-        positions = task.longest + config.max_new_tokens - 1
-        model = GPT.from_pretrained(config.init, torch.float32).to(device)
-        if model.config.block_size < positions or model.config.vocab_size < task.tokenizer.n_vocab:
-            raise UserError(f"--init {config.init}: has {model.config.block_size} positions and {model.config.vocab_size} ids; the longest prompt and "
-                            f"--max-new-tokens need {positions}, the tokenizer {task.tokenizer.n_vocab}")
+        model = checkpoint_for(task_of(config), "--init", config.init, config.max_new_tokens).to(device)
         model.checkpointing = config.checkpointing
         return model
     return GPT(GPTConfig(tokenizer.n_vocab, 256, config.n_layer, config.n_head, config.n_embd, qk_norm=True)).to(device)
@@ -396,11 +344,6 @@ def score(model, rollout, config, T):
         logp, entropy = token_logprobs(model.hidden(rollout.ids[:, :-1]), model.lm_head.weight, rollout.ids[:, 1:], config.temperature)
     pad = (1, T - rollout.ids.shape[1])     # a micro-batch of short rows is cut to its longest
     return F.pad(logp, pad), F.pad(entropy, pad)
-
-
-def skip_draws(rows, config, generator):
-    """Draw, and drop, the numbers that generate takes for so many rows: processes that share a batch share one random stream."""
-    torch.rand(rows, config.max_new_tokens, dtype=torch.float64, generator=generator)
 
 
 def sample(model, problems, n, config, generator, sampler="iid", mine=slice(None)):

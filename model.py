@@ -23,6 +23,7 @@ What to know before changing `generate`:
 import argparse
 import copy
 import dataclasses
+import functools
 import heapq
 import importlib.util
 import json
@@ -40,6 +41,7 @@ import zlib
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import tiktoken
@@ -672,6 +674,11 @@ def generate(model, prompts, n=1, max_new_tokens=128, temperature=1.0, top_k=Non
     return Rollout(out[:, :T], mask[:, :T], logp[:, :T], prompt_lens)
 
 
+def skip_draws(rows, config, generator):
+    """Draw, and drop, the numbers that generate takes for so many rows: processes that share a batch share one random stream."""
+    torch.rand(rows, config.max_new_tokens, dtype=torch.float64, generator=generator)
+
+
 # ---------------------------------------------------------------------------------------------------------------------------
 # Tokenizers: each has encode, decode and the id `eos`
 
@@ -865,6 +872,69 @@ def load_chat_template(name):
         except Exception as e:      # a template is a program
             raise UserError(f"{folder}: its chat template fails ({type(e).__name__}: {e})") from None
     return render
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Word problems, and a checkpoint that answers them
+
+def extract_answer(text):
+    """The number after the first "#### ", as GSM8K's authors read it (github.com/openai/grade-school-math), or None."""
+    match = re.search(r"#### (\-?[0-9\.\,]+)", text)
+    return match.group(1).replace(",", "") if match else None
+
+
+def load_problems(data, answers=True):
+    """(question, answer) pairs to train on, and others: gsm8k's own splits; of a file, those whose question's hash says so.
+
+    answers: every row has to have one, a text with '#### number'; without, the answer is None where there is no such thing.
+    """
+    try:
+        if data == "gsm8k":
+            import datasets
+            splits = [list(datasets.load_dataset("openai/gsm8k", "main", split=s)) for s in ("train", "test")]
+        elif data.endswith(".parquet"):
+            import pyarrow.parquet          # comes with datasets
+            splits = [pyarrow.parquet.read_table(data).to_pylist()]
+        else:
+            splits = [[json.loads(line) for line in Path(data).read_text("utf-8").split("\n") if line.strip()]]
+        answer = lambda row: extract_answer(row["answer"] if answers else str(row.get("answer")))
+        rows = [("" + row["question"], answer(row), i) for i, split in enumerate(splits) for row in split]
+    except KeyError as e:
+        raise UserError(f"--data {data}: a row has no column {e}") from None
+    except FileNotFoundError:
+        raise UserError(f"--data {data}: no such file, and not gsm8k") from None
+    except Exception as e:
+        raise UserError(f"--data {data}: no rows with a question{' and an answer' * answers} can be read from it ({type(e).__name__})") from None
+    for q, a, _ in rows:
+        if a is None and answers:
+            raise UserError(f"--data {data}: the answer to {q[:50]!r} has no '#### number'")
+    other = lambda q, split: split == 1 if len(splits) > 1 else zlib.crc32(q.encode()) % 10 == 0
+    parts = [[(q, a) for q, a, split in rows if other(q, split) == held_out] for held_out in (False, True)]
+    if not all(parts):
+        raise UserError(f"--data {data}: {len(parts[0])} problems to train on, {len(parts[1])} held out are too few")
+    return parts
+
+
+@functools.cache
+def word_problems(init, data, template, chat, answers=True):
+    """How the problems of a file are drawn, held out, asked in the checkpoint's own tokens, and judged."""
+    tokenizer, wrap, (train, held_out) = load_tokenizer(init), load_chat_template(init) if chat else lambda text: text, load_problems(data, answers)
+    prompt = lambda p: tokenizer.encode(wrap(template.replace("\\n", "\n").replace("{question}", p[0])), allowed_special="all")
+    lengths = [len(prompt(p)) for p in train + held_out]
+    if not min(lengths):
+        raise UserError(f"--data {data}: an empty question is an empty prompt under this --template")
+    return SimpleNamespace(tokenizer=tokenizer, prompt=prompt, longest=max(lengths), draw=lambda rng: rng.choice(train),
+                           held_out=lambda rng, n: rng.sample(held_out, min(n, len(held_out))), judged=all(a is not None for _, a in held_out),
+                           judge=lambda p, text, finished: float(extract_answer(text) == p[1]))
+
+
+def checkpoint_for(task, what, name, max_new_tokens, dtype=torch.float32):
+    """The model in a folder or of a hub id, if it can hold the task's longest prompt with its answer, and knows the tokenizer's ids. what: the flag."""
+    model, positions = GPT.from_pretrained(name, dtype), task.longest + max_new_tokens - 1
+    if model.config.block_size < positions or model.config.vocab_size < task.tokenizer.n_vocab:
+        raise UserError(f"{what} {name}: has {model.config.block_size} positions and {model.config.vocab_size} ids; the longest prompt and "
+                        f"--max-new-tokens need {positions}, the tokenizer {task.tokenizer.n_vocab}")
+    return model
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -1071,7 +1141,7 @@ class Run:
             if len(self.rows) < n:
                 raise UserError(f"{self.dir / 'metrics.jsonl'} does not hold the {n} rows that model.pt goes on from")
         if int(os.environ.get("WORLD_SIZE", 1)) != world()[1]:
-            raise UserError("this script runs in one process")
+            raise UserError("this script, or what its flags ask for, runs in one process")
         if world()[0]:
             self.metrics, self.write, self.save, self.saved = open(os.devnull, "w"), lambda *_: None, lambda *_, **__: None, math.inf
             for s in (signal.SIGINT, signal.SIGTERM):

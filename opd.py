@@ -3,6 +3,7 @@
     python opd.py                        `family`: nine methods from one base model, 2 seeds, within 5 minutes on two cores
     python opd.py --figure selfteach     a model as its own teacher: with a rule, with a password, and what repairs it
     python opd.py --arms opd,sft         any rows of METHODS, on the family's task
+    python opd.py --init Qwen/Qwen2.5-0.5B-Instruct --teacher Qwen/Qwen2.5-1.5B-Instruct --chat --data gsm8k --dtype bfloat16      real checkpoints
 
 The task is a map that only the weights know: 49 places on a torus, some roads closed. A prompt names two places; an answer is a walk,
 with a meaningless style word (A to D) before every second move. Plain prompts have three empty hint slots; the same slots can hold
@@ -32,6 +33,8 @@ How this differs from the papers:
 4. One map: "held out" means pairs of places that the method never asks for, in neither direction. The base met them with hints only;
    the expert learns the shortest paths of all pairs: a teacher knows the answers.
 5. Seeds vary prompts and samples. The base models are the same for all seeds, and evaluations draw the same random numbers for all arms.
+6. Real checkpoints (--init, --teacher) need one tokenizer. Ids that pad the teacher's embedding only are cut off: both distributions are
+   over the student's ids. The teacher reads what the student reads, its chat template (--chat) and its end of text included.
 
 What to see: OPD at the expert's level with a fraction of GRPO's sampled tokens; SFT fast, then lower; self-distillation rising, then
 falling as it learns to say passwords that it cannot know; a clip or a judge that stops it.
@@ -45,16 +48,20 @@ import random
 import time
 import zlib
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from model import (GPT, GPTConfig, KVCache, Run, UserError, band, claim, command, flag, generate, inverse_cdf, load_checkpoint, parse_args,
-                   pick_device, restore, save_checkpoint, seeds_of, series, snapshot)
+from kernels import token_logprobs
+from model import (GPT, GPTConfig, KVCache, Run, UserError, all_sum, band, checkpoint_for, claim, command, flag, generate, inverse_cdf, join,
+                   load_checkpoint, load_tokenizer, parse_args, pick_device, restore, save_checkpoint, seeds_of, series, share, skip_draws, snapshot,
+                   sum_gradients, word_problems, world)
 
 FIGURES = {"family": "nine methods: success, leak of the password, drift of style (within 5 minutes)",
            "cold": "a base model without any success; what TRB's blended prefixes are worth (about 6 minutes)",
@@ -84,23 +91,34 @@ METHODS = {
     "imitation":    ("teacher", "self", "token", "verified", "one"),
     "pedagogical":  ("teacher", "pedagogue", "token", "verified", "gate"),      # Chakraborty et al. 2026
     "pedagogical_no_gate": ("teacher", "pedagogue", "token", "verified", "one")}
+REAL = [name for name, (writer, who, *_, mask, weight) in METHODS.items()       # need no map, no hint, no judge
+        if who == "expert" and writer in ("student", "teacher") and (mask, weight) == ("all", "one")]
 
 
 @dataclass
 class Config:
     seed: int = flag(0, "random seed; with --seeds K: the first of K")
-    seeds: int = flag(None, "repeat over this many seeds (default: 2 for family, 3 for the others)", low=1)
+    seeds: int = flag(None, "repeat over this many seeds (default: 2 for family, with --init 1, 3 for the others)", low=1)
     device: str = flag("auto", "where to run", choices=("auto", "cpu", "cuda", "mps"))
-    dtype: str = flag("float32", "bfloat16: autocast training", choices=("float32", "bfloat16"))
+    dtype: str = flag("float32", "bfloat16: autocast training; with --init the teacher in bf16, sampling from a bf16 copy", choices=("float32", "bfloat16"))
     out: str = flag("out/opd", "folder for figure, metrics, claims, checkpoint and the trained base models")
     resume: bool = flag(False, "go on from the checkpoint in --out")
     quick: bool = flag(False, "a run of a few seconds that shows nothing but that it runs")
     figure: str = flag("family", "which figure: " + "; ".join(f"{k}: {v}" for k, v in FIGURES.items()), choices=tuple(FIGURES))
-    arms: str = flag("", "for family: these rows of METHODS instead of its own, separated by commas")
+    arms: str = flag("", "for family: these rows of METHODS instead of its own (with --init: opd), separated by commas")
+    init: str = flag("", "the student: this Hugging Face folder or hub id, not the toy's base model; with --teacher and --data")
+    teacher: str = flag("", "its teacher: a folder or hub id with the same vocabulary")
+    data: str = flag("", "with --init: gsm8k, or a .jsonl or .parquet file with a column question; with answers ('#### number') pass@1 is measured, too; "
+                         "of a file a tenth is held out")
+    template: str = flag("{question}\\nThink step by step. End with the answer as: #### number", "with --init: the prompt; \\n is a new line")
+    chat: bool = flag(False, "put the prompt into the student's own chat template, as a user's message")
+    checkpointing: bool = flag(False, "with --init: keep no activations inside a layer, compute them again: less memory, a third more time")
+    micro_batch: int = flag(64, "with --init: rows per forward pass; changes memory, the gradient only by rounding", low=1)
+    max_new_tokens: int = flag(256, "with --init: budget of an answer", quick=8, low=1)
     steps: int = flag(150, "steps of a run (selfteach: of its shorter arms at most; fastslow has its own)", quick=2, low=1)
     batch: int = flag(64, "answers per step", quick=8, low=8)
     group: int = flag(8, "answers per prompt where the advantage needs a group", quick=4, low=2)
-    lr: float = flag(1e-3, "learning rate (AdamW, 5 steps of warm-up, constant; under a rule 0.3 of it)", low=0)
+    lr: float = flag(None, "learning rate (AdamW, 5 steps of warm-up, constant; under a rule 0.3 of it; default 1e-3, with --init 1e-5)", low=0)
     top: int = flag(4, "k of the student's top-k estimators", low=1, high=99)
     skd_top: int = flag(4, "SKD: the teacher replaces what is not among its top k", low=1, high=99)
     trb_eps: float = flag(0.1, "TRB: KL budget of a token in nats, falling to 0 in --trb-steps", low=0)
@@ -115,13 +133,16 @@ class Config:
     sft_batch: int = flag(64, "documents per step of both", low=1)
     sft_lr: float = flag(6e-3, "learning rate of both (up in 50 steps, then linear to 0)", low=0)
     eval_every: int = flag(10, "steps between evaluations (at most 5 in cold, 2 under a rule; fastslow: 5)", low=1)
-    eval_prompts: int = flag(256, "held-out pairs of places", quick=16, low=1, high=256)
+    eval_prompts: int = flag(256, "held-out pairs of places, or questions", quick=16, low=1, high=256)
 
     def __post_init__(self):
-        possible = [name for name, choices in METHODS.items() if choices[1] != "pedagogue"]     # its teacher is trained in selfteach
+        self.lr = self.lr if self.lr is not None else 1e-5 if self.init else 1e-3
+        if len({bool(self.init), bool(self.teacher), bool(self.data)}) > 1 or self.init and (self.figure != "family" or "{question}" not in self.template):
+            raise UserError("--init, --teacher and --data need one another, --figure family, and {question} in the --template")
+        possible = REAL if self.init else [name for name, choices in METHODS.items() if choices[1] != "pedagogue"]  # its teacher is trained in selfteach
         unknown = set(self.methods) - set(possible)
         if unknown:
-            raise UserError(f"--arms: no such method: {', '.join(sorted(unknown))}; there are {', '.join(possible)}")
+            raise UserError(f"--arms: no such method{' between two checkpoints' * bool(self.init)}: {', '.join(sorted(unknown))}; there are {', '.join(possible)}")
         if self.arms and self.figure != "family":
             raise UserError(f"--arms is for --figure family, {self.figure} has its own")
         if self.batch % self.group:
@@ -129,7 +150,8 @@ class Config:
 
     @property
     def methods(self):
-        return [name for name in self.arms.split(",") if name] or ["sft", "kd", "grpo", "opd", "trb", "skd", "opsd", "opsd_clip", "rmsd"]
+        usual = ["opd"] if self.init else ["sft", "kd", "grpo", "opd", "trb", "skd", "opsd", "opsd_clip", "rmsd"]
+        return [name for name in self.arms.split(",") if name] or usual
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -699,6 +721,128 @@ def continuation(student, teacher, task, eps, length, config, seed, n=1024):
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
+# Real checkpoints: the same divergences between two models of any size on prompts of any length, by one process or several
+
+LOGITS = 2 ** 26        # (tokens, V) log-probabilities at once: 256 MiB, a few times over
+
+
+def task_of(config):
+    return word_problems(config.init, config.data, config.template, config.chat, answers=False)
+
+
+def load_pair(config, device):
+    """The student, in fp32, and its frozen teacher. UserError if their tokenizers differ, or if they cannot hold the task."""
+    mine, its = load_tokenizer(config.init), load_tokenizer(config.teacher)
+    if (mine._mergeable_ranks, mine._special_tokens) != (its._mergeable_ranks, its._special_tokens):
+        raise UserError(f"--teacher {config.teacher}: its vocabulary is not that of --init {config.init}")
+    student, teacher = (checkpoint_for(task_of(config), f"--{what}", getattr(config, what), config.max_new_tokens, dtype).to(device)
+                        for what, dtype in (("init", torch.float32), ("teacher", getattr(torch, config.dtype))))
+    V = student.config.vocab_size
+    if teacher.config.vocab_size < V:
+        raise UserError(f"--teacher {config.teacher}: has {teacher.config.vocab_size} ids, the student {V}")
+    teacher.lm_head.weight = torch.nn.Parameter(teacher.lm_head.weight[:V])
+    teacher.requires_grad_(False)
+    student.checkpointing = config.checkpointing
+    return student, teacher
+
+
+def token_divergence(model, teacher, rollout, kind, config):
+    """D of every answer token of a rollout, row by row (N,), with gradients to the student.
+
+    Two log-probabilities of the token that stands there are enough for token and sampled. The other kinds need whole distributions: they are
+    made of so many tokens at once as LOGITS allows, and once more in the backward pass.
+    """
+    x, own = rollout.ids[:, :-1], rollout.mask[:, 1:] > 0
+    y, logprobs = rollout.ids[:, 1:][own], lambda m, h: m.lm_head(h).float().log_softmax(-1)[None]      # (N,); (1, n, V)
+    with torch.autocast(y.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
+        h = model.hidden(x)[own]                                        # (N, C)
+        with torch.no_grad():
+            g = teacher.hidden(x)[own] if kind != "token" else None     # (N, the teacher's C)
+        if kind in ("token", "sampled"):        # as if the vocabulary had one token: (1, N, 1)
+            logp = token_logprobs(h, model.lm_head.weight, y)[0][None, :, None]
+            logq = token_logprobs(g, teacher.lm_head.weight, y)[0][None, :, None] if kind == "sampled" else None
+            return divergence(logp, logq, torch.zeros_like(y)[None], kind)[0]
+        whole = lambda h, g, y: divergence(logprobs(model, h), logprobs(teacher, g), y[None], kind, config.top)[0]
+        parts = zip(*(t.split(max(1, LOGITS // model.config.vocab_size)) for t in (h, g, y)))
+        return torch.cat([checkpoint(whole, *part, use_reentrant=False) for part in parts])
+
+
+def sample(model, problems, config, generator, mine=slice(None)):
+    """-> Rollout of one answer to each of the problems at `mine`, this process's slice of them."""
+    dtype, task = getattr(torch, config.dtype), task_of(config)
+    sampling = model if model.lm_head.weight.dtype == dtype else copy.deepcopy(model).to(dtype)
+    first, end, _ = mine.indices(len(problems))
+    skip_draws(first, config, generator)
+    rollout = generate(sampling, [task.prompt(p) for p in problems[mine]], 1, config.max_new_tokens, stop=task.tokenizer.eos, generator=generator)
+    skip_draws(len(problems) - end, config, generator)
+    return rollout
+
+
+def distil(model, teacher, optimizer, rollout, kind, config):
+    """A gradient step on the mean of D over the answer tokens of all processes -> that loss, the gradient's norm."""
+    tokens, total = all_sum(rollout.mask.sum()), 0.0
+    optimizer.zero_grad()
+    for rows in torch.arange(len(rollout.ids)).split(config.micro_batch):
+        loss = token_divergence(model, teacher, rollout[rows], kind, config).sum() / tokens
+        loss.backward()
+        total += loss.item()
+    sum_gradients(model)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
+    optimizer.step()
+    return all_sum(torch.tensor(total, dtype=torch.float64)).item(), norm
+
+
+@torch.no_grad()
+def held_out(model, teacher, config, seed):
+    """One answer of the student to each held-out question: reverse KL to the teacher per token, length, and pass@1 where the answers are known."""
+    task, generator, sums = task_of(config), torch.Generator().manual_seed(seed), torch.zeros(3, dtype=torch.float64)
+    problems = task.held_out(random.Random("held out"), config.eval_prompts)
+    mine = share(len(problems))
+    skip_draws(mine.start, config, generator)
+    for i in range(mine.start, mine.stop, config.micro_batch):
+        part = problems[i:min(i + config.micro_batch, mine.stop)]
+        rollout = sample(model, part, config, generator)
+        kl = token_divergence(model, teacher, rollout, "reverse", config).sum()
+        right = sum(task.judge(p, text, True) for p, text in zip(part, rollout.texts(task.tokenizer)))
+        sums += torch.tensor([kl, rollout.mask.sum(), right])
+    kl, tokens, right = all_sum(sums).tolist()
+    return dict(kl=kl / tokens, length=tokens / len(problems)) | ({"pass@1": right / len(problems)} if task.judged else {})
+
+
+def train_checkpoint(config, run, arm, seed, base, teacher):
+    """A row of REAL from the base for config.steps steps -> the trained model. One row of metrics a step."""
+    # 1. A copy of the base, two random streams: questions, and answers
+    writer, _, kind, _, _ = METHODS[arm]
+    phase, model, rng, generator = f"{arm} {seed}", copy.deepcopy(base), random.Random(seed), torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(model.parameters(), config.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+    fresh, state = 10_000 + 1000 * seed, run.state.get(phase)
+    start, sampled = restore(state, model, optimizer, rng, generator), state["sampled"] if state else 0
+    if state is None:
+        run.log(phase="train", arm=arm, seed=seed, step=0, sampled_tokens=0, **held_out(model, teacher, config, fresh))
+    bar = tqdm(range(start, config.steps), phase, initial=start, total=config.steps, disable=world()[0] > 0)
+    for step in bar:
+        started = time.time()
+        for g in optimizer.param_groups:
+            g["lr"] = config.lr * min(1, (step + 1) / 5)
+        # 2. Questions, answers, a step
+        problems = [task_of(config).draw(rng) for _ in range(config.batch)]
+        rollout = sample(teacher if writer == "teacher" else model, problems, config, generator, share(config.batch))
+        loss, norm = distil(model, teacher, optimizer, rollout, kind, config)
+        tokens, seconds = int(all_sum(rollout.mask.sum())), time.time() - started
+        sampled += tokens
+        # 3. Log, save
+        row = dict(loss=loss, grad_norm=norm, sampled_tokens=sampled, seconds=seconds, tokens_per_s=tokens / seconds)
+        if (step + 1) % config.eval_every == 0 or step + 1 == config.steps:
+            row |= held_out(model, teacher, config, fresh + step + 1)
+            bar.set_postfix_str(", ".join(f"{k} {row[k]:.3f}" for k in ("loss", "kl", "pass@1") if k in row))
+        run.log(phase="train", arm=arm, seed=seed, step=step + 1, **row)
+        if run.due:
+            run.save(phase, **snapshot(step + 1, model, optimizer, rng, generator, sampled=sampled))
+    run.save(phase, **snapshot(max(start, config.steps), model, optimizer, rng, generator, sampled=sampled))
+    return model
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
 # Figures and claims
 
 def end(run, arm, key="pass@1"):
@@ -773,6 +917,24 @@ def figure_family(config, run, device):
         claim("clip", "OPSD with clip, pass@1 at the end", "arXiv 2601.18734, code", "clip added", end(run, "opsd_clip").mean(), ">=", 0.83, n),
         claim("rmsd leak", "RMSD, rate of passwords, worst seed", rmsd, "-", end(run, "rmsd", "password_rate").max(), "<=", 0.02, n),
         claim("rmsd", "RMSD, pass@1 at the end", rmsd, "-", end(run, "rmsd").mean(), ">=", 0.83, n)]
+
+
+def figure_checkpoints(config, run, student, teacher):
+    for seed in seeds_of(config):
+        for arm in config.methods:
+            trained = train_checkpoint(config, run, arm, seed, student, teacher)
+            if world()[0] == 0:
+                trained.save_pretrained(run.dir / f"{arm} {seed}", like=config.init)
+    fig, axes = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
+    for ax, (key, label) in zip(axes, {"kl": "reverse KL to the teacher (nats per token)", "pass@1" if task_of(config).judged else "length": ""}.items()):
+        for arm in config.methods:
+            band(ax, *series(run, key, phase="train", arm=arm), arm)
+        ax.set(title="The student's answers to held-out questions", xlabel="step", ylabel=label or key)
+        ax.legend()
+    ends = {arm: series(run, "kl", phase="train", arm=arm)[1][:, [0, -1]] for arm in config.methods}      # (seeds, 2)
+    fig.suptitle(f"{Path(config.init).name} learns from {Path(config.teacher).name} ({config.seeds} seed{'s' * (config.seeds > 1)})")
+    return fig, [claim(arm, f"{arm}: held-out KL to the teacher, end over start, worst seed", "-", "-", (kl[:, 1] / kl[:, 0]).max() if kl.all() else math.nan,
+                       "<=", 0.9, config.seeds, f" ({kl[:, 0].mean():.3g}, {kl[:, 1].mean():.3g})") for arm, kl in ends.items()]
 
 
 def figure_cold(config, run, device):
@@ -915,14 +1077,19 @@ def figure_fastslow(config, run, device):
 
 def main():
     config = parse_args(Config, __doc__)
-    config.seeds = config.seeds or (1 if config.quick else 2 if config.figure == "family" else 3)
+    config.seeds = config.seeds or (1 if config.quick or config.init else 2 if config.figure == "family" else 3)
     device = pick_device(config.device)
-    size = sum(p.numel() for p in build(config, config.n_embd, device).parameters())        # an impossible shape ends here, before anything is written
+    if config.init:         # the toy takes one process: Run refuses several
+        join(device)
+        if world()[1] > config.batch:
+            raise UserError(f"{world()[1]} processes: no more than there are answers in a --batch")
+    models = load_pair(config, device) if config.init else (build(config, config.n_embd, device),)
+    size = sum(p.numel() for p in models[0].parameters())       # what is impossible ends here, before anything is written
     run, started = Run(config), time.time()
     print(f"opd.py: figure {config.figure}, seed {config.seed}, {config.seeds} seeds, {device}, {config.dtype}, {torch.get_num_threads()} threads, "
           f"{size:,} parameters")
-    fig, claims = globals()[f"figure_{config.figure}"](config, run, device)
-    fig.savefig(run.dir / f"{config.figure}.png", dpi=110)
+    fig, claims = figure_checkpoints(config, run, *models) if config.init else globals()[f"figure_{config.figure}"](config, run, device)
+    run.draw(fig, config.figure)
     run.claims(claims)
     print(f"\n{run.dir / config.figure}.png, metrics.jsonl, claims.json, model.pt: {time.time() - started:.0f} s")
 

@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 
 import grpo
 from test_pretrained import make_json, merges_of, save_json
-from model import GPT, GPTConfig, load_tokenizer
+from model import GPT, GPTConfig, extract_answer, load_problems, load_tokenizer
 from grpo import (COLUMNS, LINE, LOSSES, Config, Rollout, UserError, advantages, aggregation_weights, correction_weights, demonstrate, draw_problem,
                   generate, group_uniforms, guessed_carries, kl_estimate, length_bias, pass_at_k, question, reward, surrogate, tokenizer)
 
@@ -803,7 +803,7 @@ def test_a_script_that_knows_of_one_process_only_refuses_several(tmp_path):
     ("She has 48/2 = <<48/2=24>>24.\n#### 72", "72"), ("#### 1,234", "1234"), ("#### -5", "-5"), ("#### 3.50", "3.50"), ("#### 5.", "5."), ("#### 12 apples", "12"),
     ("#### 1\n#### 2", "1"), ("#### $5", None), ("####7", None), ("72", None), ("", None), ("#### 1,000,000.", "1000000."), ("x #### 9", "9")])
 def test_an_answer_is_read_as_gsm8ks_authors_read_it(text, answer):
-    assert grpo.extract_answer(text) == answer
+    assert extract_answer(text) == answer
 
 
 ROWS = [dict(question=f"What is {a} + {b}?\u2028", answer=f"{a} and {b} make\n#### {a + b + 1000:,}") for a in range(8) for b in range(8)]
@@ -830,8 +830,8 @@ def real_config(real, **choices):
 
 
 def test_word_problems_come_from_jsonl_or_parquet_and_a_tenth_is_held_out(real):
-    train, held_out = grpo.load_problems(str(real / "sums.jsonl"))
-    assert grpo.load_problems(str(real / "sums.parquet")) == [train, held_out]
+    train, held_out = load_problems(str(real / "sums.jsonl"))
+    assert load_problems(str(real / "sums.parquet")) == [train, held_out]
     assert sorted(train + held_out) == sorted((r["question"], str(i // 8 + i % 8 + 1000)) for i, r in enumerate(ROWS)) and not set(train) & set(held_out)
     assert 0 < len(held_out) < 20
 
@@ -840,7 +840,7 @@ def test_gsm8k_comes_through_datasets_with_its_own_splits(monkeypatch):
     import datasets
     rows = dict(train=ROWS[:9], test=ROWS[9:12])
     monkeypatch.setattr(datasets, "load_dataset", lambda name, config, split: rows[split] if (name, config) == ("openai/gsm8k", "main") else None)
-    train, held_out = grpo.load_problems("gsm8k")
+    train, held_out = load_problems("gsm8k")
     assert [q for q, _ in train] == [r["question"] for r in ROWS[:9]] and [q for q, _ in held_out] == [r["question"] for r in ROWS[9:12]]
 
 
@@ -872,7 +872,7 @@ def test_held_out_word_problems_are_never_trained_on_and_none_twice(real, monkey
     monkeypatch.setattr(grpo, "sample", fake_sample(sampled, lambda _, P, n: torch.zeros(P, n)))
     grpo.collect(None, config, random.Random(0), None)
     grpo.evaluate(None, config, 1)
-    train, held_out = grpo.load_problems(config.data)
+    train, held_out = load_problems(config.data)
     assert set(sampled[0]) <= set(train) and len(set(sampled[0])) > 40 and sorted(sampled[1]) == sorted(held_out)
 
 
@@ -911,7 +911,7 @@ def test_a_real_run_ends_with_a_checkpoint_that_can_be_opened_and_resumes_to_its
 @pytest.mark.parametrize("data, words", [
     ("none.jsonl", ["no such file"]), ("gsm9k", ["no such file"]), ("[1]\n", ["TypeError"]), ("{", ["JSONDecodeError"]), ('{"question": "a", "solution": "#### 1"}', ["no column 'answer'"]),
     ('{"answer": "#### 1"}', ["no column 'question'"]), ('{"question": "a", "answer": "1"}', ["####"]), ('{"question": "a", "answer": 1}', ["TypeError"]),
-    ('{"question": "a", "answer": "#### 1"}', ["too few"]), ("", ["too few"]), (b"PAR1 no parquet", ["ArrowInvalid"]), (b"\xff", ["UnicodeDecodeError"])])
+    ('{"question": "a", "answer": "#### 1"}', ["too few"]), ('{"question": 1, "answer": "#### 1"}', ["TypeError"]), ("", ["too few"]), (b"PAR1 no parquet", ["ArrowInvalid"]), (b"\xff", ["UnicodeDecodeError"])])
 def test_data_that_cannot_be_used_is_one_line_that_says_why(data, words, real, tmp_path, monkeypatch, capsys):
     file = tmp_path / ("x.parquet" if data == b"PAR1 no parquet" else "x.jsonl")
     if "no such file" in words:
