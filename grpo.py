@@ -460,7 +460,7 @@ SHOWN = ("step", "reward", "pass@1", "guessed_carries", "entropy", "length_right
 def train(config, run, arm, seed, base, tokens=math.inf):
     """RL from the base for config.steps steps, or until `tokens` are sampled -> the trained model. One row of metrics a step."""
     # 1. A copy of the base, an optimizer, two random streams: problems, and everything else
-    phase, model, device = f"{arm} {seed}", copy.deepcopy(base), base.lm_head.weight.device
+    phase, model = f"{arm} {seed}", copy.deepcopy(base)
     optimizer = torch.optim.AdamW(model.parameters(), config.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     rng, generator = random.Random(seed + 1), torch.Generator().manual_seed(seed + 1)
     state = run.state.get(phase)
