@@ -398,7 +398,7 @@ def figure_memory(config, run, device):
 
 
 def figure_context(config, run, device, train_docs, test_docs):
-    target, n, etas = config.length // 2, config.seeds, (0.1, 0.3, 1.0, 3.0, 10.0)
+    target, n, etas = config.length // 2, config.seeds, (0.3, 1.0, 3.0, 10.0, 30.0)
     contexts = [c for c in (64, 256, 1024, 4096) if c < config.context] + [config.context]
     test = passages(test_docs, config.context + target + 1, config.eval_docs)
     print(f"{sum(map(len, train_docs)):,} tokens to train on; tested on the last {target} tokens of {len(test)} passages")
