@@ -54,8 +54,8 @@ from model import (GPT, Block, GPTConfig, KVCache, RMSNorm, Run, UserError, band
                    seeds_of, series, snapshot, train_bpe)
 
 FIGURES = {"memory": "documents with a map of their own: loss against position (within 5 minutes)",
-           "context": "real text: loss against the length of the context (about 20 minutes for 3 seeds)",
-           "cost": "time and memory per token against the length of the context (about 2 minutes)"}
+           "context": "real text: loss against the length of the context (about 20 minutes)",
+           "cost": "time and memory per token against the length of the context (1 minute)"}
 SOURCE = "Tandon et al., arXiv 2512.23675"
 #  what a figure takes where no flag says otherwise
 SIZES = {"memory": dict(seeds=1, steps=300, lr=2e-3, batch=16, length=256, chunk=16, window=4, n_embd=64, n_fast=128, checkpointing=False, eval_docs=32),
