@@ -42,7 +42,7 @@ def test_results_hold_the_metrics_the_config_and_the_figure_of_every_claim(path)
     stem = path.name.removesuffix(".claims.json")
     assert all((path.parent / f"{stem}{suffix}").stat().st_size for suffix in (".png", ".jsonl", ".config.json"))
     config = json.loads((path.parent / f"{stem}.config.json").read_text())
-    assert config["revision"] not in ("", "unknown") and config["config"]["figure"] == stem
+    assert config["revision"] not in ("", "unknown") and stem in (config["config"]["figure"], config["config"].get("init"))
     assert all(json.loads(line) for line in (path.parent / f"{stem}.jsonl").read_text().splitlines())
 
 
