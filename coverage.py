@@ -44,7 +44,8 @@ import torch
 from tqdm import tqdm
 
 from kernels import token_logprobs
-from model import (GPT, GPTConfig, Run, band, claim, command, flag, generate, parse_args, pick_device, restore, seeds_of, series, snapshot)
+from model import GPT, GPTConfig, generate
+from run import Run, band, claim, command, flag, parse_args, pick_device, restore, seeds_of, series, snapshot
 
 FIGURES = {"principle": "fine-tuning on the graph task: KL, coverage, Pass@N, the tournament, DCO (within 5 minutes)",
            "horizon": "a table learnt by counting; a coin (seconds)",

@@ -40,7 +40,8 @@ import torch
 from tqdm import tqdm
 
 from kernels import token_logprobs
-from model import (GPT, GPTConfig, Run, UserError, band, claim, command, flag, generate, parse_args, pick_device, restore, seeds_of, series, snapshot)
+from model import GPT, GPTConfig, generate
+from run import Run, UserError, band, claim, command, flag, parse_args, pick_device, restore, seeds_of, series, snapshot
 
 FIGURES = {"explore": "asymmetry, negative gradient, the p^k model (within 5 minutes)",
            "curriculum": "the coupled curriculum against three rivals at equal tokens, tested to 4 times the budget (about 20 minutes)",

@@ -55,8 +55,10 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from kernels import token_logprobs
-from model import (GPT, CharTokenizer, GPTConfig, Rollout, Run, UserError, all_sum, band, checkpoint_for, claim, command, flag, gathered, generate, join,
-                   parse_args, pick_device, restore, same_weights, seeds_of, series, share, skip_draws, snapshot, sum_gradients, word_problems, world)
+from model import GPT, CharTokenizer, GPTConfig, Rollout, checkpoint_for, generate, skip_draws
+from pretrained import word_problems
+from run import (Run, UserError, all_sum, band, claim, command, flag, gathered, join, parse_args, pick_device, restore, same_weights,
+                 seeds_of, series, share, snapshot, sum_gradients, world)
 
 FIGURES = {"train": "one run: reward, pass@1, entropy, lengths, pass@k against the base (under 3 minutes)",
            "variants": "every loss at the same number of sampled tokens, 3 seeds (about half an hour)",

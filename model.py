@@ -1,4 +1,4 @@
-"""model.py: a GPT, its KV cache and its sampler, tokenizers, checkpoints. Everything the methods in this folder stand on.
+"""model.py: a GPT, its KV cache, its sampler, its tokenizers. What the methods in this folder stand on.
 
     python model.py                      train a small GPT on the Python standard library's own sources (2 minutes, two cores)
     python model.py --data FILE|FOLDER|HF_DATASET       the same on your text
@@ -7,7 +7,8 @@
 The model is the Llama family's: RMSNorm before each block, rotary positions, SwiGLU, grouped-query attention; sliding window,
 QKV bias and QK-norm are options. `GPT.hidden` maps token ids to hidden states, with or without a `KVCache`; the head is applied
 by whoever needs it, because training never wants all the logits (kernels.token_logprobs) and sampling wants the last row only.
-`GPT.from_pretrained` and `load_tokenizer` read Hugging Face folders (Llama, SmolLM2, Qwen2, Qwen2.5, Qwen3), `save_pretrained` writes them.
+`GPT.from_pretrained` and `load_tokenizer` read Hugging Face folders (Llama, SmolLM2, Qwen2, Qwen2.5, Qwen3), `save_pretrained` writes them:
+pretrained.py knows their names for things. Flags, checkpoints and the folder of a run are in run.py.
 
 What to know before changing `generate`:
 1. A cache slot is a position. Prompts of different lengths are padded on the right, every row then appends at its own length,
@@ -20,40 +21,29 @@ What to know before changing `generate`:
 4. On a GPU a step of a small model is a few hundred launches that each take longer to ask for than to run. There the same step runs
    on fixed shapes with all that changes in tensors, is captured once in a CUDA graph and replayed (`decode_static`).
 """
-import argparse
 import copy
-import dataclasses
-import functools
 import heapq
 import importlib.util
-import json
 import math
 import os
-import platform
-import re
-import signal
-import subprocess
-import sys
 import time
-import unicodedata
 import warnings
 import zlib
 from collections import Counter, defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import tiktoken
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 import torch.utils.checkpoint
-from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from kernels import attention, can_compile, gemm_dtype, say_once, token_logprobs, wide
+from pretrained import SPLIT, hf_config, hf_save, hf_state, hub_folder, load_tokenizer                    # noqa: F401
+from run import Run, UserError, command, flag, load_checkpoint, parse_args, pick_device, save_checkpoint   # noqa: F401, one door for users
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -221,25 +211,10 @@ class GPT(nn.Module):
         UserError for what can't be read or is not supported, and for a tensor that is missing, left over, or of the wrong shape.
         """
         folder = hub_folder(name)
-        config = hf_config(folder / "config.json", block_size)
-        tensors = hf_tensors(folder)
+        config = GPTConfig(**hf_config(folder / "config.json", block_size))
         with torch.device("meta"):              # shapes without memory: the weights come from the file
             model = cls(config)
-        state = {}
-        for ours, parts in hf_layout(model).items():
-            for theirs, shape, rotated in parts:
-                if theirs not in tensors:
-                    raise UserError(f"{folder}: tensor {theirs} is missing")
-                t = tensors.pop(theirs)
-                if t.shape != shape:
-                    raise UserError(f"{folder}: tensor {theirs} has shape {tuple(t.shape)}, should have {tuple(shape)}")
-                dtype = dtype or t.dtype        # the embedding's: it comes first
-                state.setdefault(ours, []).append((regroup(t, 2, config.head_dim) if rotated else t).to(dtype))
-        twice = lambda k: k == "lm_head.weight" and config.tie and torch.equal(tensors[k].to(dtype), state["wte.weight"][0])
-        left = [k for k in tensors if not twice(k) and not k.endswith("rotary_emb.inv_freq")]       # neither says anything new
-        if left:
-            raise UserError(f"{folder}: tensor {min(left)} is left over: config.json tells of no such thing")
-        model.load_state_dict({k: torch.cat(v) if len(v) > 1 else v[0] for k, v in state.items()}, strict=False, assign=True)
+        model.load_state_dict(hf_state(folder, model, dtype), strict=False, assign=True)
         if config.tie:
             model.lm_head.weight = model.wte.weight
         return model
@@ -249,121 +224,16 @@ class GPT(nn.Module):
 
         UserError if the model has no name there: a sliding window, or biases together with QK-norm.
         """
-        c, folder, weights = self.config, Path(folder), self.state_dict()
-        kind = {v: k for k, v in HF_TYPES.items()}.get((c.qkv_bias, c.qk_norm))
-        if kind is None or c.window:
-            raise UserError("save_pretrained: no Hugging Face model_type of ours has " + ("a sliding window" if c.window else "QKV bias and QK-norm"))
-        tensors = {}
-        for ours, parts in hf_layout(self).items():
-            for (theirs, shape, rotated), t in zip(parts, weights[ours].split([shape[0] for _, shape, _ in parts])):
-                tensors[theirs] = (regroup(t, c.head_dim // 2, c.head_dim) if rotated else t).detach().cpu().clone()
-        text = json.dumps(dict(
-            architectures=[kind.capitalize() + "ForCausalLM"], model_type=kind, vocab_size=c.vocab_size, hidden_size=c.n_embd, intermediate_size=c.n_hidden,
-            num_hidden_layers=c.n_layer, num_attention_heads=c.n_head, num_key_value_heads=c.n_kv_head, head_dim=c.head_dim, hidden_act="silu",
-            max_position_embeddings=c.block_size, rms_norm_eps=c.norm_eps, tie_word_embeddings=c.tie, rope_theta=c.rope_theta, attention_bias=False,
-            torch_dtype=str(self.lm_head.weight.dtype)[6:], bos_token_id=None, eos_token_id=load_tokenizer(like).eos if like else None), indent=1)
-        source = hub_folder(like) if like else folder
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            for file in [f for pattern in ("tokenizer*.json", "chat_template.jinja") for f in source.glob(pattern) if source != folder]:
-                (folder / file.name).write_bytes(file.read_bytes())
-            save_file(tensors, folder / "model.safetensors.tmp", metadata={"format": "pt"})
-            (folder / "config.json.tmp").write_text(text)
-            for file in ("model.safetensors", "config.json"):       # whole or not at all
-                os.replace(folder / (file + ".tmp"), folder / file)
-        except OSError as e:
-            raise UserError(f"cannot write to {folder}: {e.strerror}") from None
+        hf_save(self, Path(folder), like)
 
 
-# ---------------------------------------------------------------------------------------------------------------------------
-# Hugging Face's names for all this
-
-HF_TYPES = {"llama": (False, False), "qwen2": (True, False), "qwen3": (False, True)}        # model_type: (qkv_bias, qk_norm)
-HF_NAMES = {"norm1": "input_layernorm", "norm2": "post_attention_layernorm", "attn.proj": "self_attn.o_proj", "attn.q_norm": "self_attn.q_norm",
-            "attn.k_norm": "self_attn.k_norm", "mlp.gate": "mlp.gate_proj", "mlp.up": "mlp.up_proj", "mlp.proj": "mlp.down_proj"}
-
-
-def hub_folder(name):
-    """A folder, as it is; anything else is a hub id, whose files are fetched into the hub's cache."""
-    if Path(name).is_dir():
-        return Path(name)
-    try:
-        from huggingface_hub import snapshot_download       # comes with datasets
-        return Path(snapshot_download(str(name), allow_patterns=["*.json", "*.jinja", "*.safetensors"]))
-    except Exception as e:
-        raise UserError(f"{name}: no such folder, and no such model within reach on the hub ({type(e).__name__})") from None
-
-
-def read_json(path):
-    try:
-        content = json.loads(Path(path).read_text("utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (OSError, ValueError) as e:
-        raise UserError(f"{path} is not readable JSON ({type(e).__name__})") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is no JSON object")
-    return content
-
-
-def hf_config(path, block_size=None):
-    """config.json -> GPTConfig. What a key that is not there means is what transformers takes it to mean."""
-    c = read_json(path)
-    kind, rope, layers = c.get("model_type"), {**(c.get("rope_scaling") or {}), **(c.get("rope_parameters") or {})}, c.get("num_hidden_layers") or 0
-    scaling = rope.get("rope_type", rope.get("type", "default"))
-    sliding = "sliding_attention" in c["layer_types"] if c.get("layer_types") else c.get("use_sliding_window") and layers > c.get("max_window_layers", 28)
-    for what, wrong in ((f"model_type {kind!r}", kind not in HF_TYPES), (f"rope scaling {scaling!r}", scaling != "default"),
-                        ("partial_rotary_factor", {c.get("partial_rotary_factor"), rope.get("partial_rotary_factor")} - {None, 1}),
-                        (f"hidden_act {c.get('hidden_act')!r}", c.get("hidden_act", "silu") != "silu"), ("attention_bias", c.get("attention_bias")),
-                        ("mlp_bias", c.get("mlp_bias")), ("sliding-window layers", sliding), ("quantization_config", c.get("quantization_config"))):
-        if wrong:
-            raise UserError(f"{path}: {what} is not supported")
-    try:
-        qkv_bias, qk_norm = HF_TYPES[kind]
-        positions = c["max_position_embeddings"]
-        return GPTConfig(c["vocab_size"], min(positions, block_size or positions), c["num_hidden_layers"], c["num_attention_heads"], c["hidden_size"],
-                         c.get("num_key_value_heads"), c.get("head_dim") or (128 if kind == "qwen3" else None), c["intermediate_size"], None, qkv_bias, qk_norm,
-                         c.get("tie_word_embeddings", False), rope.get("rope_theta") or c.get("rope_theta", 10000.0), c.get("rms_norm_eps", 1e-6))
-    except KeyError as e:
-        raise UserError(f"{path}: {e.args[0]} is missing") from None
-
-
-def hf_tensors(folder):
-    """Every tensor of model.safetensors, or of the shards that model.safetensors.index.json lists."""
-    files, index = [folder / "model.safetensors"], folder / "model.safetensors.index.json"
-    if not files[0].exists() and index.exists():
-        files = sorted(folder / name for name in set(read_json(index).get("weight_map", {}).values()))
-    tensors = {}
-    for file in files:
-        try:
-            tensors.update(load_file(file))
-        except FileNotFoundError:
-            raise UserError(f"{file}: no such file") from None
-        except Exception as e:
-            raise UserError(f"{file} is not a readable safetensors file ({type(e).__name__})") from None
-    return tensors
-
-
-def hf_layout(model):
-    """Our parameter -> what it is the concatenation of: (Hugging Face's name, shape, whether its rows are channels that get rotated)."""
-    c, layout = model.config, {}
-    for ours, p in model.named_parameters():
-        if not ours.startswith("blocks."):
-            layout[ours] = [({"wte.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight"}.get(ours, ours), p.shape, False)]
-            continue
-        layer, name, leaf = re.fullmatch(r"blocks\.(\d+)\.(.+)\.(\w+)", ours).groups()
-        if name == "attn.qkv":
-            layout[ours] = [(f"model.layers.{layer}.self_attn.{x}_proj.{leaf}", (heads * c.head_dim, *p.shape[1:]), x != "v")
-                            for x, heads in zip("qkv", (c.n_head, c.n_kv_head, c.n_kv_head))]
-        else:
-            layout[ours] = [(f"model.layers.{layer}.{HF_NAMES[name]}.{leaf}", p.shape, name in ("attn.q_norm", "attn.k_norm"))]
-    return layout
-
-
-def regroup(rows, n, D):
-    """Another order of each head's D channels: n blocks become n interleaved strands. Hugging Face rotates channels i and i + D/2 together,
-    we 2i and 2i + 1: n = 2 leads from their order to ours, n = D/2 back."""
-    return rows.unflatten(0, (-1, n, D // n)).transpose(1, 2).flatten(0, 2)
+def checkpoint_for(task, what, name, max_new_tokens, dtype=torch.float32):
+    """The model in a folder or of a hub id, if it can hold the task's longest prompt with its answer, and knows the tokenizer's ids. what: the flag."""
+    model, positions = GPT.from_pretrained(name, dtype), task.longest + max_new_tokens - 1
+    if model.config.block_size < positions or model.config.vocab_size < task.tokenizer.n_vocab:
+        raise UserError(f"{what} {name}: has {model.config.block_size} positions and {model.config.vocab_size} ids; the longest prompt and "
+                        f"--max-new-tokens need {positions}, the tokenizer {task.tokenizer.n_vocab}")
+    return model
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -697,10 +567,6 @@ class CharTokenizer:
         return "".join(self.alphabet[i] for i in ids if i != self.eos)
 
 
-# GPT-2's split: contractions, then runs of letters, of digits, of anything else, each with the space before it, then space
-SPLIT = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
-
-
 def bpe_merges(text, n_merges):
     """Byte-pair encoding (Sennrich et al., arXiv 1508.07909) over the bytes of GPT-2's pre-tokens -> merged byte strings, in order.
 
@@ -761,482 +627,6 @@ def train_bpe(text, vocab_size):
                                  special_tokens={"<|endoftext|>": len(vocab)})
     encoding.eos = encoding.eot_token
     return encoding
-
-
-class PretrainedBPE(tiktoken.Encoding):
-    """A tokenizer.json as a tiktoken.Encoding, which does what the reference does where tiktoken would not: text is brought to NFC first if the
-    file says so, a byte that has no token is dropped, an id that has no token (padding of the embedding) decodes to nothing."""
-
-    def encode(self, text, *, allowed_special=frozenset(), disallowed_special="all"):
-        """Special tokens in the text are an error, or with allowed_special="all" their ids, as tiktoken has it. No token is added."""
-        allowed = self.special_tokens_set if allowed_special == "all" else set(allowed_special)
-        for token in self.special_tokens_set - allowed if disallowed_special == "all" else disallowed_special:
-            if token in text:
-                raise ValueError(f'{token!r} in the text: allowed_special="all" makes it a special token, encode_ordinary plain text')
-        longest_first = "|".join(map(re.escape, sorted(allowed, key=len, reverse=True)))
-        pieces = re.split(f"({longest_first})", text) if allowed else [text]
-        return [i for piece in pieces for i in ([self.encode_single_token(piece)] if piece in allowed else self.encode_ordinary(piece))]
-
-    def encode_ordinary(self, text):
-        import regex
-        text = unicodedata.normalize("NFC", text) if self.nfc else text
-        if self.missing.isdisjoint(text.encode("utf-8", "replace")):
-            return super().encode_ordinary(text)
-        ids = []
-        for piece in regex.findall(self._pat_str, text):
-            parts = [bytes([b]) for b in piece.encode("utf-8", "replace") if b not in self.missing]
-            while True:     # BPE by its definition: merge the pair whose union has the lowest rank, the leftmost of several
-                rank, i = min(((self._mergeable_ranks.get(a + b, math.inf), i) for i, (a, b) in enumerate(zip(parts, parts[1:]))), default=(math.inf, 0))
-                if rank == math.inf:
-                    break
-                parts[i:i + 2] = [parts[i] + parts[i + 1]]
-            ids += [self._mergeable_ranks[p] for p in parts]
-        return ids
-
-    def decode(self, ids, errors="replace"):
-        return super().decode([i for i in ids if i in self.known], errors)
-
-
-def split_pattern(stages):
-    """The regular expression of a tokenizer.json's pre-tokenizers (a list of them), None if it is none of the kinds we know."""
-    *first, last = [s.get("type") for s in stages] or [None]
-    if last != "ByteLevel" or stages[-1].get("add_prefix_space"):
-        return None
-    own, s = stages[-1].get("use_regex", True), stages[0]
-    if not first and own:
-        return SPLIT
-    if first == ["Digits"] and own:     # numbers are cut out first, so that the space before one stays with the spaces before it
-        return SPLIT.replace(r" ?\p{N}+", r"\p{N}" if s.get("individual_digits") else r"\p{N}+").replace(r"(?!\S)", r"(?![^\s\p{N}])")
-    if first == ["Split"] and not own and (s.get("behavior"), s.get("invert")) in (("Isolated", False), ("Removed", True)):
-        return s.get("pattern", {}).get("Regex")
-    return None
-
-
-def load_tokenizer(name):
-    """The byte-level BPE in the tokenizer.json of a Hugging Face folder or hub id -> tiktoken.Encoding with `eos`.
-
-    eos is tokenizer_config.json's eos_token, else config.json's eos_token_id (the first). UserError for a missing or damaged file, and for what is
-    not supported: other tokenizers, other ways to split, merges that are not in the order of their ids, as tiktoken needs them.
-    """
-    folder = hub_folder(name)
-    path = folder / "tokenizer.json"
-    content = read_json(path)
-    bpe, added, normalizer, splitter = (content.get(k) or {} for k in ("model", "added_tokens", "normalizer", "pre_tokenizer"))
-    special, vocab, pattern = {t["content"]: t["id"] for t in added}, bpe.get("vocab") or {}, split_pattern(splitter.get("pretokenizers", [splitter]))
-    # GPT-2 writes a byte as one printable character: itself where it is one, else one of those from 256 on
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    byte = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(sorted(set(range(256)) - set(printable)))}
-    foreign = next((t for t in vocab if t not in special and not byte.keys() >= set(t)), None)
-    pairs = [m.split(" ") if isinstance(m, str) else m for m in bpe.get("merges") or []]
-    made = [vocab.get("".join(p), -1) for p in pairs]
-    missing = set(byte.values()) - {byte.get(t) for t in vocab}
-    for what, wrong in ((f"a {bpe.get('type')} model", bpe.get("type") != "BPE"), (f"normalizer {normalizer.get('type')}", normalizer.get("type") not in (None, "NFC")),
-                        (f"pre-tokenizer {json.dumps(splitter)}", pattern is None), (f"token {foreign!r} (not byte-level)", foreign is not None),
-                        *((k, bpe.get(k)) for k in ("dropout", "byte_fallback", "continuing_subword_prefix", "end_of_word_suffix")),
-                        ("an unk_token for missing bytes", bpe.get("unk_token") and missing),
-                        *((f"added token {t['content']!r} with {k}", t.get(k)) for t in added for k in ("lstrip", "rstrip", "single_word")),
-                        ("a merge order that is not that of the ids", -1 in made or made != sorted(made)),
-                        ("a token that no merge makes", {i for t, i in vocab.items() if len(t) > 1 and t not in special} - set(made))):
-        if wrong:
-            raise UserError(f"{path}: {what} is not supported")
-    ranks = {bytes(byte[c] for c in t): i for t, i in vocab.items() if t not in special}
-    try:
-        encoding = PretrainedBPE(str(name), pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
-    except ValueError as e:
-        raise UserError(f"{path}: {e}") from None
-    encoding.nfc, encoding.missing, encoding.known = bool(normalizer), missing, set(ranks.values()) | set(special.values())
-    settings, config = (read_json(folder / f) if (folder / f).exists() else {} for f in ("tokenizer_config.json", "config.json"))
-    eos = settings.get("eos_token") or config.get("eos_token_id")
-    eos = eos["content"] if isinstance(eos, dict) else eos[0] if isinstance(eos, list) else eos
-    encoding.eos = special.get(eos, vocab.get(eos)) if isinstance(eos, str) else eos
-    if encoding.eos is None:
-        raise UserError(f"{folder}: neither tokenizer_config.json nor config.json names an end-of-text token")
-    return encoding
-
-
-def load_chat_template(name):
-    """The chat template of a Hugging Face folder or hub id, as a function: a user's message -> the text up to where the answer starts."""
-    from jinja2.sandbox import ImmutableSandboxedEnvironment        # comes with torch
-    folder = hub_folder(name)
-    settings, file = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").exists() else {}, folder / "chat_template.jinja"
-    source = file.read_text("utf-8") if file.exists() else settings.get("chat_template")
-    if not isinstance(source, str):
-        raise UserError(f"{folder}: neither chat_template.jinja nor tokenizer_config.json has a chat template")
-    tokens = {k: t["content"] if isinstance(t, dict) else t for k in ("bos_token", "eos_token") if (t := settings.get(k))}
-    env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-    env.globals["strftime_now"] = lambda form: time.strftime(form)
-
-    def render(message):
-        try:
-            return env.from_string(source).render(messages=[dict(role="user", content=message)], add_generation_prompt=True, **tokens)
-        except Exception as e:      # a template is a program
-            raise UserError(f"{folder}: its chat template fails ({type(e).__name__}: {e})") from None
-    return render
-
-
-# ---------------------------------------------------------------------------------------------------------------------------
-# Word problems, and a checkpoint that answers them
-
-def extract_answer(text):
-    """The number after the first "#### ", as GSM8K's authors read it (github.com/openai/grade-school-math), or None."""
-    match = re.search(r"#### (\-?[0-9\.\,]+)", text)
-    return match.group(1).replace(",", "") if match else None
-
-
-def load_problems(data, answers=True):
-    """(question, answer) pairs to train on, and others: gsm8k's own splits; of a file, those whose question's hash says so.
-
-    answers: every row has to have one, a text with '#### number'; without, the answer is None where there is no such thing.
-    """
-    try:
-        if data == "gsm8k":
-            import datasets
-            splits = [list(datasets.load_dataset("openai/gsm8k", "main", split=s)) for s in ("train", "test")]
-        elif data.endswith(".parquet"):
-            import pyarrow.parquet          # comes with datasets
-            splits = [pyarrow.parquet.read_table(data).to_pylist()]
-        else:
-            splits = [[json.loads(line) for line in Path(data).read_text("utf-8").split("\n") if line.strip()]]
-        answer = lambda row: extract_answer(row["answer"] if answers else str(row.get("answer")))
-        rows = [("" + row["question"], answer(row), i) for i, split in enumerate(splits) for row in split]
-    except KeyError as e:
-        raise UserError(f"--data {data}: a row has no column {e}") from None
-    except FileNotFoundError:
-        raise UserError(f"--data {data}: no such file, and not gsm8k") from None
-    except Exception as e:
-        raise UserError(f"--data {data}: no rows with a question{' and an answer' * answers} can be read from it ({type(e).__name__})") from None
-    for q, a, _ in rows:
-        if a is None and answers:
-            raise UserError(f"--data {data}: the answer to {q[:50]!r} has no '#### number'")
-    other = lambda q, split: split == 1 if len(splits) > 1 else zlib.crc32(q.encode()) % 10 == 0
-    parts = [[(q, a) for q, a, split in rows if other(q, split) == held_out] for held_out in (False, True)]
-    if not all(parts):
-        raise UserError(f"--data {data}: {len(parts[0])} problems to train on, {len(parts[1])} held out are too few")
-    return parts
-
-
-@functools.cache
-def word_problems(init, data, template, chat, answers=True):
-    """How the problems of a file are drawn, held out, asked in the checkpoint's own tokens, and judged."""
-    tokenizer, wrap, (train, held_out) = load_tokenizer(init), load_chat_template(init) if chat else lambda text: text, load_problems(data, answers)
-    prompt = lambda p: tokenizer.encode(wrap(template.replace("\\n", "\n").replace("{question}", p[0])), allowed_special="all")
-    lengths = [len(prompt(p)) for p in train + held_out]
-    if not min(lengths):
-        raise UserError(f"--data {data}: an empty question is an empty prompt under this --template")
-    return SimpleNamespace(tokenizer=tokenizer, prompt=prompt, longest=max(lengths), draw=lambda rng: rng.choice(train),
-                           held_out=lambda rng, n: rng.sample(held_out, min(n, len(held_out))), judged=all(a is not None for _, a in held_out),
-                           judge=lambda p, text, finished: float(extract_answer(text) == p[1]))
-
-
-def checkpoint_for(task, what, name, max_new_tokens, dtype=torch.float32):
-    """The model in a folder or of a hub id, if it can hold the task's longest prompt with its answer, and knows the tokenizer's ids. what: the flag."""
-    model, positions = GPT.from_pretrained(name, dtype), task.longest + max_new_tokens - 1
-    if model.config.block_size < positions or model.config.vocab_size < task.tokenizer.n_vocab:
-        raise UserError(f"{what} {name}: has {model.config.block_size} positions and {model.config.vocab_size} ids; the longest prompt and "
-                        f"--max-new-tokens need {positions}, the tokenizer {task.tokenizer.n_vocab}")
-    return model
-
-
-# ---------------------------------------------------------------------------------------------------------------------------
-# Flags: what every script needs and none should say twice
-
-class UserError(ValueError):
-    """A mistake of the person at the keyboard: `command` prints it as one line and exits with code 2."""
-
-
-def command(main):
-    try:
-        main()
-    except UserError as e:
-        print(f"{Path(sys.argv[0]).name}: error: {e}", file=sys.stderr)
-        raise SystemExit(2) from None
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
-def flag(default, help, quick=None, choices=None, low=None, high=None):
-    """A Config field that is a flag: its default, its help line, its value under --quick, the values it may take."""
-    return field(default=default, metadata=dict(help=help, quick=quick, choices=choices, low=low, high=high))
-
-
-def parse_args(Config, doc, argv=None):
-    """A Config from the command line. Every field is a flag; --quick sets the fields' quick values, explicit flags win.
-
-    --resume takes the flags of the run in --out; an explicit flag that contradicts them is an error (but --steps: train on).
-    """
-    def fail(message):
-        raise UserError(message)
-
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-                                     argument_default=argparse.SUPPRESS)
-    parser.error = fail
-    for f in dataclasses.fields(Config):
-        name, kind = "--" + f.name.replace("_", "-"), getattr(f.type, "__args__", (f.type,))[0]     # int | None -> int
-        text = f.metadata["help"] + ("" if f.default in (None, "", False) else f" (default {f.default})")
-        if kind is bool:
-            parser.add_argument(name, action=argparse.BooleanOptionalAction, help=text)
-        else:
-            parser.add_argument(name, type=kind, choices=f.metadata["choices"], help=text,
-                                metavar=None if f.metadata["choices"] else kind.__name__.upper())
-    given = vars(parser.parse_args(argv))
-    values = {}
-    if given.get("quick"):
-        values = {f.name: f.metadata["quick"] for f in dataclasses.fields(Config) if f.metadata["quick"] is not None}
-    if given.get("resume"):
-        out = given.get("out", Config.out)
-        values = {**load_checkpoint(Path(out) / "model.pt")["config"], "out": out}
-        if set(values) != {f.name for f in dataclasses.fields(Config)}:
-            fail("--resume: the checkpoint was made by another version of this script")
-        for name in set(given) - {"resume", "steps", "out"}:
-            if given[name] != values.get(name):
-                fail(f"--resume continues a run with {name} = {values.get(name)}, not {given[name]}")
-    config = Config(**{**values, **given})
-    for f in dataclasses.fields(Config):
-        value, low, high = getattr(config, f.name), f.metadata["low"], f.metadata["high"]
-        if isinstance(value, float) and not math.isfinite(value):
-            fail(f"--{f.name.replace('_', '-')} is {value}: must be finite")
-        if value is not None and (low is not None and value < low or high is not None and value > high):
-            fail(f"--{f.name.replace('_', '-')} is {value}: must be {'' if low is None else f'at least {low}'}"
-                 f"{' and ' if None not in (low, high) else ''}{'' if high is None else f'at most {high}'}")
-    return config
-
-
-def pick_device(name):
-    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if name == "auto":
-        return next(d for d in ("cuda", "mps", "cpu") if available[d])
-    if not available[name]:
-        raise UserError(f"--device {name}: this machine has none")
-    return name
-
-
-# ---------------------------------------------------------------------------------------------------------------------------
-# Several processes: all they ever exchange is sums
-
-def join(device):
-    """Under torchrun, meet the other processes, one on each GPU (nccl) or all on the CPU (gloo). Only rank 0 prints."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        return
-    local = int(os.environ["LOCAL_RANK"])
-    if device == "mps" or device == "cuda" and local >= torch.cuda.device_count():
-        raise UserError(f"process {local + 1} of this machine finds no {device} device of its own; --device cpu takes any number")
-    if device == "cuda":
-        torch.cuda.set_device(local)
-    dist.init_process_group("nccl" if device == "cuda" else "gloo")
-    if world()[0]:
-        sys.stdout = open(os.devnull, "w")
-
-
-def world():
-    """This process's rank, and how many there are: (0, 1) without torchrun."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def share(n):
-    """This process's slice of n things."""
-    rank, processes = world()
-    return slice(n * rank // processes, n * (rank + 1) // processes)
-
-
-def all_sum(x):
-    """The sum of a tensor over the processes, in each of them: the same bits. UserError if one of them is no longer there."""
-    if not dist.is_initialized():
-        return x
-    total = x.cuda() if dist.get_backend() == "nccl" else x.cpu()
-    try:
-        dist.all_reduce(total)
-    except RuntimeError as e:
-        raise UserError(f"rank {world()[0]} lost another process of this run ({type(e).__name__})") from None
-    return total.to(x.device)
-
-
-def gathered(part, rows, n):
-    """A tensor of n rows, of which this process holds those at `rows` (a slice or an index) -> all of it."""
-    whole = part.new_zeros(n, *part.shape[1:])
-    whole[rows] = part
-    return all_sum(whole)
-
-
-def sum_gradients(model):
-    """What data parallelism is: every process has the gradient of its own rows, the batch's is their sum, and all take the same step.
-
-    A sum, not a mean, because each loss is divided by the counts of the whole batch (all_sum of rows and tokens): a mean of means would give
-    a token of the process that has fewer of them more weight. DistributedDataParallel hides this, and overlaps it with the backward pass.
-    """
-    if dist.is_initialized():
-        flat = all_sum(torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in model.parameters()]))
-        for p, g in zip(model.parameters(), flat.split([p.numel() for p in model.parameters()])):
-            p.grad = g.view_as(p)
-
-
-def same_weights(model):
-    """Rank 0's weights in every process: GPUs need not have trained to the same bits."""
-    if dist.is_initialized():
-        for p in model.parameters():
-            dist.broadcast(p.data, 0)
-    return model
-
-
-# ---------------------------------------------------------------------------------------------------------------------------
-# Checkpoints and the folder of a run
-
-def save_checkpoint(path, **state):
-    """Write a checkpoint whole or not at all: to a temporary name, flushed to disk, then renamed over the old one."""
-    path = Path(path)
-    temporary = path.with_suffix(".tmp")
-    with open(temporary, "wb") as f:
-        torch.save(state, f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
-
-
-def load_checkpoint(path):
-    """What save_checkpoint wrote, as a dict on the CPU. A file that is missing or damaged is a UserError that names it."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"no checkpoint at {path}") from None
-    except Exception as e:
-        raise UserError(f"{path} is not a readable checkpoint ({type(e).__name__})") from None
-
-
-def snapshot(step, model, optimizer, rng, generator=None, **more):
-    """All that a loop needs to go on, to the bit."""
-    weights = {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}      # the model trains on
-    return dict(step=step, model=weights, optimizer=optimizer and optimizer.state_dict(), rng=rng.getstate(),
-                generator=generator and generator.get_state(), **more)
-
-
-def restore(state, model, optimizer, rng, generator=None):
-    """Put a snapshot back (None: nothing to do) -> the step to go on with."""
-    if state is None:
-        return 0
-    model.load_state_dict(state["model"])
-    rng.setstate(state["rng"])
-    if state["optimizer"]:
-        optimizer.load_state_dict(state["optimizer"])
-    if state["generator"] is not None:
-        generator.set_state(state["generator"])
-    return state["step"]
-
-
-class Run:
-    """The folder of one run: config.json, metrics.jsonl, claims.json, and model.pt with the state of each phase of the run.
-
-    `state` maps a phase ("base", "train dapo 2") to what it needs to go on. `save` writes it all; a loop calls it whenever
-    `due`: every 30 s (less often if it takes a second and more), and at once after SIGINT or SIGTERM, in which case save ends the process with code 130 or 143. Of several
-    processes rank 0 writes, saves and heeds signals; the others end when they lose it.
-    """
-
-    def __init__(self, config):
-        self.config, self.dir, self.rows, self.state, self.signal, self.saved, self.cost = dataclasses.asdict(config), Path(config.out), [], {}, 0, time.time(), 0
-        if config.resume:
-            checkpoint = load_checkpoint(self.dir / "model.pt")
-            self.state, n = checkpoint["state"], checkpoint["rows"]
-            try:                                                    # what came after the checkpoint is made again
-                self.rows = [json.loads(line) for line in (self.dir / "metrics.jsonl").read_text().splitlines()[:n]]
-            except (OSError, ValueError):
-                self.rows = []
-            if len(self.rows) < n:
-                raise UserError(f"{self.dir / 'metrics.jsonl'} does not hold the {n} rows that model.pt goes on from")
-        if int(os.environ.get("WORLD_SIZE", 1)) != world()[1]:
-            raise UserError("this script, or what its flags ask for, runs in one process")
-        if world()[0]:
-            self.metrics, self.write, self.save, self.saved = open(os.devnull, "w"), lambda *_: None, lambda *_, **__: None, math.inf
-            for s in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(s, signal.SIG_IGN)
-            return
-        try:
-            self.dir.mkdir(parents=True, exist_ok=True)
-            if not config.resume:
-                (self.dir / "model.pt").unlink(missing_ok=True)     # another run's: it must not be resumed with this one's rows
-            self.write("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows))
-            self.metrics = open(self.dir / "metrics.jsonl", "a")
-        except OSError as e:
-            raise UserError(f"cannot write to {self.dir}: {e.strerror}") from None
-        try:
-            revision = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent).stdout
-        except OSError:     # no git here
-            revision = ""
-        self.revision = revision.strip() or "unknown"
-        if config.resume and checkpoint["revision"] != self.revision:      # the code that made the rows, not only the last to touch them
-            self.revision = f"{checkpoint['revision']}, resumed at {self.revision}"
-        self.write("config.json", json.dumps({
-            "config": self.config, "torch": torch.__version__, "python": platform.python_version(),
-            "threads": torch.get_num_threads(), "revision": self.revision}, indent=1))
-        for s in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(s, self.interrupt)
-
-    def interrupt(self, number, _):
-        """Ask the loop to save and end; a second signal does not ask."""
-        self.signal = number
-        signal.signal(number, signal.SIG_DFL)
-
-    def write(self, name, text):
-        """Whole or not at all."""
-        (self.dir / (name + ".tmp")).write_text(text)
-        os.replace(self.dir / (name + ".tmp"), self.dir / name)
-
-    def log(self, **row):
-        """One line of metrics.jsonl."""
-        self.rows.append(row)
-        self.metrics.write(json.dumps(row) + "\n")
-        self.metrics.flush()
-
-    def draw(self, fig, name):
-        if world()[0] == 0:
-            fig.savefig(self.dir / f"{name}.png", dpi=110)
-
-    def log_once(self, measure, **where):
-        """Log measure() -> {name: value} as the row `where`. A resumed run that has the row does not measure again."""
-        if not any(where.items() <= row.items() for row in self.rows):
-            self.log(**where, **measure())
-
-    @property
-    def due(self):
-        return self.signal or time.time() - self.saved > max(30, 20 * self.cost)
-
-    def save(self, phase, **state):
-        self.state[phase], started = state, time.time()
-        save_checkpoint(self.dir / "model.pt", state=self.state, rows=len(self.rows), config=self.config, revision=self.revision)
-        self.saved, self.cost = time.time(), time.time() - started
-        if self.signal:
-            print(f"\nsaved {self.dir / 'model.pt'}: --resume goes on from here", flush=True)
-            raise SystemExit(128 + self.signal)
-
-    def claims(self, claims):
-        """Write claims.json and print it as a table. Each claim holds or does not: both are results."""
-        self.write("claims.json", json.dumps(claims, indent=1))
-        print(f"\n{'claim':<58} {'paper':>18} {'ours':>16} {'threshold':>10}  holds")
-        for c in claims:
-            print(f"{c['claim']:<58} {c['paper']!s:>18} {c['ours']!s:>16} {c['threshold']:>10}  {'yes' if c['holds'] else 'NO'}")
-
-
-def claim(id, text, source, paper, value, op, threshold, seeds, beside=""):
-    """One row of claims.json: the value that was measured (`beside` is printed next to it) against the threshold it is held to."""
-    holds = value >= threshold if op == ">=" else value <= threshold
-    return dict(id=id, claim=text, source=source, paper=paper, ours=f"{value:.3g}{beside}", threshold=f"{op} {threshold:.3g}", holds=bool(holds), seeds=seeds)
-
-
-def seeds_of(config):
-    return range(config.seed, config.seed + config.seeds)
-
-
-def series(run, key, **where):
-    """A metric by seed -> the steps that every seed has (n,), values (seeds, n)."""
-    rows = [r for r in run.rows if r.get(key) is not None and all(r.get(k) == v for k, v in where.items())]
-    by_seed = [{r["step"]: r[key] for r in rows if r["seed"] == seed} for seed in sorted({r["seed"] for r in rows})]
-    x = sorted(set.intersection(*map(set, by_seed))) if by_seed else []
-    return np.array(x), np.array([[d[i] for i in x] for d in by_seed])
-
-
-def band(ax, x, y, label, **style):
-    """The mean of y (seeds, n), with one standard deviation over the seeds shaded."""
-    if len(x):
-        line, = ax.plot(x, y.mean(0), label=label, **style)
-        spread = y.std(0, ddof=1) if len(y) > 1 else 0 * y[0]
-        ax.fill_between(x, y.mean(0) - spread, y.mean(0) + spread, color=line.get_color(), alpha=0.15, lw=0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------

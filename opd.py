@@ -59,9 +59,10 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from kernels import token_logprobs
-from model import (GPT, GPTConfig, KVCache, Run, UserError, all_sum, band, checkpoint_for, claim, command, flag, generate, inverse_cdf, join,
-                   load_checkpoint, load_tokenizer, parse_args, pick_device, restore, save_checkpoint, seeds_of, series, share, skip_draws, snapshot,
-                   sum_gradients, word_problems, world)
+from model import GPT, GPTConfig, KVCache, checkpoint_for, generate, inverse_cdf, skip_draws
+from pretrained import load_tokenizer, word_problems
+from run import (Run, UserError, all_sum, band, claim, command, flag, join, load_checkpoint, parse_args, pick_device, restore,
+                 save_checkpoint, seeds_of, series, share, snapshot, sum_gradients, world)
 
 FIGURES = {"family": "nine methods: success, leak of the password, drift of style (within 5 minutes)",
            "cold": "a base model without any success; what TRB's blended prefixes are worth (about 6 minutes)",

@@ -50,8 +50,8 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from model import (GPT, Block, GPTConfig, KVCache, RMSNorm, Run, UserError, band, claim, command, flag, load_documents, lr_at, parse_args, pick_device, restore,
-                   seeds_of, series, snapshot, train_bpe)
+from model import GPT, Block, GPTConfig, KVCache, RMSNorm, load_documents, lr_at, train_bpe
+from run import Run, UserError, band, claim, command, flag, parse_args, pick_device, restore, seeds_of, series, snapshot
 
 FIGURES = {"memory": "documents with a map of their own: loss against position (within 5 minutes)",
            "context": "real text: loss against the length of the context (about 20 minutes)",

@@ -24,7 +24,9 @@ sys.path.insert(0, str(ROOT))
 
 import grpo
 from test_pretrained import make_json, merges_of, save_json
-from model import GPT, GPTConfig, extract_answer, load_problems, load_tokenizer
+from model import GPT, GPTConfig
+from pretrained import extract_answer, load_chat_template, load_problems, load_tokenizer
+from run import Run
 from grpo import (COLUMNS, LINE, LOSSES, Config, Rollout, UserError, advantages, aggregation_weights, correction_weights, demonstrate, draw_problem,
                   generate, group_uniforms, guessed_carries, kl_estimate, length_bias, pass_at_k, question, reward, surrogate, tokenizer)
 
@@ -747,15 +749,14 @@ def test_a_shared_stream_gives_each_process_its_own_numbers():
 
 
 def test_only_rank_0_writes(quick, tmp_path, monkeypatch):
-    import model
-    monkeypatch.setattr(model, "world", lambda: (1, 2))
+    monkeypatch.setattr("run.world", lambda: (1, 2))
     monkeypatch.setenv("WORLD_SIZE", "2")
     handlers = [(s, signal.getsignal(s)) for s in (signal.SIGINT, signal.SIGTERM)]
     try:
         folder = shutil.copytree(quick, tmp_path / "resumed")
         before = {p.name: p.read_bytes() for p in folder.iterdir()}
         for out, resume in ((folder, True), (tmp_path / "new", False)):
-            run = model.Run(small(out=str(out), resume=resume))
+            run = Run(small(out=str(out), resume=resume))
             run.log(step=1)
             run.save("phase", step=1)
             run.claims([])
@@ -941,7 +942,6 @@ def test_a_checkpoint_without_a_chat_template_or_with_a_damaged_one_is_one_line(
 
 def test_the_chat_is_that_of_transformers(real):
     transformers = pytest.importorskip("transformers")
-    from model import load_chat_template
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=str(real / "checkpoint/tokenizer.json"), chat_template=CHAT, eos_token="<|im_end|>")
     expected = tokenizer.apply_chat_template([dict(role="user", content="a {b}\n c")], add_generation_prompt=True, tokenize=False)
     assert load_chat_template(real / "checkpoint")("a {b}\n c") == expected

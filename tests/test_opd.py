@@ -13,7 +13,8 @@ import torch
 from common import ROOT, Memory, check_help, check_mistake, check_quick, check_resume, finish, metrics
 
 import opd
-from model import GPT, load_tokenizer
+from model import GPT
+from pretrained import load_tokenizer
 from test_grpo import ROWS, torchrun
 from test_pretrained import make_json, merges_of, save_json
 from opd import (ALIASES, ANSWER, BOS, DEGREE, DISTANCE, EOS, FIGURES, GO, METHODS, NEIGHBOURS, NOHINT, PAD, PASSWORDS, PLACES, PROMPT, PW,

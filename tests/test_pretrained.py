@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from model import GPT, SPLIT, GPTConfig, UserError, bpe_merges, generate, load_tokenizer
+from model import GPT, GPTConfig, UserError, bpe_merges, generate
+from pretrained import SPLIT, load_tokenizer
 
 PROMPTS = [[3], [1, 4, 1, 5, 9, 2, 6], [5, 3, 5], [8, 9, 7, 9] * 5]
 BASE = dict(hidden_act="silu", vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
@@ -227,7 +228,7 @@ def test_an_interrupted_save_leaves_the_old_checkpoint_whole(tmp_path, monkeypat
         Path(path).write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("model.save_file", dies)
+    monkeypatch.setattr("pretrained.save_file", dies)
     with pytest.raises(KeyboardInterrupt):
         GPT(GPTConfig(11, 16, 2, 2, 16)).save_pretrained(tmp_path)
     assert before == ((tmp_path / "model.safetensors").read_bytes(), (tmp_path / "config.json").read_bytes())

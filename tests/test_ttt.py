@@ -9,7 +9,7 @@ import torch
 from common import Memory, check_help, check_mistake, check_quick, check_resume
 
 import ttt
-from model import UserError
+from run import UserError
 from ttt import ARMS, FIGURES, V, Config, Reader, build, documents, dynamic_evaluation, floor, inner_update, passages, read, score, score_then_step, stretches
 
 
