@@ -521,14 +521,14 @@ def step_of(optimizer, model, loss):
     return norm
 
 
-def pretrained(config, run, name, device):
+def from_scratch(config, run, name, device):
     """The model `name` (base, cold base, expert), trained from scratch or, if --out has it from another figure's run, loaded."""
     documents, n_embd, steps = {"base": (base_documents, config.n_embd, config.sft_steps),
                                 "cold base": (lambda rng, n: base_documents(rng, n, longest_plain=1), config.n_embd, config.sft_steps),
                                 "expert": (expert_documents, config.expert_embd, config.expert_steps)}[name]
     torch.manual_seed(0)
     model, rng, path = build(config, n_embd, device), random.Random(0), run.dir / f"{name.replace(' ', '_')}.pt"
-    code = "".join(map(inspect.getsource, (make_map, distances, random_walks, walk_on, tokens_of, write, base_documents, expert_documents, build, pretrained)))
+    code = "".join(map(inspect.getsource, (make_map, distances, random_walks, walk_on, tokens_of, write, base_documents, expert_documents, build, from_scratch)))
     made_by = dict(n_layer=config.n_layer, n_head=config.n_head, n_embd=n_embd, steps=steps, batch=config.sft_batch, lr=config.sft_lr,
                    dtype=config.dtype, code=zlib.crc32(f"{code} {NEIGHBOURS} {RENAMED} {FAR} {LONGEST}".encode()))
     if path.exists():
@@ -887,7 +887,7 @@ def run_arms(config, run, arms, base, expert, task, **more):
 
 def figure_family(config, run, device):
     arms = config.methods
-    task, base, expert = far_task(), pretrained(config, run, "base", device), pretrained(config, run, "expert", device)
+    task, base, expert = far_task(), from_scratch(config, run, "base", device), from_scratch(config, run, "expert", device)
     run.log_once(lambda: evaluate(expert, task, config, 0), phase="expert", step=0)
     run_arms(config, run, arms, base, expert, task)
     level = next(r["pass@1"] for r in run.rows if r["phase"] == "expert")
@@ -940,7 +940,7 @@ def figure_checkpoints(config, run, student, teacher):
 
 def figure_cold(config, run, device):
     arms, budgets, lengths = ["opd", "trb", "skd", "sft", "grpo"], (0, 0.02, 0.1, 0.3, 1.0), (2, 4, 6)
-    task, base, cold, expert = far_task(), *(pretrained(config, run, name, device) for name in ("base", "cold base", "expert"))
+    task, base, cold, expert = far_task(), *(from_scratch(config, run, name, device) for name in ("base", "cold base", "expert"))
     config = replace(config, eval_every=min(config.eval_every, 5))
     run_arms(config, run, arms, cold, expert, task)
     for seed, length, eps in itertools.product(seeds_of(config), lengths, budgets):
@@ -974,7 +974,7 @@ def figure_cold(config, run, device):
 
 def figure_estimators(config, run, device):
     arms = ["opd", "opd_sampled", "opd_jsd", "opd_forward", "opd_top4_renormalised", "opd_top4_stopgrad", "opd_top4"]
-    run_arms(config, run, arms, pretrained(config, run, "base", device), pretrained(config, run, "expert", device), far_task(), greedy=True)
+    run_arms(config, run, arms, from_scratch(config, run, "base", device), from_scratch(config, run, "expert", device), far_task(), greedy=True)
     fig, axes = plt.subplots(1, 2, figsize=(13, 5), layout="constrained")
     curves(axes[0], run, arms, "pass@1", "Sampled at temperature 1", "held-out pass@1", unit="step")
     curves(axes[1], run, arms, "greedy", "Greedy", "held-out pass@1", unit="step")
@@ -991,7 +991,7 @@ def figure_estimators(config, run, device):
 
 def figure_few(config, run, device):
     arms = ["opd", "kd", "sft", "grpo"]
-    run_arms(config, run, arms, pretrained(config, run, "base", device), pretrained(config, run, "expert", device), far_task(train=24))
+    run_arms(config, run, arms, from_scratch(config, run, "base", device), from_scratch(config, run, "expert", device), far_task(train=24))
     fig, ax = plt.subplots(figsize=(8, 5), layout="constrained")
     curves(ax, run, arms, "pass@1", f"24 training prompts: the student's own mistakes make them many ({config.seeds} seeds)", "held-out pass@1")
     ax.legend()
@@ -1002,7 +1002,7 @@ def figure_few(config, run, device):
 
 
 def figure_selfteach(config, run, device):
-    base, far, rule = pretrained(config, run, "base", device), far_task(), rule_task()
+    base, far, rule = from_scratch(config, run, "base", device), far_task(), rule_task()
     secret = ["opsd", "opsd_live", "opsd_clip", "rmsd", "rmsd_no_judge", "imitation"]
     named = {f"{method}, rule": method for method in ("opsd", "rmsd", "grpo")}
     teachers = {"pedagogue": base, "pedagogue, reward only": None}
@@ -1052,7 +1052,7 @@ def figure_selfteach(config, run, device):
 
 def figure_fastslow(config, run, device):
     arms, stage = ["fast and slow", "slow", "fast"], 2 if config.quick else 60
-    base = pretrained(config, run, "base", device)
+    base = from_scratch(config, run, "base", device)
     for seed in seeds_of(config):
         for arm in arms:
             fast_and_slow(config, run, arm, seed, base, stage)

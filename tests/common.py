@@ -1,17 +1,23 @@
-"""What the tests of every script share: a stand-in for a Run, the command run as a user would, and the four checks of its behaviour."""
+"""What the tests of every script share: a stand-in for a Run, the command as a user gives it, and the four checks of its behaviour."""
+import contextlib
 import dataclasses
+import importlib
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+
+import run
 
 
 class Memory:
@@ -30,16 +36,44 @@ class Memory:
         self.state[phase] = state
 
 
-def start(script, *flags):
-    return subprocess.Popen([sys.executable, ROOT / script, *map(str, flags)], env={**os.environ, "OMP_NUM_THREADS": "1"},
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+def launch(script, *flags):
+    """The command, in this process and on one thread (importing torch anew takes longer than most runs) -> exit code, stdout, stderr."""
+    module, out, err, threads = importlib.import_module(script.removesuffix(".py")), io.StringIO(), io.StringIO(), torch.get_num_threads()
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}        # Run takes over two signals: give them back
+    torch.set_num_threads(1)
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", [script, *map(str, flags)])
+            module.command(module.main)
+        return 0, out.getvalue(), err.getvalue()
+    except SystemExit as stop:
+        return stop.code or 0, out.getvalue(), err.getvalue()
+    finally:
+        plt.close("all")
+        torch.set_num_threads(threads)
+        for s, handler in handlers.items():
+            signal.signal(s, handler)
 
 
 def finish(script, *flags):
-    process = start(script, *flags)
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
-    return output
+    code, out, err = launch(script, *flags)
+    assert code == 0, err
+    return out
+
+
+def complain(script, *flags):
+    """The command with flags that it must refuse: exit code 2 and one line on stderr."""
+    code, out, err = launch(script, *flags)
+    assert code == 2 and out == "" and err.startswith(f"{script}: error: ") and err.count("\n") == 1
+    return err
+
+
+def torchrun(script, *flags, processes=2, **environment):
+    """A script, or a piece of code, in several processes -> exit code, all they wrote."""
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), script, *map(str, flags)],
+                          env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", **environment},
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=240)
+    return done.returncode, done.stdout
 
 
 def metrics(folder):
@@ -48,43 +82,49 @@ def metrics(folder):
     return [{k: v for k, v in row.items() if k != "seconds" and not k.endswith("_per_s")} for row in rows]
 
 
-def check_quick(script, folder, *flags, also=()):
-    finish(script, "--quick", "--out", folder, *flags)
+def check_whole(folder, also=()):
+    """All that design.md promises of a run's folder, and nothing else -> the figure's name."""
     figure, = [p.stem for p in folder.glob("*.png")]
     assert {f"{figure}.png", "metrics.jsonl", "claims.json", "config.json", "model.pt", *also} == {p.name for p in folder.iterdir()}
-    assert (folder / f"{figure}.png").read_bytes().startswith(b"\x89PNG") and all("step" in row for row in metrics(folder))
+    assert (folder / f"{figure}.png").read_bytes().startswith(b"\x89PNG") and metrics(folder) and all("step" in row for row in metrics(folder))
     for claim in json.loads((folder / "claims.json").read_text()):
         assert list(claim) == ["id", "claim", "source", "paper", "ours", "threshold", "holds", "seeds"] and isinstance(claim["holds"], bool)
     return figure
 
 
-def check_help(module, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", "--help"])
-    with pytest.raises(SystemExit) as stop:
-        module.command(module.main)
-    text = capsys.readouterr().out
-    assert stop.value.code == 0 and all(f"--{f.name.replace('_', '-')}" in text for f in dataclasses.fields(module.Config))
+def check_quick(script, folder, *flags, also=()):
+    finish(script, "--quick", "--out", folder, *flags)
+    return check_whole(folder, also)
 
 
-def check_mistake(module, flags, folder, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", "--out", str(folder), *flags.split()])
-    with pytest.raises(SystemExit) as stop:
-        module.command(module.main)
-    err = capsys.readouterr().err
-    assert stop.value.code == 2 and err.startswith(f"{module.__name__}.py: error: ") and err.count("\n") == 1 and not list(folder.iterdir())
+def check_help(script):
+    text, module = finish(script, "--help"), importlib.import_module(script.removesuffix(".py"))
+    assert all(f"--{f.name.replace('_', '-')}" in text for f in dataclasses.fields(module.Config))
+
+
+def check_mistake(script, flags, folder):
+    complain(script, "--out", folder, *flags.split())
+    assert not list(folder.iterdir())
 
 
 def check_resume(script, folder, marks, *flags):
-    """Interrupt a run when a row with each mark appears, resume it: its rows are those of a run that nothing interrupted, to the bit."""
+    """Interrupt a run when a row with each mark is logged, resume it: its rows and claims are those of a run that nothing interrupted, to the bit."""
     finish(script, *flags, "--out", folder / "whole")
-    for i, mark in enumerate(marks):
-        out, number = folder / str(i), (signal.SIGINT, signal.SIGTERM)[i % 2]
-        process, log = start(script, *flags, "--out", out), out / "metrics.jsonl"
-        while not (log.exists() and mark in log.read_text()):
-            assert process.poll() is None, process.stdout.read()
-            time.sleep(0.01)
-        process.send_signal(number)
-        output, _ = process.communicate(timeout=60)
-        assert process.returncode == 128 + number, output
+    log = run.Run.log
+    for mark, number in zip(marks, (signal.SIGINT, signal.SIGTERM), strict=True):
+        out, seen = folder / number.name, []
+
+        def interrupted(self, **row):
+            log(self, **row)
+            if mark.items() <= row.items() and not seen:
+                seen.append(row)
+                os.kill(os.getpid(), number)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(run.Run, "log", interrupted)
+            code, written, _ = launch(script, *flags, "--out", out)
+        assert code == 128 + number and "--resume" in written and seen
+        assert 0 < len(metrics(out)) < len(metrics(folder / "whole"))
         finish(script, "--resume", "--out", out)
         assert metrics(out) == metrics(folder / "whole")
+        assert (out / "claims.json").read_text() == (folder / "whole" / "claims.json").read_text()

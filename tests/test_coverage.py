@@ -269,7 +269,7 @@ def test_fine_tuning_is_nine_tenths_g1(monkeypatch):
     assert 2 not in seen and abs(np.mean(seen) - 0.1) < 0.03
 
 
-def test_selection_takes_the_best_loss_the_tournaments_winner_and_of_equals_the_better_loss(monkeypatch):
+def test_selection_takes_the_best_loss_the_tournaments_winner_and_of_equals_the_better_loss():
     model = build(small(), "cpu")
     weights = {0: model.state_dict(), 8: {k: v + 0.1 * torch.randn_like(v) for k, v in model.state_dict().items()}}
     logp = np.log(np.array([[0.3] * 4, [0.5] * 4, [0.99, 0.99, 0.99, 0.1]]))             # 4 * 0.1 < 0.5: the last one loses the tournament
@@ -312,14 +312,14 @@ def test_a_quick_run_writes_figure_metrics_claims_config_and_checkpoint(figure, 
     assert check_quick("coverage.py", tmp_path, "--figure", figure) == figure
 
 
-def test_help_lists_every_flag(monkeypatch, capsys):
-    check_help(cov, monkeypatch, capsys)
+def test_help_lists_every_flag():
+    check_help("coverage.py")
 
 
 @pytest.mark.parametrize("flags", ["--bogus", "--steps 0", "--dco 0", "--figure none", "--lr nan", "--eval-prompts 4", "--n-embd 65", "--resume"])
-def test_a_mistake_in_the_flags_is_one_line_and_exit_code_2(flags, tmp_path, monkeypatch, capsys):
-    check_mistake(cov, flags, tmp_path, monkeypatch, capsys)
+def test_a_mistake_in_the_flags_is_one_line_and_exit_code_2(flags, tmp_path):
+    check_mistake("coverage.py", flags, tmp_path)
 
 
 def test_interrupt_and_resume_give_the_metrics_of_an_uninterrupted_run_to_the_bit(tmp_path):
-    check_resume("coverage.py", tmp_path, ('"phase": "pretrain"', '"phase": "finetune"'), "--quick", "--sft-steps", 100, "--steps", 40, "--eval-every", 10)
+    check_resume("coverage.py", tmp_path, (dict(phase="pretrain"), dict(phase="finetune")), "--quick", "--sft-steps", 100, "--steps", 40, "--eval-every", 10)

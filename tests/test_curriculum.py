@@ -177,7 +177,7 @@ def test_evaluation_scores_the_cut_answers(monkeypatch):
     assert success == {4: 0, 8: 0, 11: 0, 12: 1, 64: 1} and how["attempts"] == 2
 
 
-def test_verdicts_by_place_reads_sums_and_verdicts_of_a_model_that_knows_them(monkeypatch):
+def test_verdicts_by_place_reads_sums_and_verdicts_of_a_model_that_knows_them():
     class Knows(torch.nn.Module):
         lm_head = torch.nn.Linear(1, 1)
 
@@ -313,14 +313,14 @@ def test_a_quick_run_writes_figure_metrics_claims_config_and_checkpoint(figure, 
     assert check_quick("curriculum.py", tmp_path, "--figure", figure) == figure
 
 
-def test_help_lists_every_flag(monkeypatch, capsys):
-    check_help(curriculum, monkeypatch, capsys)
+def test_help_lists_every_flag():
+    check_help("curriculum.py")
 
 
 @pytest.mark.parametrize("flags", ["--bogus", "--steps 0", "--numbers 20", "--figure none", "--kappa nan", "--budget 4", "--gate nan", "--n-embd 65", "--resume"])
-def test_a_mistake_in_the_flags_is_one_line_and_exit_code_2(flags, tmp_path, monkeypatch, capsys):
-    check_mistake(curriculum, flags, tmp_path, monkeypatch, capsys)
+def test_a_mistake_in_the_flags_is_one_line_and_exit_code_2(flags, tmp_path):
+    check_mistake("curriculum.py", flags, tmp_path)
 
 
 def test_interrupt_and_resume_give_the_metrics_of_an_uninterrupted_run_to_the_bit(tmp_path):
-    check_resume("curriculum.py", tmp_path, ('"phase": "sft"', '"phase": "rl"'), "--quick", "--figure", "budget", "--sft-steps", 40, "--steps", 4)
+    check_resume("curriculum.py", tmp_path, (dict(phase="sft"), dict(phase="rl")), "--quick", "--figure", "budget", "--sft-steps", 40, "--steps", 4)

@@ -19,8 +19,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from common import ROOT, check_help, check_mistake, check_resume, check_whole, complain, finish, metrics, torchrun
 
 import grpo
 from test_pretrained import make_json, merges_of, save_json
@@ -570,83 +569,43 @@ def test_wrong_answers_grow_under_the_sequence_mean_and_not_under_a_constant():
     assert ratio["grpo"] >= 5 and 1 / 1.2 <= ratio["dr_grpo"] <= 1.2 and ratio["dr_grpo"] < ratio["token"] < ratio["grpo"]
 
 
-def start(*flags):
-    return subprocess.Popen([sys.executable, ROOT / "grpo.py", *map(str, flags)], env={**os.environ, "OMP_NUM_THREADS": "1"},
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def finish(*flags):
-    process = start(*flags)
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
-    return output
-
-
-def metrics(folder):
-    """All that was logged, but for the times."""
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_s")} for row in rows]
-
-
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "quick"
-    finish("--quick", "--out", folder)
+    finish("grpo.py", "--quick", "--out", folder)
     return folder
 
 
-def complain(monkeypatch, capsys, *flags):
-    """The command in this process, with flags it must refuse: exit code 2 and one line."""
-    monkeypatch.setattr(sys, "argv", ["grpo.py", *map(str, flags)])
-    with pytest.raises(SystemExit) as stop:
-        grpo.command(grpo.main)
-    err = capsys.readouterr().err
-    assert stop.value.code == 2 and err.startswith("grpo.py: error: ") and err.count("\n") == 1
-    return err
-
-
-def is_whole(folder, figure):
-    assert {f"{figure}.png", "metrics.jsonl", "claims.json", "config.json", "model.pt"} == {p.name for p in folder.iterdir()}
-    assert (folder / f"{figure}.png").read_bytes().startswith(b"\x89PNG") and metrics(folder)
-    for claim in json.loads((folder / "claims.json").read_text()):
-        assert list(claim) == ["id", "claim", "source", "paper", "ours", "threshold", "holds", "seeds"] and isinstance(claim["holds"], bool)
-
-
 def test_a_quick_run_writes_figure_metrics_claims_config_and_checkpoint(quick):
-    is_whole(quick, "train")
+    assert check_whole(quick) == "train"
     assert {row["phase"] for row in metrics(quick)} == {"sft", "rl", "pass@k"}
 
 
 @pytest.mark.parametrize("figure", ["variants", "length"])
 def test_the_other_figures_run(figure, tmp_path):
-    finish("--quick", "--figure", figure, "--out", tmp_path, "--prompts", 16, "--group", 8)     # few large steps: faster
-    is_whole(tmp_path, figure)
+    finish("grpo.py", "--quick", "--figure", figure, "--out", tmp_path, "--prompts", 16, "--group", 8)     # few large steps: faster
+    assert check_whole(tmp_path) == figure
 
 
-def test_help_lists_every_flag(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["grpo.py", "--help"])
-    with pytest.raises(SystemExit) as stop:
-        grpo.command(grpo.main)
-    text = capsys.readouterr().out
-    assert stop.value.code == 0 and all(f"--{f.name.replace('_', '-')}" in text for f in dataclasses.fields(Config))
+def test_help_lists_every_flag():
+    check_help("grpo.py")
 
 
 @pytest.mark.parametrize("flags", ["--bogus", "--steps x", "--steps -1", "--loss ppo", "--group 1", "--beta nan", "--beta 0.1 --kl k1", "--n-embd 65", "--resume"])
-def test_a_mistake_in_the_flags_is_one_line_and_exit_code_2(flags, tmp_path, monkeypatch, capsys):
-    complain(monkeypatch, capsys, "--quick", "--out", tmp_path, *flags.split())
-    assert not list(tmp_path.iterdir())
+def test_a_mistake_in_the_flags_is_one_line_and_exit_code_2(flags, tmp_path):
+    check_mistake("grpo.py", "--quick " + flags, tmp_path)
 
 
-def test_resuming_with_a_contradicting_flag_or_a_damaged_checkpoint_is_refused_and_harms_nothing(quick, tmp_path, monkeypatch, capsys):
+def test_resuming_with_a_contradicting_flag_or_a_damaged_checkpoint_is_refused_and_harms_nothing(quick, tmp_path):
     folder = shutil.copytree(quick, tmp_path / "run")
     before = (folder / "metrics.jsonl").read_bytes()
-    assert "seed" in complain(monkeypatch, capsys, "--resume", "--out", folder, "--seed", 5)
+    assert "seed" in complain("grpo.py", "--resume", "--out", folder, "--seed", 5)
     whole = (folder / "model.pt").read_bytes()
     for damaged in (b"", b"no checkpoint", whole[:len(whole) // 2]):
         (folder / "model.pt").write_bytes(damaged)
-        assert "model.pt" in complain(monkeypatch, capsys, "--resume", "--out", folder)
+        assert "model.pt" in complain("grpo.py", "--resume", "--out", folder)
     (folder / "model.pt").unlink()
-    assert "model.pt" in complain(monkeypatch, capsys, "--resume", "--out", folder)
+    assert "model.pt" in complain("grpo.py", "--resume", "--out", folder)
     assert (folder / "metrics.jsonl").read_bytes() == before
 
 
@@ -655,44 +614,29 @@ LONGER = ("--quick", "--sft-steps", 150, "--sft-batch", 4, "--steps", 8, "--eval
           "--minibatches", 2, "--sampler", "stratified")
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs") / "uninterrupted"
-    finish(*LONGER, "--out", folder)
-    assert all(row["grad_norm"] > 0 for row in metrics(folder) if row["phase"] == "rl" and row["step"])
-    return folder
+def test_interrupt_and_resume_give_the_metrics_of_an_uninterrupted_run_to_the_bit(tmp_path):
+    check_resume("grpo.py", tmp_path, (dict(phase="sft"), dict(phase="rl", step=3)), *LONGER)
+    assert all(row["grad_norm"] > 0 for row in metrics(tmp_path / "whole") if row["phase"] == "rl" and row["step"])
 
 
-@pytest.mark.parametrize("phase, number", [("sft", signal.SIGINT), ("rl", signal.SIGTERM)])
-def test_interrupt_and_resume_give_the_metrics_of_an_uninterrupted_run_to_the_bit(phase, number, uninterrupted, tmp_path):
-    process, log = start(*LONGER, "--out", tmp_path), tmp_path / "metrics.jsonl"
-    while not (log.exists() and f'"phase": "{phase}"' in log.read_text()):
+def test_a_terminated_process_saves_and_ends_with_its_code(tmp_path):
+    process = subprocess.Popen([sys.executable, ROOT / "grpo.py", *map(str, LONGER), "--out", tmp_path], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    log = tmp_path / "metrics.jsonl"
+    while not (log.exists() and log.read_text()):
         assert process.poll() is None, process.stdout.read()
         time.sleep(0.01)
-    process.send_signal(number)
+    process.terminate()
     output, _ = process.communicate(timeout=60)
-    assert process.returncode == 128 + number, output
-    assert metrics(tmp_path)[-1]["phase"] == phase and len(metrics(tmp_path)) < len(metrics(uninterrupted))
-    finish("--resume", "--out", tmp_path)
-    assert metrics(tmp_path) == metrics(uninterrupted)
-    assert (tmp_path / "claims.json").read_text() == (uninterrupted / "claims.json").read_text()
+    assert process.returncode == 143 and "--resume goes on from here" in output and (tmp_path / "model.pt").exists()
 
 
 def test_a_quick_run_in_bf16_corrects_for_its_sampler(tmp_path):
-    finish("--quick", "--dtype", "bfloat16", "--correction", "tis", "--sft-steps", 40, "--entropy-bonus", 0.1, "--out", tmp_path / "run")
+    finish("grpo.py", "--quick", "--dtype", "bfloat16", "--correction", "tis", "--sft-steps", 40, "--entropy-bonus", 0.1, "--out", tmp_path / "run")
     assert all(row["grad_norm"] > 0 for row in metrics(tmp_path / "run") if row["phase"] == "rl" and row["step"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
 # Several processes (gloo)
-
-def torchrun(script, *flags, processes=2, **environment):
-    """Run a script, or a piece of code, in several processes -> exit code, all they wrote."""
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), script, *map(str, flags)],
-                          env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", **environment},
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=240)
-    return done.returncode, done.stdout
-
 
 UPDATES = [dict(loss=loss, minibatches=m, micro_batch=3) for loss in LOSSES for m in (1, 2)] + [
     dict(loss="grpo", beta=0.1), dict(loss="dr_grpo", beta=0.1, kl="k1", kl_in="reward", entropy_bonus=0.1), dict(loss="cispo", positive_only=True)]
@@ -730,10 +674,10 @@ def test_two_processes_have_the_gradient_and_the_metrics_of_one_whatever_the_los
 def test_two_processes_write_the_metrics_of_one(flags, quick, tmp_path):
     alone = quick if not flags else tmp_path / "alone"
     if flags:
-        finish("--quick", *flags, "--out", alone)
+        finish("grpo.py", "--quick", *flags, "--out", alone)
     rc, output = torchrun(ROOT / "grpo.py", "--quick", *flags, "--out", tmp_path / "two")
     assert rc == 0 and output.count("held-out pass@1: base") == 1, output
-    is_whole(tmp_path / "two", "train")
+    assert check_whole(tmp_path / "two") == "train"
     for ours, theirs in zip(metrics(alone), metrics(tmp_path / "two"), strict=True):
         for k in ours | theirs:
             assert ours[k] == theirs[k] or theirs[k] == pytest.approx(ours[k], rel=1e-3, abs=1e-5), k
@@ -786,9 +730,9 @@ grpo.command(grpo.main)
 
 
 @pytest.mark.parametrize("flags", [["--figure", "length"], ["--prompts", "1"]])
-def test_what_several_processes_cannot_do_is_refused_before_anything_is_written(flags, tmp_path, monkeypatch, capsys):
+def test_what_several_processes_cannot_do_is_refused_before_anything_is_written(flags, tmp_path, monkeypatch):
     monkeypatch.setattr(grpo, "world", lambda: (0, 2))
-    assert "2 processes" in complain(monkeypatch, capsys, "--quick", *flags, "--out", tmp_path / "run")
+    assert "2 processes" in complain("grpo.py", "--quick", *flags, "--out", tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -899,13 +843,13 @@ REAL = "--quick", "--max-new-tokens", 8, "--steps", 2
 @pytest.mark.parametrize("flags", [("--chat", "--dtype", "bfloat16", "--checkpointing"), ("--loss", "grpo", "--beta", 0.01)])
 def test_a_real_run_ends_with_a_checkpoint_that_can_be_opened_and_resumes_to_itself(flags, real, tmp_path):
     out, trained = tmp_path / "run", f"{'grpo' if 'grpo' in flags else 'dr_grpo'} 0"
-    finish(*REAL, *flags, "--init", real / "checkpoint", "--data", real / "sums.parquet", "--out", out)
+    finish("grpo.py", *REAL, *flags, "--init", real / "checkpoint", "--data", real / "sums.parquet", "--out", out)
     assert {p.name for p in out.iterdir()} == {"train.png", "metrics.jsonl", "claims.json", "config.json", "model.pt", trained}
     before = metrics(out)
     assert [r["phase"] for r in before] == ["rl"] * 3 + ["pass@k"] * 2 and not any("guessed_carries" in r for r in before)
     assert GPT.from_pretrained(out / trained).config == GPT.from_pretrained(real / "checkpoint").config
     assert load_tokenizer(out / trained).eos == load_tokenizer(real / "checkpoint").eos == 2
-    finish("--resume", "--out", out)
+    finish("grpo.py", "--resume", "--out", out)
     assert metrics(out) == before
 
 
@@ -913,13 +857,13 @@ def test_a_real_run_ends_with_a_checkpoint_that_can_be_opened_and_resumes_to_its
     ("none.jsonl", ["no such file"]), ("gsm9k", ["no such file"]), ("[1]\n", ["TypeError"]), ("{", ["JSONDecodeError"]), ('{"question": "a", "solution": "#### 1"}', ["no column 'answer'"]),
     ('{"answer": "#### 1"}', ["no column 'question'"]), ('{"question": "a", "answer": "1"}', ["####"]), ('{"question": "a", "answer": 1}', ["TypeError"]),
     ('{"question": "a", "answer": "#### 1"}', ["too few"]), ('{"question": 1, "answer": "#### 1"}', ["TypeError"]), ("", ["too few"]), (b"PAR1 no parquet", ["ArrowInvalid"]), (b"\xff", ["UnicodeDecodeError"])])
-def test_data_that_cannot_be_used_is_one_line_that_says_why(data, words, real, tmp_path, monkeypatch, capsys):
+def test_data_that_cannot_be_used_is_one_line_that_says_why(data, words, real, tmp_path):
     file = tmp_path / ("x.parquet" if data == b"PAR1 no parquet" else "x.jsonl")
     if "no such file" in words:
         file = tmp_path / data if data.endswith("jsonl") else data
     else:
         file.write_bytes(data if isinstance(data, bytes) else data.encode())
-    err = complain(monkeypatch, capsys, *REAL, "--init", real / "checkpoint", "--data", file, "--out", tmp_path / "run")
+    err = complain("grpo.py", *REAL, "--init", real / "checkpoint", "--data", file, "--out", tmp_path / "run")
     assert all(w in err for w in words) and not (tmp_path / "run").exists()
 
 
@@ -927,17 +871,17 @@ def test_data_that_cannot_be_used_is_one_line_that_says_why(data, words, real, t
     (["--init", "CHECKPOINT"], ["--init and --data"]), (["--data", "DATA"], ["--init and --data"]), (["--init", "CHECKPOINT", "--data", "DATA", "--figure", "variants"], ["--figure"]),
     (["--init", "CHECKPOINT", "--data", "DATA", "--template", "no"], ["{question}"]), (["--init", "/no/such", "--data", "DATA"], ["/no/such"]),
     (["--init", "CHECKPOINT", "--data", "DATA", "--max-new-tokens", "250"], ["256 positions", "--max-new-tokens"]), (["--max-new-tokens", "225"], ["224"])])
-def test_a_mistake_in_the_flags_of_a_real_run_is_one_line(flags, words, real, tmp_path, monkeypatch, capsys):
+def test_a_mistake_in_the_flags_of_a_real_run_is_one_line(flags, words, real, tmp_path):
     flags = [dict(CHECKPOINT=real / "checkpoint", DATA=real / "sums.jsonl").get(f, f) for f in flags]
-    err = complain(monkeypatch, capsys, *REAL[:1], *flags, "--out", tmp_path / "run")
+    err = complain("grpo.py", *REAL[:1], *flags, "--out", tmp_path / "run")
     assert all(w in err for w in words) and not (tmp_path / "run").exists()
 
 
-def test_a_checkpoint_without_a_chat_template_or_with_a_damaged_one_is_one_line(real, tmp_path, monkeypatch, capsys):
+def test_a_checkpoint_without_a_chat_template_or_with_a_damaged_one_is_one_line(real, tmp_path):
     for template, word in ((None, "chat template"), ("{% for", "fails"), ("{{ raise_exception('no') }}", "fails"), ("{{ ''.__class__.__mro__ }}{{ 1 / 0 }}", "fails")):
         folder = shutil.copytree(real / "checkpoint", tmp_path / word / str(template).strip("{ }%/")[:3])
         (folder / "tokenizer_config.json").write_text(json.dumps(dict(eos_token="<|im_end|>", chat_template=template)))
-        assert word in complain(monkeypatch, capsys, *REAL, "--chat", "--init", folder, "--data", real / "sums.jsonl", "--out", tmp_path / "run")
+        assert word in complain("grpo.py", *REAL, "--chat", "--init", folder, "--data", real / "sums.jsonl", "--out", tmp_path / "run")
 
 
 def test_the_chat_is_that_of_transformers(real):

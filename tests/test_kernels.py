@@ -454,7 +454,7 @@ def test_triton_logprobs_of_strided_inputs_and_unused_or_zero_gradients(monkeypa
 
 
 @needs_triton
-def test_triton_logprobs_of_a_sum_take_its_one_gradient_for_all(monkeypatch):
+def test_triton_logprobs_of_a_sum_take_its_one_gradient_for_all():
     hidden, weight, targets, _ = [x.to(DEVICE) if torch.is_tensor(x) else x for x in problem(7)]
     grads = []
     for f, dtype in ((impl("triton"), torch.float32), (exact, torch.float64)):

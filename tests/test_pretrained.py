@@ -180,7 +180,7 @@ def test_a_tensor_missing_left_over_or_of_a_wrong_shape_is_one_line_that_names_i
             GPT.from_pretrained(write(tmp_path / "more", kind, {**w, name: torch.zeros(3)}))
 
 
-def test_a_missing_or_damaged_file_is_one_line_that_names_it(tmp_path, monkeypatch):
+def test_a_missing_or_damaged_file_is_one_line_that_names_it(tmp_path):
     c = {**BASE, **KINDS["llama"]}
     w = tensors_of(c)
     file = write(tmp_path, c, w) / "model.safetensors"

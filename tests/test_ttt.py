@@ -364,15 +364,15 @@ def test_a_quick_run_writes_figure_metrics_claims_config_and_checkpoint(figure, 
     assert check_quick("ttt.py", tmp_path, "--figure", figure) == figure
 
 
-def test_help_lists_every_flag(monkeypatch, capsys):
-    check_help(ttt, monkeypatch, capsys)
+def test_help_lists_every_flag():
+    check_help("ttt.py")
 
 
 @pytest.mark.parametrize("flags", ["--bogus", "--steps 0", "--chunk 24", "--figure none", "--lr nan", "--n-embd 65", "--window 0", "--resume",
                                    "--figure context --data /nowhere"])
-def test_a_mistake_in_the_flags_is_one_line_and_exit_code_2(flags, tmp_path, monkeypatch, capsys):
-    check_mistake(ttt, flags, tmp_path, monkeypatch, capsys)
+def test_a_mistake_in_the_flags_is_one_line_and_exit_code_2(flags, tmp_path):
+    check_mistake("ttt.py", flags, tmp_path)
 
 
 def test_interrupt_and_resume_give_the_metrics_of_an_uninterrupted_run_to_the_bit(tmp_path):
-    check_resume("ttt.py", tmp_path, ('"arm": "TTT"', '"arm": "full attention"'), "--quick", "--steps", 20)
+    check_resume("ttt.py", tmp_path, (dict(arm="TTT"), dict(arm="full attention")), "--quick", "--steps", 20)
