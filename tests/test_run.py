@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from common import ROOT
+from common import ROOT, check_whole
 from kernels import token_logprobs
 from model import GPT, GPTConfig
 from run import Run, UserError, flag, load_checkpoint, parse_args, save_checkpoint
@@ -149,3 +149,31 @@ def test_a_signal_saves_first_then_ends_the_process_with_its_code(tmp_path, hand
         run.save("train", step=7)
     assert stopped.value.code == 128 + number
     assert load_checkpoint(tmp_path / "model.pt")["state"] == {"train": {"step": 7}}
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# The machine
+
+def test_no_test_reaches_beyond_this_machine(reached):
+    """Every script runs in this process, `--quick`, under the fixture that this test tries out."""
+    import urllib.request
+    with pytest.raises(OSError):
+        urllib.request.urlopen("http://huggingface.co", timeout=1)
+    assert reached == ["huggingface.co"]
+    reached.clear()
+
+
+def test_a_run_without_triton_compiler_display_or_network(tmp_path):
+    """A bare machine: the same folder in the end. Nothing in it can be found, drawn on or reached."""
+    code = """if True:
+        import socket, sys
+        sys.modules["triton"] = None
+        socket.socket.connect = socket.getaddrinfo = None
+        import kernels, grpo, torch
+        assert kernels.triton is None and not kernels.can_compile("cpu")
+        kernels.token_logprobs(torch.randn(4, 8), torch.randn(5000, 8), torch.arange(4))
+        grpo.command(grpo.main)"""
+    env = {k: v for k, v in os.environ.items() if k not in ("DISPLAY", "WAYLAND_DISPLAY", "CXX")} | {"PATH": str(tmp_path), "MPLBACKEND": "TkAgg", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code, "--quick", "--out", tmp_path / "run"], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and "cpu, float32" in done.stdout.splitlines()[0], done.stderr
+    assert check_whole(tmp_path / "run") == "train"
