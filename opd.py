@@ -1084,8 +1084,9 @@ def main():
         join(device)
         if world()[1] > config.batch:
             raise UserError(f"{world()[1]} processes: no more than there are answers in a --batch")
-    models = load_pair(config, device) if config.init else (build(config, config.n_embd, device),)
-    size = sum(p.numel() for p in models[0].parameters())       # what is impossible ends here, before anything is written
+    # what is impossible ends here, before anything is written
+    models = load_pair(config, device) if config.init else [build(config, n_embd, device) for n_embd in (config.n_embd, config.expert_embd)]
+    size = sum(p.numel() for p in models[0].parameters())
     run, started = Run(config), time.time()
     print(f"opd.py: figure {config.figure}, seed {config.seed}, {config.seeds} seeds, {device}, {config.dtype}, {torch.get_num_threads()} threads, "
           f"{size:,} parameters")

@@ -599,7 +599,8 @@ def test_help_lists_every_flag():
     check_help("opd.py")
 
 
-@pytest.mark.parametrize("flags", ["--bogus", "--steps 0", "--arms nothing", "--arms pedagogical", "--arms opd --figure few", "--batch 20", "--figure none", "--lr nan", "--n-embd 65", "--resume"])
+@pytest.mark.parametrize("flags", ["--bogus", "--steps 0", "--arms nothing", "--arms pedagogical", "--arms opd --figure few", "--batch 20", "--figure none", "--lr nan", "--n-embd 65",
+                                   "--expert-embd 98", "--resume"])
 def test_a_mistake_in_the_flags_is_one_line_and_exit_code_2(flags, tmp_path):
     check_mistake("opd.py", flags, tmp_path)
 
