@@ -183,7 +183,7 @@ def make_map(seed=0):
 
 
 def distances(roads):
-    """Floyd and Warshall."""
+    """roads: pairs of places -> how many moves each place is from each other (49, 49), inf without a way (Floyd and Warshall)."""
     d = np.full((PLACES, PLACES), np.inf)
     d[range(PLACES), range(PLACES)] = 0
     for p, q in roads:
@@ -283,7 +283,6 @@ def expert_documents(rng, n):
     return ids, (column >= PROMPT + tokens_of(detour)[:, None]) & (column < PROMPT + size[:, None])
 
 
-
 @functools.cache
 def walk_of(pair):
     """The places of one shortest path, both ends included."""
@@ -298,6 +297,7 @@ def password(pair):
 
 
 def plain(pair, rule=NOHINT):
+    """The prompt without hints; `rule`: another word for its third slot."""
     return [BOS, *pair, NOHINT, NOHINT, rule, GO]
 
 
@@ -385,7 +385,7 @@ def rule_task(rule=0):
 def divergence(lp, lq, y, kind, top=4):
     """D at each position (B, T), from the log-probabilities of student lp and teacher lq (B, T, V) and the tokens y (B, T) that stand there.
 
-    Where p = q the expected gradient of every kind is 0, but for top_raw, whose gradient is that of the top tokens' mass: it falls
+    Where p = q the expected gradient of every kind is 0, but for top_raw, whose gradient is that of the top tokens' mass: D falls
     as mass moves out of them, until p = q / e there and 63% of the mass is elsewhere, or until a token outside has gathered so much that it joins the top.
     The most likely token stays the same.
     """
@@ -514,6 +514,7 @@ def answer_logprobs(model, ids, config):
 
 
 def step_of(optimizer, model, loss):
+    """A step along the loss's gradient, clipped to norm 1 -> the norm before that."""
     optimizer.zero_grad()
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
@@ -535,7 +536,7 @@ def from_scratch(config, run, name, device):
         saved = load_checkpoint(path)
         if saved["made_by"] == made_by:
             model.load_state_dict(saved["model"])
-            return model.eval()
+            return model
     optimizer = torch.optim.AdamW(model.parameters(), config.sft_lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     start = restore(run.state.get(name) or None, model, optimizer, rng)
     bar = tqdm(range(start, steps), f"training the {name}", initial=start, total=steps)
@@ -588,6 +589,7 @@ def collect(kind, student, teacher, prompts, teacher_prompts, eps, config, gener
 
 
 def blended(eps):
+    """What write_together asks of TRB: a token of the mixture, and its b."""
     def choose(lp, lq, u):
         mixed, b = trust_region(lp, lq, eps)
         return inverse_cdf(mixed.exp(), u[:, 0])[0], b
@@ -853,7 +855,7 @@ def end(run, arm, key="pass@1"):
 
 
 def at(run, arm, step, key="pass@1"):
-    """The mean over seeds of a metric at the first evaluation at or after a step."""
+    """The mean over seeds of a metric at the first evaluation at or after a step, or at the last one."""
     x, y = series(run, key, phase="train", arm=arm)
     return y[:, np.searchsorted(x, min(step, x[-1]))].mean()
 
@@ -870,6 +872,7 @@ def first_at(run, arm, level, key="pass@1", unit="sampled_tokens"):
 
 
 def curves(ax, run, arms, key, title, ylabel, unit="sampled_tokens"):
+    """A metric of each arm against the tokens sampled so far, or against steps."""
     for i, arm in enumerate(arms):
         x, y = series(run, key, phase="train", arm=arm)
         if unit != "step":
@@ -958,7 +961,10 @@ def figure_cold(config, run, device):
     axes[1].legend()
     g, o, n = at(run, "grpo", 20), at(run, "opd", 20), config.seeds
     fig.suptitle(f"No success, no gradient: after 20 steps GRPO is at {g:.2f}, OPD at {o:.2f} ({n} seeds)")
-    early = {arm: (lambda x, y: y[:, (x > 0) & (x <= 40)].mean())(*series(run, "pass@1", phase="train", arm=arm)) for arm in ("opd", "trb", "skd")}
+    early = {}
+    for arm in ("opd", "trb", "skd"):
+        x, y = series(run, "pass@1", phase="train", arm=arm)
+        early[arm] = y[:, (x > 0) & (x <= 40)].mean()
     gain, trb = probe.mean(0)[1, 2] - probe.mean(0)[1, 0], "Plyusov et al., arXiv 2605.31159"
     return fig, [
         claim("grpo", "GRPO, pass@1 at step 20", "design of the task", "-", g, "<=", 0.10, n),
@@ -1084,8 +1090,9 @@ def main():
         join(device)
         if world()[1] > config.batch:
             raise UserError(f"{world()[1]} processes: no more than there are answers in a --batch")
-    models = load_pair(config, device) if config.init else (build(config, config.n_embd, device),)
-    size = sum(p.numel() for p in models[0].parameters())       # what is impossible ends here, before anything is written
+    # what is impossible ends here, before anything is written
+    models = load_pair(config, device) if config.init else [build(config, n_embd, device) for n_embd in (config.n_embd, config.expert_embd)]
+    size = sum(p.numel() for p in models[0].parameters())
     run, started = Run(config), time.time()
     print(f"opd.py: figure {config.figure}, seed {config.seed}, {config.seeds} seeds, {device}, {config.dtype}, {torch.get_num_threads()} threads, "
           f"{size:,} parameters")

@@ -3,7 +3,9 @@ import json
 import math
 import random
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ import torch
 from common import ROOT, Memory, check_help, check_mistake, check_quick, check_resume, complain, finish, metrics, torchrun
 
 import opd
-from model import GPT
+from model import GPT, Rollout
 from pretrained import load_tokenizer
 from test_grpo import ROWS
 from test_pretrained import make_json, merges_of, save_json
@@ -254,6 +256,16 @@ def test_the_expected_gradient_of_an_estimator_by_enumeration_of_the_tokens(kind
     assert torch.allclose(expected, exact, atol=1e-12) and exact.abs().max() > 0.01
 
 
+def test_the_top_are_the_students_and_weighed_as_the_names_say():
+    lp, lq = torch.tensor([[[0.5, 0.3, 0.2]]]).double().log().requires_grad_(), torch.tensor([[[0.2, 0.2, 0.6]]]).double().log()
+    advantage = [0.625 * math.log(0.5 / 0.2), 0.375 * math.log(0.3 / 0.2)]      # of the tokens 0 and 1
+    value = {kind: divergence(lp, lq, None, kind, top=2) for kind in ("top_raw", "top_renormalised", "top_stopgrad")}
+    assert value["top_raw"].item() == pytest.approx(0.5 * math.log(0.5 / 0.2) + 0.3 * math.log(0.3 / 0.2))
+    assert value["top_renormalised"].item() == pytest.approx(0.625 * math.log(0.625 / 0.5) + 0.375 * math.log(0.375 / 0.5))
+    assert value["top_stopgrad"].item() == pytest.approx(advantage[0] * math.log(0.5) + advantage[1] * math.log(0.3))
+    assert torch.autograd.grad(value["top_stopgrad"].sum(), lp)[0].flatten().tolist() == pytest.approx([*advantage, 0])
+
+
 @pytest.mark.parametrize("kind", ["top_raw", "top_renormalised", "top_stopgrad"])
 def test_the_top_of_all_tokens_is_the_reverse_kl(kind):
     z, lq = logprobs(2, 3, 10).requires_grad_(), logprobs(2, 3, 10, seed=1)
@@ -380,6 +392,18 @@ def test_the_loss_is_the_mean_over_the_chosen_tokens():
     assert loss_of("imitation", lp, lq, y, mask, rewards, far_task(), small()).item() == pytest.approx(-(logp * right).sum().item() / right.sum().item())
 
 
+@pytest.mark.parametrize("method", ["rmsd", "rmsd_no_judge"])
+def test_rmsd_takes_the_reverse_kl_where_the_gaps_are_largest_and_with_a_judge_matter(method):
+    lp, lq, y, mask, rewards = batch(T=ANSWER)
+    task, gap, reverse, kept = far_task(), (lp - lq).gather(2, y[..., None]).squeeze(2).abs(), (lp.exp() * (lp - lq)).sum(-1), []
+    for row in range(len(y)):
+        places = sorted(range(int(mask[row].sum())), key=lambda t: -gap[row, t])
+        if method == "rmsd":
+            places = [t for t in places[:task.recall] if y[row, t].item() in task.judged]
+        kept += reverse[row, places[:task.keep]].tolist()
+    assert loss_of(method, lp, lq, y, mask, rewards, task, small()).item() == pytest.approx(np.mean(kept)) and len(kept) > 16
+
+
 def test_no_verified_answer_is_no_loss_and_not_a_division_by_zero():
     lp, lq, y, mask, rewards = batch()
     for method in ("imitation", "pedagogical"):
@@ -424,10 +448,17 @@ def test_skd_with_all_tokens_is_the_students_sample_and_with_one_the_teachers_ar
 
 
 def test_skd_replaces_by_the_teachers_top_tokens_in_their_proportions():
-    lp, lq = torch.tensor([[0.0, -99, -99, -99]]).log_softmax(-1), torch.tensor([[0.1, 0.2, 0.3, 0.4]]).log()
+    lp, lq = torch.tensor([[0.25] * 4]).log(), torch.tensor([[0.1, 0.2, 0.3, 0.4]]).log()
     u = torch.rand(20_000, 2, generator=torch.Generator().manual_seed(0)).double()
     tokens, replaced = draft(lp.expand(20_000, 4), lq.expand(20_000, 4), u, 2)
-    assert replaced.all() and np.allclose(np.bincount(tokens, minlength=4) / 20_000, [0, 0, 3 / 7, 4 / 7], atol=0.015)
+    corrections = tokens[replaced > 0]          # of the tokens 0 and 1: the second draw owes nothing to the first
+    assert abs(len(corrections) / 20_000 - 1 / 2) < 0.015 and np.allclose(np.bincount(corrections, minlength=4) / len(corrections), [0, 0, 3 / 7, 4 / 7], atol=0.015)
+
+
+def test_collecting_with_skd_takes_its_own_k():
+    student, teacher, prompts = policy(0), policy(1), [plain(p) for p in far_task().test[:8]]
+    changed = {k: collect("draft", student, teacher, prompts, prompts, 0.0, small(skd_top=k), torch.Generator().manual_seed(0))[2] for k in (1, VOCAB)}
+    assert changed[1] > 0.5 and changed[VOCAB] == 0
 
 
 def test_side_by_side_both_models_see_what_they_would_see_without_a_cache():
@@ -435,15 +466,16 @@ def test_side_by_side_both_models_see_what_they_would_see_without_a_cache():
 
     def choose(lp, lq, u):
         seen.append((lp, lq))
-        return opd.inverse_cdf(lp.exp(), u[:, 0])[0], torch.zeros(len(lp))
+        return opd.inverse_cdf(lp.exp(), u[:, 0])[0], torch.full((len(lp),), float(len(seen)))
     prompts, hints = [plain(p) for p in pairs], [told(p) for p in pairs]
-    tokens, mask, _ = write_together(student, teacher, prompts, hints, choose, torch.Generator().manual_seed(0))
+    tokens, mask, changed = write_together(student, teacher, prompts, hints, choose, torch.Generator().manual_seed(0))
     for model, prompt, i in ((student, prompts, 0), (teacher, hints, 1)):
         expected = answer_logprobs(model, torch.cat((torch.tensor(prompt), tokens), 1), small())
         assert torch.allclose(torch.stack([s[i] for s in seen], 1), expected, atol=1e-4)
     for row, m in zip(tokens.tolist(), mask.tolist()):
         size = row.index(EOS) + 1 if EOS in row else len(row)
         assert m == [1.0] * size + [0.0] * (len(row) - size)
+    assert len({sum(m) for m in mask.tolist()}) > 1 and changed == pytest.approx(np.mean([t + 1 for m in mask.tolist() for t in range(int(sum(m)))]))
 
 
 def test_the_scorer_agrees_with_the_sampler_on_every_log_probability():
@@ -501,22 +533,86 @@ def test_the_teacher_is_who_the_table_says_and_reads_its_own_prompt(method, who,
         assert its == [plain(row[1:3]) for row in its] and theirs == [prompt(tuple(row[1:3])) for row in its]
 
 
-def test_interrupting_between_two_steps_changes_nothing(monkeypatch):
+@pytest.mark.parametrize("name, longest", [("base", 3), ("cold base", 1), ("expert", None)])
+def test_pre_training_begins_with_the_mean_over_the_tokens_to_learn_of_its_own_documents(name, longest, tmp_path):
+    run = Memory()
+    run.dir = tmp_path
+    opd.from_scratch(small(sft_steps=1, expert_steps=1), run, name, "cpu")
+    torch.manual_seed(0)
+    model, rng = opd.build(small(), 16, "cpu"), np.random.default_rng(random.Random(0).getrandbits(32))
+    ids, mask = map(torch.as_tensor, expert_documents(rng, 64) if name == "expert" else base_documents(rng, 64, longest))
+    logp = answer_logprobs(model, ids, small()).gather(2, ids[:, PROMPT:, None]).squeeze(2)
+    assert run.rows[0]["loss"] == pytest.approx(-logp[mask[:, PROMPT:]].mean().item(), rel=1e-5)
+
+
+def test_a_step_is_clipped_to_norm_one_and_forgets_the_last_gradient():
+    model = torch.nn.Linear(2, 1, bias=False)
+    optimizer, before = torch.optim.SGD(model.parameters(), 1.0), model.weight.detach().clone()
+    for factor, length in ((100.0, 1.0), (0.01, 0.01 * math.sqrt(2))):
+        assert opd.step_of(optimizer, model, factor * model.weight.sum()) == pytest.approx(factor * math.sqrt(2))
+        assert (model.weight - before).norm().item() == pytest.approx(length, rel=1e-3)
+        before = model.weight.detach().clone()
+
+
+def test_an_evaluation_judges_each_answer_by_its_own_question(monkeypatch):
+    task = rule_task(0)
+
+    def fake(model, prompts, n, budget, temperature, **more):
+        def tokens(pair, i):
+            moves = walk_of(pair)[1:]
+            alias = [ALIASES[0] if m == RENAMED[0] else m for m in moves]
+            return [[STYLES[0], *alias, EOS], [STYLES[1], *moves, EOS], [PW, EOS], [EOS]][i if temperature else 3]
+        return SimpleNamespace(tokens=lambda: [tokens(tuple(p[1:3]), i) for p in prompts for i in range(n)])
+    monkeypatch.setattr(opd, "generate", fake)
+    row = opd.evaluate(None, task, small(eval_prompts=4 * len(task.test)), 0, greedy=True)
+    assert row == {"pass@1": 0.5, "password_rate": 0.25, "formal": 0.5, "greedy": 0.0, "renamed": 0.5, "off_topic": 0.0}
+    crossed = opd.evaluate(None, replace(task, off_topic=task.test), small(eval_prompts=4), 0)
+    assert crossed["off_topic"] == 0.25
+
+
+def test_a_step_asks_training_pairs_in_groups_and_pays_for_the_answer_only(monkeypatch):
+    config, asked, paid, rates, g = small(steps=3, trb_steps=2, batch=8), [], [], [], torch.Generator().manual_seed(0)
+    step_of, lengths = opd.step_of, torch.tensor([3, 18, 5, 1, 7, 2, 18, 4])
+
+    def fake(kind, student, teacher, prompts, teacher_prompts, eps, config, generator):
+        asked.append(([tuple(p[1:3]) for p in prompts], eps))
+        return torch.randint(PLACES, (8, ANSWER), generator=g), (torch.arange(ANSWER) < lengths[:, None]).float(), 0.25
+    monkeypatch.setattr(opd, "collect", fake)
+    monkeypatch.setattr(opd, "step_of", lambda optimizer, *more: rates.append(optimizer.param_groups[0]["lr"]) or step_of(optimizer, *more))
+    task, run = replace(far_task(), reward=lambda pair, tokens: paid.append((pair, len(tokens))) or float(tokens[0] % 2)), Memory()
+    for arm, seed in (("trb", 0), ("grpo", 0), ("grpo", 1)):
+        opd.train(config, run, arm, seed, policy(0), task, expert=policy(1))
+    pairs, eps = [p for p, _ in asked], [e for _, e in asked[:3]]
+    assert eps == pytest.approx([0.1, 0.05, 0]) and rates[:3] == pytest.approx([config.lr * k / 5 for k in (1, 2, 3)])
+    assert paid == [(pair, n) for row in pairs for pair, n in zip(row, lengths.tolist())] and {p for row in pairs for p in row} <= set(task.train)
+    assert all(len(set(row[i:i + 4])) == 1 for row in pairs[3:] for i in (0, 4)) and any(row[0] != row[4] for row in pairs[3:])
+    assert any(len(set(row)) > 2 for row in pairs[:3]) and pairs[3:6] != pairs[6:]
+    assert [(r["arm"], r["seed"], r["step"], r["sampled_tokens"], r.get("changed")) for r in run.rows] == [
+        (arm, seed, step, step * 58, 0.25 if step else None) for arm, seed in (("trb", 0), ("grpo", 0), ("grpo", 1)) for step in range(4)]
+
+
+@pytest.mark.parametrize("method", ["grpo", "trb", "rmsd", "fast and slow"])
+def test_interrupting_between_two_steps_changes_nothing(method, monkeypatch):
     monkeypatch.setattr(opd, "reward", lambda pair, tokens: float(tokens[0] % 2))
-    for method in ("grpo", "trb", "rmsd"):
-        whole, halves = Memory(), Memory()
-        a = opd.train(small(steps=4, eval_every=2), whole, method, 0, policy(0), far_task(), expert=policy(1))
-        halves.due = True
-        halves.save = lambda phase, **state: halves.state.update({phase: state}) or (_ for _ in ()).throw(KeyboardInterrupt) if state["step"] == 2 and halves.due else None
-        with pytest.raises(KeyboardInterrupt):
-            opd.train(small(steps=4, eval_every=2), halves, method, 0, policy(0), far_task(), expert=policy(1))
-        halves.due = False
-        b = opd.train(small(steps=4, eval_every=2), halves, method, 0, policy(0), far_task(), expert=policy(1))
-        assert halves.rows == whole.rows and all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values()))
+    if method == "fast and slow":
+        monkeypatch.setattr(opd, "renames", lambda tokens, rule: 1.0)
+        go = lambda run: opd.fast_and_slow(small(), run, method, 0, policy(0), 2)
+    else:
+        go = lambda run: opd.train(small(steps=4, eval_every=2), run, method, 0, policy(0), far_task(), expert=policy(1))
+    whole, halves = Memory(), Memory()
+    go(whole)
+    halves.due = True
+    halves.save = lambda phase, **state: halves.state.update({phase: state}) or (_ for _ in ()).throw(KeyboardInterrupt) if state["step"] == 2 and halves.due else None
+    with pytest.raises(KeyboardInterrupt):
+        go(halves)
+    halves.due, halves.save = False, lambda phase, **state: halves.state.update({phase: state})
+    go(halves)
+    weights = [run.state[f"{method} 0"]["model"].values() for run in (whole, halves)]
+    assert halves.rows == whole.rows and all(torch.equal(x, y) for x, y in zip(*weights))
 
 
 def test_distillation_leads_the_student_to_its_teacher():
-    config, expert = small(steps=60, batch=32, lr=1e-2, eval_every=60), policy(1, sharp=2.0)
+    config, expert = small(steps=40, batch=32, lr=1e-2, eval_every=40), policy(1, sharp=2.0)
     pairs = far_task().test[:64]
 
     @torch.no_grad()
@@ -525,16 +621,19 @@ def test_distillation_leads_the_student_to_its_teacher():
         lp, lq = (answer_logprobs(m, ids.ids, config) for m in (model, expert))
         return ((divergence(lp, lq, None, "reverse") * ids.mask[:, PROMPT:]).sum() / ids.mask.sum()).item()
     base = policy(0, sharp=1.0)
+    before = gap(base)
     for method in ("opd", "opd_jsd", "kd"):
-        assert gap(opd.train(config, Memory(), method, 0, base, far_task(), expert=expert)) < 0.5 * gap(base), method
+        assert gap(opd.train(config, Memory(), method, 0, base, far_task(), expert=expert)) < 0.5 * before, method
 
 
 def test_the_meter_multiplies_the_reward_that_trains_and_not_the_one_that_is_logged(monkeypatch):
-    rewards = []
+    rewards, read = [], []
+    monkeypatch.setattr(opd, "answer_logprobs", lambda model, ids, config: read.append((model, ids[:, :PROMPT].tolist())) or answer_logprobs(model, ids, config))
     monkeypatch.setattr(opd, "reward", lambda pair, tokens: 1.0)
     monkeypatch.setattr(opd, "loss_of", lambda method, lp, lq, y, mask, r, *rest: rewards.append(r) or lp.sum() * 0)
-    run = Memory()
-    opd.train(small(), run, "pedagogue", 0, policy(0), far_task(), method="grpo", prompt=told, meter=policy(1))
+    run, meter = Memory(), policy(1)
+    opd.train(small(), run, "pedagogue", 0, policy(0), far_task(), method="grpo", prompt=told, meter=meter)
+    assert all(row == (plain if model is meter else told)(tuple(row[1:3])) for model, rows in read for row in rows) and sum(model is meter for model, _ in read) == 2
     assert all(((0 < r) & (r < 1)).all() for r in rewards) and all(row["reward"] == 1.0 for row in run.rows[1:])
     assert [row["proximity"] for row in run.rows[1:]] == pytest.approx([r.mean().item() for r in rewards])
 
@@ -551,30 +650,137 @@ def test_the_fast_arm_keeps_what_works_and_only_the_slow_one_moves_weights(arm, 
     assert (state["population"] == [NOHINT]) == (arm == "slow")
 
 
-def test_the_probe_lets_the_teacher_complete_what_was_begun():
-    student, teacher, task, config = policy(0), policy(1), far_task(), small(quick=True)
-    assert 0 <= opd.continuation(student, teacher, task, 0.1, 4, config, 0) <= 1
-    calls = []
+def test_the_words_with_half_of_the_best_ones_reward_live_on_and_the_best_is_deployed(monkeypatch):
+    worth, asked = {NOHINT: 0.4, RULES[1]: 1.0, PASSWORDS[2]: 0.6, 3: 0.5}, []
 
-    def fake(model, prompts, n, budget, **more):
-        calls.append((model, [len(p) for p in prompts], budget))
-        return generate(model, prompts, n, budget, **more)
-    original, opd.generate = opd.generate, fake
-    try:
-        opd.continuation(student, teacher, task, 0.1, 4, config, 0)
-    finally:
-        opd.generate = original
-    (model, sizes, budget), = calls
-    assert model is teacher and max(sizes) == PROMPT + 4 and budget == ANSWER - 4
-
-
-def test_first_at_interpolates_between_evaluations():
+    def echo(model, prompts, n, budget, *temperature, **more):      # answers with the word in the hint slot
+        words = [p[5] for p in prompts for _ in range(n)]
+        asked.append(words)
+        ids = torch.tensor([[*p, p[5], EOS] for p in prompts for _ in range(n)])
+        mask = (torch.arange(ids.shape[1]) >= PROMPT).float().expand(ids.shape)
+        return Rollout(ids, mask, 0 * mask, torch.full((len(ids),), PROMPT))
+    monkeypatch.setattr(opd, "generate", echo)
+    monkeypatch.setattr(opd, "reward", lambda pair, tokens: worth.get(tokens[0], 0.0))
+    monkeypatch.setattr(opd, "renames", lambda tokens, rule: 1.0)
     run = Memory()
-    for seed, values in enumerate(([0, 0.4, 0.8], [0, 0.6, 1.0])):
+    opd.fast_and_slow(small(), run, "fast and slow", 0, policy(0), 60)
+    best = [RULES[1], PASSWORDS[2], 3]
+    assert run.state["fast and slow 0"]["population"] == best and run.rows[-1]["pass@1"] == 1.0 and run.rows[-1]["word"] == RULES[1]
+    assert [words for words in asked if len(words) == 8][-1] == [best[i % 3] for i in range(8)]
+
+
+def test_the_probe_lets_the_teacher_complete_what_was_begun_and_not_what_was_ended(monkeypatch):
+    student, teacher, task, config, calls = policy(0), policy(1), far_task(), small(quick=True), []
+    assert 0 <= opd.continuation(student, teacher, task, 0.1, 4, config, 0) <= 1
+
+    def begin(*models, prompts, teacher_prompts, choose, generator, limit):         # every other answer is a password, complete
+        begun = [[PW, password(p[1:3]), EOS, PAD] if i % 2 else walk_of(tuple(p[1:3]))[1:1 + limit] for i, p in enumerate(prompts)]
+        calls.append((*models, prompts == teacher_prompts))
+        return torch.tensor(begun), (torch.tensor(begun) != PAD).float(), 0.0
+
+    def go_on(model, prompts, n, budget, stop, generator):
+        calls.append((model, {len(p) for p in prompts}, budget))
+        return SimpleNamespace(tokens=lambda: [[*walk_of(tuple(p[1:3]))[5:], EOS] for p in prompts])
+    monkeypatch.setattr(opd, "write_together", lambda student, teacher, prompts, teacher_prompts, choose, generator, limit: begin(
+        student, teacher, prompts=prompts, teacher_prompts=teacher_prompts, choose=choose, generator=generator, limit=limit))
+    monkeypatch.setattr(opd, "generate", go_on)
+    assert opd.continuation(student, teacher, task, 0.1, 4, config, 0) == 1.0
+    assert calls == [(student, teacher, True), (teacher, {PROMPT + 3, PROMPT + 4}, ANSWER - 4)]
+
+
+def test_first_at_interpolates_between_evaluations_and_end_is_the_last_third():
+    run = Memory()
+    for seed, values in enumerate(([0, 0.4, 0.8, 0.1, 0.2, 0.3, 0.5], [0, 0.6, 1.0, 0.3, 0.4, 0.5, 0.7])):
         for i, v in enumerate(values):
             run.log(phase="train", arm="a", seed=seed, step=10 * i, sampled_tokens=100 * i, **{"pass@1": v})
     assert opd.first_at(run, "a", 0.7) == pytest.approx(150) and opd.first_at(run, "a", 0.7, unit="step") == pytest.approx(15)
-    assert opd.first_at(run, "a", 0.95) == math.inf and opd.end(run, "a").tolist() == pytest.approx([0.8, 1.0])
+    assert opd.first_at(run, "a", 0.95) == math.inf and opd.end(run, "a").tolist() == pytest.approx([0.4, 0.6])
+    assert [opd.at(run, "a", step) for step in (0, 10, 11, 20, 1000)] == pytest.approx([0, 0.5, 0.9, 0.9, 0.6])
+
+
+def made_up(arm):
+    """An arm's level, rate of passwords and slope of style: numbers that no two arms share."""
+    names = [*METHODS, "opsd, rule", "rmsd, rule", "grpo, rule", "pedagogue", "pedagogue, reward only", "pedagogical, reward only"]
+    i = names.index(arm)
+    return dict(opd=0.95, grpo=0.9).get(arm, 0.3 + 0.011 * i), 0.01 + 0.017 * i, 0.1 + 0.003 * i ** 1.5
+
+
+def claims_of(figure, monkeypatch):
+    """The claims of a figure about made-up curves -> {id: what was measured}; what each arm was trained with."""
+    calls, run, config = {}, Memory(), small(figure=figure, seeds=2, steps=100)
+
+    def fake(config, run, arm, seed, base, task, method=None, expert=None, pedagogue=None, prompt=plain, meter=None, greedy=False):
+        calls[arm] = SimpleNamespace(method=method or arm, base=base, task=task, expert=expert, pedagogue=pedagogue, prompt=prompt, meter=meter, greedy=greedy, config=config)
+        level, passwords, slope = made_up(arm)
+        for step in range(0, 101, 20):
+            obeyed = dict(zip(("opsd, rule", "rmsd, rule", "grpo, rule"), (0.96 * min(1, step / 40), 0.98 * min(1, step / 20), 0.1))).get(arm)
+            run.log(phase="train", arm=arm, seed=seed, step=step, sampled_tokens=step * (300 if arm == "grpo" else 100), changed=1 - step / 200 if step else None,
+                    password_rate=passwords, formal=0.25 + slope * step / 100, renamed=obeyed, off_topic=level / 10, greedy=level / 2, **{"pass@1": level * min(1, step / 40)})
+        return f"trained {arm}"
+
+    def fast_and_slow(config, run, arm, seed, base, stage):
+        for step in range(5, 181, 5):
+            learnt = step % 60 == 0 and (arm != "slow" or step > 60) and (arm != "fast" or step == 120) or arm == "fast and slow" and step >= 20 or arm == "slow" and 50 <= step < 60
+            run.log(phase="train", arm=arm, seed=seed, step=step, **{"pass@1": float(learnt)})
+    monkeypatch.setattr(opd, "train", fake)
+    monkeypatch.setattr(opd, "fast_and_slow", fast_and_slow)
+    monkeypatch.setattr(opd, "from_scratch", lambda config, run, name, device: name)
+    monkeypatch.setattr(opd, "evaluate", lambda *_: {"pass@1": 0.98})
+    monkeypatch.setattr(opd, "continuation", lambda student, teacher, task, eps, length, *_: eps * length / 10 if (student, teacher) == ("base", "expert") else math.nan)
+    _, claims = getattr(opd, f"figure_{figure}")(config, run, "cpu")
+    opd.plt.close("all")
+    return {c["id"]: c["ours"] for c in claims}, calls
+
+
+def is_about(measured, **expected):
+    assert {k: float(v.split()[0]) for k, v in measured.items()} == {k.replace("_", " "): pytest.approx(v, rel=6e-3, abs=1e-9) for k, v in expected.items()}
+
+
+level, passwords, slope = (lambda arm, i=i: made_up(arm)[i] for i in range(3))
+
+
+def test_the_claims_of_family_are_about_the_arms_that_they_name(monkeypatch):
+    measured, calls = claims_of("family", monkeypatch)
+    is_about(measured, opd=0.95, opd_expert=0.03, sft=level("sft"), sft_plateau=0.95 - level("sft"), grpo_tokens=3 * 0.95 / 0.9, opsd_leak=passwords("opsd"),
+             clip_leak=passwords("opsd_clip"), clip=level("opsd_clip"), rmsd_leak=passwords("rmsd"), rmsd=level("rmsd"))
+    assert all((c.method, c.base, c.expert) == (arm, "base", "expert") for arm, c in calls.items()) and list(calls) == small().methods
+
+
+def test_the_claims_of_cold_are_about_the_arms_that_they_name(monkeypatch):
+    measured, calls = claims_of("cold", monkeypatch)
+    ahead = {arm: level(arm) - level("opd") for arm in ("trb", "skd")}
+    is_about(measured, grpo=0.45, opd=0.475, probe=0.04, probe_monotone=0.004, trb=0.75 * ahead["trb"], trb_end=ahead["trb"], skd=0.75 * ahead["skd"], skd_anneals=0.55 / 0.9)
+    assert all((c.method, c.base, c.expert) == (arm, "cold base", "expert") for arm, c in calls.items())
+
+
+def test_the_claims_of_estimators_and_few_are_about_the_arms_that_they_name(monkeypatch):
+    measured, calls = claims_of("estimators", monkeypatch)
+    arms = ["opd", "opd_sampled", "opd_jsd", "opd_forward", "opd_top4_renormalised", "opd_top4_stopgrad"]
+    assert {k: float(v) for k, v in measured.items()} == pytest.approx({"raw sampled": level("opd_top4"), "raw greedy": level("opd_top4") / 2} | {arm: level(arm) for arm in arms}, rel=6e-3)
+    assert all(c.greedy and c.expert == "expert" for c in calls.values())
+    measured, calls = claims_of("few", monkeypatch)
+    is_about(measured, opd=0.95 - level("sft"), sft=level("sft") - 0.9)
+    assert all(len(c.task.train) == 24 for c in calls.values())
+
+
+def test_the_claims_of_selfteach_are_about_the_arms_that_they_name(monkeypatch):
+    measured, calls = claims_of("selfteach", monkeypatch)
+    fast, slow = 20 * 0.9 / 0.98, 40 * 0.9 / 0.96
+    is_about(measured, rule=0.96, rule_off_topic=level("opsd, rule") / 10, password=passwords("opsd"), live=passwords("opsd_live"), no_judge=passwords("rmsd_no_judge"),
+             judge=passwords("rmsd"), clip=passwords("opsd_clip"), rmsd_faster=fast / slow, rmsd_drift=slope("rmsd, rule") * 20 / (slope("opsd, rule") * 40),
+             rmsd_drift_end=slope("rmsd, rule") / slope("opsd, rule"), grpo=0.1, pedagogue=passwords("pedagogue"), pedagogue_reward=passwords("pedagogue, reward only"),
+             pedagogical=level("pedagogical"))
+    how = {arm: (c.method, c.prompt, c.meter, c.pedagogue) for arm, c in calls.items()}
+    assert how["pedagogue"] == ("grpo", told, "base", None) and how["pedagogue, reward only"] == ("grpo", told, None, None)
+    assert how["pedagogical"] == ("pedagogical", plain, None, "trained pedagogue")
+    assert how["pedagogical, reward only"] == ("pedagogical_no_gate", plain, None, "trained pedagogue, reward only")
+    for method in ("opsd", "rmsd", "grpo"):
+        assert calls[f"{method}, rule"].method == method and calls[f"{method}, rule"].task is rule_task() and calls[f"{method}, rule"].config.lr == 0.3 * small().lr
+
+
+def test_the_claims_of_fastslow_are_about_the_arms_that_they_name(monkeypatch):
+    measured, _ = claims_of("fastslow", monkeypatch)
+    is_about(measured, both=6, slow=4, fast=2, speed=(45 + 0.75 * 5) / (15 + 0.75 * 5))
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -599,13 +805,14 @@ def test_help_lists_every_flag():
     check_help("opd.py")
 
 
-@pytest.mark.parametrize("flags", ["--bogus", "--steps 0", "--arms nothing", "--arms pedagogical", "--arms opd --figure few", "--batch 20", "--figure none", "--lr nan", "--n-embd 65", "--resume"])
+@pytest.mark.parametrize("flags", ["--bogus", "--steps 0", "--arms nothing", "--arms pedagogical", "--arms opd --figure few", "--batch 20", "--figure none", "--lr nan", "--n-embd 65",
+                                   "--expert-embd 98", "--resume"])
 def test_a_mistake_in_the_flags_is_one_line_and_exit_code_2(flags, tmp_path):
     check_mistake("opd.py", flags, tmp_path)
 
 
 def test_interrupt_and_resume_give_the_metrics_of_an_uninterrupted_run_to_the_bit(tmp_path):
-    check_resume("opd.py", tmp_path, (dict(phase="pretrain"), dict(phase="train", arm="grpo")), "--quick", "--arms", "trb,grpo", "--sft-steps", 60, "--expert-steps", 10, "--steps", 12, "--eval-every", 3)
+    check_resume("opd.py", tmp_path, (dict(phase="pretrain"), dict(phase="train", arm="grpo")), "--quick", "--arms", "trb,grpo", "--sft-steps", 20, "--expert-steps", 5, "--steps", 4, "--eval-every", 2)
 
 
 def test_a_quick_run_in_bf16(tmp_path):
@@ -685,10 +892,12 @@ def test_the_divergence_of_checkpoints_sees_neither_prompt_nor_padding(real):
 
 
 @pytest.mark.parametrize("method", opd.REAL)
-def test_a_checkpoint_that_is_its_own_teacher_has_nothing_to_learn(method, real):
-    config, run = real_config(real, teacher=str(real / "student"), lr=1e-3, arms=method), Memory()
+def test_a_checkpoint_that_is_its_own_teacher_has_nothing_to_learn(method, real, monkeypatch):
+    config, run, writers, sample = real_config(real, teacher=str(real / "student"), lr=1e-3, arms=method), Memory(), [], opd.sample
+    monkeypatch.setattr(opd, "sample", lambda model, problems, *more: writers.append((len(problems), model)) or sample(model, problems, *more))
     student, teacher = opd.load_pair(config, "cpu")
     trained = opd.train_checkpoint(config, run, method, 0, student, teacher)
+    assert all(model is (teacher if n == config.batch and METHODS[method][0] == "teacher" else trained) for n, model in writers)
     moved = max((a - b).abs().max().item() for a, b in zip(trained.parameters(), student.parameters()))
     assert run.rows[0]["kl"] == pytest.approx(0, abs=1e-6)
     if method == "opd_sampled":         # exactly: the advantage of every token is 0
@@ -707,6 +916,17 @@ def test_a_checkpoint_comes_nearer_to_its_teacher_which_does_not_move(method, re
     assert all(p.grad is None and not p.requires_grad for p in teacher.parameters())
     first, last = run.rows[0]["kl"], run.rows[-1]["kl"]
     assert last < 0.8 * first and len(run.rows) == 26 and 0 <= run.rows[-1]["pass@1"] <= 1
+
+
+def test_held_out_is_the_reverse_kl_per_token_of_the_students_answers(real):
+    config = real_config(real, micro_batch=64)
+    student, teacher = opd.load_pair(config, "cpu")
+    row, problems = opd.held_out(student, teacher, config, 5), opd.task_of(config).held_out(random.Random("held out"), 4)
+    with torch.no_grad():
+        rollout = opd.sample(student, problems, config, torch.Generator().manual_seed(5))
+        lp, lq = (m(rollout.ids[:, :-1])[..., :300].log_softmax(-1) for m in (student, teacher))
+    kl = (divergence(lp, lq, None, "reverse") * rollout.mask[:, 1:]).sum() / rollout.mask.sum()
+    assert row["kl"] == pytest.approx(kl.item(), rel=1e-4) and row["length"] == rollout.mask.sum() / len(problems) and kl > 0
 
 
 def test_a_bf16_run_scores_with_a_bf16_teacher(real):
