@@ -388,7 +388,7 @@ def train(config, run, arm, seed, base, stages, budgets, masked=False, raw=False
             log(1 if done() else 4, **metrics, reward=rewards.mean().item(), length=lengths.mean().item(), length_right=mean(lengths[right]), length_wrong=mean(lengths[~right]))
         if run.due:
             run.save(phase, **snapshot(step, model, optimizer, rng, generator, sampled=sampled))
-    run.save(phase, **snapshot(step, model, None, rng, None, sampled=sampled))
+    run.save(phase, **snapshot(step, model, optimizer, rng, generator, sampled=sampled))        # all of it: --resume --steps goes on
     bar.close()
     return model
 

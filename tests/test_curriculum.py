@@ -305,6 +305,15 @@ def test_interrupting_between_two_steps_changes_nothing(monkeypatch):
     assert halves.rows == whole.rows and all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values()))
 
 
+def test_a_finished_run_resumed_with_more_steps_is_the_longer_run_to_the_bit(monkeypatch):
+    paid_by_chance(monkeypatch)
+    run, stages = Memory(), [(6, 16, None)]
+    a = curriculum.train(small(steps=4), Memory(), "a", 0, policy(), stages, (16,))
+    curriculum.train(small(steps=2), run, "a", 0, policy(), stages, (16,))
+    b = curriculum.train(small(steps=4), run, "a", 0, policy(), stages, (16,))
+    assert all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values())) and [row["step"] for row in run.rows] == [0, 1, 2, 3, 4]
+
+
 # ---------------------------------------------------------------------------------------------------------------------------
 # The command
 
