@@ -380,7 +380,8 @@ def train(config, run, arm, seed, base, stages, budgets, masked=False, raw=False
         if step % config.eval_every == 0 or done():
             lengths, right = rollout.lengths.float().cpu(), rewards.cpu() > 0
             mean = lambda x: x.mean().item() if len(x) else None
-            log(1 if done() else 4, **metrics, reward=rewards.mean().item(), length=lengths.mean().item(), length_right=mean(lengths[right]), length_wrong=mean(lengths[~right]))
+            log(1 if done() else 4, **metrics, reward=rewards.mean().item(), length=lengths.mean().item(),
+                length_right=mean(lengths[right]), length_wrong=mean(lengths[~right]))
         if run.due:
             run.save(phase, **snapshot(step, model, optimizer, rng, generator, sampled=sampled))
     run.save(phase, **snapshot(step, model, optimizer, rng, generator, sampled=sampled))        # all of it: --resume --steps goes on
