@@ -2,7 +2,7 @@
 
     python curriculum.py                        `explore`: the asymmetry and the negative gradient, within 5 minutes on two cores
     python curriculum.py --figure curriculum    easy problems at a short budget, then hard ones at a longer one, against three rivals
-    python curriculum.py --figure budget        one training budget each, tested at all
+    python curriculum.py --figure budget        four training budgets, each tested at all budgets
     python curriculum.py --figure mask          what negative advantages are worth, in five designs
 
 A problem is a few numbers and the sum of two of them. An answer tries pairs, one attempt of four tokens after the other, then names one:
@@ -23,7 +23,7 @@ How this differs from the paper:
    others look for content alone. A longer trace then shows the model little that is new, and `verdicts_by_place` measures how little.
 
 What to see: attempts per answer grow several times with the asymmetry, not at all without; accuracy goes on rising past the training budget.
-Negative advantages speed up the p^k model. In the GPT they do not help in any design of `mask`.
+Negative advantages speed up the p^k model, by as much as a step twice as long. In the GPT they do not help in any design of `mask`.
 """
 import copy
 import math
@@ -95,14 +95,6 @@ def pk_start(K=30, stop=1.5, right=-3.0, seed=0):
     return M
 
 
-def pk_value(M, budget):
-    """The exact probability that action 0 is drawn before stop and within the budget, by dynamic programming. Differentiable in M."""
-    p, value = M.softmax(-1), torch.zeros(len(M) - 2, dtype=M.dtype)          # value of each wrong action as the last one
-    for _ in range(budget - 1):
-        value = p[1:-1, 0] + p[1:-1, 1:-1] @ value
-    return p[-1, 0] + p[-1, 1:-1] @ value
-
-
 def pk_sample(M, budget, n, rng):
     """n episodes -> how often each (last, next) was drawn in right and in wrong ones (2, K + 1, K + 1), right (n,), lengths (n,)."""
     K, cdf = len(M) - 1, M.softmax(-1).cumsum(-1).numpy()
@@ -126,7 +118,10 @@ def pk_gradient(M, counts, adv):
 
 
 def pk_train(masked, seed, K=30, budget=60, lr=30.0, n=256, steps=1500):
-    """Gradient ascent with rewards of 1 and -1 and no baseline; masked: 1 and 0. -> success, length, entropy at each step (steps, 3)."""
+    """Gradient ascent with rewards of 1 and -1 and no baseline; masked: 1 and 0. -> success, length, entropy at each step (steps, 3).
+
+    As E[grad log pi] = 0 the masked gradient has half the mean of the full one: the direction is the same, the step is half as long.
+    """
     M, rng, path = pk_start(K, seed=seed), np.random.default_rng(seed), []
     for _ in range(steps):
         counts, right, lengths = pk_sample(M, budget, n, rng)
@@ -149,7 +144,8 @@ def steps_to(path, level=0.5, window=10):
 
 HIGHEST = 12                                                # numbers 1 to 12 are tokens 1 to 12
 OK, NO, ANS, EOS, BOS = range(36, 41)
-VOCAB, LONGEST = 77, 256                                    # tokens of the longest answer
+VOCAB = 77
+LONGEST = 256                                               # tokens of the longest answer
 
 
 def sum_token(s):
@@ -182,17 +178,17 @@ def prompt(problem):
 
 
 def demonstrate(rng, problem, honest=True, wrong=0.0, patience=(0.4, 1.0), attempts=16):
-    """A trace of random attempts up to the first verdict OK, or until patience, drawn once a trace, ends; the last pair is the answer.
+    """A trace of random attempts: after a NO it goes on with a probability drawn from `patience` once a trace. The last pair is the answer.
 
-    Honest verdicts are wrong with probability `wrong`. Others are coins that fall on OK one time in ten, about as often as a pair is right, after
-    a random sum.
+    Honest verdicts are wrong with probability `wrong`. Others are coins, after a random sum: OK one time in ten, about as often as a pair is right.
     """
-    (xs, target), trace, patience = problem, [], rng.uniform(*patience)
+    xs, target = problem
+    trace, go_on = [], rng.uniform(*patience)
     for _ in range(attempts):
         a, b = rng.sample(xs, 2)
         ok = (a + b == target) != (rng.random() < wrong) if honest else rng.random() < 0.1
         trace += [a, second(b), sum_token(a + b if honest else rng.randrange(3, 2 * HIGHEST)), OK if ok else NO]
-        if ok or rng.random() > patience:
+        if ok or rng.random() > go_on:
             break
     return [*trace, ANS, a, second(b), EOS]
 
@@ -204,7 +200,8 @@ def parse(tokens):
         attempts.append((tokens[i], tokens[i + 1] - second(0), tokens[i + 2] - HIGHEST, tokens[i + 3] == OK))
         i += 4
     rest = tokens[i:]
-    return attempts, (rest[1], rest[2] - second(0)) if len(rest) == 4 and rest[0] == ANS and rest[3] == EOS else None
+    finished = len(rest) == 4 and rest[0] == ANS and rest[3] == EOS
+    return attempts, (rest[1], rest[2] - second(0)) if finished else None
 
 
 def hits(problem, a, b):
@@ -313,6 +310,7 @@ def advantages(rewards, masked, raw=False):
 
 
 def answers_to(model, problems, n, budget, generator):
+    """n sampled answers to each problem -> Rollout of R = len(problems) * n rows, their tokens, the problem of each."""
     rollout = generate(model, [prompt(p) for p in problems], n, budget, stop=EOS, generator=generator)
     return rollout, rollout.tokens(), [p for p in problems for _ in range(n)]
 
@@ -358,16 +356,17 @@ def train(config, run, arm, seed, base, stages, budgets, masked=False, raw=False
     rng, generator, state = random.Random(seed + 1), torch.Generator().manual_seed(seed + 1), run.state.get(phase)
     step, sampled = restore(state, model, optimizer, rng, generator), state["sampled"] if state else 0
 
-    def log(last, **row):
-        success, how = evaluate(model, config, stages[-1][0], budgets, f"{seed} {step}", config.eval_prompts // (1 if last else 4))
+    def log(divisor, **row):
+        success, how = evaluate(model, config, stages[-1][0], budgets, f"{seed} {step}", config.eval_prompts // divisor)
         run.log(phase="rl", arm=arm, seed=seed, step=step, sampled_tokens=sampled, **row, **{f"pass@1 of {b}": s for b, s in success.items()}, **how)
         bar.set_postfix_str(f"success at {budgets[-1]} tokens {success[budgets[-1]]:.3f}, attempts {how['attempts']:.1f}")
 
-    limits = np.cumsum([tokens or math.inf for *_, tokens in stages])
-    bar = tqdm(total=config.steps if math.isinf(limits[-1]) else int(limits[-1]), desc=phase, initial=step if math.isinf(limits[-1]) else sampled)
+    limits = np.cumsum([tokens or math.inf for *_, tokens in stages])       # sampled tokens at which each stage ends
+    by_steps = math.isinf(limits[-1])
+    bar = tqdm(total=config.steps if by_steps else int(limits[-1]), desc=phase, initial=step if by_steps else sampled)
     if state is None:
-        log(True)
-    done = lambda: step >= config.steps if math.isinf(limits[-1]) else sampled >= limits[-1]
+        log(1)
+    done = lambda: step >= config.steps if by_steps else sampled >= limits[-1]
     while not done():
         numbers, budget, _ = stages[int(np.searchsorted(limits, sampled, "right"))]
         problems = [draw_problem(rng, numbers) for _ in range(config.prompts)]
@@ -377,14 +376,15 @@ def train(config, run, arm, seed, base, stages, budgets, masked=False, raw=False
         metrics = update(model, optimizer, rollout, adv, config, generator, updates, entropy_bonus)
         tokens, step = int(rollout.mask.sum()), step + 1
         sampled += tokens
-        bar.update(1 if math.isinf(limits[-1]) else tokens)
+        bar.update(1 if by_steps else tokens)
         if step % config.eval_every == 0 or done():
             lengths, right = rollout.lengths.float().cpu(), rewards.cpu() > 0
             mean = lambda x: x.mean().item() if len(x) else None
-            log(done(), **metrics, reward=rewards.mean().item(), length=lengths.mean().item(), length_right=mean(lengths[right]), length_wrong=mean(lengths[~right]))
+            log(1 if done() else 4, **metrics, reward=rewards.mean().item(), length=lengths.mean().item(),
+                length_right=mean(lengths[right]), length_wrong=mean(lengths[~right]))
         if run.due:
             run.save(phase, **snapshot(step, model, optimizer, rng, generator, sampled=sampled))
-    run.save(phase, **snapshot(step, model, None, rng, None, sampled=sampled))
+    run.save(phase, **snapshot(step, model, optimizer, rng, generator, sampled=sampled))        # all of it: --resume --steps goes on
     bar.close()
     return model
 
@@ -440,7 +440,7 @@ def draw_budgets(ax, curves, title):
 def mask_claims(run, full, masked, budget, n, design=""):
     """What negative advantages are worth: three claims on the pair of arms."""
     mean = lambda arm, key: of(run, arm, key).mean()
-    prefix, twice = design and design + ": ", f"pass@1 of {2 * budget}"
+    prefix, twice = f"{design}: " if design else "", f"pass@1 of {2 * budget}"
     return [
         claim(f"mask entropy {design}".strip(), f"{prefix}entropy, full over masked", SOURCE, "0.11 / 0.015", mean(full, "entropy") / mean(masked, "entropy"), ">=", 1.5, n,
               f" ({mean(full, 'entropy'):.2f}, {mean(masked, 'entropy'):.2f})"),

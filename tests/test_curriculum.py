@@ -1,15 +1,16 @@
 """curriculum.py: the p^k model against exact values, the task and its parser by hand, the budget rule, the trainer, and the command."""
 import random
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
 
-from common import Memory, check_help, check_mistake, check_quick, check_resume
+from common import Memory, check_help, check_mistake, check_quick, check_resume, finish
 
 import curriculum
 from curriculum import (ANS, BASES, BOS, BUDGETS, EOS, FIGURES, NO, OK, Config, advantages, behaviour, budget_rule, build, demonstrate, draw_problem,
-                        evaluate, generate, parse, pk_gradient, pk_sample, pk_start, pk_train, pk_value, prompt, reward, second, steps_to, sum_token, target_token,
+                        evaluate, generate, parse, pk_gradient, pk_sample, pk_start, pk_train, prompt, reward, second, steps_to, sum_token, target_token,
                         verdict_gap, verdicts_by_place)
 
 PROBLEM = [3, 11, 8, 2, 6, 12], 14
@@ -18,7 +19,7 @@ FOUND = [8, second(6), sum_token(14), OK]
 
 
 def small(**choices):
-    return Config(**{**dict(n_layer=1, n_head=2, n_embd=16, prompts=4, group=4, steps=2, eval_prompts=8, eval_every=1), **choices})
+    return Config(**{**dict(n_layer=1, n_head=2, n_embd=16, prompts=3, group=4, steps=2, eval_prompts=8, eval_every=1), **choices})
 
 
 def policy(seed=0, sharp=3.0):
@@ -33,6 +34,14 @@ def policy(seed=0, sharp=3.0):
 # ---------------------------------------------------------------------------------------------------------------------------
 # The p^k model
 
+def pk_value(M, budget):
+    """The exact probability that action 0 is drawn before stop and within the budget, by dynamic programming."""
+    p, value = M.softmax(-1), torch.zeros(len(M) - 2, dtype=M.dtype)        # of each wrong action as the last one
+    for _ in range(budget - 1):
+        value = p[1:-1, 0] + p[1:-1, 1:-1] @ value
+    return p[-1, 0] + p[-1, 1:-1] @ value
+
+
 def test_the_exact_value_is_that_of_all_short_episodes():
     M, K = pk_start(K=4, stop=0.5, right=-1.0), 4
     p = M.softmax(-1)
@@ -41,15 +50,6 @@ def test_the_exact_value_is_that_of_all_short_episodes():
         return 0 if left == 0 else p[last, 0] + sum(p[last, a] * success(a, left - 1) for a in range(1, K))
     for budget in (1, 2, 4):
         assert pk_value(M, budget).item() == pytest.approx(float(success(K, budget)), abs=1e-12)
-
-
-def test_the_gradient_of_the_exact_value_by_finite_differences():
-    M = pk_start(K=5).requires_grad_()
-    gradient, = torch.autograd.grad(pk_value(M, 6), M)
-    for i, j in ((5, 0), (5, 5), (5, 2), (1, 0), (3, 3)):
-        e = torch.zeros_like(M)
-        e[i, j] = 1e-5
-        assert gradient[i, j].item() == pytest.approx(((pk_value(M + e, 6) - pk_value(M - e, 6)) / 2e-5).item(), abs=1e-9)
 
 
 def test_the_closed_form_of_the_log_likelihoods_gradient():
@@ -74,6 +74,13 @@ def test_negatives_make_the_pk_model_learn_sooner():
     assert full * 1.3 < masked < 400
 
 
+def test_the_path_of_the_pk_model_is_what_its_draws_were():
+    path, M = pk_train(False, seed=3, steps=1), pk_start(30, seed=3)
+    counts, right, lengths = pk_sample(M, 60, 256, np.random.default_rng(3))
+    entropy = -(M.softmax(-1) * M.log_softmax(-1)).sum(-1).numpy()        # of each draw, given the one before
+    assert path[0] == pytest.approx((right.mean(), lengths.mean(), (counts.sum(0) * entropy[:, None]).sum() / lengths.sum()), rel=1e-9)
+
+
 def test_steps_to_finds_the_first_window_above_the_level():
     path = np.array([[0.0, 0, 0]] * 20 + [[1.0, 0, 0]] * 20)
     assert steps_to(path, 0.5, window=10) == 24 and steps_to(0 * path) == 40
@@ -86,6 +93,9 @@ def test_traces_are_parsed_into_attempts_and_what_they_name():
     attempts, named = parse(TRIES + FOUND + [ANS, 8, second(6), EOS])
     assert attempts == [(3, 6, 9, False), (11, 2, 13, False), (8, 6, 14, True)] and named == (8, 6)
     assert parse(TRIES + [ANS, 8]) == (attempts[:2], None) and parse(TRIES[:6]) == (attempts[:1], None) and parse([]) == ([], None)
+    assert parse(TRIES) == (attempts[:2], None) and parse([ANS, 8, second(6), OK]) == ([], None)
+    for a, b in ((OK, second(6)), (0, second(6)), (3, 6), (3, second(0))):
+        assert parse([a, b, sum_token(9), NO]) == ([], None)
     assert parse([ANS, 8, second(6), EOS]) == ([], (8, 6)) and parse(TRIES + [ANS, 8, second(6), EOS, EOS])[1] is None and parse([EOS, *TRIES]) == ([], None)
 
 
@@ -93,13 +103,15 @@ def test_only_two_numbers_of_the_problem_with_its_sum_are_right():
     for tokens, right in ((TRIES + FOUND + [ANS, 8, second(6), EOS], 1), ([ANS, 12, second(2), EOS], 1), ([ANS, 6, second(8), EOS], 1), ([ANS, 11, second(2), EOS], 0),
                           ([ANS, 8, second(6)], 0), ([ANS, 7, second(7), EOS], 0), ([ANS, 10, second(4), EOS], 0), ([ANS, 2, sum_token(12), EOS], 0), ([OK, 8, second(6), EOS], 0)):
         assert reward(PROBLEM, tokens) == right, tokens
+    for a, b, right in ((5, 4, 1), (3, 6, 0), (6, 3, 0), (4, 4, 0), (3, 5, 0)):
+        assert reward(([5, 3, 4], 8 if a == b else 9), [ANS, a, second(b), EOS]) == right, "one number alone is of the problem; or one, twice"
 
 
 def test_every_problem_has_an_answer_and_every_trace_its_format():
     rng, mean = random.Random(0), {}
     for numbers in (4, 6, 8):
         for kind, how in BASES.items():
-            answers, count = [], 0
+            answers, count, true_sums = [], 0, []
             for _ in range(300):
                 problem = xs, target = draw_problem(rng, numbers)
                 assert len(set(xs)) == numbers and any(a + b == target for a in xs for b in xs if a != b)
@@ -108,19 +120,29 @@ def test_every_problem_has_an_answer_and_every_trace_its_format():
                 attempts, named = parse(trace)
                 assert 1 <= len(attempts) <= 16 and len(trace) == 4 * len(attempts) + 4 and named == attempts[-1][:2]
                 assert not any(ok for *_, ok in attempts[:-1])
-                if kind != "no gap":
-                    assert all(s == a + b for a, b, s, _ in attempts)
+                true_sums.append(np.mean([s == a + b for a, b, s, _ in attempts]))
                 count += len(attempts)
                 answers.append((problem, trace))
             gap, mean[kind] = verdict_gap(*zip(*answers)), count / 300
+            assert np.mean(true_sums) < 0.1 if kind == "no gap" else min(true_sums) == 1
+            assert kind != "no gap" or abs(np.mean([t[-5] == OK for _, t in answers]) - 0.3) < 0.1, "a coin of 0.1, tossed about three times"
             assert abs(gap - {"gap": 0.9, "no gap": 0.4, "careless": 0.8, "impatient": 0.9}[kind]) < 0.15, (kind, gap)
         assert mean["impatient"] < 1.6 and mean["gap"] > 2 and (numbers == 4 or mean["gap"] > 2.7), mean
+
+
+def test_patience_is_drawn_once_a_trace():
+    rng, drawn = random.Random(0), []
+    rng.uniform = lambda *range: drawn.append(range) or 0.9
+    for n in range(1, 9):
+        demonstrate(rng, PROBLEM)
+        assert drawn == [(0.4, 1.0)] * n
 
 
 def test_a_tenth_of_the_problems_is_held_out_whatever_the_order_of_the_numbers():
     rng, name = random.Random(0), lambda p: (tuple(sorted(p[0])), p[1])
     trained, held_out = ({name(draw_problem(rng, 6, h)) for _ in range(n)} for h, n in ((False, 30_000), (True, 3_000)))
     assert not trained & held_out and abs(len(held_out) / len(trained | held_out) - 0.1) < 0.03
+    assert {x for xs, _ in trained for x in xs} == set(range(1, 13)) and {xs for xs, _ in trained} & {xs for xs, _ in held_out}
 
 
 def test_training_never_sees_a_held_out_problem(monkeypatch):
@@ -131,17 +153,18 @@ def test_training_never_sees_a_held_out_problem(monkeypatch):
         return seen[-1][0]
     monkeypatch.setattr(curriculum, "draw_problem", spy)
     monkeypatch.setattr(curriculum, "prompt", lambda problem: shown.append(problem) or prompt(problem))
-    shown, config = [], small(sft_steps=3, sft_batch=32, gate=-1.0)
+    shown, config = [], small(sft_steps=3, sft_batch=32, gate=-1.0, steps=3)
     base = curriculum.warm_up(config, Memory(), 0, "cpu")
     curriculum.train(config, Memory(), "a", 0, base, [(6, 16, None)], (16,))
     apart = {held_out: [p for p, h in seen if h == held_out] for held_out in (True, False)}
-    assert len(shown) == len(seen) and len(apart[False]) == 3 * 32 + 2 * 4 and len(apart[True]) == 8 + 8 + 2 + 8
+    assert len(shown) == len(seen) and len(apart[False]) == 3 * 32 + 3 * 3 and len(apart[True]) == 8 + 8 + 2 + 2 + 8, "a quarter on the way"
+    assert apart[True][8:16] != apart[True][-8:]
 
 
 def test_behaviour_counts_attempts_different_pairs_hits_and_giving_up():
-    answers = [TRIES + FOUND + [ANS, 8, second(6), EOS], TRIES + [6, second(3), sum_token(9), NO, ANS, 6, second(3), EOS]]
-    how = behaviour([PROBLEM] * 2, answers)
-    assert how == dict(attempts=3.0, unique_attempts=2.5, hit_rate=1 / 6, gives_up=1 / 5)
+    answers = [TRIES + FOUND + [ANS, 8, second(6), EOS], TRIES + [6, second(3), sum_token(9), NO, ANS, 6, second(3), EOS], TRIES + [ANS]]
+    how = behaviour([PROBLEM] * 3, answers)         # 3, 3 and 2 attempts; 2, 3 and 2 of them NO; the second gives up, the third is cut
+    assert how == pytest.approx(dict(attempts=8 / 3, unique_attempts=7 / 3, hit_rate=1 / 8, gives_up=1 / 7))
 
 
 def test_the_budget_rule_takes_the_papers_choice():
@@ -170,14 +193,33 @@ def test_a_cut_answer_is_the_answer_with_the_smaller_budget():
         assert generate(model, [prompt(p) for p in problems], 1, budget, temperature=0, stop=EOS).tokens() == [t[:budget] for t in longest]
 
 
+def test_an_answer_belongs_to_its_problem_and_ends_with_eos():
+    rng = random.Random(0)
+    problems = [draw_problem(rng, numbers) for numbers in (3, 8, 4, 6)]
+    rollout, answers, repeated = curriculum.answers_to(policy(), problems, 8, 100, torch.Generator().manual_seed(0))
+    for ids, tokens, problem in zip(rollout.ids.tolist(), answers, repeated, strict=True):
+        assert ids[:len(prompt(problem))] == prompt(problem) and EOS not in tokens[:-1]
+    assert sum(tokens[-1] == EOS for tokens in answers) > 4
+
+
 def test_evaluation_scores_the_cut_answers(monkeypatch):
-    monkeypatch.setattr(curriculum, "answers_to", lambda model, problems, n, budget, g: (None, [[3, second(6), sum_token(9), NO] + FOUND + [ANS, 8, second(6), EOS]] * 8, problems))
-    monkeypatch.setattr(curriculum, "draw_problem", lambda rng, numbers, held_out: PROBLEM)
-    success, how = evaluate(None, small(), 6, (4, 8, 11, 12, 64))
-    assert success == {4: 0, 8: 0, 11: 0, 12: 1, 64: 1} and how["attempts"] == 2
+    asked, drawn = [], []
+
+    def answers_to(model, problems, n, budget, generator):
+        asked.append((len(problems), n, budget, generator.initial_seed()))
+        return None, [[3, second(6), sum_token(9), NO] + FOUND + [ANS, 8, second(6), EOS]] * 8, problems
+    monkeypatch.setattr(curriculum, "answers_to", answers_to)
+    monkeypatch.setattr(curriculum, "draw_problem", lambda rng, numbers, held_out: drawn.append(rng.random()) or PROBLEM)
+    for seed in "ab":
+        success, how = evaluate(None, small(), 6, (4, 8, 11, 12, 64), seed)
+        assert success == {4: 0, 8: 0, 11: 0, 12: 1, 64: 1} and how["attempts"] == 2
+    assert [call[:3] for call in asked] == [(8, 1, 64)] * 2 and asked[0] != asked[1] and len(set(drawn)) == 16
 
 
-def test_verdicts_by_place_reads_sums_and_verdicts_of_a_model_that_knows_them():
+def test_verdicts_by_place_reads_sums_and_verdicts_of_a_model_that_knows_them(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(curriculum, "draw_problem", lambda rng, numbers, held_out=False: drawn.append((numbers, held_out)) or draw_problem(rng, numbers, held_out))
+
     class Knows(torch.nn.Module):
         lm_head = torch.nn.Linear(1, 1)
 
@@ -192,11 +234,14 @@ def test_verdicts_by_place_reads_sums_and_verdicts_of_a_model_that_knows_them():
                         logits[i, t, OK if row[t] - 12 == row[7] - 41 else NO] = 1
             return logits
     assert verdicts_by_place(Knows(), small(), 0, places=5, n=8) in ([1.0] * 5, pytest.approx([1.0] * 5))
+    assert set(drawn) == {(6, True)}
 
 
 def test_a_base_that_cannot_judge_is_refused():
     with pytest.raises(curriculum.UserError, match="verdict gap"):
         curriculum.warm_up(small(sft_steps=2, gate=0.6), Memory(), 0, "cpu")
+    with pytest.raises(curriculum.UserError, match="verdict gap"):
+        curriculum.warm_up(small(sft_steps=2, gate=0.6), Memory(), 0, "cpu", "careless")
     curriculum.warm_up(small(sft_steps=2, gate=0.6), Memory(), 0, "cpu", "no gap")
 
 
@@ -250,8 +295,48 @@ def test_of_is_each_seeds_own_last_row_though_they_end_at_different_steps():
     run = Memory()
     for seed, last in ((0, 41), (1, 43)):
         for step in (0, 20, last):
-            run.log(phase="rl", arm="a", seed=seed, step=step, x=100 * seed + step)
+            run.log(phase="rl", arm="a", seed=seed, step=step, x=100 * seed + step, **{f"pass@1 of {b}": b * step for b in BUDGETS})
     assert curriculum.of(run, "a", "x").tolist() == [41, 143] and curriculum.of(run, "a", "x", False).tolist() == [0, 100]
+    assert curriculum.tested(run, "a").tolist() == [[b * 41 for b in BUDGETS], [b * 43 for b in BUDGETS]] and not curriculum.tested(run, "a", False).any()
+
+
+def test_the_base_learns_every_token_of_an_answer_and_none_of_a_problem(monkeypatch):
+    monkeypatch.setattr(torch.optim, "AdamW", lambda parameters, lr, **_: torch.optim.SGD(parameters, lr))
+    config, run, rng = small(sft_steps=1, sft_batch=40, sft_lr=10.0, gate=-1.0), Memory(), random.Random(3)
+    model = curriculum.warm_up(config, run, 3, "cpu", "careless")
+    torch.manual_seed(3)
+    reference, logp = build(config, "cpu"), []
+    for problem in [draw_problem(rng, rng.choice((3, 4, 6, 8))) for _ in range(40)]:        # by hand, each trace alone
+        answer = demonstrate(rng, problem, **BASES["careless"])
+        ids = torch.tensor([prompt(problem) + answer])
+        logp.append(reference(ids[:, :-1]).log_softmax(-1).gather(-1, ids[:, 1:, None])[0, -len(answer):, 0])
+    loss = -torch.cat(logp).mean()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(reference.parameters(), 1.0)
+    torch.optim.SGD(reference.parameters(), 10 / 50).step()
+    assert run.rows[0]["loss"] == pytest.approx(loss.item(), abs=1e-5)
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(model.parameters(), reference.parameters()))
+
+
+def test_the_bases_learning_rate_rises_for_50_steps_and_then_falls_to_0(monkeypatch):
+    rates = []
+    monkeypatch.setattr(curriculum, "clip_and_step", lambda optimizer, model: rates.append(optimizer.param_groups[0]["lr"]))
+    monkeypatch.setattr(curriculum, "score", lambda model, ids, config: (model.lm_head.weight.sum() * torch.zeros(len(ids), ids.shape[1] - 1), None))
+    curriculum.warm_up(small(sft_steps=200, sft_batch=1, sft_lr=2.0, gate=-1.0), Memory(), 0, "cpu")
+    assert rates == pytest.approx([2 * min((i + 1) / 50, 1 - i / 200) for i in range(200)])
+
+
+def test_each_base_and_each_arm_of_each_seed_is_trained_apart_and_once(monkeypatch):
+    paid_by_chance(monkeypatch)
+    run, config = Memory(), small(sft_steps=2, sft_batch=4, gate=-1.0, steps=1)
+
+    def all_of_them():
+        models = [curriculum.warm_up(config, run, seed, "cpu", kind) for seed in (0, 1) for kind in ("gap", "no gap")]
+        models += [curriculum.train(config, run, arm, seed, models[0], [(6, 16, None)], (16,), masked=arm == "b") for seed in (0, 1) for arm in "ab"]
+        return [torch.cat([p.flatten() for p in model.parameters()]) for model in models]
+    weights, rows = all_of_them(), len(run.rows)
+    assert all(not torch.equal(a, b) for i, a in enumerate(weights) for b in weights[:i])
+    assert all(torch.equal(a, b) for a, b in zip(weights, all_of_them())) and len(run.rows) == rows
 
 
 def paid_by_chance(monkeypatch):
@@ -265,6 +350,8 @@ def test_a_run_trains_its_copy_and_logs_every_budget(masked, monkeypatch):
     before = {k: v.clone() for k, v in base.state_dict().items()}
     model = curriculum.train(small(), run, "a", 0, base, [(6, 16, None)], BUDGETS, masked=masked, entropy_bonus=0.01)
     assert all(torch.equal(v, before[k]) for k, v in base.state_dict().items()) and any(not torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    unmoved = curriculum.train(small(lr=0.0), Memory(), "a", 0, base, [(6, 16, None)], (16,), masked=masked)
+    assert all(torch.equal(v, before[k]) for k, v in unmoved.state_dict().items())
     assert [row["step"] for row in run.rows] == [0, 1, 2] and all(f"pass@1 of {b}" in row for row in run.rows for b in BUDGETS)
 
 
@@ -276,22 +363,49 @@ def test_every_option_reaches_the_weights(options, monkeypatch):
 
 
 def test_stages_end_by_their_tokens_and_the_last_one_ends_the_run(monkeypatch):
-    seen = []
-    original = curriculum.answers_to
-    monkeypatch.setattr(curriculum, "answers_to", lambda model, problems, n, budget, g: seen.append((len(problems[0][0]), budget)) or original(model, problems, n, budget, g))
+    seen, original = [], curriculum.answers_to
+
+    def answers_to(model, problems, n, budget, generator):
+        rollout, answers, repeated = original(model, problems, n, budget, generator)
+        seen.append((len(problems[0][0]), budget, sum(map(len, answers))))
+        return rollout, answers, repeated
+    monkeypatch.setattr(curriculum, "answers_to", answers_to)
     run = Memory()
-    curriculum.train(small(eval_every=100), run, "a", 0, policy(), [(4, 8, 300), (8, 16, 500)], budgets=(16,))
-    training = [s for s in seen if s in ((4, 8), (8, 16))][1:-1]       # without the two evaluations
-    switch = training.index((8, 16))
-    assert switch >= 2 and set(training[:switch]) == {(4, 8)} and set(training[switch:]) == {(8, 16)}
-    assert run.rows[-1]["sampled_tokens"] >= 800 and run.state["a 0"]["sampled"] < 800 + 16 * 16
+    curriculum.train(small(eval_every=100), run, "a", 0, policy(), [(4, 8, 300), (8, 16, 500)], budgets=(32,))
+    assert seen[0][:2] == seen[-1][:2] == (8, 32), "evaluated on the last stage's problems"
+    sampled = 0
+    for numbers, budget, tokens in seen[1:-1]:
+        assert (numbers, budget) == ((4, 8) if sampled < 300 else (8, 16)) and sampled < 800
+        sampled += tokens
+    assert run.rows[-1]["sampled_tokens"] == run.state["a 0"]["sampled"] == sampled >= 800
+    curriculum.train(small(eval_every=100), Memory(), "a", 0, policy(), [(4, 8, seen[1][2]), (8, 16, 1)], budgets=(32,))
+    assert [call[:2] for call in seen[-3:-1]] == [(4, 8), (8, 16)], "a stage ends when its tokens are reached, not passed"
 
 
-def test_interrupting_between_two_steps_changes_nothing(monkeypatch):
+def test_lengths_of_right_and_of_wrong_answers_are_told_apart(monkeypatch):
+    monkeypatch.setattr(curriculum, "reward", lambda problem, tokens: float(len(tokens) == 16))
+    run = Memory()
+    curriculum.train(small(steps=6), run, "a", 0, policy(), [(6, 16, None)], (16,))
+    both = [row for row in run.rows[1:] if row["length_right"] and row["length_wrong"]]
+    assert both and all(row["length_wrong"] < row["length"] < row["length_right"] == 16 for row in both)
+
+
+def test_an_answer_is_compared_with_the_others_to_its_problem(monkeypatch):
+    seen, original = [], curriculum.advantages
+    monkeypatch.setattr(curriculum, "reward", lambda problem, tokens: float(problem[1] % 2))
+    monkeypatch.setattr(curriculum, "advantages", lambda rewards, *how: seen.append(rewards) or original(rewards, *how))
+    curriculum.train(small(steps=4), Memory(), "a", 0, policy(), [(6, 16, None)], (16,))
+    assert all(rewards.shape == (3, 4) and (rewards == rewards[:, :1]).all() for rewards in seen) and 0 < torch.stack(seen).mean() < 1
+
+
+@pytest.mark.parametrize("what", ["base", "rl"])
+def test_interrupting_between_two_steps_changes_nothing(what, monkeypatch):
     paid_by_chance(monkeypatch)
-    whole, halves = Memory(), Memory()
-    config, stages = small(steps=4, eval_every=2), [(6, 16, None)]
-    a = curriculum.train(config, whole, "a", 0, policy(), stages, (64,))
+    whole, halves, config = Memory(), Memory(), small(steps=4, eval_every=2, sft_steps=4, sft_batch=4, gate=-1.0)
+
+    def go(run):
+        return curriculum.warm_up(config, run, 0, "cpu") if what == "base" else curriculum.train(config, run, "a", 0, policy(), [(6, 16, None)], (64,))
+    a = go(whole)
 
     def save(phase, **state):
         halves.state[phase] = state
@@ -299,18 +413,132 @@ def test_interrupting_between_two_steps_changes_nothing(monkeypatch):
             raise KeyboardInterrupt
     halves.due, halves.save = True, save
     with pytest.raises(KeyboardInterrupt):
-        curriculum.train(config, halves, "a", 0, policy(), stages, (64,))
+        go(halves)
     halves.due = False
-    b = curriculum.train(config, halves, "a", 0, policy(), stages, (64,))
+    b = go(halves)
     assert halves.rows == whole.rows and all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values()))
+
+
+def test_a_finished_run_resumed_with_more_steps_is_the_longer_run_to_the_bit(monkeypatch):
+    paid_by_chance(monkeypatch)
+    run, stages = Memory(), [(6, 16, None)]
+    a = curriculum.train(small(steps=4), Memory(), "a", 0, policy(), stages, (16,))
+    curriculum.train(small(steps=2), run, "a", 0, policy(), stages, (16,))
+    b = curriculum.train(small(steps=4), run, "a", 0, policy(), stages, (16,))
+    assert all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values())) and [row["step"] for row in run.rows] == [0, 1, 2, 3, 4]
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# The figures: which arms they train, and what they claim
+
+def measured(arm, key, seed=None, last=True):
+    """A number of its own for whatever a claim could be about; without a seed, the mean of two."""
+    return np.mean([random.Random(f"{arm}, {key}, {s}, {last}").uniform(0.1, 1) for s in ((0, 1) if seed is None else (seed,))])
+
+
+def make(figure, monkeypatch, seeds=2):
+    """A figure whose models are names and whose metrics are `measured` -> its title, {claim: its value}, the claims with an upper bound,
+    {(arm, seed): base, stages, options}."""
+    arms, run = {}, Memory()
+
+    def train(config, run, arm, seed, base, stages, budgets, **options):
+        arms[arm, seed] = base, stages, options
+        for last in (False, True):
+            run.log(phase="rl", arm=arm, seed=seed, step=int(last), **{
+                key: measured(arm, key, seed, last) for key in ("attempts", "unique_attempts", "entropy", "gives_up", "gap", *(f"pass@1 of {b}" for b in budgets))})
+        return f"{arm} {seed}"
+    monkeypatch.setattr(curriculum, "train", train)
+    monkeypatch.setattr(curriculum, "warm_up", lambda config, run, seed, device, kind="gap": f"{kind} {seed}")
+    fig, claims = getattr(curriculum, f"figure_{figure}")(small(seeds=seeds), run, "cpu")
+    title = fig.get_suptitle()
+    plt.close(fig)
+    return title, {c["id"]: float(c["ours"].split()[0]) for c in claims}, {c["id"] for c in claims if c["threshold"].startswith("<=")}, arms
+
+
+def claimed(expected):
+    return pytest.approx(expected, rel=6e-3)        # three digits
+
+
+def of_masking(full, masked, name=""):
+    ratio = {key: measured(full, key) / measured(masked, key) for key in ("entropy", "unique_attempts")}
+    return {f"mask entropy{name}": ratio["entropy"], f"mask unique{name}": ratio["unique_attempts"],
+            f"mask accuracy{name}": measured(full, "pass@1 of 128") - measured(masked, "pass@1 of 128")}
+
+
+def test_explore_compares_arms_that_differ_in_one_thing(monkeypatch):
+    def pk_train(masked, seed, steps):      # half of a window of 10 is right 4 steps after the start
+        path = np.full((steps, 3), 1.0)
+        path[:(300 if masked else 100) + 16 * seed, 0] = 0
+        path[50, 1:] = (90, 90) if masked else (3 + seed, 1.1 + 0.1 * seed)
+        return path
+    monkeypatch.setattr(curriculum, "pk_train", pk_train)
+    monkeypatch.setattr(curriculum, "verdicts_by_place", lambda base, config, seed: [measured(base, "place", i) for i in range(56)])
+    _, claims, upper, arms = make("explore", monkeypatch)
+    for seed in (0, 1):
+        same = [(6, 64, None)]
+        assert {arm: how for (arm, s), how in arms.items() if s == seed} == {
+            "full": (f"gap {seed}", same, {}), "no gap": (f"no gap {seed}", same, {}), "masked": (f"gap {seed}", same, dict(masked=True)),
+            "masked, entropy bonus": (f"gap {seed}", same, dict(masked=True, entropy_bonus=0.01)), "budget 16": (f"gap {seed}", [(6, 16, None)], {})}
+    place = np.array([[measured(f"gap {seed}", "place", i) for i in range(56)] for seed in (0, 1)])
+    grown = {arm: np.mean([measured(arm, "attempts", s) / measured(arm, "attempts", s, False) for s in (0, 1)]) for arm in ("full", "no gap")}
+    rise = {arm: measured(arm, "pass@1 of 64") - measured(arm, "pass@1 of 64", last=False) for arm in ("full", "no gap")}
+    assert claims == claimed({
+        "pk": (304 + 32) / (104 + 32), "pk length": 5, "pk entropy": 0.3, "gap": min(measured("full", "gap", s, False) for s in (0, 1)),
+        "no gap": max(measured("no gap", "gap", s, False) for s in (0, 1)), "positions": place[:, 16:].mean() - place[:, :16].mean(),
+        "attempts": grown["full"], "attempts no gap": grown["no gap"], "rise": rise["full"], "rise no gap": rise["no gap"],
+        "extrapolation": measured("budget 16", "pass@1 of 64") - measured("budget 16", "pass@1 of 16"), **of_masking("full", "masked"),
+        "bonus": measured("masked, entropy bonus", "entropy") / measured("masked", "entropy")}) and upper == {"no gap", "attempts no gap", "rise no gap"}
+
+
+def test_the_curriculum_and_its_rivals_have_the_same_tokens_and_the_rules_budget(monkeypatch):
+    def evaluate(model, config, numbers, budgets, seed, held_out):
+        assert (numbers, budgets, held_out) == (8, BUDGETS, False)
+        return dict(zip(BUDGETS, {"stage 1 0": (1, 2, 2, 2, 2), "stage 1 1": (2, 2, 2, 2, 2), "stage 1 2": (1, 2, 3, 4, 5)}[model])), {}
+    monkeypatch.setattr(curriculum, "evaluate", evaluate)
+    title, claims, upper, arms = make("curriculum", monkeypatch, seeds=3)
+    T, chosen = 400_000, (32, 16, 64)       # no plateau: the largest that can be tested at four times
+    for seed, b in enumerate(chosen):
+        assert {arm: how[:2] for (arm, s), how in arms.items() if s == seed} == {
+            "stage 1": (f"gap {seed}", [(4, 16, T)]), **{f"stage 2 at {at}": (f"stage 1 {seed}", [(8, at, T)]) for at in (16, 32, 64)},
+            "hard only": (f"gap {seed}", [(8, b, 2 * T)]), "data only": (f"gap {seed}", [(4, b, T), (8, b, T)]), "budget only": (f"gap {seed}", [(8, 16, T), (8, b, T)])}
+    at = lambda arm, factor: np.mean([measured(arm.format(b), f"pass@1 of {b * factor}", seed) for seed, b in enumerate(chosen)])
+    rivals = {arm: at(arm, 4) for arm in ("hard only", "data only", "budget only")}
+    longest = np.array([[measured(f"stage 2 at {b}", "pass@1 of 256", seed) for b in (16, 32, 64)] for seed in range(3)])
+    assert claims == claimed({"twice": at("stage 2 at {}", 2) - at("stage 2 at {}", 1), **{f"over {arm}": at("stage 2 at {}", 4) - x for arm, x in rivals.items()},
+                              "rule": (longest.max(1) - longest[[0, 1, 2], [1, 0, 2]]).mean()}) and upper == {"rule"}
+    assert title.endswith(f"{at('stage 2 at {}', 4):.2f} at 4 times; the best rival {max(rivals.values()):.2f}")
+
+
+def test_budgets_differ_in_the_budget_alone(monkeypatch):
+    _, claims, upper, arms = make("budget", monkeypatch)
+    assert arms == {(f"budget {b}", seed): (f"gap {seed}", [(6, b, None)], {}) for b in (16, 32, 64, 128) for seed in (0, 1)}
+    at = lambda trained, tested: measured(f"budget {trained}", f"pass@1 of {tested}")
+    assert claims == claimed(dict(short=at(64, 64) - at(16, 64), flat=at(16, 256) - at(16, 64), gain=at(64, 256) - at(64, 64), long=at(16, 16) - at(128, 16))) and upper == {"flat"}
+
+
+def test_designs_of_mask_differ_in_the_mask_alone(monkeypatch):
+    _, claims, upper, arms = make("mask", monkeypatch)
+    designs = {"four updates": ("gap", dict(updates=4)), "no baseline": ("gap", dict(raw=True)), "careless verifier": ("careless", {}),
+               "impatient base": ("impatient", {}), "impatient, four updates": ("impatient", dict(updates=4))}
+    assert arms == {(f"{design}, {arm}", seed): (f"{kind} {seed}", [(6, 64, None)], dict(masked=arm == "masked", **choices))
+                    for design, (kind, choices) in designs.items() for arm in ("full", "masked") for seed in (0, 1)}
+    assert claims == claimed({k: v for design in designs for k, v in of_masking(f"{design}, full", f"{design}, masked", f" {design}").items()}) and not upper
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
 # The command
 
+@pytest.mark.parametrize("figure, seeds, steps", [("explore", 1, 80), ("curriculum", 3, 80), ("budget", 3, 80), ("mask", 3, 200)])
+def test_a_figures_own_seeds_and_steps(figure, seeds, steps, monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr(curriculum, f"figure_{figure}", lambda config, run, device: seen.append((config.seeds, config.steps)) or (plt.figure(), []))
+    finish("curriculum.py", "--figure", figure, "--out", tmp_path)
+    assert seen == [(seeds, steps)]
+
+
 @pytest.mark.parametrize("figure", FIGURES)
 def test_a_quick_run_writes_figure_metrics_claims_config_and_checkpoint(figure, tmp_path):
-    assert check_quick("curriculum.py", tmp_path, "--figure", figure) == figure
+    assert check_quick("curriculum.py", tmp_path, "--figure", figure, "--n-layer", 1) == figure
 
 
 def test_help_lists_every_flag():
@@ -323,4 +551,4 @@ def test_a_mistake_in_the_flags_is_one_line_and_exit_code_2(flags, tmp_path):
 
 
 def test_interrupt_and_resume_give_the_metrics_of_an_uninterrupted_run_to_the_bit(tmp_path):
-    check_resume("curriculum.py", tmp_path, (dict(phase="sft"), dict(phase="rl")), "--quick", "--figure", "budget", "--sft-steps", 40, "--steps", 4)
+    check_resume("curriculum.py", tmp_path, (dict(phase="sft"), dict(phase="rl")), "--quick", "--figure", "budget", "--n-layer", 1, "--sft-steps", 40, "--steps", 4)
