@@ -140,7 +140,7 @@ class TTT(GPT):
 
 
 def build(config, vocab, full=False, window=True):
-    positions = max(config.length, config.context + max(config.length // 2, 256))
+    positions = max(config.length, config.context + max(config.length // 2, 5 * config.chunk))      # `cost` writes 5 chunks behind the context
     model = TTT(GPTConfig(vocab, positions, config.n_layer, config.n_head, config.n_embd, n_hidden=2 * config.n_embd, qk_norm=True, tie=False,
                           window=config.window if window else None), config.n_fast, full)
     if config.figure == "memory":       # from smaller weights full attention finds the map after 300 steps, not 100; on text they are no help to any arm
@@ -466,7 +466,7 @@ def figure_cost(config, run, device):
     for model, _ in models.values():
         model.to(device)
     for model, eta in models.values():
-        decode(model, config.chunk, eta, config, device, 0)                         # the first call of everything
+        decode(model, contexts[0], eta, config, device, 0)                          # the first call of everything
     for seed in tqdm(seeds_of(config), "round"):
         for context in contexts:
             for arm, (model, eta) in models.items():
