@@ -140,7 +140,7 @@ class TTT(GPT):
 
 
 def build(config, vocab, full=False, window=True):
-    positions = max(config.length, config.context + max(config.length // 2, 256))
+    positions = max(config.length, config.context + max(config.length // 2, 5 * config.chunk))      # `cost` writes 5 chunks behind the context
     model = TTT(GPTConfig(vocab, positions, config.n_layer, config.n_head, config.n_embd, n_hidden=2 * config.n_embd, qk_norm=True, tie=False,
                           window=config.window if window else None), config.n_fast, full)
     if config.figure == "memory":       # from smaller weights full attention finds the map after 300 steps, not 100; on text they are no help to any arm
@@ -157,26 +157,32 @@ def score(model, x, y, fast):
 
 
 def inner_update(fast, grads, eta):
-    """One step of SGD in each document on its own, its gradient (all matrices together) clipped to norm 1."""
+    """W_c+1 = W_c - eta g / max(1, |g|) in each document on its own. fast, grads: tuples of (B, C, F), (B, F, C); |g| is over both matrices."""
     norm = sum(g.square().sum((1, 2)) for g in grads).sqrt()                        # (B,)
     scale = eta / norm.clamp_min(1.0)
     return tuple(w - scale[:, None, None] * g for w, g in zip(fast, grads))
 
 
 def score_then_step(model, x, y, fast, eta, outer=False):
-    """A chunk -> its losses (B, b), and the fast weights for the next one. outer: differentiable, gradients of gradients included."""
+    """A chunk, x and y as in `score` -> its losses (B, b), and the fast weights for the next one.
+
+    outer: differentiable, gradients of gradients included.
+    """
     with torch.enable_grad():
         if not outer:
             fast = tuple(w.detach().requires_grad_() for w in fast)
         loss = score(model, x, y, fast)
         grads = torch.autograd.grad(loss.mean(1).sum(), fast, create_graph=outer)   # the sum over documents: each has its own W
-    return (loss if outer else loss.detach(), *inner_update(fast if outer else [w.detach() for w in fast], grads, eta))
+    if not outer:
+        loss, fast = loss.detach(), [w.detach() for w in fast]
+    return (loss, *inner_update(fast, grads, eta))
 
 
 def read(model, ids, eta, chunk, outer=False, checkpointing=False):
     """Documents ids (B, T + 1), each from W_0 -> the loss of every next token (B, T), in nats. eta 0 is the plain forward pass.
 
-    outer: keep the graph for a backward pass through the inner steps; checkpointing: of one chunk at a time (reentrant, as there is a gradient inside: only for .backward()).
+    outer: keep the graph for a backward pass through the inner steps.
+    checkpointing: of one chunk at a time (reentrant, as there is a gradient inside: only for .backward()).
     """
     x, y, fast, losses = model.hidden(ids[:, :-1]), ids[:, 1:], model.fast(len(ids)), []
     if eta == 0:
@@ -297,7 +303,10 @@ ARMS = ("TTT", "sliding window", "full attention")
 
 
 def train(config, run, arm, seed, device, vocab, draw):
-    """An arm from scratch on draw(rng) -> ids (B, T + 1)."""
+    """An arm from scratch, or from where its checkpoint stopped -> the model. draw: numpy generator -> ids (B, T + 1).
+
+    UserError if it has taken more than config.steps already.
+    """
     phase, rng = f"{arm} {seed}", random.Random(seed)
     torch.manual_seed(seed)
     model = build(config, vocab, arm == "full attention").to(device)
@@ -338,16 +347,17 @@ def losses(model, ids, eta, chunk, rows):
 
 ETAS, DECAYS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0), (0.0, 0.1)
 OFF, FAST, ALL = "TTT, updates off", "dynamic evaluation, fast MLP", "dynamic evaluation, all weights"
+SWEEP = [(FAST, eta, 0.0) for eta in ETAS] + [(ALL, eta, decay) for eta in ETAS[:-1] for decay in DECAYS]
 
 
 def figure_memory(config, run, device):
     T, n = config.length, config.seeds
-    bin_, where = T // 16, [(i + 1) * T // 16 for i in range(16)]
-    of = lambda loss: loss.view(len(loss), 16, -1).mean((0, 2)).tolist()                # (docs, T) -> by sixteenth of the document
+    ends = [(i + 1) * T // 16 for i in range(16)]
+    by_sixteenth = lambda loss: loss.view(len(loss), 16, -1).mean((0, 2)).tolist()      # (docs, T) -> 16 numbers
 
     def log(arm, seed, measure, **more):
         if not any(r["phase"] == "test" and (r["arm"], r["seed"], r["steps"]) == (arm, seed, config.steps) and more.items() <= r.items() for r in run.rows):
-            for x, value in zip(where, of(measure())):
+            for x, value in zip(ends, by_sixteenth(measure())):
                 run.log(phase="test", arm=arm, seed=seed, steps=config.steps, step=x, loss=value, **more)
             if run.due:
                 run.save("memory")
@@ -360,23 +370,22 @@ def figure_memory(config, run, device):
             log(arm, seed, lambda: losses(model, test, config.eta if arm == "TTT" else 0, config.chunk, 32))
         log(OFF, seed, lambda: losses(models["TTT"], test, 0, config.chunk, 32))
         plain = models["sliding window"]
-        for eta in ETAS:
-            log(FAST, seed, lambda: losses(plain, test, eta, config.chunk, 32), eta=eta, decay=0.0)
-        for eta in ETAS[:-1]:
-            for decay in DECAYS:
-                log(ALL, seed, lambda: torch.stack([dynamic_evaluation(plain, ids, eta, decay, config.chunk) for ids in test.to(device)]).cpu(), eta=eta, decay=decay)
+        for arm, eta, decay in SWEEP:
+            log(arm, seed, lambda: losses(plain, test, eta, config.chunk, 32) if arm == FAST else
+                torch.stack([dynamic_evaluation(plain, ids, eta, decay, config.chunk) for ids in test.to(device)]).cpu(), eta=eta, decay=decay)
         run.save("memory")
     get = lambda arm, **more: series(run, "loss", phase="test", arm=arm, steps=config.steps, **more)[1]                # (seeds, 16)
-    swept = {(arm, eta, decay): get(arm, eta=eta, decay=decay) for arm, etas, decays in ((FAST, ETAS, (0.0,)), (ALL, ETAS[:-1], DECAYS)) for eta in etas for decay in decays}
+    swept = {(arm, eta, decay): get(arm, eta=eta, decay=decay) for arm, eta, decay in SWEEP}
     best = {arm: min((k for k in swept if k[0] == arm), key=lambda k: swept[k].mean()) for arm in (FAST, ALL)}         # chosen on the test documents themselves
-    curves = {arm: get(arm) for arm in (*ARMS, OFF)} | {f"{arm}, eta = {eta:g}" + f", decay {decay}" * (decay > 0): swept[k] for k in best.values() for arm, eta, decay in [k]}
+    curves = {arm: get(arm) for arm in (*ARMS, OFF)}
+    curves |= {f"{arm}, eta = {eta:g}" + f", decay {decay}" * (decay > 0): swept[arm, eta, decay] for arm, eta, decay in best.values()}
     fig, axes = plt.subplots(1, 2, figsize=(14, 5), layout="constrained")
     for (arm, y), style in zip(curves.items(), ("-", "-", "-", ":", "--", "--")):
-        band(axes[0], np.array(where) - bin_ / 2, y, arm, ls=style)
+        band(axes[0], np.array(ends) - T / 32, y, arm, ls=style)
     axes[0].axhline(floor(), color="k", lw=1, label="floor: the map is known")
     axes[0].set(title="Loss while reading", xlabel="position in the document (tokens)", ylabel="loss (nats per token)", ylim=(0, None))
     for arm, decay, color, style in ((FAST, 0.0, "C4", "o-"), (ALL, 0.0, "C5", "s-"), (ALL, DECAYS[1], "C5", "s--")):
-        keys = [k for k in swept if k[0] == arm and k[2] == decay]
+        keys = [k for k in SWEEP if k[0] == arm and k[2] == decay]
         band(axes[1], [k[1] for k in keys], np.stack([swept[k].mean(1) for k in keys], 1), arm + (f", decay {decay}" if decay else ""), color=color, marker=style[0], ls=style[1:])
     for arm, color in (("TTT", "C0"), ("sliding window", "C1")):
         axes[1].axhline(get(arm).mean(), color=color, label=arm)
@@ -384,11 +393,10 @@ def figure_memory(config, run, device):
                 xscale="log", ylim=(0, 5.5))
     for ax in axes:
         ax.legend()
-    late = lambda y: y[:, 12:].mean(1)                                                                                 # the last quarter (seeds,)
+    mean, late = lambda y: y.mean(1), lambda y: y[:, 12:].mean(1)                       # of the document, of its last quarter: (seeds,)
     ttt, full = late(get("TTT")), late(get("full attention"))
     fig.suptitle(f"A window of {config.window} tokens at the end of a document: {ttt.mean():.2f} nats with test-time training, {late(get('sliding window')).mean():.2f} without; the floor is {floor():.2f} "
                  f"({n} seed{'s' if n > 1 else ''})")
-    mean = lambda y: y.mean(1)                                                                                         # (seeds,)
     dynamic = np.min([mean(swept[k]) for k in best.values()], 0)
     return fig, [
         claim("floor", "TTT on the last quarter minus the floor, worst seed (nats)", SOURCE, "near full attention", (ttt - floor()).max(), "<=", 0.25, n),
@@ -466,7 +474,7 @@ def figure_cost(config, run, device):
     for model, _ in models.values():
         model.to(device)
     for model, eta in models.values():
-        decode(model, config.chunk, eta, config, device, 0)                         # the first call of everything
+        decode(model, contexts[0], eta, config, device, 0)                          # the first call of everything
     for seed in tqdm(seeds_of(config), "round"):
         for context in contexts:
             for arm, (model, eta) in models.items():

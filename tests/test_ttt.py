@@ -1,12 +1,15 @@
 """ttt.py: gradients of gradients against finite differences, what a step may and may not touch, the reader, the tasks, and the command."""
 import copy
 import math
+import random
+from types import SimpleNamespace
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
 
-from common import Memory, check_help, check_mistake, check_quick, check_resume
+from common import Memory, check_help, check_mistake, check_quick, check_resume, finish
 
 import ttt
 from run import UserError
@@ -96,14 +99,16 @@ def test_the_states_below_get_their_gradient_through_the_steps_too():
 
 
 @pytest.mark.parametrize("chunk", [8, 16])
-def test_recomputing_each_chunk_gives_the_same_loss_and_gradients(chunk):
-    model, ids, grads, values = model_of(dtype=torch.float64), ids_of(), [], []
+def test_recomputing_each_chunk_gives_the_same_loss_and_gradients(monkeypatch, chunk):
+    model, ids, grads, values, parts, checkpoint = model_of(dtype=torch.float64), ids_of(), [], [], [], ttt.checkpoint
+    monkeypatch.setattr(ttt, "checkpoint", lambda step, x, *rest, **more: parts.append(x.shape[1]) or checkpoint(step, x, *rest, **more))
     for recompute in (False, True):
         model.zero_grad()
         loss = read(model, ids, 1.0, chunk, outer=True, checkpointing=recompute).mean()
         loss.backward()
         values.append(loss.item())
         grads.append({name: p.grad for name, p in model.named_parameters()})
+    assert parts == [chunk] * (32 // chunk)
     assert values[0] == values[1] and all(g is not None and g.abs().max() > 0 for name, g in grads[0].items())
     for name, g in grads[0].items():
         torch.testing.assert_close(grads[1][name], g, rtol=1e-6, atol=1e-10)
@@ -247,6 +252,7 @@ def test_the_forward_pass_is_that_of_w_0():
     model, ids = model_of(), ids_of()
     loss = torch.nn.functional.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(3, -1)
     assert torch.allclose(loss, read(model, ids, 0, 8), atol=1e-6)
+    assert model.lm_head.weight is not model.wte.weight and all(block.attn.q_norm for block in model.blocks)
 
 
 def test_fewer_steps_than_were_taken_are_an_error():
@@ -266,15 +272,21 @@ def test_full_attentions_last_layer_does_not_know_distances():
     assert torch.allclose(block(x, rope)[0, -1], block(torch.cat((x[:, order], x[:, -1:]), 1), rope)[0, -1], atol=1e-5)
 
 
-@pytest.mark.parametrize("n_layer", [1, 2])
-def test_dynamic_evaluation_by_hand(n_layer):
+@pytest.mark.parametrize("n_layer, size", [(1, 1.0), (2, 1.0), (2, 0.1)])
+def test_dynamic_evaluation_by_hand(n_layer, size):
     model, ids, eta, decay = model_of(n_layer=n_layer, window=3), ids_of(1, 21)[0], 0.5, 0.2
+    with torch.no_grad():
+        model.final.weight[:] *= size           # a gradient beyond the clip, and one within it
+        model.lm_head.weight[:] *= size
+    losses = dynamic_evaluation(model, ids, eta, decay, 4)
+    assert torch.equal(dynamic_evaluation(model, ids[:20], eta, decay, 4)[:16], losses[:16]) and len(dynamic_evaluation(model, ids[:20], eta, decay, 4)) == 19
     expected, start = copy.deepcopy(model), [p.detach().clone() for p in model.parameters()]
     for a in (0, 4, 8, 12, 16):
         loss = score(expected, expected.hidden(ids[None, :-1]), ids[None, 1:], expected.fast(1))[0, a:a + 4]
-        torch.testing.assert_close(dynamic_evaluation(model, ids, eta, decay, 4)[a:a + 4], loss, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(losses[a:a + 4], loss, rtol=1e-3, atol=1e-4)
         grads = torch.autograd.grad(loss.mean(), list(expected.parameters()))
         norm = math.sqrt(sum(g.square().sum().item() for g in grads))
+        assert (norm > 1) == (size == 1)
         with torch.no_grad():
             for w, g, w0 in zip(expected.parameters(), grads, start):
                 w.copy_(w - eta * g / max(1, norm) + decay * (w0 - w))
@@ -305,7 +317,7 @@ def test_a_document_follows_its_own_map_with_probability_nine_tenths():
         maps.append(tuple(best))
         hits.append((best[row[:-1]] == row[1:]).mean())
         assert sorted(best) == list(range(V))                                   # a permutation
-    assert np.mean(hits) == pytest.approx(0.9 + 0.1 / V, abs=0.01) and len(set(maps)) == 40
+    assert np.mean(hits) == pytest.approx(0.9 + 0.1 / V, abs=0.01) and len(set(maps)) == 40 and len(set(ids[:, 0])) > 15
 
 
 def test_stretches_lie_within_a_document_and_reach_its_ends():
@@ -321,18 +333,143 @@ def test_passages_do_not_overlap_and_take_one_of_each_document_first():
     assert passages(docs, 8, 9)[:, 0].tolist() == [100, 200, 108] and passages(docs, 8, 2)[:, 0].tolist() == [100, 200]
 
 
-def test_texts_are_held_out_and_too_short_ones_are_one_clear_line(tmp_path):
+def test_texts_are_held_out_and_too_short_ones_are_one_clear_line(tmp_path, monkeypatch):
+    read, train_bpe = [], ttt.train_bpe
+    monkeypatch.setattr(ttt, "train_bpe", lambda text, n: read.append(text) or train_bpe(text, n))
     for i in range(10):
         (tmp_path / f"{i}.txt").write_text(f"{i} " * 400)
     train, test = ttt.texts(small(data=str(tmp_path), vocab_size=270))
     texts = lambda docs: {tuple(ids.tolist()) for ids in docs}
-    assert len(train) == 8 and len(test) == 2 and len(texts(train) | texts(test)) == 10
+    assert len(train) == 8 and len(test) == 2 and len(texts(train) | texts(test)) == 10 and set(read[0]) == set("12346789 ")
+    most = max(map(len, train))
+    with pytest.raises(UserError, match=f"to train on has more than {most} tokens"):
+        ttt.texts(small(data=str(tmp_path), vocab_size=270, length=most))
     least = max(map(len, test)) - 16                    # with the 16 tokens of small's targets
     assert passages(test, least - 1 + 16 + 1, 3).shape[1] == least + 16 and ttt.texts(small(data=str(tmp_path), vocab_size=270, context=least - 1))
     with pytest.raises(UserError, match=f"to test on has more than {least + 16} tokens"):
         ttt.texts(small(data=str(tmp_path), vocab_size=270, context=least))
     (train,), (test,) = ttt.texts(small(data=str(tmp_path / "0.txt"), vocab_size=270))
     assert len(train) > 3 * len(test) > 100
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# The figures, with stand-ins for models and measures: each claim is about the arms, the positions and the seeds that it names
+
+def claims_of(figure):
+    return {c["id"]: (c["ours"], c["threshold"], c["holds"]) for c in figure[1]}
+
+
+def test_the_claims_of_memory_are_those_of_known_losses_and_nothing_is_measured_twice(monkeypatch):
+    late = {("TTT", 1.0): (0.9, 1.0), ("TTT", 0): (3.3, 2.5), ("sliding window", 0): (3.1, 2.9), ("full attention", 0): (0.8, 0.7)}
+    calls, tests = [], {}
+
+    def loss(model, eta, decay=None):
+        """4 nats in the first half, what is asked for in the last quarter, half a nat more before it: a mean of 2.125 + late / 2."""
+        arm, seed = model
+        if arm == "sliding window" and eta:
+            value = (2.8, 2.6)[seed] + abs(math.log10(eta)) if decay is None else 2.7 + abs(math.log10(eta / 0.3)) + decay
+        else:
+            value = late[model[0], eta][seed]
+        calls.append((model, eta, decay))
+        return torch.tensor([4.0] * 16 + [value + 0.5] * 8 + [value] * 8)
+
+    def losses(model, ids, eta, chunk, rows):
+        assert torch.equal(ids, tests.setdefault(model[1], ids)) and ids.shape == (3, 33) and chunk == 8
+        return torch.stack([loss(model, eta) + beside for beside in (-1, 0, 1)])
+
+    monkeypatch.setattr(ttt, "train", lambda config, run, arm, seed, *_: (arm, seed))
+    monkeypatch.setattr(ttt, "losses", losses)
+    monkeypatch.setattr(ttt, "dynamic_evaluation", lambda model, ids, eta, decay, chunk: loss(model, eta, decay))
+    memory = Memory()
+    fig, claims = ttt.figure_memory(small(seeds=2), memory, "cpu")
+    expected = {"floor": (f"{1.0 - floor():.3g}", "<= 0.25", False), "full": (f"{0.8 - floor():.3g}", "<= 0.3", True),
+                "dynamic": ("0.8", ">= 1.5", False),                    # (2.6 - 1) / 2 in seed 1: fast MLP, best eta 1; (2.7 - .9) / 2 in seed 0: all weights
+                "off": ("0.2", "<= 0.3", True)}                         # (2.5 - 2.9) / 2, and .1 in seed 0
+    assert claims_of((fig, claims)) == expected and not torch.equal(tests[0], tests[1])
+    assert {"dynamic evaluation, fast MLP, eta = 1", "dynamic evaluation, all weights, eta = 0.3"} < set(fig.axes[0].get_legend_handles_labels()[1])
+    curve = lambda **where: [r["loss"] for r in memory.rows if where.items() <= r.items()]
+    assert curve(arm="TTT", seed=1) == pytest.approx([4.0] * 8 + [1.5] * 4 + [1.0] * 4)
+    assert curve(seed=0, eta=0.3, decay=0.1)[-1] == pytest.approx(2.8) and curve(seed=0, eta=0.3, decay=0.0)[-1] == pytest.approx(2.7)
+    assert [r["step"] for r in memory.rows if (r["arm"], r["seed"]) == ("TTT", 0)] == list(range(2, 33, 2))
+    measured = len(calls)
+    assert claims_of(ttt.figure_memory(small(seeds=2), memory, "cpu")) == expected and len(calls) == measured
+    assert claims_of(ttt.figure_memory(small(seeds=2, steps=5), memory, "cpu")) == expected and len(calls) == 2 * measured
+
+
+def test_the_claims_of_context_are_those_of_known_losses_of_the_same_targets(monkeypatch):
+    train_docs, test_docs = [torch.arange(500)], [torch.arange(1000, 1600)]
+    known = {("TTT", 1.0): ((3.0, 2.5), (3.0, 2.3)), ("TTT", 0): ((3.3, 3.25), (3.3, 3.15)),        # by seed: after 64 tokens, after 256
+             ("sliding window", 0): ((3.4, 3.3), (3.4, 3.4)), ("full attention", 0): ((3.5, 3.5), (3.5, 3.5))}
+
+    def train(config, run, arm, seed, device, vocab, draw):
+        ids = draw(np.random.default_rng(seed))
+        assert ids.shape == (3, 33) and ids.max() < 500
+        return arm, seed
+
+    def losses(model, ids, eta, chunk, rows):
+        """Only the targets, the last 16, have the loss that counts."""
+        context = ids.shape[1] - 17
+        assert context in (64, 256) and ids[:, -1].tolist() == [1272, 1545]
+        value = known[model[0], eta][model[1]][context == 256] if (model[0], eta) in known else 3.2 + abs(math.log10(eta / 3)) if context == 256 else 3.35 + abs(math.log10(eta / 30)) / 10
+        return torch.cat((torch.full((2, context), 99.0), torch.full((2, 16), value)), 1)
+
+    monkeypatch.setattr(ttt, "train", train)
+    monkeypatch.setattr(ttt, "losses", losses)
+    memory = Memory()
+    figure = ttt.figure_context(small(figure="context", context=256, seeds=2), memory, "cpu", train_docs, test_docs)
+    assert claims_of(figure) == {"ttt": ("0.6", ">= 0.141", True), "over window": ("0.55 (0.05)", ">= 0.212", True), "over dynamic": ("0.35 (0.25)", ">= 0", True)}
+    assert [r["loss"] for r in memory.rows if r["arm"] == "TTT, updates off"] == pytest.approx([3.3, 3.25, 3.3, 3.15])
+    assert "dynamic evaluation, fast MLP, eta = 3.0" in figure[0].axes[0].get_legend_handles_labels()[1]
+
+
+def test_the_claims_of_cost_are_those_of_known_costs(monkeypatch):
+    def decode(model, context, eta, config, device, seed):
+        """The shortest and the longest context count, 16 and 256, of three seeds the median."""
+        full, long = model.config.window is None, context == 256
+        time = (4.0 if full else 1.1 if eta else 1.07) if long else 1.0
+        return {"read_us_per_token": 7.0 if long else 1.0, "us_per_token": time * (9 if seed == 2 else 1), "bytes": (160 if long else 10) if full else 100 if eta else 50 - long}
+
+    monkeypatch.setattr(ttt, "decode", decode)
+    memory = Memory()
+    claims = claims_of(ttt.figure_cost(small(figure="cost", context=256, seeds=3), memory, "cpu"))
+    assert {r["bytes"] for r in memory.rows if r["arm"] == "sliding window"} == {50, 49}
+    assert claims == {"time": ("1.1", "<= 1.15", True), "memory": ("1", "<= 1", True), "full time": ("4", ">= 1.5", True), "full memory": ("16", ">= 8", True)}
+
+
+def test_decoding_counts_time_per_token_once_warm(monkeypatch):
+    """Reading takes a second a token; writing a hundred in the first chunk, then two, but for one slow chunk."""
+    clock, seen = [0.0], []
+
+    class Slow:
+        def __init__(self, model, rows, eta, chunk, capacity):
+            assert capacity == 32 + 5 * 8
+
+        def feed(self, ids):
+            written = (sum(seen) - 32) // 8
+            seen.append(ids.shape[1])
+            clock[0] += ids.shape[1] * (1 if written < 0 else (100, 2, 50, 2, 2)[written])
+            return torch.zeros(1)
+
+        def bytes(self):
+            return 7
+
+    monkeypatch.setattr(ttt, "Reader", Slow)
+    monkeypatch.setattr(ttt, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    assert ttt.decode(None, 32, 1.0, small(), "cpu", 0) == {"read_us_per_token": 1e6, "us_per_token": 2e6, "bytes": 7} and seen == [8] * 4 + [1] * 40
+
+
+def test_behind_the_longest_context_there_is_room_to_write():
+    config = small(figure="cost", n_layer=1, chunk=40, context=128)
+    assert ttt.decode(build(config, V), 128, 1.0, config, "cpu", 0)["bytes"] > 0
+
+
+@pytest.mark.parametrize("figure", ["memory", "cost"])
+def test_a_flag_beats_what_the_figure_would_take(figure, monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr(ttt, f"figure_{figure}", lambda config, *_: seen.append(config) or (plt.figure(), []))
+    finish("ttt.py", "--figure", figure, "--steps", 7, "--lr", 0.5, "--out", tmp_path)
+    config, = seen
+    assert (config.steps, config.lr, config.chunk, config.n_fast) == (7, 0.5, ttt.SIZES[figure]["chunk"], ttt.SIZES[figure]["n_fast"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -347,6 +484,58 @@ def test_every_arm_sees_the_same_documents_and_only_ttt_steps_inside(monkeypatch
         assert torch.equal(a[0], b[0]) and torch.equal(a[0], c[0]) and b[1] == c[1] == 0
     etas = [eta for _, eta in seen[:20]]
     assert etas[0] == pytest.approx(0.1) and etas[1] == pytest.approx(0.55) and set(etas[2:]) == {1.0} and not torch.equal(seen[0][0], seen[1][0])
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_training_by_hand(arm):
+    """The schedule, the clip, the optimizer and the seeds: weights after four steps."""
+    config, draw, rng, norms = small(lr=0.5), lambda rng: documents(rng, 3, 33), random.Random(3), []
+    trained = ttt.train(config, Memory(), arm, 3, "cpu", V, draw)
+    torch.manual_seed(3)
+    model = build(config, V, full=arm == "full attention")
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    for step in range(4):
+        optimizer.param_groups[0]["lr"] = 0.5 * (step + 1) / 40
+        read(model, draw(np.random.default_rng(rng.getrandbits(64))), (0.1, 1.0, 1.0, 1.0)[step] * (arm == "TTT"), 8, outer=True).mean().backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
+        optimizer.step()
+        optimizer.zero_grad()
+    assert max(norms) > 1
+    for (name, p), q in zip(model.named_parameters(), trained.parameters(), strict=True):
+        torch.testing.assert_close(q, p, rtol=1e-4, atol=1e-5, msg=name)
+    assert trained.config.window == model.config.window == (None if arm == "full attention" else 5)
+
+
+def test_an_interrupted_training_goes_on_to_the_bit_and_every_arm_and_seed_is_trained():
+    class Interrupted(Memory):
+        due = property(lambda self: len(self.rows) == 2)
+
+        def save(self, phase, **state):
+            super().save(phase, **state)
+            if len(self.rows) == 2:
+                raise KeyboardInterrupt
+
+        def __init__(self):
+            self.rows, self.state = [], {}
+
+    whole, halted, draw = Memory(), Interrupted(), lambda rng: documents(rng, 2, 17)
+    run = lambda memory: [ttt.train(small(), memory, arm, seed, "cpu", V, draw) for seed in range(2) for arm in ARMS]
+    models = run(whole)
+    with pytest.raises(KeyboardInterrupt):
+        run(halted)
+    resumed = run(halted)
+    rows = lambda memory: [{k: v for k, v in row.items() if k != "seconds"} for row in memory.rows]
+    assert rows(halted) == rows(whole) and [(r["arm"], r["seed"], r["step"]) for r in whole.rows] == [(arm, seed, step) for seed in range(2) for arm in ARMS for step in range(4)]
+    assert all(torch.equal(p, q) for a, b in zip(models, resumed) for p, q in zip(a.parameters(), b.parameters()))
+    assert len({round(r["loss"], 6) for r in whole.rows if r["step"] == 0}) == 6
+    assert not torch.equal(models[0].wte.weight, models[3].wte.weight)
+
+
+def test_documents_are_read_a_few_at_a_time(monkeypatch):
+    model, ids, sizes = model_of(), ids_of(5), []
+    monkeypatch.setattr(ttt, "read", lambda model, ids, eta, chunk: sizes.append(len(ids)) or read(model, ids, eta, chunk))
+    torch.testing.assert_close(ttt.losses(model, ids, 1.0, 8, 2), read(model, ids, 1.0, 8))
+    assert sizes == [2, 2, 1]
 
 
 def test_training_learns_to_learn():
@@ -368,7 +557,7 @@ def test_help_lists_every_flag():
     check_help("ttt.py")
 
 
-@pytest.mark.parametrize("flags", ["--bogus", "--steps 0", "--chunk 24", "--figure none", "--lr nan", "--n-embd 65", "--window 0", "--resume",
+@pytest.mark.parametrize("flags", ["--bogus", "--steps 0", "--chunk 24", "--length 24 --chunk 8", "--figure none", "--lr nan", "--n-embd 65", "--window 0", "--resume",
                                    "--figure context --data /nowhere"])
 def test_a_mistake_in_the_flags_is_one_line_and_exit_code_2(flags, tmp_path):
     check_mistake("ttt.py", flags, tmp_path)
