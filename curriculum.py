@@ -481,23 +481,23 @@ def figure_explore(config, run, device):
                               f"no gap, trained at {budget}": tested(run, "no gap")}, "Success beyond the training budget")
     for ax in axes.flat[:5]:
         ax.legend()
-    grown = {arm: (of(run, arm, "attempts") / of(run, arm, "attempts", False)).mean() for arm in ("full", "no gap")}
-    rise = {arm: (of(run, arm, f"pass@1 of {budget}") - of(run, arm, f"pass@1 of {budget}", False)).mean() for arm in ("full", "no gap")}
-    fig.suptitle(f"A model that can check its guesses learns to make more of them: attempts x{grown['full']:.1f}, without the gap x{grown['no gap']:.1f} "
+    grown = {arm: (of(run, arm, "attempts") / of(run, arm, "attempts", False)) for arm in ("full", "no gap")}
+    rise = {arm: (of(run, arm, f"pass@1 of {budget}") - of(run, arm, f"pass@1 of {budget}", False)) for arm in ("full", "no gap")}
+    fig.suptitle(f"A model that can check its guesses learns to make more of them: attempts x{grown['full'].mean():.1f}, without the gap x{grown['no gap'].mean():.1f} "
                  f"({n} seed{'s' if n > 1 else ''})")
-    short, entropy = tested(run, "budget 16").mean(0), pk["full"][:, :, 2]
+    short, entropy = tested(run, "budget 16").T, pk["full"][:, :, 2]
     return fig, [
         claim("pk", "p^k: steps to 50%, masked over full (median of 5)", SOURCE, "masked is flat", ratio, ">=", 1.5, 5),
-        claim("pk length", "p^k, full: length at its peak over the start", SOURCE, "3", (pk["full"][:, :, 1].max(1) / pk["full"][:, 0, 1]).mean(), ">=", 2.5, 5),
-        claim("pk entropy", "p^k, full: rise of the entropy above its start (nats)", SOURCE, "rises", (entropy.max(1) - entropy[:, 0]).mean(), ">=", 0.05, 5),
+        claim("pk length", "p^k, full: length at its peak over the start", SOURCE, "3", pk["full"][:, :, 1].max(1) / pk["full"][:, 0, 1], ">=", 2.5, 5),
+        claim("pk entropy", "p^k, full: rise of the entropy above its start (nats)", SOURCE, "rises", entropy.max(1) - entropy[:, 0], ">=", 0.05, 5),
         claim("gap", "verdict gap of the base, worst seed (a condition)", SOURCE, "a gap", of(run, "full", "gap", False).min(), ">=", config.gate, n),
         claim("no gap", "the same of the base without a gap, largest", SOURCE, "no gap", of(run, "no gap", "gap", False).max(), "<=", 0.5, n),
-        claim("positions", "verdicts: mean of attempts 17 to 56 minus that of 1 to 16", "design of the task", "-", right[:, 16:].mean() - right[:, :16].mean(), ">=", -0.05, n),
+        claim("positions", "verdicts: mean of attempts 17 to 56 minus that of 1 to 16", "design of the task", "-", right[:, 16:].mean(1) - right[:, :16].mean(1), ">=", -0.05, n),
         claim("attempts", "attempts (of 256 tokens), after over before, gap", SOURCE, "grow", grown["full"], ">=", 2.5, n),
         claim("attempts no gap", "the same without a gap", SOURCE, "flat", grown["no gap"], "<=", 1.15, n),
         claim("rise", "rise of pass@1 at the training budget, gap", SOURCE, "0.2 to 0.5", rise["full"], ">=", 0.30, n),
         claim("rise no gap", "the same without a gap", SOURCE, "about 0", rise["no gap"], "<=", 0.04, n),
-        claim("extrapolation", "trained at 16 tokens: pass@1 at 64 minus at 16", SOURCE, "+0.11", short[2] - short[0], ">=", 0.15, n, f" ({short[0]:.2f}, {short[2]:.2f})"),
+        claim("extrapolation", "trained at 16 tokens: pass@1 at 64 minus at 16", SOURCE, "+0.11", short[2] - short[0], ">=", 0.15, n, f" ({short[0].mean():.2f}, {short[2].mean():.2f})"),
         *mask_claims(run, "full", "masked", budget, n),
         claim("bonus", "entropy, masked with bonus over masked", SOURCE, "0.06 / 0.03", of(run, "masked, entropy bonus", "entropy").mean() / of(run, "masked", "entropy").mean(),
               ">=", 1.5, n)]
@@ -529,18 +529,18 @@ def figure_curriculum(config, run, device):
                  "Where the rule looks, and what training at each budget gives")
     for b in set(chosen):
         axes[1].axvline(b, color="k", ls=":", lw=1)
-    one, two, four = (of_rule(coupled, factor).mean() for factor in (1, 2, 4))
+    one, two, four = (of_rule(coupled, factor) for factor in (1, 2, 4))
     rival = max(of_rule(curves[arm], 4).mean() for arm in rivals)
-    fig.suptitle(f"Easy and short, then hard and long: {one:.2f} at the training budget, {two:.2f} at twice, {four:.2f} at 4 times; the best rival {rival:.2f}")
+    fig.suptitle(f"Easy and short, then hard and long: {one.mean():.2f} at the training budget, {two.mean():.2f} at twice, {four.mean():.2f} at 4 times; the best rival {rival:.2f}")
     lost = trained[:, :, -1].max(1) - np.array([trained[i, grid.index(b), -1] for i, b in enumerate(chosen)])
     print("\ntrained at (B* = " + ", ".join(map(str, chosen)) + "), tested at " + " ".join(f"{b:>7}" for b in BUDGETS))
     for b, row in zip(grid, trained.mean(0)):
         print(f"{b:>40} " + " ".join(f"{x:7.3f}" for x in row))
     return fig, [
-        claim("twice", "coupled: pass@1 at 2x the training budget minus at 1x", SOURCE, "grows", two - one, ">=", 0.05, n, f" ({one:.2f}, {two:.2f})"),
-        *[claim(f"over {arm}", f"coupled minus {arm}, at 4x", SOURCE, paper, four - of_rule(curves[arm], 4).mean(), ">=", 0.03, n)
+        claim("twice", "coupled: pass@1 at 2x the training budget minus at 1x", SOURCE, "grows", two - one, ">=", 0.05, n, f" ({one.mean():.2f}, {two.mean():.2f})"),
+        *[claim(f"over {arm}", f"coupled minus {arm}, at 4x", SOURCE, paper, four - of_rule(curves[arm], 4), ">=", 0.03, n)
           for arm, paper in zip(rivals, ("+0.09", "more", "+0.07"))],
-        claim("rule", f"pass@1 at {LONGEST} tokens: best training budget minus the rule's", SOURCE, "at the plateau", lost.mean(), "<=", 0.03, n)]
+        claim("rule", f"pass@1 at {LONGEST} tokens: best training budget minus the rule's", SOURCE, "at the plateau", lost, "<=", 0.03, n)]
 
 
 def figure_budget(config, run, device):
@@ -549,13 +549,13 @@ def figure_budget(config, run, device):
         base = warm_up(config, run, seed, device)
         for b, arm in arms.items():
             train(config, run, arm, seed, base, [(config.numbers, b, None)], BUDGETS)
-    matrix = {b: tested(run, arm).mean(0) for b, arm in arms.items()}
+    matrix = {b: tested(run, arm).T for b, arm in arms.items()}          # (budgets, seeds)
     fig, ax = plt.subplots(figsize=(8, 5), layout="constrained")
     draw_budgets(ax, {"base": tested(run, arms[16], False)} | {f"trained at {b}": tested(run, arm) for b, arm in arms.items()},
-                 f"At {LONGEST} tokens: {matrix[16][-1]:.2f} if trained at 16, {matrix[128][-1]:.2f} if trained at 128 ({config.steps} steps, {config.seeds} seeds)")
+                 f"At {LONGEST} tokens: {matrix[16][-1].mean():.2f} if trained at 16, {matrix[128][-1].mean():.2f} if trained at 128 ({config.steps} steps, {config.seeds} seeds)")
     print("\ntrained at, tested at " + " ".join(f"{b:>7}" for b in BUDGETS))
     for b, row in matrix.items():
-        print(f"{b:>21} " + " ".join(f"{x:7.3f}" for x in row))
+        print(f"{b:>21} " + " ".join(f"{x:7.3f}" for x in row.mean(1)))
     return fig, [
         claim("short", "tested at 64 tokens: trained at 64 minus trained at 16", SOURCE, "positive", matrix[64][2] - matrix[16][2], ">=", 0.03, config.seeds),
         claim("flat", "trained at 16: pass@1 at 256 tokens minus at 64", SOURCE, "flat (4k)", matrix[16][4] - matrix[16][2], "<=", 0.05, config.seeds),

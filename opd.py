@@ -855,9 +855,9 @@ def end(run, arm, key="pass@1"):
 
 
 def at(run, arm, step, key="pass@1"):
-    """The mean over seeds of a metric at the first evaluation at or after a step, or at the last one."""
+    """A metric at the first evaluation at or after a step, or at the last one, of each seed (seeds,)."""
     x, y = series(run, key, phase="train", arm=arm)
-    return y[:, np.searchsorted(x, min(step, x[-1]))].mean()
+    return y[:, np.searchsorted(x, min(step, x[-1]))]
 
 
 def first_at(run, arm, level, key="pass@1", unit="sampled_tokens"):
@@ -903,7 +903,7 @@ def figure_family(config, run, device):
     if config.arms:
         return fig, []
     fig.suptitle(f"A dense signal on the student's own answers learns fastest; a privileged self-teacher leaks ({config.seeds} seeds)")
-    opd, sft, grpo = end(run, "opd").mean(), end(run, "sft").mean(), end(run, "grpo").mean()
+    opd, sft, grpo = (end(run, arm) for arm in ("opd", "sft", "grpo"))
     fast, slow, n = first_at(run, "opd", 0.85), first_at(run, "grpo", 0.85), config.seeds
     never = math.isinf(slow)
     slow = series(run, "sampled_tokens", phase="train", arm="grpo")[1].mean(0)[-1] if never else slow
@@ -915,12 +915,12 @@ def figure_family(config, run, device):
         claim("sft", "SFT on the expert's answers, pass@1 at the end", qwen, "55.0", sft, ">=", 0.88, n),
         claim("sft plateau", "OPD minus SFT at the end", qwen, "19.4 points", opd - sft, ">=", 0.005, n),
         claim("grpo tokens", "sampled tokens to .85, GRPO over OPD" + (" (at least: never there)" if never else ""), qwen, "10x (GPU hours)",
-              slow / fast, ">=", 2.5, n, f" (GRPO ends {grpo:.2f})"),
-        claim("opsd leak", "OPSD, rate of passwords at the end (peak of pass@1)", privileged, "fails", end(run, "opsd", "password_rate").mean(), ">=", 0.3, n, f" ({peak:.2f})"),
+              slow / fast, ">=", 2.5, n, f" (GRPO ends {grpo.mean():.2f})"),
+        claim("opsd leak", "OPSD, rate of passwords at the end (peak of pass@1)", privileged, "fails", end(run, "opsd", "password_rate"), ">=", 0.3, n, f" ({peak:.2f})"),
         claim("clip leak", "OPSD with clip, rate of passwords, worst seed", "arXiv 2601.18734, code", "clip added", end(run, "opsd_clip", "password_rate").max(), "<=", 0.02, n),
-        claim("clip", "OPSD with clip, pass@1 at the end", "arXiv 2601.18734, code", "clip added", end(run, "opsd_clip").mean(), ">=", 0.83, n),
+        claim("clip", "OPSD with clip, pass@1 at the end", "arXiv 2601.18734, code", "clip added", end(run, "opsd_clip"), ">=", 0.83, n),
         claim("rmsd leak", "RMSD, rate of passwords, worst seed", rmsd, "-", end(run, "rmsd", "password_rate").max(), "<=", 0.02, n),
-        claim("rmsd", "RMSD, pass@1 at the end", rmsd, "-", end(run, "rmsd").mean(), ">=", 0.83, n)]
+        claim("rmsd", "RMSD, pass@1 at the end", rmsd, "-", end(run, "rmsd"), ">=", 0.83, n)]
 
 
 def figure_checkpoints(config, run, student, teacher):
@@ -960,19 +960,19 @@ def figure_cold(config, run, device):
     axes[1].set_xticks(range(len(budgets)), budgets)
     axes[1].legend()
     g, o, n = at(run, "grpo", 20), at(run, "opd", 20), config.seeds
-    fig.suptitle(f"No success, no gradient: after 20 steps GRPO is at {g:.2f}, OPD at {o:.2f} ({n} seeds)")
+    fig.suptitle(f"No success, no gradient: after 20 steps GRPO is at {g.mean():.2f}, OPD at {o.mean():.2f} ({n} seeds)")
     early = {}
     for arm in ("opd", "trb", "skd"):
         x, y = series(run, "pass@1", phase="train", arm=arm)
-        early[arm] = y[:, (x > 0) & (x <= 40)].mean()
-    gain, trb = probe.mean(0)[1, 2] - probe.mean(0)[1, 0], "Plyusov et al., arXiv 2605.31159"
+        early[arm] = y[:, (x > 0) & (x <= 40)].mean(1)
+    gain, trb = probe[:, 1, 2] - probe[:, 1, 0], "Plyusov et al., arXiv 2605.31159"
     return fig, [
         claim("grpo", "GRPO, pass@1 at step 20", "design of the task", "-", g, "<=", 0.10, n),
         claim("opd", "OPD, pass@1 at step 20", "design of the task", "-", o, ">=", 0.60, n),
         claim("probe", "TRB's probe: gain of eps .1 over 0, 4 tokens", trb, "positive", gain, ">=", 0.08, n),
         claim("probe monotone", "TRB's probe: smallest step up in eps", trb, "grows", np.diff(probe.mean(0)).min(), ">=", 0, n),
         claim("trb", "TRB minus OPD, mean pass@1 of steps 1 to 40", trb, "+0.4 to +0.9 points", early["trb"] - early["opd"], ">=", 0, n),
-        claim("trb end", "TRB minus OPD at the end", trb, "+0.4 to +0.9 points", end(run, "trb").mean() - end(run, "opd").mean(), ">=", -0.02, n),
+        claim("trb end", "TRB minus OPD at the end", trb, "+0.4 to +0.9 points", end(run, "trb") - end(run, "opd"), ">=", -0.02, n),
         claim("skd", "SKD minus OPD, mean pass@1 of steps 1 to 40", "Xu et al., arXiv 2410.11325", "better", early["skd"] - early["opd"], ">=", 0, n),
         claim("skd anneals", "SKD: tokens replaced, last third over first 5 steps", "Xu et al., arXiv 2410.11325", "falls by itself",
               end(run, "skd", "changed").mean() / series(run, "changed", phase="train", arm="skd")[1][:, 0].mean(), "<=", 0.33, n)]
@@ -985,13 +985,13 @@ def figure_estimators(config, run, device):
     curves(axes[0], run, arms, "pass@1", "Sampled at temperature 1", "held-out pass@1", unit="step")
     curves(axes[1], run, arms, "greedy", "Greedy", "held-out pass@1", unit="step")
     axes[1].legend()
-    raw, greedy, n = end(run, "opd_top4").mean(), end(run, "opd_top4", "greedy").mean(), config.seeds
-    fig.suptitle(f"Reverse KL over the student's top 4, not renormalised: greedy {greedy:.2f}, sampled {raw:.2f} ({n} seeds)")
+    raw, greedy, n = end(run, "opd_top4"), end(run, "opd_top4", "greedy"), config.seeds
+    fig.suptitle(f"Reverse KL over the student's top 4, not renormalised: greedy {greedy.mean():.2f}, sampled {raw.mean():.2f} ({n} seeds)")
     source, gkd = "arXiv 2605.11182", "Agarwal et al., arXiv 2306.13649"
     return fig, [
         claim("raw sampled", "top 4, raw: sampled pass@1 at the end", source, "biased gradient", raw, "<=", 0.2, n),
         claim("raw greedy", "top 4, raw: greedy pass@1 at the end", source, "-", greedy, ">=", 0.95, n),
-        *(claim(arm, f"{arm}: sampled pass@1 at the end", origin, "-", end(run, arm).mean(), ">=", 0.92, n) for arm, origin in zip(arms, (
+        *(claim(arm, f"{arm}: sampled pass@1 at the end", origin, "-", end(run, arm), ">=", 0.92, n) for arm, origin in zip(arms, (
             gkd, "Lu and Thinking Machines 2025", gkd, gkd, source, "arXiv 2604.13016")))]
 
 
@@ -1001,10 +1001,10 @@ def figure_few(config, run, device):
     fig, ax = plt.subplots(figsize=(8, 5), layout="constrained")
     curves(ax, run, arms, "pass@1", f"24 training prompts: the student's own mistakes make them many ({config.seeds} seeds)", "held-out pass@1")
     ax.legend()
-    opd, sft, grpo = (end(run, arm).mean() for arm in ("opd", "sft", "grpo"))
+    opd, sft, grpo = (end(run, arm) for arm in ("opd", "sft", "grpo"))
     return fig, [
-        claim("opd", "OPD minus SFT at the end", "Lu and Thinking Machines 2025", "one prompt suffices", opd - sft, ">=", 0.05, config.seeds, f" ({opd:.2f}, {sft:.2f})"),
-        claim("sft", "SFT minus GRPO at the end", "design of the task", "-", sft - grpo, ">=", 0.03, config.seeds, f" ({grpo:.2f})")]
+        claim("opd", "OPD minus SFT at the end", "Lu and Thinking Machines 2025", "one prompt suffices", opd - sft, ">=", 0.05, config.seeds, f" ({opd.mean():.2f}, {sft.mean():.2f})"),
+        claim("sft", "SFT minus GRPO at the end", "design of the task", "-", sft - grpo, ">=", 0.03, config.seeds, f" ({grpo.mean():.2f})")]
 
 
 def figure_selfteach(config, run, device):
@@ -1033,14 +1033,14 @@ def figure_selfteach(config, run, device):
     for ax in axes.flat:
         ax.legend()
     n, (fast, slow) = config.seeds, (first_at(run, f"{arm}, rule", 0.9, "renamed", "step") for arm in ("rmsd", "opsd"))
-    drift = lambda arm, step: at(run, arm, step, "formal") - at(run, arm, 0, "formal")
+    drift = lambda arm, step: (at(run, arm, step, "formal") - at(run, arm, 0, "formal")).mean()
     last = lambda arm: series(run, "password_rate", phase="train", arm=arm)[1][:, -1]
-    password = {arm: end(run, arm, "password_rate").mean() for arm in secret}
+    password = {arm: end(run, arm, "password_rate") for arm in secret}
     fig.suptitle(f"Its own teacher: what a shared rule teaches, a password does not ({n} seeds)")
     privileged, rmsd, pedagogy = "arXiv 2605.11182", "Applied Compute 2026", "Chakraborty et al. 2026"
     return fig, [
-        claim("rule", "OPSD, shared rule: obeyed where the place is named", privileged, "works", end(run, "opsd, rule", "renamed").mean(), ">=", 0.9, n),
-        claim("rule off topic", "OPSD, shared rule: aliases where none belong", rmsd, "specificity .93", end(run, "opsd, rule", "off_topic").mean(), "<=", 0.05, n),
+        claim("rule", "OPSD, shared rule: obeyed where the place is named", privileged, "works", end(run, "opsd, rule", "renamed"), ">=", 0.9, n),
+        claim("rule off topic", "OPSD, shared rule: aliases where none belong", rmsd, "specificity .93", end(run, "opsd, rule", "off_topic"), "<=", 0.05, n),
         claim("password", "OPSD, password: rate of passwords (pass@1)", privileged, "fails", password["opsd"], ">=", 0.3, n, f" ({end(run, 'opsd').mean():.2f})"),
         claim("live", "the same, live teacher (pass@1)", "arXiv 2601.18734", "freeze it", password["opsd_live"], ">=", 0.3, n, f" ({end(run, 'opsd_live').mean():.2f})"),
         claim("no judge", "RMSD without a judge: rate of passwords", rmsd, "-", password["rmsd_no_judge"], ">=", 0.3, n),
@@ -1049,10 +1049,10 @@ def figure_selfteach(config, run, device):
         claim("rmsd faster", "steps to .9 on the rule, RMSD over OPSD", rmsd, "about half", fast / slow if slow < math.inf else math.nan, "<=", 0.8, n, f" ({fast:.0f}, {slow:.0f})"),
         claim("rmsd drift", "drift to style A by then, RMSD over OPSD", rmsd, "-", drift("rmsd, rule", fast) / drift("opsd, rule", slow), "<=", 0.5, n),
         claim("rmsd drift end", "the same at the end of the run", rmsd, "-", drift("rmsd, rule", 100) / drift("opsd, rule", 100), "<=", 0.5, n),
-        claim("grpo", "GRPO on the rule: never samples what it needs", rmsd, "RL never sees it", end(run, "grpo, rule", "renamed").mean(), "<=", 0.02, n),
+        claim("grpo", "GRPO on the rule: never samples what it needs", rmsd, "RL never sees it", end(run, "grpo, rule", "renamed"), "<=", 0.02, n),
         claim("pedagogue", "pedagogue: rate of passwords, worst seed", pedagogy, "-", last("pedagogue").max(), "<=", 0.05, n),
-        claim("pedagogue reward", "the same, trained on the reward only, mean", pedagogy, "-", last("pedagogue, reward only").mean(), ">=", 0.9, n),
-        claim("pedagogical", "Pedagogical RL, student's pass@1 (no proximity, no gate)", pedagogy, "+40% relative", end(run, "pedagogical").mean(), ">=", 0.8, n,
+        claim("pedagogue reward", "the same, trained on the reward only, mean", pedagogy, "-", last("pedagogue, reward only"), ">=", 0.9, n),
+        claim("pedagogical", "Pedagogical RL, student's pass@1 (no proximity, no gate)", pedagogy, "+40% relative", end(run, "pedagogical"), ">=", 0.8, n,
               f" ({end(run, 'pedagogical, reward only').mean():.2f})")]
 
 
