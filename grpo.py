@@ -371,7 +371,7 @@ def collect(model, config, rng, generator):
     """
     dynamic, kept, rows, rewards, tokens, dull, right, seen = config.method.dynamic, [], [], [], 0, 0, 0, 0
     mine, G = share(config.prompts), config.group
-    while seen == 0 or (dynamic and len(kept) < config.prompts and seen < 4 * config.prompts):
+    while seen == 0 or (dynamic and len(rewards) < config.prompts and seen < 4 * config.prompts):
         problems = [task_of(config).draw(rng) for _ in range(config.prompts)]
         rollout, _, r = sample(model, problems, G, config, generator, config.sampler, mine)
         r = gathered(r, mine, config.prompts)

@@ -558,6 +558,16 @@ def test_dynamic_sampling_gives_up_after_four_batches(monkeypatch):
     assert len(calls) == 4 and stats["zero_variance"] == 1 and stats["tokens"] == 4 * rollout.mask.sum() and (advantages(rewards, "std") == 0).all()
 
 
+@pytest.mark.parametrize("mine", [slice(0, 1), slice(1, 3)])
+def test_dynamic_sampling_of_several_processes_ends_when_together_they_have_enough(mine, monkeypatch):
+    calls, config = [], small(loss="dapo", prompts=3)
+    monkeypatch.setattr(grpo, "sample", fake_sample(calls, lambda _, P, n: torch.eye(n)[:P]))       # every group is mixed
+    monkeypatch.setattr(grpo, "share", lambda n: mine)
+    monkeypatch.setattr(grpo, "gathered", lambda part, rows, n: part)
+    rollout, rewards, _ = grpo.collect(None, config, random.Random(0), None)
+    assert len(calls) == 1 and len(rewards) == 3 and rollout.rows.tolist() == list(range(4 * mine.start, 4 * mine.stop))
+
+
 # ---------------------------------------------------------------------------------------------------------------------------
 # The length bias, and the command
 
