@@ -537,9 +537,10 @@ def length_bias_gpt(config, run, arm, seed, base):
         update(model, base, optimizer, rollout, coins.float().view(config.prompts, config.group), config, generator)
         wrong, right = (rollout.lengths[coins == c].float().mean().item() for c in (0, 1))
         run.log(phase="rl", arm=arm, seed=seed, step=step + 1, length_right=right, length_wrong=wrong)
+        if step + 1 == config.steps:
+            print(f"{arm}, seed {seed}: wrong answers {wrong:.1f} tokens, right answers {right:.1f}")
         if run.due or step + 1 == config.steps:
             run.save(phase, **snapshot(step + 1, model, optimizer, rng, generator))
-    print(f"{arm}, seed {seed}: wrong answers {wrong:.1f} tokens, right answers {right:.1f}" if config.steps else "")
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -643,7 +644,7 @@ def figure_length(config, run, device):
         ax.legend()
     fig.suptitle("A coin decides right or wrong, nothing rewards length: divided by its own length, the wrong answer grows; by a constant, it does not")
     ratio = {arm: (p[:, -1, 0] / p[:, -1, 1]).mean() for arm, p in paths.items()}
-    tail = lambda arm, name: series(run, f"length_{name}", phase="rl", arm=arm)[1][:, -10:].mean()
+    tail = lambda arm, name: series(run, f"length_{name}", phase="rl", arm=arm)[1][..., -10:].mean()
     gpt = {arm: tail(arm, "wrong") / tail(arm, "right") for arm in ("grpo", "dr_grpo")}
     source = "Liu et al., arXiv 2503.20783"
     return fig, [
