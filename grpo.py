@@ -14,7 +14,7 @@ The task is column addition. A problem is two numbers, their digits named by col
     c8C3112             column c: 8 and 3, carry in 1, make 12          the last digits say 207: reward 1
 
 The base model is trained on demonstrators who take the columns in random order, guess a carry that they can't know yet, and now
-and then go back to a column. It can do every step, and is right about a third of the time. The reward says only whether the
+and then go back to a column. It can do every step, and is right about a quarter of the time. The reward says only whether the
 final digits are right. What RL has to find is what every child is told: work from right to left, and nothing is guessed.
 
 The loss, with rho = exp(logp - old_logp), is four independent choices (`LOSSES` lists the usual combinations by their names):
@@ -28,13 +28,13 @@ The loss, with rho = exp(logp - old_logp), is four independent choices (`LOSSES`
 How this differs from the papers:
 1. One gradient step per rollout batch (--minibatches 1), so rho = 1 and clipping is idle: fewer things to tune. `variants` takes 4.
    AdamW forgives constant factors, so that then rloo and dr_grpo differ by little more than their names.
-2. DAPO (arXiv 2503.14476): clip-higher, token aggregation and dynamic sampling; no overlong reward, the task has no long answers.
+2. DAPO (arXiv 2503.14476): clip-higher, token aggregation (over the batch, not by group) and dynamic sampling; no overlong reward.
 3. GSPO's clip range (arXiv 2507.18071: 3e-4, 4e-4) is 100 times wider: a small model's sequence ratio moves more in one step.
 4. With stratified or lattice samples a group's answers depend on one another: its mean is no longer an unbiased baseline.
 5. Word problems (--data) are drawn with replacement, not in epochs. Their verifier is that of GSM8K's authors (arXiv 2110.14168): the first
    "#### number" of the answer, without commas, must be the reference's, letter by letter; an answer need not be finished.
 
-What to see: held-out pass@1 from about .3 to over .9 in 45 steps; guessed carries from half of the lines to almost none.
+What to see: held-out pass@1 from about .27 to over .95 in 45 steps; guessed carries from half of the lines to almost none.
 The value of a policy gradient's loss says nothing about success: watch `reward` and `pass@1`.
 """
 import copy
@@ -216,7 +216,7 @@ def group_uniforms(prompts, group, kind, generator):
 
 
 def advantages(rewards, kind):
-    """rewards (P, G) -> advantages (P, G). A group of equal rewards gets exactly 0 (but for `batch`), not rounding noise over 1e-6."""
+    """rewards (P, G) -> advantages (P, G), `kind` as in --advantage. A group of equal rewards gets exactly 0 (but for `batch`), not rounding noise over 1e-6."""
     if kind == "batch":
         return rewards - rewards.mean()
     centred = torch.where((rewards == rewards[:, :1]).all(1, keepdim=True), 0.0, rewards - rewards.mean(1, keepdim=True))
@@ -250,7 +250,8 @@ def aggregation_weights(mask, kind, budget, rows=None, tokens=None):
     sequence: mean over rows of the mean over tokens. token: mean over all tokens. constant: sum / (rows * budget). sum: sum / rows.
     rows, tokens: how many the step has, where other processes hold some of them (default: those of mask).
     """
-    R, tokens = rows or mask.shape[0], mask.sum() if tokens is None else tokens
+    R = rows or mask.shape[0]
+    tokens = mask.sum() if tokens is None else tokens
     return mask / {"sequence": R * mask.sum(1, keepdim=True).clamp_min(1), "token": tokens.clamp_min(1),
                    "constant": R * budget, "sum": R}[kind]
 
@@ -352,15 +353,15 @@ def sample(model, problems, n, config, generator, sampler="iid", mine=slice(None
     """-> Rollout of n answers per problem, their texts, their rewards (P, n). mine: the slice of the problems that this process answers."""
     sampling, task = copy.deepcopy(model).bfloat16() if config.dtype == "bfloat16" else model, task_of(config)
     first, end, _ = mine.indices(len(problems))
-    uniforms, others, problems = group_uniforms(len(problems), n, sampler, generator), len(problems) - end, problems[mine]
+    uniforms = group_uniforms(len(problems), n, sampler, generator)
     skip_draws(first * n, config, generator)
-    rollout = generate(sampling, [task.prompt(p) for p in problems], n, config.max_new_tokens, config.temperature,
-                       stop=task.tokenizer.eos, generator=generator, uniforms=uniforms if uniforms is None else uniforms[first * n:end * n])
-    skip_draws(others * n, config, generator)
+    rollout = generate(sampling, [task.prompt(p) for p in problems[mine]], n, config.max_new_tokens, config.temperature,
+                       stop=task.tokenizer.eos, generator=generator, uniforms=None if uniforms is None else uniforms[first * n:end * n])
+    skip_draws((len(problems) - end) * n, config, generator)
     texts = rollout.texts(task.tokenizer)
     last = rollout.ids.gather(1, (rollout.prompt_lens + rollout.lengths - 1)[:, None]).squeeze(1)
     finished = (last == task.tokenizer.eos).tolist()
-    rewards = torch.tensor([task.judge(problems[i // n], t, finished[i]) for i, t in enumerate(texts)])
+    rewards = torch.tensor([task.judge(problems[first + i // n], t, finished[i]) for i, t in enumerate(texts)])
     return rollout, texts, rewards.view(-1, n)
 
 
@@ -369,14 +370,18 @@ def collect(model, config, rng, generator):
 
     Dynamic sampling (DAPO) keeps sampling until `prompts` groups have both right and wrong answers, at most 4 times; P may be less.
     """
-    dynamic, kept, rows, rewards, tokens, dull, right, seen = config.method.dynamic, [], [], [], 0, 0, 0, 0
-    mine, G = share(config.prompts), config.group
-    while seen == 0 or (dynamic and len(kept) < config.prompts and seen < 4 * config.prompts):
-        problems = [task_of(config).draw(rng) for _ in range(config.prompts)]
+    mine, G, dynamic, draw = share(config.prompts), config.group, config.method.dynamic, task_of(config).draw
+    kept, rows, rewards = [], [], []        # this process's groups, the places of their rows in the batch; the rewards of all groups
+    tokens = dull = right = seen = 0
+    while seen == 0 or (dynamic and len(rewards) < config.prompts and seen < 4 * config.prompts):
+        problems = [draw(rng) for _ in range(config.prompts)]
         rollout, _, r = sample(model, problems, G, config, generator, config.sampler, mine)
         r = gathered(r, mine, config.prompts)
-        tokens, seen, mixed = tokens + int(all_sum(rollout.mask.sum())), seen + config.prompts, r.std(1) > 0
-        dull, right = dull + int((~mixed).sum()), right + r.mean(1).sum().item()
+        mixed = r.std(1) > 0
+        seen += config.prompts
+        tokens += int(all_sum(rollout.mask.sum()))
+        dull += int((~mixed).sum())
+        right += r.mean(1).sum().item()
         for i in range(config.prompts):
             if (mixed[i] or not dynamic) and len(rewards) < config.prompts:
                 if mine.start <= i < mine.stop:
@@ -399,8 +404,8 @@ def score_all(model, rollout, config):
 
 def update(model, base, optimizer, rollout, rewards, config, generator):
     """The gradient steps of one rollout batch -> metrics. rewards (P, G) are those of all rows, of which the rollout may hold a process's share."""
-    method, mask, R = config.method, rollout.mask, rewards.numel()
-    mine, tokens = torch.arange(R) if rollout.rows is None else rollout.rows, all_sum(mask.sum())
+    method, mask, R, tokens = config.method, rollout.mask, rewards.numel(), all_sum(rollout.mask.sum())
+    mine = torch.arange(R) if rollout.rows is None else rollout.rows
     place = torch.full((R,), -1).index_copy(0, mine, torch.arange(len(mine)))       # of each row in this process's rollout, -1: in another's
     rewards, kl_in_reward = rewards.to(mask.device), config.beta > 0 and config.kl_in == "reward"
     old_logp = score_all(model, rollout, config) if config.minibatches > 1 or kl_in_reward else None
@@ -412,8 +417,8 @@ def update(model, base, optimizer, rollout, rewards, config, generator):
         adv = adv.clamp_min(0)
     adv = adv.reshape(R, 1)[mine]
     order = torch.arange(R) if config.minibatches == 1 else torch.randperm(R, generator=generator)
-    total, norm = dict.fromkeys(("loss", "entropy", "clip_fraction") + ("kl",) * (config.beta > 0), 0.0), 0.0
     minibatches = order.chunk(config.minibatches)
+    total, norm = dict(loss=0.0, entropy=0.0, clip_fraction=0.0) | (dict(kl=0.0) if config.beta else {}), 0.0
     for minibatch in minibatches:
         here = place[minibatch][place[minibatch] >= 0]
         weights = aggregation_weights(mask[here], method.aggregation, config.max_new_tokens, len(minibatch), all_sum(mask[here].sum()))
@@ -451,6 +456,7 @@ def evaluate(model, config, n):
 
 
 def held_out(model, config, n=None, ks=None):
+    """pass@k of n answers to each held-out problem (k: 1 and n, unless ks says otherwise) and guessed carries, by their names in a row of metrics."""
     n = n or config.eval_samples
     correct, guesses = evaluate(model, config, n)
     return {f"pass@{k}": pass_at_k(n, correct, k).mean().item() for k in ks or (1, n)} | ({} if config.data else {"guessed_carries": guesses})
@@ -537,16 +543,18 @@ def length_bias_gpt(config, run, arm, seed, base):
         update(model, base, optimizer, rollout, coins.float().view(config.prompts, config.group), config, generator)
         wrong, right = (rollout.lengths[coins == c].float().mean().item() for c in (0, 1))
         run.log(phase="rl", arm=arm, seed=seed, step=step + 1, length_right=right, length_wrong=wrong)
+        if step + 1 == config.steps:
+            print(f"{arm}, seed {seed}: wrong answers {wrong:.1f} tokens, right answers {right:.1f}")
         if run.due or step + 1 == config.steps:
             run.save(phase, **snapshot(step + 1, model, optimizer, rng, generator))
-    print(f"{arm}, seed {seed}: wrong answers {wrong:.1f} tokens, right answers {right:.1f}" if config.steps else "")
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
 # Figures and claims
 
 def figure_train(config, run, device):
-    n, arms, real = config.eval_samples if config.data else 4 if config.quick else 64, ("base", config.loss), bool(config.data)
+    real, arms = bool(config.data), ("base", config.loss)
+    n = config.eval_samples if real else 4 if config.quick else 64
     ks = [2 ** i for i in range(int(math.log2(n)) + 1)]
     for seed in seeds_of(config):
         base = warm_up(config, run, seed, device)
@@ -556,7 +564,8 @@ def figure_train(config, run, device):
         if real and world()[0] == 0:
             trained.save_pretrained(run.dir / f"{config.loss} {seed}", like=config.init)
     final = lambda arm, key: series(run, key, phase="pass@k", arm=arm)[1][:, -1]        # (seeds,)
-    (p0, p1), (g0, g1) = ([final(arm, key) for arm in arms] for key in ("pass@1", "pass@1" if real else "guessed_carries"))
+    p0, p1 = (final(arm, "pass@1") for arm in arms)
+    g0, g1 = (None, None) if real else (final(arm, "guessed_carries") for arm in arms)
     print(f"\nheld-out pass@1: base {p0.mean():.3f}, {config.loss} {p1.mean():.3f}" + ("" if real else f"; guessed carries {g0.mean():.3f}, {g1.mean():.3f}"))
 
     fig, axes = plt.subplots(2, 3, figsize=(13, 7), layout="constrained")
@@ -632,8 +641,7 @@ def figure_length(config, run, device):
             length_bias_gpt(replace(config, loss=loss), run, loss, seed, base)
     fig, axes = plt.subplots(1, 2, figsize=(13, 5), layout="constrained")
     for i, (arm, p) in enumerate(paths.items()):
-        for outcome, style in enumerate("- --".split()):
-            name = ("wrong", "right")[outcome]
+        for outcome, (name, style) in enumerate((("wrong", "-"), ("right", "--"))):
             band(axes[0], np.arange(p.shape[1]), p[:, :, outcome], f"{arm}, {name}", ls=style, color=f"C{i}")
             if arm in LOSSES:
                 band(axes[1], *series(run, f"length_{name}", phase="rl", arm=arm), f"{arm}, {name}", ls=style, color=f"C{i}")
@@ -643,7 +651,7 @@ def figure_length(config, run, device):
         ax.legend()
     fig.suptitle("A coin decides right or wrong, nothing rewards length: divided by its own length, the wrong answer grows; by a constant, it does not")
     ratio = {arm: (p[:, -1, 0] / p[:, -1, 1]).mean() for arm, p in paths.items()}
-    tail = lambda arm, name: series(run, f"length_{name}", phase="rl", arm=arm)[1][:, -10:].mean()
+    tail = lambda arm, name: series(run, f"length_{name}", phase="rl", arm=arm)[1][..., -10:].mean()
     gpt = {arm: tail(arm, "wrong") / tail(arm, "right") for arm in ("grpo", "dr_grpo")}
     source = "Liu et al., arXiv 2503.20783"
     return fig, [

@@ -15,11 +15,12 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from common import ROOT, check_help, check_mistake, check_resume, check_whole, complain, finish, metrics, torchrun
+from common import ROOT, Memory, check_help, check_mistake, check_resume, check_whole, complain, finish, metrics, torchrun
 
 import grpo
 from test_pretrained import make_json, merges_of, save_json
@@ -58,10 +59,10 @@ def flat(model, gradient=False):
     return torch.cat([(p.grad if gradient else p).flatten() for p in model.parameters()]).detach().clone()
 
 
-def one_update(config, rollout, lr=0.0):
+def one_update(config, rollout, lr=0.0, rewards=REWARDS):
     """A fresh policy after one update by plain SGD -> its last gradient (before the norm was cut), its weights, the logged metrics."""
     model, base = policy(config), policy(config, seed=1)
-    metrics = grpo.update(model, base, torch.optim.SGD(model.parameters(), lr), rollout, REWARDS, config, torch.Generator().manual_seed(0))
+    metrics = grpo.update(model, base, torch.optim.SGD(model.parameters(), lr), rollout, rewards, config, torch.Generator().manual_seed(0))
     return flat(model, gradient=True) * max(1, metrics["grad_norm"]), flat(model), metrics
 
 
@@ -155,6 +156,12 @@ def fake_sample(calls, rewards):
     return sample
 
 
+def test_a_tenth_of_all_problems_is_held_out():
+    rng, held = random.Random(0), {question(draw_problem(random.Random(i), 2, held_out=True)) for i in range(3000)}
+    seen = {question(draw_problem(rng, 2)) for _ in range(3000)}
+    assert 700 < len(held) < 1200 and len(seen) > 2500        # of 10,000
+
+
 def test_held_out_problems_are_never_trained_on(monkeypatch):
     config, shown, sampled = small(prompts=1000, sft_steps=30, eval_prompts=300), [], []
     monkeypatch.setattr(grpo, "demonstrate", lambda rng, problem: shown.append(problem) or demonstrate(rng, problem))
@@ -225,6 +232,35 @@ def test_gspo_is_the_geometric_mean_of_the_ratios_and_its_gradient_is_the_finite
         ratio = (logp - old)[i, :n].exp().prod() ** (1 / n)
         torch.testing.assert_close(per_token(logp)[i, :n], (-adv[i] * ratio).expand(n))
     assert torch.autograd.gradcheck(lambda x: (per_token(x) * aggregation_weights(mask, "sequence", 5)).sum(), logp)
+
+
+@each_loss
+def test_each_name_is_the_loss_of_its_paper(loss):
+    """Two answers, right and wrong, of 1 and 3 tokens, every ratio far off: the sum that the paper writes, term by term."""
+    cut = lambda x, low, high: max(low, min(high, x))
+    size = dict(reinforce=0.5, dr_grpo=0.5, rloo=1.0).get(loss, 0.5 ** 0.5)        # of the advantages of rewards 1 and 0, whose std is 0.5 ** 0.5
+    A, rho, mask = [size, -size], [[6.0, 1.0, 1.0], [0.5, 0.6, 1.25]], torch.tensor([[1.0, 0, 0], [1, 1, 1]])
+    logp = torch.tensor([[-1.0, -9, -9], [-2, -0.5, -3]])
+    m = small(loss=loss).method
+    adv = advantages(torch.tensor([[1.0, 0.0]]), m.advantage).view(2, 1)
+    per_token, _ = surrogate(logp, logp - torch.tensor(rho).log(), adv, mask, m.ratio, m.eps_low, m.eps_high)
+    ours = (aggregation_weights(mask, m.aggregation, 8) * per_token).sum()
+    terms = [[], []]
+    for i, n in enumerate((1, 3)):
+        s = math.prod(rho[i][:n]) ** (1 / n)
+        for t in range(n):
+            r, lp = rho[i][t], logp[i, t].item()
+            ppo = lambda r, low, high: -min(r * A[i], cut(r, low, high) * A[i])
+            terms[i].append(dict(reinforce=-A[i] * lp, rloo=-A[i] * lp, grpo=ppo(r, 0.8, 1.2), dr_grpo=ppo(r, 0.8, 1.2), dapo=ppo(r, 0.8, 1.28),
+                                 gspo=ppo(s, 0.97, 1.04), cispo=-min(r, 5) * A[i] * lp)[loss])
+    a, b = map(sum, terms)
+    expected = dict(reinforce=(a + b) / 2, rloo=(a + b) / 2, grpo=(a + b / 3) / 2, gspo=(a + b / 3) / 2, dr_grpo=(a + b) / (2 * 8), dapo=(a + b) / 4, cispo=(a + b) / 4)
+    assert ours.item() == pytest.approx(expected[loss], rel=1e-4) and m.dynamic == (loss == "dapo")
+
+
+def test_a_flag_overrides_one_choice_of_the_method_and_leaves_the_others():
+    ours, dapo = small(loss="dapo", eps_high=0.0, advantage="mean").method, small(loss="dapo").method
+    assert vars(ours) == {**vars(dapo), "eps_high": 0.0, "advantage": "mean"} and dapo.eps_high == 0.28
 
 
 @pytest.mark.parametrize("kind, short, long", [("sequence", 1 / 8, 1 / 128), ("token", 1 / 68, 1 / 68), ("constant", 1 / 128, 1 / 128), ("sum", 1 / 2, 1 / 2)])
@@ -456,6 +492,31 @@ def test_the_logged_loss_is_that_of_the_full_batch(loss, minibatches):
     assert same_metrics({k: metrics[k] for k in expected}, expected)
 
 
+def test_each_minibatch_takes_its_own_step_with_its_own_gradient_and_the_norm_is_their_mean():
+    config, seen = small(loss="rloo", minibatches=2), []
+    model, norms = policy(config), []
+    rollout, adv = answers(model, config), advantages(REWARDS, "rloo").view(16, 1)
+    optimizer = SimpleNamespace(zero_grad=model.zero_grad, step=lambda: seen.append(flat(model, gradient=True)))
+    metrics = grpo.update(model, None, optimizer, rollout, REWARDS, config, torch.Generator().manual_seed(0))
+    for rows, step in zip(torch.randperm(16, generator=torch.Generator().manual_seed(0)).chunk(2), seen, strict=True):
+        model.zero_grad()
+        logp, _ = grpo.score(model, rollout[rows], config, rollout.ids.shape[1])
+        (-adv[rows] * logp * rollout.mask[rows] / 8).sum().backward()
+        norms.append(flat(model, gradient=True).norm().item())
+        assert close(step * max(1, norms[-1]), flat(model, gradient=True), 1e-4)
+    assert metrics["grad_norm"] == pytest.approx(sum(norms) / 2, rel=1e-3)
+
+
+def test_a_kl_in_the_reward_lowers_each_answers_reward_and_stays_out_of_the_loss():
+    config = small(loss="rloo", beta=0.1, kl_in="reward")
+    model, base = policy(config), policy(config, seed=1)
+    rollout = answers(model, config)
+    k1 = ((grpo.score_all(model, rollout, config) - grpo.score_all(base, rollout, config)) * rollout.mask).sum(1).view(4, 4)
+    gradient, _, metrics = one_update(config, rollout)
+    plain, _, without = one_update(dataclasses.replace(config, beta=0.0), rollout, rewards=REWARDS - 0.1 * k1)
+    assert close(gradient, plain) and metrics["loss"] == pytest.approx(without["loss"], rel=1e-4)
+
+
 @pytest.mark.parametrize("aggregation", ["sequence", "token", "constant", "sum"])
 def test_on_policy_every_ratio_has_the_gradient_of_reinforce(aggregation):
     config = small(advantage="std", aggregation=aggregation, ratio="none")
@@ -482,6 +543,14 @@ def test_clipping_sets_in_after_the_first_gradient_step_of_a_batch(loss, clips):
     rollout = answers(policy(config), config)
     *_, metrics = one_update(config, rollout, lr=1.0)
     assert (metrics["clip_fraction"] > 0) == clips and metrics["clip_fraction"] < 1
+
+
+def test_a_gradient_is_cut_to_norm_1_and_logged_as_it_was():
+    config = small(loss="rloo")
+    rollout = answers(policy(config), config)
+    gradient, weights, metrics = one_update(config, rollout, lr=0.5)
+    assert metrics["grad_norm"] > 2 and (weights - flat(policy(config))).norm() == pytest.approx(0.5, rel=1e-3)
+    assert gradient.norm() == pytest.approx(metrics["grad_norm"], rel=1e-3)
 
 
 def test_positive_only_takes_no_gradient_from_answers_below_their_baseline():
@@ -558,6 +627,95 @@ def test_dynamic_sampling_gives_up_after_four_batches(monkeypatch):
     assert len(calls) == 4 and stats["zero_variance"] == 1 and stats["tokens"] == 4 * rollout.mask.sum() and (advantages(rewards, "std") == 0).all()
 
 
+@pytest.mark.parametrize("mine", [slice(0, 1), slice(1, 3)])
+def test_dynamic_sampling_of_several_processes_ends_when_together_they_have_enough(mine, monkeypatch):
+    calls, config = [], small(loss="dapo", prompts=3)
+    monkeypatch.setattr(grpo, "sample", fake_sample(calls, lambda _, P, n: torch.eye(n)[:P]))       # every group is mixed
+    monkeypatch.setattr(grpo, "share", lambda n: mine)
+    monkeypatch.setattr(grpo, "gathered", lambda part, rows, n: part)
+    rollout, rewards, _ = grpo.collect(None, config, random.Random(0), None)
+    assert len(calls) == 1 and len(rewards) == 3 and rollout.rows.tolist() == list(range(4 * mine.start, 4 * mine.stop))
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Warm-up, evaluation, the loop
+
+PAIRS = [(question(problem), solve(problem, range(len(problem)))) for problem in (PROBLEM[:1], PROBLEM[:1], PROBLEM, PROBLEM * 2)]
+
+
+def test_the_warm_up_minimises_the_mean_over_all_answer_tokens_and_teaches_the_stop_token(monkeypatch):
+    lrs, run, config, draws = [], Memory(), small(sft_steps=100, sft_batch=4), itertools.cycle(PAIRS)
+    step = torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: (lrs.append(self.param_groups[0]["lr"]), step(self)))
+    torch.manual_seed(5)
+    model, nll = grpo.build(config, "cpu"), []
+    trained = grpo.warm_up(config, run, 5, "cpu", lambda *_: next(draws))
+    for q, a in PAIRS:
+        ids = torch.tensor([tokenizer.encode(q + a) + [tokenizer.eos]])
+        nll.append(-model(ids[:, :-1]).log_softmax(-1).gather(2, ids[:, 1:, None])[0, len(q) - 1:, 0])
+    assert run.rows[0]["loss"] == pytest.approx(torch.cat(nll).mean().item(), rel=1e-4)
+    assert lrs == pytest.approx([3e-3 * min((i + 1) / 50, 1 - i / 100) for i in range(100)])
+    assert run.rows[-1]["step"] == 99 and run.rows[-1]["loss"] < run.rows[0]["loss"] and not torch.equal(flat(trained), flat(model))
+
+
+def test_an_evaluation_counts_right_answers_and_guessed_carries_over_all_independent_samples(monkeypatch):
+    config, orders = small(eval_prompts=5, sampler="lattice", prompts=1, group=8), {1: [1, 0], 0: [0, 1]}     # 4 problems x 2 answers at a time
+
+    def sample(_, problems, n, config, generator, sampler="iid", mine=slice(None)):
+        assert sampler == "iid"
+        right = torch.tensor([[1, question(p) < "b5"] for p in problems]).float()
+        return None, [solve(p, orders[int(r)]) for p, row in zip(problems, right) for r in row], right
+
+    monkeypatch.setattr(grpo, "sample", sample)
+    row = grpo.held_out(None, config, 2, (1, 2))
+    correct, guesses = grpo.evaluate(None, config, 2)
+    right = correct.sum().item() / 10
+    assert row == {"pass@1": pytest.approx(right), "pass@2": 1, "guessed_carries": pytest.approx(right)} and guesses == row["guessed_carries"]
+    assert correct.min() == 1 and correct.max() == 2
+
+
+def test_each_seed_trains_its_own_copy_of_the_base_on_its_own_problems_and_answers_and_a_row_tells_right_from_wrong(monkeypatch):
+    seen, run, config = {}, Memory(), small(steps=2, eval_every=5)
+    base = policy(config)
+    before, rollout = flat(base), Rollout(torch.zeros(4, 9, dtype=torch.long), torch.zeros(4, 9), torch.zeros(4, 9), torch.ones(4, dtype=torch.long))
+    for i, n in enumerate((2, 4, 6, 8)):
+        rollout.mask[i, 1:n + 1] = 1
+    rollout.rows = torch.arange(4)
+
+    def collect(model, config, rng, generator):
+        draws.append((rng.random(), torch.rand(1, generator=generator).item()))
+        return rollout, torch.tensor([[1.0, 0], [0, len(draws) - 1]]), dict(reward=0.25, zero_variance=0.5, tokens=20)
+
+    def update(model, *_):
+        with torch.no_grad():
+            model.lm_head.weight.add_(1)
+        return {}
+
+    monkeypatch.setattr(grpo, "collect", collect)
+    monkeypatch.setattr(grpo, "update", update)
+    monkeypatch.setattr(grpo, "held_out", lambda *_: {"pass@1": 0.5})
+    for seed in (0, 1):
+        draws = seen[seed] = []
+        trained = grpo.train(config, run, "arm", seed, base)
+        assert torch.equal(flat(base), before) and not torch.equal(flat(trained), before)
+    assert len({*seen[0], *seen[1]}) == 4 and len(run.state) == 2
+    rows = [r for r in run.rows if r["seed"] == 1]
+    assert [r["step"] for r in rows] == [0, 1, 2] and ["pass@1" in r for r in rows] == [True, False, True]
+    assert [(r["length"], r["length_right"], r["length_wrong"], r["sampled_tokens"]) for r in rows[1:]] == [(5, 2, 6, 20), (5, 5, 5, 40)]
+    grpo.train(config, run, "arm", 1, base)      # finished: nothing to do
+    assert len(run.rows) == 6
+    grpo.train(dataclasses.replace(config, steps=9), run, "budget", 0, base, tokens=30)
+    assert [(r["step"], r["sampled_tokens"], "pass@1" in r) for r in run.rows[6:]] == [(0, 0, True), (1, 20, False), (2, 40, True)]
+
+
+def test_each_seed_warms_up_a_base_of_its_own():
+    run, config = Memory(), small(sft_steps=2, sft_batch=4)
+    bases = [grpo.warm_up(config, run, seed, "cpu") for seed in (0, 1, 0)]      # the last one is read from the checkpoint
+    assert torch.equal(flat(bases[0]), flat(bases[2])) and not close(flat(bases[1]), flat(bases[0]), 0.1) and len(run.state) == 2
+    untrained = [grpo.warm_up(small(sft_steps=0), Memory(), seed, "cpu") for seed in (0, 1)]
+    assert not close(flat(untrained[1]), flat(untrained[0]), 0.1)
+
+
 # ---------------------------------------------------------------------------------------------------------------------------
 # The length bias, and the command
 
@@ -567,6 +725,90 @@ def test_wrong_answers_grow_under_the_sequence_mean_and_not_under_a_constant():
         ends = [length_bias(*choice, seed)[-1] for seed in range(4)]
         ratio[name] = sum(wrong / right for wrong, right in ends) / 4
     assert ratio["grpo"] >= 5 and 1 / 1.2 <= ratio["dr_grpo"] <= 1.2 and ratio["dr_grpo"] < ratio["token"] < ratio["grpo"]
+
+
+def test_a_step_of_the_policy_without_a_model_is_the_gradient_of_its_loss():
+    path = length_bias("mean", "sequence", 0, steps=1, prompts=8, group=4, cap=3, hazard=0.4, lr=0.5)
+    rng = np.random.default_rng(0)
+    right, drawn = torch.tensor(rng.integers(0, 2, 32)), torch.tensor(rng.geometric(0.4, 32))
+    logit = torch.full((2,), math.log(0.4 / 0.6), dtype=torch.double, requires_grad=True)
+    h, n = logit.sigmoid()[right], drawn.clamp_max(3)
+    logp = (n - 1) * (1 - h).log() + torch.where(drawn <= 3, h, 1 - h).log()        # the third token stops, or is cut off
+    loss = -(advantages(right.double().view(8, 4), "mean").flatten() * logp / n / 32).sum()
+    h = (logit - 0.5 * torch.autograd.grad(loss, logit)[0]).sigmoid()
+    assert path[1].tolist() == pytest.approx((1 + (1 - h) + (1 - h) ** 2).tolist(), rel=1e-5) and (drawn == 3).any() and path[1].tolist() != path[0].tolist()
+
+
+def test_the_coin_in_the_question_is_the_reward_and_a_finished_arm_resumes(monkeypatch):
+    run, config, coins = Memory(), small(loss="grpo", steps=3, prompts=8, max_new_tokens=24, lr=0.0), []
+    base, update = policy(config), grpo.update
+
+    def spy(model, base, optimizer, rollout, rewards, *rest):
+        first = torch.tensor([int(tokenizer.decode(row[:1])) for row in rollout.ids.tolist()])
+        assert torch.equal(rewards.flatten(), first.float())        # the question says what the answer will earn
+        coins.append([rollout.lengths[first == c].float().mean().item() for c in (1, 0)])
+        return update(model, base, optimizer, rollout, rewards, *rest)
+
+    monkeypatch.setattr(grpo, "update", spy)
+    for _ in range(2):
+        grpo.length_bias_gpt(config, run, "grpo", 0, base)
+    assert [[r["length_right"], r["length_wrong"]] for r in run.rows] == coins and len(coins) == 3
+
+
+def claims_of(figure, run, monkeypatch, config, **stubs):
+    for name, stub in stubs.items():
+        monkeypatch.setattr(grpo, name, stub)
+    fig, claims = getattr(grpo, f"figure_{figure}")(config, run, "cpu")
+    grpo.plt.close(fig)
+    return {c["id"]: (c["ours"], c["holds"]) for c in claims}
+
+
+def test_the_claims_of_train_compare_the_base_with_the_trained_model_by_the_seed_that_matters(monkeypatch):
+    run, config = Memory(), small(seeds=2, steps=1)
+    where = {("base", 0): (0.20, 0.7, 0.99), ("base", 1): (0.45, 0.5, 0.97), ("dr_grpo", 0): (0.95, 0.02, 0.95), ("dr_grpo", 1): (0.85, 0.10, 0.95)}
+
+    def held_out(arm_seed, config, n, ks):
+        p, guessed, last = where[arm_seed]
+        return {**{f"pass@{k}": p for k in ks}, "pass@64": last, "guessed_carries": guessed}
+
+    def train(config, run, arm, seed, base):
+        run.log(phase="rl", arm=arm, seed=seed, step=1, **{"pass@1": 0.9}, **dict.fromkeys(("reward", "guessed_carries", "entropy", "length_right", "length_wrong", "zero_variance"), 1))
+        return arm, seed
+
+    claims = claims_of("train", run, monkeypatch, config, held_out=held_out, train=train, warm_up=lambda c, r, seed, d: ("base", seed))
+    assert claims == dict(base=("0.45", False), trained=("0.85", False), order=("0.1 (0.60)", False), sharpening=("0.03", True))
+
+
+def test_the_claims_of_variants_are_gains_over_the_base_and_gspo_over_grpo(monkeypatch):
+    config, seen = small(seeds=2, lr=0.3), set()
+    gain = {loss: 0.05 + 0.1 * i for i, loss in enumerate(LOSSES)}
+
+    def train(config, run, arm, seed, base, tokens):
+        seen.add((config.loss, arm, config.minibatches, round(config.lr, 9), config.method.aggregation))
+        for step in range(3):
+            run.log(phase="rl", arm=arm, seed=seed, step=step, sampled_tokens=step * tokens / 2, clip_fraction=0.1 if arm == "gspo" else 0.004,
+                    **{"pass@1": 0.2 + gain[arm] * step / 2 + 0.01 * seed})
+
+    claims = claims_of("variants", Memory(), monkeypatch, config, train=train, warm_up=lambda *_: None)
+    assert claims == {"all learn": ("0.05", False), "gspo clips more": ("25 (0.1, 0.004)", True)}
+    assert seen == {(loss, loss, 4, 0.1, LOSSES[loss][4]) for loss in LOSSES}
+
+
+def test_the_claims_of_length_are_wrong_over_right(monkeypatch):
+    path = {"sequence": [[10, 10], [60, 2]], "token": [[10, 10], [12, 8]], "constant": [[10, 10], [10, 10]]}
+    bias = lambda advantage, aggregation, seed: torch.tensor(path[aggregation]).numpy()
+
+    def gpt(config, run, arm, seed, base):
+        wrong = {"grpo": 20, "dr_grpo": 5}[config.loss]
+        for step in range(20):
+            run.log(phase="rl", arm=arm, seed=seed, step=step + 1, length_wrong=5 if step < 10 else wrong, length_right=5)
+
+    stubs = dict(length_bias=bias, length_bias_gpt=gpt, warm_up=lambda *_: None)
+    claims = claims_of("length", Memory(), monkeypatch, small(seeds=1), **stubs)
+    assert {k: v for k, (v, _) in claims.items()} == {"grpo": "30", "token": "1.5", "dr_grpo": "1", "gpt grpo": "4", "gpt dr_grpo": "1"}
+    assert [holds for _, holds in claims.values()] == [True, True, True, False, True]
+    with pytest.warns(RuntimeWarning):      # --steps 0: the panel without a model alone
+        assert claims_of("length", Memory(), monkeypatch, small(seeds=1), **{**stubs, "length_bias_gpt": lambda *_: None})["gpt grpo"] == ("nan", False)
 
 
 @pytest.fixture(scope="module")
