@@ -728,8 +728,8 @@ def test_wrong_answers_grow_under_the_sequence_mean_and_not_under_a_constant():
 
 
 def test_a_step_of_the_policy_without_a_model_is_the_gradient_of_its_loss():
-    path = length_bias("mean", "sequence", 0, steps=1, prompts=8, group=4, cap=3, hazard=0.4, lr=0.5)
-    rng = np.random.default_rng(0)
+    path = length_bias("mean", "sequence", 1, steps=1, prompts=8, group=4, cap=3, hazard=0.4, lr=0.5)
+    rng = np.random.default_rng(1)
     right, drawn = torch.tensor(rng.integers(0, 2, 32)), torch.tensor(rng.geometric(0.4, 32))
     logit = torch.full((2,), math.log(0.4 / 0.6), dtype=torch.double, requires_grad=True)
     h, n = logit.sigmoid()[right], drawn.clamp_max(3)

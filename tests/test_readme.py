@@ -1,12 +1,18 @@
 """README.md says what results/ holds. `python tests/test_readme.py --write` puts the tables, the exercises and the line counts there."""
+import dataclasses
+import importlib
 import itertools
 import json
-import math
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import matplotlib.pyplot as plt
+import numpy as np
 import pytest
+
+from common import Memory
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results"
@@ -63,6 +69,61 @@ def test_results_hold_the_metrics_the_config_and_the_figure_of_every_claim(path)
     config = json.loads((path.parent / f"{stem}.config.json").read_text())
     assert config["revision"] not in ("", "unknown") and stem in (config["config"]["figure"], config["config"].get("init"))
     assert all(json.loads(line) for line in (path.parent / f"{stem}.jsonl").read_text().splitlines())
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Claims
+
+TRAINERS = {"grpo": ("warm_up", "train", "length_bias_gpt"), "opd": ("from_scratch", "train", "fast_and_slow"), "curriculum": ("warm_up", "train"),
+            "coverage": ("train", "fine_tune"), "ttt": ("train", "decode", "passages")}
+
+
+class Trained:
+    """Whatever training returns: never looked into, because all measurements are among the rows already."""
+    config = SimpleNamespace(figure="")
+
+    def __iter__(self):
+        return iter((self, self, self))
+
+    def __len__(self):
+        return 3
+
+    def save_pretrained(self, *_, **__):
+        pass
+
+
+class Replay(Memory):
+    """A Run whose rows are those of results/."""
+    def __init__(self, rows, folder):
+        super().__init__()
+        self.rows, self.dir = rows, folder
+
+    def log(self, **row):
+        raise AssertionError(f"not in results: {row}")
+
+
+def replayed(script, figure, folder):
+    """What the present code makes of the metrics in results/, training nothing -> the figure, its claims."""
+    module, recorded = importlib.import_module(script), read(f"{script}/{figure}.config.json")["config"]
+    fields = {f.name for f in dataclasses.fields(module.Config)}
+    config = module.Config(**{k: v for k, v in recorded.items() if k in fields and k not in ("out", "resume")})
+    rows = [json.loads(line) for line in (RESULTS / script / f"{figure}.jsonl").read_text().splitlines()]
+    with pytest.MonkeyPatch.context() as patch:
+        for name in TRAINERS[script]:
+            patch.setattr(module, name, lambda *_, **__: Trained())
+        if script == "curriculum":
+            patch.setattr(module, "pk_train", lambda *_, steps, **__: np.tile(np.linspace(0.1, 1, steps)[:, None], 3))
+        texts = ([], []) if (script, figure) == ("ttt", "context") else ()
+        return getattr(module, f"figure_{config.figure}")(config, Replay(rows, folder), "cpu", *texts)
+
+
+@pytest.mark.parametrize("path", [p for p in sorted(RESULTS.rglob("*.claims.json")) if p.parent.name in TRAINERS], ids=lambda p: f"{p.parent.name}/{p.name}")
+def test_the_claims_are_what_the_present_code_makes_of_the_metrics(path, tmp_path):
+    script, figure = path.parent.name, path.name.removesuffix(".claims.json")
+    same = lambda claims: [c for c in claims if not c["id"].startswith("pk")]      # the p^k model runs anew in each figure, and takes seconds
+    claims = replayed(script, figure, tmp_path)[1]
+    plt.close("all")
+    assert same(claims) == same(read(f"{script}/{figure}.claims.json"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
