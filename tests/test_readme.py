@@ -35,8 +35,8 @@ def table(script, figure):
 
 
 def exercises(script):
-    steps = "".join(f"{i}. {e['exercise']} Run `{e['command']}`. *What should happen:* {e['expect']}\n" for i, e in enumerate(read("exercises.json")[script], 1))
-    return f"</summary>\n\n{steps}\n</details>\n"
+    return "</summary>\n\n" + "".join(f"**{i}.** {e['exercise']}\n\n```bash\n{e['command']}\n```\n\n*What should happen.* {e['expect']}\n\n"
+                                     for i, e in enumerate(read("exercises.json")[script], 1)) + "</details>\n"
 
 
 def minutes(script):
