@@ -307,7 +307,7 @@ def select(config, model, valid, weights, seed, N=4):
             "offset": list(weights)[best(offset_tournament(own_prompts, np.array(own), N), own_prompts)]}
 
 
-def sampled_pass(model, seed, config, N):
+def sampled_pass(model, seed, N):
     """On 256 held-out graphs, a tenth of G2: Pass@k for k = 1 to N, of the first k of N samples (N,), and the exact log-probabilities (256,)."""
     classes = np.repeat([0, 1], (230, 26))
     ids = graphs(np.random.default_rng([seed, 4]), classes)
@@ -475,12 +475,13 @@ def figure_principle(config, run, device):
             model, valid, weights = fine_tune(config, run, arm, seed, base, loss)
             if arm == ce:
                 run.log_once(lambda: select(config, model, valid, weights, seed), phase="picks", seed=seed, step=config.steps)
-                run.log_once(lambda: best_of_n_check(config, model, seed), phase="sampled", seed=seed, step=config.steps)
+                run.log_once(lambda: best_of_n_check(model, seed), phase="sampled", seed=seed, step=config.steps)
     get = lambda key, arm=ce: series(run, key, phase="finetune", arm=arm)                            # steps, (seeds, checkpoints)
     steps, kl = get("kl")
     passes, covs = {N: get(f"pass@{N}")[1] for N in TRIES}, {N: get(f"cov@{N}")[1] for N in NS}
     picks = {rule: np.array([list(steps).index(r[rule]) for r in run.rows if r["phase"] == "picks" and r["step"] == config.steps]) for rule in ("best validation loss", "tournament", "offset")}
     at = lambda y, pick: y[np.arange(n), pick]
+    correlation = lambda x: np.mean([spearman(a, b) for a, b in zip(passes[16], x)])
 
     fig, axes = plt.subplots(2, 3, figsize=(16, 9), layout="constrained")
     for arm in arms:
@@ -500,7 +501,7 @@ def figure_principle(config, run, device):
             ax.scatter(x[i], passes[16][i], c=steps, cmap="viridis", s=18)
             for (pick, index), marker in zip(picks.items(), "oDs"):
                 ax.scatter(x[i, index[i]], passes[16][i, index[i]], marker=marker, s=90, color=dict(o="C3", D="C2", s="C1")[marker], ec="k", label=pick if i == 0 else None)
-        ax.set(title=f"Pass@16 against {label}: rank correlation {np.mean([spearman(a, b) for a, b in zip(passes[16], x)]):+.2f}", xlabel=label, ylabel="Pass@16")
+        ax.set(title=f"Pass@16 against {label}: rank correlation {correlation(x):+.2f}", xlabel=label, ylabel="Pass@16")
     sampled = [r for r in run.rows if r["phase"] == "sampled" and r["step"] == config.steps]
     for key, label in (("sampled", "best of N samples"), ("exact", "exact"), ("floor", "coverage promises at least (Prop. D.6)")):
         band(axes[1, 2], np.arange(1, len(sampled[0][key]) + 1), np.array([r[key] for r in sampled]), label)
@@ -510,7 +511,6 @@ def figure_principle(config, run, device):
     best8, end8 = passes[8].max(1), passes[8][:, -1]
     fig.suptitle(f"The loss falls, best-of-16 with it: Pass@16 {passes[16].max(1).mean():.3f} at its best, {passes[16][:, -1].mean():.3f} at the end "
                  f"({n} seed{'s' if n > 1 else ''})")
-    correlation = lambda x: np.mean([spearman(a, b) for a, b in zip(passes[16], x)])
     chosen, lowest = at(passes[8], picks["tournament"]), at(passes[8], picks["best validation loss"])
     spread = lambda x: f" (±{np.std(x, ddof=1):.3f})" if n > 1 else ""
     return fig, [
@@ -529,9 +529,9 @@ def figure_principle(config, run, device):
         claim("sampled", "largest difference of sampled and exact Pass@N", "derived", "0", max(np.abs(np.subtract(r["sampled"], r["exact"])).max() for r in sampled), "<=", 0.06, n)]
 
 
-def best_of_n_check(config, model, seed, N=16):
+def best_of_n_check(model, seed, N=16):
     """Sampled and exact Pass@k for k to N, and the floor that coverage promises."""
-    sampled, logp = sampled_pass(model, seed, config, N)
+    sampled, logp = sampled_pass(model, seed, N)
     return dict(sampled=sampled.tolist(), exact=[pass_at(logp, k).mean() for k in range(1, N + 1)],
                 floor=[1 - best_of_n_loss(lambda M: coverage(-logp, M), k) for k in range(1, N + 1)])
 

@@ -166,7 +166,7 @@ def test_exact_and_sampled_pass_at_n_agree():
     torch.manual_seed(0)
     config = small(n_layer=2, n_embd=32, batch=32)
     model = cov.train(config, Memory(), "base", 0, build(config, "cpu"), (1.0, 0.0, 0.0), 150, 1e-2)
-    sampled, logp = cov.sampled_pass(model, 0, config, 200)
+    sampled, logp = cov.sampled_pass(model, 0, 200)
     exactly = [pass_at(logp, k).mean() for k in range(1, 201)]
     assert exactly[-1] > 0.2 and np.abs(sampled - exactly).max() < 0.06
 
