@@ -466,7 +466,7 @@ def claimed(figure, config, run):
 
 
 def test_the_claims_of_principle_compare_what_they_say(monkeypatch):
-    curves = {("cross-entropy", 0): dict(kl=(1.0, 0.8, 0.5), cov=(0.01, 0.02, 0.05), pass8=(0.90, 0.95, 0.85), pass16=(0.99, 0.98, 0.95)),
+    curves = {("cross-entropy", 0): dict(kl=(1.0, 0.8, 0.52), cov=(0.01, 0.02, 0.05), pass8=(0.90, 0.95, 0.85), pass16=(0.99, 0.98, 0.95)),
               ("cross-entropy", 1): dict(kl=(1.0, 0.5, 0.55), cov=(0.01, 0.05, 0.02), pass8=(0.90, 0.97, 0.89), pass16=(0.99, 0.97, 0.96)),
               ("DCO, N = 8", 0): dict(kl=(1.0, 0.9, 0.8), cov=(0.0, 0.0, 0.0), pass8=(0.90, 0.99, 0.96), pass16=(0.99, 0.99, 0.99)),
               ("DCO, N = 8", 1): dict(kl=(1.0, 0.9, 0.8), cov=(0.0, 0.0, 0.0), pass8=(0.90, 0.99, 0.97), pass16=(0.99, 0.99, 0.99))}
