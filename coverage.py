@@ -21,10 +21,10 @@ was trained on all four paths, samples it. So fine-tuning first mends the covera
 
 How this differs from the paper:
 1. A model of 0.2 million parameters; graphs of 3 layers of 3 nodes (2 forks) with ids below 24. The paper: 11 million, 8 layers of 4 nodes.
-   New graphs at every step in pre-training, too; fine-tuning of 700 steps at 4e-5 for 50,000 at 5e-6.
-2. It draws no curve of DCO (arXiv 2502.07154), the loss -log(1 - (1 - p)^N), which stops pushing answers that are likely already.
+   New graphs at every step in pre-training, too; fine-tuning of 700 steps at 4e-5 instead of 50,000 at 5e-6.
+2. The paper draws no curve of DCO (arXiv 2502.07154), the loss -log(1 - (1 - p)^N), which stops pushing answers that are likely already.
 3. `horizon` is a table learnt by counting; the paper trains on graphs of growing depth.
-4. Its sections on optimisers are theory without experiments. `optimizers` is ours, on the construction of the lower bound's proof, with
+4. The paper's sections on optimisers are theory without experiments. `optimizers` is ours, on the construction of the lower bound's proof, with
    step sizes found by trial (normalised SGD with batches of one; TTT and distillation with longer steps than the theorems').
 
 What to see: KL falls all the time, Pass@8 rises and then falls below its start; the tournament (checkpoints judged by their mutual
@@ -85,7 +85,7 @@ def coverage(log_ratio, N, weights=None):
 
 
 def kl_bound(kl, N):
-    """Prop. 3.1: Cov_N is at most this."""
+    """Prop. 3.1: Cov_N is at most this, for N > 1. kl in nats, a number or an array."""
     return kl / (math.log(N) - 1 + 1 / N)
 
 
@@ -95,7 +95,7 @@ def pass_at(logp, N):
 
 
 def best_of_n(p, reward, N):
-    """The expected reward of the best of N draws of p (outcomes,), exactly: sort by reward, P(best <= r) = P(one <= r)^N."""
+    """p, reward (outcomes,) -> the expected reward of the best of N draws of p, exactly: sort by reward, P(best <= r) = P(one <= r)^N."""
     order = np.argsort(reward)
     below = np.minimum(np.cumsum(p[order]), 1.0) ** N
     return float(reward[order] @ np.diff(below, prepend=0.0))
@@ -141,7 +141,7 @@ def dco_loss(logp, N):
 
 
 def ranks(x):
-    """1 for the smallest; equals share the mean of their ranks."""
+    """x (n,) -> (n,): 1 for the smallest; equals share the mean of their ranks."""
     return (x[:, None] > x).sum(1) + ((x[:, None] == x).sum(1) + 1) / 2
 
 
@@ -225,9 +225,9 @@ def score_all(model, ids):
 
 
 def train(config, run, phase, seed, model, mixture, steps, lr, loss=None, decay=False, at=None, kept=None):
-    """`steps` steps on graphs whose classes come from `mixture` (3,). loss: of log-probabilities (R,), default -log p.
+    """`steps` steps on graphs whose classes come from `mixture` (3,) -> a trained copy of the model. loss: of log-probabilities (R,), default -log p.
 
-    at(step, model) is called at the start and after each step; what it puts into `kept` is saved with the rest.
+    decay: the learning rate goes up in 50 steps, then linearly to 0; else it is constant. at(step, model) is called at the start and after each step; what it puts into `kept` is saved with the rest.
     """
     rng, model = random.Random(f"{seed} {mixture}"), copy.deepcopy(model)       # the same graphs for every loss
     optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
@@ -239,8 +239,8 @@ def train(config, run, phase, seed, model, mixture, steps, lr, loss=None, decay=
         if decay:
             for g in optimizer.param_groups:
                 g["lr"] = lr * min((step + 1) / 50, 1 - step / steps)
-        draw = np.random.default_rng(rng.getrandbits(64))
-        ids = torch.as_tensor(graphs(draw, draw.choice(3, config.batch, p=mixture)), device=model.lm_head.weight.device)
+        step_rng = np.random.default_rng(rng.getrandbits(64))
+        ids = torch.as_tensor(graphs(step_rng, step_rng.choice(3, config.batch, p=mixture)), device=model.lm_head.weight.device)
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
             logp = score(model, ids)
         value = (-logp if loss is None else loss(logp)).mean()
@@ -294,8 +294,8 @@ def select(config, model, valid, weights, seed, N=4):
     For the last one each checkpoint answers other validation prompts, and all of them score all answers.
     """
     steps, logp = list(valid), torch.stack(list(valid.values())).numpy()
-    ids, own = graphs(np.random.default_rng([seed, 5]), np.random.default_rng([seed, 6]).choice(2, config.eval_prompts, p=(0.9, 0.1))), []
-    models = [copy.deepcopy(model) for _ in weights]
+    ids = graphs(np.random.default_rng([seed, 5]), np.random.default_rng([seed, 6]).choice(2, config.eval_prompts, p=(0.9, 0.1)))
+    models, own = [copy.deepcopy(model) for _ in weights], []
     for m, state in zip(models, weights.values()):
         m.load_state_dict(state)
     for m in models:
@@ -307,7 +307,7 @@ def select(config, model, valid, weights, seed, N=4):
             "offset": list(weights)[best(offset_tournament(own_prompts, np.array(own), N), own_prompts)]}
 
 
-def sampled_pass(model, seed, config, N):
+def sampled_pass(model, seed, N):
     """On 256 held-out graphs, a tenth of G2: Pass@k for k = 1 to N, of the first k of N samples (N,), and the exact log-probabilities (256,)."""
     classes = np.repeat([0, 1], (230, 26))
     ids = graphs(np.random.default_rng([seed, 4]), classes)
@@ -358,7 +358,7 @@ def log_probs(theta, prompt):
 
 
 def project(theta):
-    """Onto the ball of the first two dimensions and the interval of the third."""
+    """theta (..., 3) with its first two dimensions moved onto the unit ball, its third onto [-1, 1]."""
     theta = theta.copy()
     theta[..., :2] /= np.maximum(1, np.linalg.norm(theta[..., :2], axis=-1, keepdims=True))
     theta[..., 2] = theta[..., 2].clip(-1, 1)
@@ -366,19 +366,19 @@ def project(theta):
 
 
 def gradient(theta, prompt, counts):
-    """Of the log-likelihood of sequences that hold each token `counts` (..., 3) times."""
+    """Of the log-likelihood of sequences that hold each token `counts` (..., 3) times, in theta (..., 3); prompt (...) -> (..., 3)."""
     expected = np.exp(log_probs(theta, prompt)) * counts.sum(-1, keepdims=True)
     return ((counts - expected)[..., None] * FEATURES[prompt]).sum(-2)
 
 
 def draw(rng, H, shape):
-    """Sequences of the truth: prompt (shape), counts of each token (shape, 3)."""
+    """Sequences of H tokens of the truth -> prompt (shape), counts of each token (*shape, 3)."""
     prompt = (rng.random(shape) >= LOUD).astype(int)
     return prompt, rng.multinomial(H, np.exp(log_probs(np.broadcast_to(TRUTH, (*shape, 3)), prompt)))
 
 
 def exact_coverage(theta, H, N, most=3):
-    """Cov_N of theta (..., 3), exactly but for sequences with more than `most` unlikely tokens of either kind."""
+    """Cov_N (...) of theta (..., 3) on answers of H tokens, exactly but for sequences with more than `most` unlikely tokens of either kind."""
     total = 0.0
     for prompt, share in ((0, LOUD), (1, 1 - LOUD)):
         truth, own = log_probs(TRUTH, prompt), log_probs(theta, np.full(theta.shape[:-1], prompt))
@@ -424,7 +424,7 @@ def linear(kind, eta, H, steps, seeds, seed=0, N=16):
 
 
 def token_step(theta, prompt, token, eta):
-    """-> log pi_theta(token), and theta after one projected step on it."""
+    """theta (..., 3), prompt and token (...) -> log pi_theta(token) (...), and theta after one projected step on it."""
     counts = np.eye(3)[token]
     return (log_probs(theta, prompt) * counts).sum(-1), project(theta + eta * gradient(theta, prompt, counts))
 
@@ -475,12 +475,13 @@ def figure_principle(config, run, device):
             model, valid, weights = fine_tune(config, run, arm, seed, base, loss)
             if arm == ce:
                 run.log_once(lambda: select(config, model, valid, weights, seed), phase="picks", seed=seed, step=config.steps)
-                run.log_once(lambda: best_of_n_check(config, model, seed), phase="sampled", seed=seed, step=config.steps)
+                run.log_once(lambda: best_of_n_check(model, seed), phase="sampled", seed=seed, step=config.steps)
     get = lambda key, arm=ce: series(run, key, phase="finetune", arm=arm)                            # steps, (seeds, checkpoints)
     steps, kl = get("kl")
     passes, covs = {N: get(f"pass@{N}")[1] for N in TRIES}, {N: get(f"cov@{N}")[1] for N in NS}
     picks = {rule: np.array([list(steps).index(r[rule]) for r in run.rows if r["phase"] == "picks" and r["step"] == config.steps]) for rule in ("best validation loss", "tournament", "offset")}
     at = lambda y, pick: y[np.arange(n), pick]
+    correlation = lambda x: np.mean([spearman(a, b) for a, b in zip(passes[16], x)])
 
     fig, axes = plt.subplots(2, 3, figsize=(16, 9), layout="constrained")
     for arm in arms:
@@ -500,7 +501,7 @@ def figure_principle(config, run, device):
             ax.scatter(x[i], passes[16][i], c=steps, cmap="viridis", s=18)
             for (pick, index), marker in zip(picks.items(), "oDs"):
                 ax.scatter(x[i, index[i]], passes[16][i, index[i]], marker=marker, s=90, color=dict(o="C3", D="C2", s="C1")[marker], ec="k", label=pick if i == 0 else None)
-        ax.set(title=f"Pass@16 against {label}: rank correlation {np.mean([spearman(a, b) for a, b in zip(passes[16], x)]):+.2f}", xlabel=label, ylabel="Pass@16")
+        ax.set(title=f"Pass@16 against {label}: rank correlation {correlation(x):+.2f}", xlabel=label, ylabel="Pass@16")
     sampled = [r for r in run.rows if r["phase"] == "sampled" and r["step"] == config.steps]
     for key, label in (("sampled", "best of N samples"), ("exact", "exact"), ("floor", "coverage promises at least (Prop. D.6)")):
         band(axes[1, 2], np.arange(1, len(sampled[0][key]) + 1), np.array([r[key] for r in sampled]), label)
@@ -510,7 +511,6 @@ def figure_principle(config, run, device):
     best8, end8 = passes[8].max(1), passes[8][:, -1]
     fig.suptitle(f"The loss falls, best-of-16 with it: Pass@16 {passes[16].max(1).mean():.3f} at its best, {passes[16][:, -1].mean():.3f} at the end "
                  f"({n} seed{'s' if n > 1 else ''})")
-    correlation = lambda x: np.mean([spearman(a, b) for a, b in zip(passes[16], x)])
     chosen, lowest = at(passes[8], picks["tournament"]), at(passes[8], picks["best validation loss"])
     spread = lambda x: f" (±{np.std(x, ddof=1):.3f})" if n > 1 else ""
     return fig, [
@@ -529,9 +529,9 @@ def figure_principle(config, run, device):
         claim("sampled", "largest difference of sampled and exact Pass@N", "derived", "0", max(np.abs(np.subtract(r["sampled"], r["exact"])).max() for r in sampled), "<=", 0.06, n)]
 
 
-def best_of_n_check(config, model, seed, N=16):
+def best_of_n_check(model, seed, N=16):
     """Sampled and exact Pass@k for k to N, and the floor that coverage promises."""
-    sampled, logp = sampled_pass(model, seed, config, N)
+    sampled, logp = sampled_pass(model, seed, N)
     return dict(sampled=sampled.tolist(), exact=[pass_at(logp, k).mean() for k in range(1, N + 1)],
                 floor=[1 - best_of_n_loss(lambda M: coverage(-logp, M), k) for k in range(1, N + 1)])
 

@@ -1,7 +1,9 @@
 """coverage.py: the profile and its bounds by enumeration, the tournaments by hand, the graphs, the linear model, the trainer, and the command."""
+import copy
 import itertools
 import math
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
@@ -51,9 +53,8 @@ def test_the_kl_bounds_the_coverage_of_every_n(seed):
     kl = float(D @ np.log(D / p))
     for N in (3, 4, 8, 16, 100):
         assert exact(D, p, N) <= kl_bound(kl, N) + 1e-12
-    p = np.array([1 / 16 / 16, 1 - 1 / 16 / 16])        # a Bernoulli pair for which it is nearly tight
-    D = np.array([1 / 16, 1 - 1 / 16])
-    assert exact(D, p, 16) / kl_bound(float(D @ np.log(D / p)), 16) > 0.9
+    D, p = (np.array([q, 1 - q]) for q in (1e-4, 1e-4 / 16))        # a Bernoulli pair for which it is nearly tight
+    assert exact(D, p, 16) / kl_bound(float(D @ np.log(D / p)), 16) > 0.999
 
 
 def test_best_of_n_by_enumeration():
@@ -75,6 +76,14 @@ def test_coverage_bounds_what_best_of_n_loses_and_a_hard_reward_loses_half_of_it
         reward = hard_reward(D, p, N)
         assert D @ reward - best_of_n(p, reward, N) >= exact(D, p, 2 * N) / 2 - 1e-12              # Prop. D.7
     assert exact(D, p, 4) > 0, "and it is not empty"
+    assert hard_reward(np.array([0.4, 0.4, 0.2]), np.array([0.1, 0.11, 0.79]), 2).tolist() == [1, 0, 0]
+
+
+def test_the_bound_on_best_of_n_takes_the_best_level_that_covers_half():
+    for N in (2, 8, 32):
+        assert best_of_n_loss(lambda M: 0.0, N) == pytest.approx(math.exp(-N / 2))                 # N = 2 M log(1 / eps) at M = 1
+        assert best_of_n_loss(lambda M: 0.51, N) == 1 and best_of_n_loss(lambda M: 0.5, N) == pytest.approx(min(1, 0.5 + math.exp(-N / 2)))
+    assert best_of_n_loss(lambda M: 0.3 if M < 8 else 0.0, 64) == pytest.approx(math.exp(-64 / 16), rel=0.5)      # a grid of levels misses 8
 
 
 def test_pass_at_n_is_one_minus_the_chance_that_all_miss():
@@ -92,13 +101,13 @@ def test_the_tournament_by_hand():
 
 def test_the_offset_tournament_forgives_what_a_checkpoint_says_of_itself():
     rng = np.random.default_rng(0)
-    logp, own = np.log(rng.random((3, 40))), np.log(rng.random((3, 3, 40)))
-    for N, a in ((2, 0.0), (4, 0.25)):
+    logp, own = np.log(rng.random((3, 40))), np.log(rng.random((3, 1, 40))) + 0.3 * rng.standard_normal((3, 3, 40))
+    for N, a in ((2, 0.0), (2, 0.5)):
         scores = []
         for i in range(3):
             rivals = [np.mean(logp[j] - logp[i] >= math.log(N)) - 2 * N ** a * np.mean(own[i, j] - own[i, i] >= math.log(N)) for j in range(3)]
             scores.append(max(rivals))
-        assert offset_tournament(logp, own, N, a) == pytest.approx(scores)
+        assert offset_tournament(logp, own, N, a) == pytest.approx(scores) and min(scores) > 0
 
 
 def test_dco_switches_confident_answers_off_by_its_factor():
@@ -130,7 +139,7 @@ def read(row):
 
 @pytest.mark.parametrize("kind", [0, 1, 2])
 def test_a_graph_has_four_paths_and_the_answer_is_the_one_of_its_class(kind):
-    shares, first = [], []
+    shares, first, singles, even = [], [], [], []
     for row in graphs(np.random.default_rng(0), np.full(300, kind)):
         edges, s, t, answer = read(row)
         assert len(set(edges)) == len(edges) in (14, 16)
@@ -151,6 +160,10 @@ def test_a_graph_has_four_paths_and_the_answer_is_the_one_of_its_class(kind):
         place = {u: max(i for i, e in enumerate(edges) if e[0] == u) for u in after}
         assert all(place[v] < min(i for i, e in enumerate(edges) if e == (u, v)) for u, v in edges if v in after), "a node's own edges come first"
         first.append(bit)
+        singles += [(i, answer[i] % 2) for i in range(3) if i not in forks]
+        even.append(edges[-3][1] % 2 == 0)
+    assert set(singles) == set(itertools.product(range(3), range(2))) and 0.3 < np.mean(singles, 0)[1] < 0.7, "the layer that is no fork is any, and so is its way on"
+    assert 0.3 < np.mean(even) < 0.7, "the edges of a layer are shuffled"
     shares = np.mean(shares, 0)
     assert shares.tolist() == ([1, 0], [0, 1])[kind] if kind < 2 else (abs(shares - 0.25) < 0.1).all() and 0.3 < np.mean(first) < 0.7
 
@@ -162,13 +175,32 @@ def test_the_score_is_the_answers_log_probability():
     assert torch.allclose(score(model, ids), by_hand, atol=1e-4) and score_all(model, ids) == pytest.approx(by_hand.detach().numpy(), abs=1e-4)
 
 
-def test_exact_and_sampled_pass_at_n_agree():
+def test_exact_and_sampled_pass_at_n_agree(monkeypatch):
     torch.manual_seed(0)
-    config = small(n_layer=2, n_embd=32, batch=32)
-    model = cov.train(config, Memory(), "base", 0, build(config, "cpu"), (1.0, 0.0, 0.0), 150, 1e-2)
-    sampled, logp = cov.sampled_pass(model, 0, config, 200)
-    exactly = [pass_at(logp, k).mean() for k in range(1, 201)]
-    assert exactly[-1] > 0.2 and np.abs(sampled - exactly).max() < 0.06
+    model, original, seen = build(small(), "cpu"), graphs, []
+    for p in model.parameters():                                         # its answers depend on the prompt, and come again
+        if p.ndim == 2:
+            torch.nn.init.normal_(p, std=1.25 if p is model.lm_head.weight else 0.5)
+
+    def answered(rng, classes):
+        ids = original(rng, classes)
+        rollout = cov.generate(model, [row[:PROMPT].tolist() for row in ids], 1, ANSWER, generator=torch.Generator().manual_seed(1))
+        seen.extend(classes)
+        return np.concatenate([ids[:, :PROMPT], rollout.tokens()], 1)
+    monkeypatch.setattr(cov, "graphs", answered)
+    sampled, logp = cov.sampled_pass(model, 0, 16)
+    exactly = [pass_at(logp, k).mean() for k in range(1, 17)]
+    assert exactly[-1] > exactly[0] + 0.2 > 0.25 and np.abs(sampled - exactly).max() < 0.06
+    assert sampled.shape == (16,) and logp.shape == (256,) and sum(seen) == 26 and set(seen) == {0, 1}
+
+
+def test_the_floor_that_coverage_promises_is_below_the_exact_pass_at_n(monkeypatch):
+    p = np.array([0.5, 0.5, 0.4, 0.01])
+    monkeypatch.setattr(cov, "sampled_pass", lambda model, seed, N: (np.full(N, 0.5), np.log(p)))
+    row = cov.best_of_n_check(None, 0, 40)
+    assert row["exact"] == pytest.approx([np.mean(1 - (1 - p) ** k) for k in range(1, 41)]) and row["sampled"] == [0.5] * 40
+    assert row["floor"] == pytest.approx([1 - best_of_n_loss(lambda M: np.mean(p <= 1 / M), k) for k in range(1, 41)])
+    assert all(f <= e for f, e in zip(row["floor"], row["exact"])) and row["floor"][0] == 0 and 0.7 < row["floor"][-1] < 0.75
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -177,6 +209,10 @@ def test_exact_and_sampled_pass_at_n_agree():
 def test_the_table_counts_and_the_coin_can_be_infinitely_wrong():
     kl, c16 = cov.table(8, 2000, 0)
     assert kl == pytest.approx(1.51, abs=0.1) and cov.table(64, 2000, 0)[0] == pytest.approx(8 * kl, rel=0.1) and cov.table(64, 2000, 0)[1] == pytest.approx(c16, rel=0.1)
+    p = 1 / np.arange(1, 1001)
+    assert c16 == pytest.approx((p / p.sum()) @ (1 - p / p.sum()) ** 2000, abs=0.01), "the share of prompts that were never drawn"
+    assert cov.table(8, 3, 0, prompts=1, a=0.5)[0] == pytest.approx(8 * math.log(5 / 3.5))
+    assert cov.coin(4, 0, p=0.5) == pytest.approx((2 / 16, 5 / 16), abs=0.01)
     infinite, cov2 = cov.coin(20, 0)
     q = np.arange(21) / 20
     mass = np.array([math.comb(20, k) * 0.01 ** k * 0.99 ** (20 - k) for k in range(21)])
@@ -192,7 +228,9 @@ def test_the_linear_models_gradient_by_finite_differences(prompt):
 
 
 def test_projection():
-    assert project(np.array([[3.0, 4.0, -2.0], [0.1, 0.2, 0.5]])).tolist() == [pytest.approx([0.6, 0.8, -1.0]), [0.1, 0.2, 0.5]]
+    theta = np.array([[3.0, 4.0, -2.0], [0.1, 0.2, 0.5]])
+    assert project(theta).tolist() == [pytest.approx([0.6, 0.8, -1.0]), [0.1, 0.2, 0.5]]
+    assert theta[0].tolist() == [3.0, 4.0, -2.0]
 
 
 def test_the_exact_coverage_by_enumeration_of_all_sequences(monkeypatch):
@@ -239,6 +277,38 @@ def test_a_token_step_is_sgd_on_one_token():
     assert logp == pytest.approx(2.8 - math.log(np.exp([-2.8, 0, 2.8]).sum()))
 
 
+@pytest.mark.parametrize("kind", ["sgd", "normalised", "distilled"])
+def test_a_step_of_the_linear_model_by_hand(kind, monkeypatch):
+    seen, eta, H, N = [], 0.01, 64, 16
+    monkeypatch.setattr(cov, "exact_coverage", lambda theta, H, N: seen.append(theta) or np.full(len(theta), len(seen)))
+    assert cov.linear(kind, eta, H, 6, 4, seed=2, N=N).tolist() == [2.0] * 4                       # the mean of 1, 2 and 3: the second half
+    rng, theta = np.random.default_rng(2), np.tile(cov.START, (4, 1))
+    for step in range(6):
+        prompts, counts = cov.draw(rng, H, (4,))
+        for i, (prompt, count) in enumerate(zip(prompts, counts)):
+            truth, own = log_probs(cov.TRUTH, prompt), log_probs(theta[i], prompt)
+            g = gradient(theta[i], prompt, count)
+            if kind == "normalised":
+                g = g / (1 + math.sqrt((g ** 2).sum()))
+            if kind == "distilled":                                                                # alike tokens: so many of them fit into the budget
+                g = g * min(1, math.log(N) / (H * (np.exp(truth) * (truth - own)).sum()))
+            theta[i] = project(theta[i] + eta * g)
+        assert step < 3 or seen[step - 3] == pytest.approx(theta)
+
+
+def test_ttt_trains_on_the_mixture_token_by_token_and_decodes_with_the_same_step(monkeypatch):
+    trained, decoded = [], []
+
+    def token_step(theta, prompt, token, eta):
+        (trained if theta.ndim == 2 else decoded).append((theta.shape, eta, prompt, token))
+        return np.where(prompt == 1, -100.0, 0.0), theta                                          # misses whatever is quiet
+    monkeypatch.setattr(cov, "token_step", token_step)
+    assert cov.ttt_coverage(0.003, 8, 300, 5).tolist() == pytest.approx([1 - cov.LOUD] * 5)
+    assert len(trained) == 300 * 8 and {c[1] for c in trained + decoded} == {0.003} and np.mean([c[2] for c in trained]) == pytest.approx(1 - cov.LOUD, abs=0.01)
+    assert all((c[3] == np.where(c[2] == 1, 2, 1)).all() for c in trained), "the truth's likely tokens"
+    assert len(decoded) == 2 * 8 and {c[0] for c in decoded} == {(8, 5, 4, 3)}
+
+
 def test_sgd_bounces_where_the_step_is_long_and_normalised_sgd_does_not():
     assert cov.linear("sgd", 2.5 / (256 * 35), 256, 300, 2).min() > 0.9
     assert cov.linear("sgd", 1 / (16 * 35), 16, 800, 4).max() < 0.005 and cov.linear("normalised", 0.2, 256, 1000, 2).max() < 0.001
@@ -269,39 +339,177 @@ def test_fine_tuning_is_nine_tenths_g1(monkeypatch):
     assert 2 not in seen and abs(np.mean(seen) - 0.1) < 0.03
 
 
-def test_selection_takes_the_best_loss_the_tournaments_winner_and_of_equals_the_better_loss():
-    model = build(small(), "cpu")
-    weights = {0: model.state_dict(), 8: {k: v + 0.1 * torch.randn_like(v) for k, v in model.state_dict().items()}}
+def test_a_checkpoints_row_weighs_the_classes_nine_to_one(monkeypatch):
+    config, run, drawn, original = small(steps=3, eval_prompts=200), Memory(), [], graphs
+    monkeypatch.setattr(cov, "graphs", lambda rng, classes: drawn.append((classes, original(rng, classes))) or drawn[-1][1])
+    probabilities = {}                                                        # made up, of each set of graphs
+    monkeypatch.setattr(cov, "score_all", lambda model, ids: np.log(probabilities.setdefault(ids.tobytes(), np.random.default_rng(len(probabilities)).random(len(ids)))))
+    _, valid, _ = cov.fine_tune(config, run, "a", 7, build(config, "cpu"))
+    (test, ids), (validation, valid_ids) = drawn[:2]
+    assert test.tolist() == [0] * 200 + [1] * 200 and len(validation) == 400 and abs(np.mean(validation == 1) - 0.1) < 0.04 and set(validation) == {0, 1}
+    p, w = probabilities[ids.tobytes()], np.where(test == 0, 0.9, 0.1) / 200
+    assert len(probabilities) == 2 and valid[3].exp().tolist() == pytest.approx(probabilities[valid_ids.tobytes()])
+    row = run.rows[-1]
+    assert row["kl"] == pytest.approx(-w @ np.log(p)) and row["seed"] == 7 and [r["step"] for r in run.rows] == [0, 2, 3]
+    assert all(row[f"cov@{N}"] == pytest.approx(w @ (p <= 1 / N)) for N in cov.NS) and all(row[f"pass@{N}"] == pytest.approx(w @ (1 - (1 - p) ** N)) for N in cov.TRIES)
+    other, _ = cov.held_out(8, 200)
+    assert not any((a == ids).all(1).any() for a in (other, valid_ids)), "every seed, and validation, has its own graphs"
+
+
+def test_only_cross_entropy_has_checkpoints_to_choose_from():
+    config, base, run = small(), build(small(), "cpu"), Memory()
+    plain, seen = cov.fine_tune(config, run, "a", 0, base)[0], []
+    model, valid, weights = cov.fine_tune(config, run, "b", 0, base, lambda logp: seen.append(logp.shape) or 0 * logp)
+    assert valid == weights == {} and seen == [(8,)] * 4 and not torch.equal(model.lm_head.weight, plain.lm_head.weight)
+    assert sorted(run.state) == ["a 0", "b 0"]
+
+
+def test_fine_tuning_hands_the_mixture_and_the_learning_rate_to_training(monkeypatch):
+    calls = []
+    monkeypatch.setattr(cov, "train", lambda *args, **more: calls.append((args, more)))
+    config, run = small(lr=1e-3), Memory()
+    cov.fine_tune(config, run, "a", 3, "base", "loss")
+    args, more = calls[0]
+    assert args == (config, run, "a 3", 3, "base", (0.9, 0.1, 0.0), 4, 1e-3, "loss") and not more.get("decay")
+
+
+def test_selection_takes_the_best_loss_the_tournaments_winner_and_of_equals_the_better_loss(monkeypatch):
+    model, drawn, original = build(small(), "cpu"), [], graphs
+    weights = {step: {k: torch.full_like(v, step) for k, v in model.state_dict().items()} for step in (0, 8)}
     logp = np.log(np.array([[0.3] * 4, [0.5] * 4, [0.99, 0.99, 0.99, 0.1]]))             # 4 * 0.1 < 0.5: the last one loses the tournament
     valid = {0: torch.tensor(logp[0]), 4: torch.tensor(logp[1]), 8: torch.tensor(logp[2])}
-    picks = cov.select(small(), model, valid, weights, 0)
-    assert picks["best validation loss"] == (8 if logp[2].mean() > logp[1].mean() else 4) and picks["tournament"] == 4 and picks["offset"] in (0, 8)
+    # checkpoint 0 is 5 times surer than 8 of half of the answers, 8 than 0 of a quarter; but of 8's own answers 0 is surer, too
+    prompts = {8: [0, 0, 0, 0], 0: [math.log(5), math.log(5), 0, -math.log(5)]}
+    own = {(8, 8): [0, 0, 0, 0], (8, 0): [math.log(5), 0, 0, 0], (0, 0): [0, 0, 0, 0], (0, 8): [-1, -1, -1, -1]}
+    monkeypatch.setattr(cov, "graphs", lambda rng, classes: drawn.append((classes, original(rng, classes))) or drawn[-1][1])
+    name = lambda m: int(m.lm_head.weight[0, 0])
+
+    def generate(m, asked, n, max_new_tokens, generator):
+        assert asked == drawn[0][1][:, :PROMPT].tolist() and (n, max_new_tokens) == (1, ANSWER)
+        return type("Rollout", (), dict(ids=torch.tensor([[name(m)]])))
+    monkeypatch.setattr(cov, "generate", generate)
+    monkeypatch.setattr(cov, "score_all", lambda m, ids: np.array(prompts[name(m)] if ids.size > 1 else own[ids.item(), name(m)]))
+    picks = cov.select(small(eval_prompts=400), model, valid, weights, 0)
+    assert logp[2].mean() > logp[1].mean() and picks == {"best validation loss": 8, "tournament": 4, "offset": 8}
+    assert len(drawn) == 1 and abs(np.mean(drawn[0][0] == 1) - 0.1) < 0.04 and set(drawn[0][0]) == {0, 1}
 
 
-def test_every_loss_sees_the_same_graphs(monkeypatch):
+def test_the_learning_rate_goes_up_in_50_steps_then_linearly_to_0_and_the_gradient_is_cut_to_norm_1(monkeypatch):
+    rates, step, run = [], torch.optim.AdamW.step, Memory()
+    config, base, (ids, _) = small(), build(small(), "cpu"), cov.held_out(0, 50)
+    cov.train(config, run, "a", 0, base, (1.0, 0.0, 0.0), 1, 1e-3)
+    state = run.state["a"]["optimizer"]["state"].values()
+    assert math.sqrt(sum(float(s["exp_avg"].square().sum()) for s in state)) == pytest.approx(0.1, rel=1e-4)          # (1 - beta1) g
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: rates.append(self.param_groups[0]["lr"]) or step(self))
+    trained = cov.train(config, run, "b", 0, base, (1.0, 0.0, 0.0), 60, 1e-2, decay=True)
+    assert rates == pytest.approx([1e-2 * min((i + 1) / 50, 1 - i / 60) for i in range(60)])
+    rates.clear()
+    cov.train(config, run, "c", 0, base, (1.0, 0.0, 0.0), 2, 1e-3)
+    assert rates == [1e-3, 1e-3]
+    assert [r["step"] for r in run.rows] == [0, 0, 50, 59, 0, 1] and score_all(trained, ids).mean() > score_all(base, ids).mean() + 0.3
+
+
+def test_every_loss_sees_the_same_graphs_and_every_seed_others(monkeypatch):
     draws, original = [], graphs
     monkeypatch.setattr(cov, "graphs", lambda rng, classes: draws.append(original(rng, classes)) or draws[-1])
     base = build(small(), "cpu")
-    for loss in (None, lambda logp: dco_loss(logp, 8)):
-        cov.train(small(), Memory(), "a", 0, base, (0.9, 0.1, 0.0), 3, 1e-3, loss)
-    assert all((a == b).all() for a, b in zip(draws[:3], draws[3:])) and (draws[0] != draws[1]).any()
+    for phase, seed, loss in (("a 0", 0, None), ("b 0", 0, lambda logp: dco_loss(logp, 8)), ("a 1", 1, None)):
+        cov.train(small(), Memory(), phase, seed, base, (0.9, 0.1, 0.0), 3, 1e-3, loss)
+    assert all((a == b).all() for a, b in zip(draws[:3], draws[3:6])) and (draws[0] != draws[1]).any() and (draws[0] != draws[6]).any()
+
+
+def test_bfloat16_rounds_the_products_and_not_the_weights():
+    base = build(small(), "cpu")
+    one, other = (cov.train(small(dtype=dtype), Memory(), "a", 0, base, (0.9, 0.1, 0.0), 2, 1e-3).lm_head.weight for dtype in ("float32", "bfloat16"))
+    assert one.dtype == other.dtype == torch.float32 and not torch.equal(one, other) and torch.allclose(one, other, atol=5e-3)
+
+
+def interrupted(training):
+    """training(run), broken off after two steps and begun again with what was saved."""
+    first, second = Memory(), Memory()
+
+    def save(phase, **state):
+        second.state[phase] = copy.deepcopy(state)
+        if state["step"] == 2:
+            raise KeyboardInterrupt
+    first.due, first.save = True, save
+    with pytest.raises(KeyboardInterrupt):
+        training(first)
+    result = training(second)
+    assert second.rows and min(r["step"] for r in second.rows) >= 2, "it goes on where it was broken off"
+    return result
 
 
 def test_interrupting_between_two_steps_changes_nothing():
-    config, base, halves = small(), build(small(), "cpu"), Memory()
-    whole = cov.train(config, Memory(), "a", 0, base, (0.9, 0.1, 0.0), 4, 1e-3, decay=True)
+    config, base = small(), build(small(), "cpu")
+    training = lambda run: cov.train(config, run, "a", 0, base, (0.9, 0.1, 0.0), 4, 1e-3, decay=True)
+    assert all(torch.equal(a, b) for a, b in zip(training(Memory()).state_dict().values(), interrupted(training).state_dict().values()))
 
-    def save(phase, **state):
-        halves.state[phase] = copy_of(state)
-        if state["step"] == 2 and halves.due:
-            raise KeyboardInterrupt
-    copy_of = lambda state: {k: v for k, v in state.items()}
-    halves.due, halves.save = True, save
-    with pytest.raises(KeyboardInterrupt):
-        cov.train(config, halves, "a", 0, base, (0.9, 0.1, 0.0), 4, 1e-3, decay=True)
-    halves.due = False
-    again = cov.train(config, halves, "a", 0, base, (0.9, 0.1, 0.0), 4, 1e-3, decay=True)
-    assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), again.state_dict().values()))
+
+def test_an_interrupted_fine_tuning_keeps_its_checkpoints():
+    config, base = small(steps=8, eval_every=1), build(small(), "cpu")
+    training, longer = lambda run: cov.fine_tune(config, run, "a", 0, base), Memory()
+    cov.fine_tune(small(steps=4, eval_every=1), longer, "a", 0, base)
+    whole = training(Memory())
+    for again in (interrupted(training), training(longer)):                       # broken off; finished, then trained on
+        assert list(whole[1]) == list(again[1]) == list(range(9)) and all(torch.equal(whole[1][k], again[1][k]) for k in whole[1])
+        assert list(whole[2]) == list(again[2]) == [0, 4, 8] and all(torch.equal(a, b) for k in whole[2] for a, b in zip(whole[2][k].values(), again[2][k].values()))
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# The claims, of rows that were made up
+
+def claimed(figure, config, run):
+    fig, claims = figure(config, run, "cpu")
+    plt.close(fig)
+    return {c["id"]: float(c["ours"].split()[0]) for c in claims}
+
+
+def test_the_claims_of_principle_compare_what_they_say(monkeypatch):
+    curves = {("cross-entropy", 0): dict(kl=(1.0, 0.8, 0.52), cov=(0.01, 0.02, 0.05), pass8=(0.90, 0.95, 0.85), pass16=(0.99, 0.98, 0.95)),
+              ("cross-entropy", 1): dict(kl=(1.0, 0.5, 0.55), cov=(0.01, 0.05, 0.02), pass8=(0.90, 0.97, 0.89), pass16=(0.99, 0.97, 0.96)),
+              ("DCO, N = 8", 0): dict(kl=(1.0, 0.9, 0.8), cov=(0.0, 0.0, 0.0), pass8=(0.90, 0.99, 0.96), pass16=(0.99, 0.99, 0.99)),
+              ("DCO, N = 8", 1): dict(kl=(1.0, 0.9, 0.8), cov=(0.0, 0.0, 0.0), pass8=(0.90, 0.99, 0.97), pass16=(0.99, 0.99, 0.99))}
+    picks = [{"best validation loss": 40, "tournament": 20, "offset": 40}, {"best validation loss": 40, "tournament": 0, "offset": 20}]
+    checks = [dict(sampled=[0.5, 0.9], exact=[0.51, 0.93], floor=[0.1, 0.7]), dict(sampled=[0.5, 0.8], exact=[0.5, 0.8], floor=[0.4, 0.75])]
+    seen = []
+
+    def fine_tune(config, run, arm, seed, base, loss=None):
+        seen.append((arm, seed, base, loss and round(loss(torch.tensor([0.5]).log()).item(), 4)))
+        for i, step in enumerate((0, 20, 40)):
+            c = {k: v[i] for k, v in curves[arm, seed].items()}
+            run.log(phase="finetune", arm=arm, seed=seed, step=step, kl=c["kl"], **{f"cov@{N}": c["cov"] if N == 8 else 0.5 for N in cov.NS},
+                    **{f"pass@{N}": {8: c["pass8"], 16: c["pass16"]}.get(N, 0.5) for N in cov.TRIES})
+        return arm, f"valid {arm}", f"weights {arm}"
+    monkeypatch.setattr(cov, "train", lambda config, run, phase, seed, model, mixture, steps, lr, decay: (phase, seed, mixture, steps, lr, decay))
+    monkeypatch.setattr(cov, "fine_tune", fine_tune)
+    monkeypatch.setattr(cov, "select", lambda config, *which: {("cross-entropy", "valid cross-entropy", "weights cross-entropy", seed): picks[seed] for seed in (0, 1)}[which])
+    monkeypatch.setattr(cov, "best_of_n_check", lambda *which: {("cross-entropy", seed): checks[seed] for seed in (0, 1)}[which])
+    ours = claimed(cov.figure_principle, small(steps=40, seeds=2, sft_steps=9), Memory())
+    assert seen == [(arm, seed, (f"base {seed}", seed, (1 / 3, 1 / 3, 1 / 3), 9, 4e-3, True), {"cross-entropy": None, "DCO, N = 8": round(-math.log(1 - 0.5 ** 8), 4)}[arm])
+                    for seed in (0, 1) for arm in ("cross-entropy", "DCO, N = 8")]
+    assert ours == pytest.approx({"kl": 0.55, "kl steady": 0.05, "pass falls": 0.09, "pass@16 falls": 0.035, "by coverage": -0.75, "by kl": 0.75, "tournament": 0.055,
+                                  "near best": 0.07, "offset": 0.04, "dco": 0.095, "bound": 0.05, "sampled": 0.03})
+
+
+def test_the_claims_of_horizon_compare_what_they_say(monkeypatch):
+    of_length = {8: 0.10, 16: 0.13, 32: 0.11, 64: 0.12}
+    monkeypatch.setattr(cov, "table", lambda H, n, seed: (H ** (2000 / n) * (1 + seed), of_length[H] * 2000 / n))
+    monkeypatch.setattr(cov, "coin", lambda n, seed: (n / 100, (1 + seed) / n))
+    ours = claimed(cov.figure_horizon, small(seeds=2), Memory())
+    assert ours == pytest.approx({"kl": 8, "kl at most": 8, "coverage": 1.3, "draws": 1 / 16, "coin": 0.075})
+
+
+def test_the_claims_of_optimizers_compare_what_they_say(monkeypatch):
+    base, calls = dict(sgd=0.0, normalised=0.3, distilled=0.5), []
+    monkeypatch.setattr(cov, "linear", lambda kind, eta, H, steps, seeds, seed: calls.append((steps, seeds, seed)) or
+                        base[kind] + (eta * H * 35 / 100 if kind == "sgd" else eta) + np.array([0, 2 * H]) / 1e5)
+    monkeypatch.setattr(cov, "ttt_coverage", lambda eta, H, steps, seeds, seed: calls.append((steps, seeds, seed)) or 0.7 + eta + np.array([0, 2 * H]) / 1e5)
+    run = Memory()
+    ours = claimed(cov.figure_optimizers, small(steps=800, seeds=2, seed=3), run)
+    assert ours == pytest.approx({"sgd": 0.01 + 0.01024, "bounces": 0.025 + 0.00016, "normalised": 0.5 + 0.04096, "distilled": 0.502 + 0.04096, "ttt": 0.703 + 0.01024}, rel=2e-2)
+    assert calls == [(800, 2, 3)] * 30 + [(300, 2, 3)] * 4 and {r["seed"] for r in run.rows} == {3, 4}
+    assert len(run.rows) == 68 and claimed(cov.figure_optimizers, small(steps=800, seeds=2, seed=3), run) == ours and len(calls) == 34, "a resumed run measures nothing twice"
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -321,5 +529,6 @@ def test_a_mistake_in_the_flags_is_one_line_and_exit_code_2(flags, tmp_path):
     check_mistake("coverage.py", flags, tmp_path)
 
 
-def test_interrupt_and_resume_give_the_metrics_of_an_uninterrupted_run_to_the_bit(tmp_path):
-    check_resume("coverage.py", tmp_path, (dict(phase="pretrain"), dict(phase="finetune")), "--quick", "--sft-steps", 100, "--steps", 40, "--eval-every", 10)
+def test_interrupt_and_resume_give_the_metrics_of_an_uninterrupted_run_to_the_bit(tmp_path, monkeypatch):
+    monkeypatch.setattr(plt.Figure, "savefig", lambda *_, **__: None)           # the quick run draws it
+    check_resume("coverage.py", tmp_path, (dict(phase="pretrain"), dict(phase="finetune", step=10)), "--quick", "--steps", 20, "--eval-every", 5, "--n-layer", 1)
