@@ -494,7 +494,7 @@ def test_the_claims_of_principle_compare_what_they_say(monkeypatch):
 
 def test_the_claims_of_horizon_compare_what_they_say(monkeypatch):
     of_length = {8: 0.10, 16: 0.13, 32: 0.11, 64: 0.12}
-    monkeypatch.setattr(cov, "table", lambda H, n, seed: (H ** (2000 / n) * (1 + seed), of_length[H] * 2000 / n))
+    monkeypatch.setattr(cov, "table", lambda H, n, seed: (H ** (2000 / n) * (1 + seed), of_length[H] * (2000 / n) ** (H / 64)))
     monkeypatch.setattr(cov, "coin", lambda n, seed: (n / 100, (1 + seed) / n))
     ours = claimed(cov.figure_horizon, small(seeds=2), Memory())
     assert ours == pytest.approx({"kl": 8, "kl at most": 8, "coverage": 1.3, "draws": 1 / 16, "coin": 0.075})
