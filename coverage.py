@@ -33,7 +33,6 @@ coverage) picks a checkpoint near the top, the best validation loss one at the b
 import copy
 import math
 import random
-import time
 from dataclasses import dataclass
 
 import matplotlib
@@ -611,13 +610,10 @@ def main():
     config.steps = config.steps or (800 if config.figure == "optimizers" else 700)
     device = pick_device(config.device)
     size = sum(p.numel() for p in build(config, device).parameters())        # an impossible shape ends here, before anything is written
-    run, started = Run(config), time.time()
-    print(f"coverage.py: figure {config.figure}, seed {config.seed}, {config.seeds} seeds, {device}, {config.dtype}, {torch.get_num_threads()} threads, "
-          f"{size:,} parameters")
+    run = Run(config)
+    run.introduce(device, size)
     fig, claims = globals()[f"figure_{config.figure}"](config, run, device)
-    fig.savefig(run.dir / f"{config.figure}.png", dpi=110)
-    run.claims(claims)
-    print(f"\n{run.dir / config.figure}.png, metrics.jsonl, claims.json, model.pt: {time.time() - started:.0f} s")
+    run.finish(fig, claims)
 
 
 if __name__ == "__main__":

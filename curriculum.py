@@ -28,7 +28,6 @@ Negative advantages speed up the p^k model, by as much as a step twice as long. 
 import copy
 import math
 import random
-import time
 import zlib
 from dataclasses import dataclass
 
@@ -603,13 +602,10 @@ def main():
     config.steps = config.steps or (200 if config.figure == "mask" else 80)
     device = pick_device(config.device)
     size = sum(p.numel() for p in build(config, device).parameters())        # an impossible shape ends here, before anything is written
-    run, started = Run(config), time.time()
-    print(f"curriculum.py: figure {config.figure}, seed {config.seed}, {config.seeds} seeds, {device}, {config.dtype}, {torch.get_num_threads()} threads, "
-          f"{size:,} parameters")
+    run = Run(config)
+    run.introduce(device, size)
     fig, claims = globals()[f"figure_{config.figure}"](config, run, device)
-    fig.savefig(run.dir / f"{config.figure}.png", dpi=110)
-    run.claims(claims)
-    print(f"\n{run.dir / config.figure}.png, metrics.jsonl, claims.json, model.pt: {time.time() - started:.0f} s")
+    run.finish(fig, claims)
 
 
 if __name__ == "__main__":

@@ -671,13 +671,10 @@ def main():
     if world()[1] > (1 if config.figure == "length" else config.prompts):
         raise UserError(f"{world()[1]} processes: --figure length takes one, the others no more than there are --prompts")
     size = sum(p.numel() for p in build(config, device).parameters())        # an impossible shape ends here, before anything is written
-    run, started = Run(config), time.time()
-    print(f"grpo.py: figure {config.figure}, seed {config.seed}, {config.seeds} seeds, {device}, {config.dtype}, {torch.get_num_threads()} threads, "
-          f"{size:,} parameters")
-    fig, claims = {"train": figure_train, "variants": figure_variants, "length": figure_length}[config.figure](config, run, device)
-    run.draw(fig, config.figure)
-    run.claims(claims)
-    print(f"\n{run.dir / config.figure}.png, metrics.jsonl, claims.json, model.pt: {time.time() - started:.0f} s")
+    run = Run(config)
+    run.introduce(device, size)
+    fig, claims = globals()[f"figure_{config.figure}"](config, run, device)
+    run.finish(fig, claims)
 
 
 if __name__ == "__main__":

@@ -43,7 +43,8 @@ from tqdm import tqdm
 
 from kernels import attention, can_compile, gemm_dtype, say_once, token_logprobs, wide
 from pretrained import SPLIT, hf_config, hf_save, hf_state, hub_folder, load_tokenizer                    # noqa: F401
-from run import Run, UserError, command, flag, load_checkpoint, parse_args, pick_device, save_checkpoint   # noqa: F401, one door for users
+from run import (Run, UserError, band, claim, command, flag, load_checkpoint, parse_args, pick_device, save_checkpoint,       # noqa: F401, one door
+                 seeds_of, series)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -681,12 +682,15 @@ def lr_at(step, steps, peak, warmup=20):
     return peak * min((step + 1) / warmup, 0.55 + 0.45 * math.cos(math.pi * step / steps))
 
 
+def build(config, vocab_size):
+    return GPT(GPTConfig(vocab_size, config.block_size, config.n_layer, config.n_head, config.n_embd, config.n_kv_head, qk_norm=True))
+
+
 def pretrain(config, run, seed, device, tokenizer, train_ids, val_ids, bytes_per_token):
     """Next-token prediction on random windows of train_ids -> the model. Logs the training and the held-out loss."""
     phase, generator = f"gpt {seed}", torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
-    model = GPT(GPTConfig(tokenizer.n_vocab, config.block_size, config.n_layer, config.n_head, config.n_embd, config.n_kv_head,
-                          qk_norm=True)).to(device)
+    model = build(config, tokenizer.n_vocab).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), config.lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     state, T = run.state.get(phase), config.block_size
     hidden = torch.compile(model.hidden) if config.compile else model.hidden
@@ -739,7 +743,7 @@ def main():
     cut = len(texts[0]) * 9 // 10
     train_docs, val_docs = ([t for i, t in enumerate(texts) if i % 10], texts[::10]) if len(texts) > 1 else ([texts[0][:cut]], [texts[0][cut:]])
     # 2. Train the BPE on the training text, encode both
-    run, started = Run(config), time.time()
+    run = Run(config)
     tokenizer = train_bpe("".join(train_docs), config.vocab_size)
     train_ids, val_ids = (torch.tensor([i for ids in tokenizer.encode_ordinary_batch(docs) for i in [*ids, tokenizer.eos]])
                           for docs in (train_docs, val_docs))
@@ -747,10 +751,11 @@ def main():
     if min(len(train_ids), len(val_ids)) <= config.block_size + 1:
         raise UserError(f"--data: {len(train_ids)} + {len(val_ids)} held-out tokens are too few for --block-size {config.block_size}")
     bytes_per_token = len(val_text.encode()) / len(val_ids)
-    print(f"model.py: seed {config.seed}, {device}, {config.dtype}, {torch.get_num_threads()} threads; {len(train_ids):,} tokens to train on, "
-          f"{len(val_ids):,} held out, {tokenizer.n_vocab} ids, {bytes_per_token:.2f} bytes per token, BPE and encoding {time.time() - started:.0f} s")
+    run.introduce(device, sum(p.numel() for p in build(config, tokenizer.n_vocab).parameters()))
+    print(f"{len(train_ids):,} tokens to train on, {len(val_ids):,} held out, {tokenizer.n_vocab} ids, {bytes_per_token:.2f} bytes per token, "
+          f"BPE and encoding {time.time() - run.started:.0f} s")
     # 3. Train, sample
-    for seed in range(config.seed, config.seed + config.seeds):
+    for seed in seeds_of(config):
         model = pretrain(config, run, seed, device, tokenizer, train_ids, val_ids, bytes_per_token)
     prompt = "def " if not config.data else val_text[:20]
     start = tokenizer.encode_ordinary(prompt)[:config.block_size]
@@ -758,12 +763,10 @@ def main():
                       stop=tokenizer.eos, generator=torch.Generator().manual_seed(config.seed))
     print(f"\nA sample at temperature 0.8:\n{prompt}{sample.texts(tokenizer)[0]}\n")
     # 4. Figure and claim
-    final = [[r["val_bits_per_byte"] for r in run.rows if r["seed"] == s and "val_loss" in r][-1] for s in range(config.seed, config.seed + config.seeds)]
+    final = [[r["val_bits_per_byte"] for r in run.rows if r["seed"] == s and "val_loss" in r][-1] for s in seeds_of(config)]
     gzip = bits_per_byte(val_text, lambda b: zlib.compress(b, 9))
-    plot_loss(run, config, gzip, np.mean(final))
-    run.claims([dict(id="compression", claim="held-out bits per byte, worst seed (gzip -9)", source="-", paper="-",
-                     ours=f"{max(final):.3f} ({gzip:.3f})", threshold="< gzip", holds=max(final) < gzip, seeds=config.seeds)])
-    print(f"\n{run.dir / 'loss.png'}, metrics.jsonl, claims.json, model.pt: {time.time() - started:.0f} s")
+    run.finish(plot_loss(run, config, gzip, np.mean(final)),
+               [claim("compression", "held-out bits per byte; threshold: gzip -9", "-", "-", final, "<=", gzip, config.seeds)])
 
 
 def plot_loss(run, config, gzip, final):
@@ -772,14 +775,11 @@ def plot_loss(run, config, gzip, final):
     import matplotlib.pyplot as plt
     fig, ax = plt.subplots(figsize=(7, 4.5), layout="constrained")
     for key, label in (("loss", "training batch"), ("val_loss", "held out")):
-        by_seed = [{r["tokens"]: r[key] for r in run.rows if r["seed"] == s and key in r} for s in range(config.seed, config.seed + config.seeds)]
-        x = np.array(sorted(by_seed[0]))
-        y = np.array([[d[t] for t in x] for d in by_seed])
-        ax.plot(x / 1e6, y.mean(0), label=label, alpha=0.5 if key == "loss" else 1)
-        ax.fill_between(x / 1e6, y.mean(0) - y.std(0), y.mean(0) + y.std(0), alpha=0.2, lw=0)
+        steps, y = series(run, key)
+        band(ax, steps * config.batch * config.block_size / 1e6, y, label, alpha=0.5 if key == "loss" else 1)
     ax.set(xlabel="training tokens (millions)", ylabel="loss (nats per token)", title=f"A small GPT needs {final:.2f} bits per byte of held-out text, gzip {gzip:.2f}")
     ax.legend()
-    fig.savefig(run.dir / "loss.png", dpi=110)
+    return fig
 
 
 # ---------------------------------------------------------------------------------------------------------------------------

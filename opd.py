@@ -1093,13 +1093,10 @@ def main():
     # what is impossible ends here, before anything is written
     models = load_pair(config, device) if config.init else [build(config, n_embd, device) for n_embd in (config.n_embd, config.expert_embd)]
     size = sum(p.numel() for p in models[0].parameters())
-    run, started = Run(config), time.time()
-    print(f"opd.py: figure {config.figure}, seed {config.seed}, {config.seeds} seeds, {device}, {config.dtype}, {torch.get_num_threads()} threads, "
-          f"{size:,} parameters")
+    run = Run(config)
+    run.introduce(device, size)
     fig, claims = figure_checkpoints(config, run, *models) if config.init else globals()[f"figure_{config.figure}"](config, run, device)
-    run.draw(fig, config.figure)
-    run.claims(claims)
-    print(f"\n{run.dir / config.figure}.png, metrics.jsonl, claims.json, model.pt: {time.time() - started:.0f} s")
+    run.finish(fig, claims)
 
 
 if __name__ == "__main__":

@@ -214,7 +214,8 @@ class Run:
     """
 
     def __init__(self, config):
-        self.config, self.dir, self.rows, self.state, self.signal, self.saved, self.cost = dataclasses.asdict(config), Path(config.out), [], {}, 0, time.time(), 0
+        self.config, self.dir, self.rows, self.state, self.signal, self.cost = dataclasses.asdict(config), Path(config.out), [], {}, 0, 0
+        self.started = self.saved = time.time()
         if config.resume:
             checkpoint = load_checkpoint(self.dir / "model.pt")
             self.state, n = checkpoint["state"], checkpoint["rows"]
@@ -268,9 +269,18 @@ class Run:
         self.metrics.write(json.dumps(row) + "\n")
         self.metrics.flush()
 
-    def draw(self, fig, name):
+    def introduce(self, device, parameters):
+        """The first line that a run prints."""
+        c = self.config
+        print(f"{Path(sys.argv[0]).name}: figure {c['figure']}, seed {c['seed']}, {c['seeds']} seed{'s' * (c['seeds'] > 1)}, {device}, {c['dtype']}, "
+              f"{torch.get_num_threads()} threads, {parameters:,} parameters", flush=True)
+
+    def finish(self, fig, claims):
+        """The last things that a run does: the figure, the claims, the time it took."""
         if world()[0] == 0:
-            fig.savefig(self.dir / f"{name}.png", dpi=110)
+            fig.savefig(self.dir / f"{self.config['figure']}.png", dpi=110)
+        self.claims(claims)
+        print(f"\n{self.dir / self.config['figure']}.png, metrics.jsonl, claims.json, model.pt: {time.time() - self.started:.0f} s")
 
     def log_once(self, measure, **where):
         """Log measure() -> {name: value} as the row `where`. A resumed run that has the row does not measure again."""

@@ -517,13 +517,10 @@ def main():
     device = pick_device(config.device)
     size = sum(p.numel() for p in build(config, config.vocab_size if config.figure == "context" else V).parameters())        # an impossible shape ends here, before anything is written
     data = texts(config) if config.figure == "context" else ()
-    run, started = Run(config), time.time()
-    print(f"ttt.py: figure {config.figure}, seed {config.seed}, {config.seeds} seeds, {device}, {config.dtype}, {torch.get_num_threads()} threads, "
-          f"{size:,} parameters")
+    run = Run(config)
+    run.introduce(device, size)
     fig, claims = globals()[f"figure_{config.figure}"](config, run, device, *data)
-    fig.savefig(run.dir / f"{config.figure}.png", dpi=110)
-    run.claims(claims)
-    print(f"\n{run.dir / config.figure}.png, metrics.jsonl, claims.json, model.pt: {time.time() - started:.0f} s")
+    run.finish(fig, claims)
 
 
 if __name__ == "__main__":

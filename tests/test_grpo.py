@@ -945,8 +945,7 @@ def test_only_rank_0_writes(quick, tmp_path, monkeypatch):
             run = Run(small(out=str(out), resume=resume))
             run.log(step=1)
             run.save("phase", step=1)
-            run.claims([])
-            run.draw(None, "figure")
+            run.finish(None, [])
             assert run.rows[-1] == dict(step=1) and not run.due
         assert {p.name: p.read_bytes() for p in folder.iterdir()} == before and not (tmp_path / "new").exists()
     finally:
