@@ -190,14 +190,17 @@ class GPT(nn.Module):
             self.lm_head.weight = self.wte.weight
 
     def hidden(self, ids, cache=None):
-        """ids (B, T) int64 -> final hidden states (B, T, C). With a cache, ids continue its rows and are added to it."""
+        """ids (B, T) int64 -> final hidden states (B, T, C). With a cache, ids continue its rows and are added to it.
+
+        AssertionError past block_size positions.
+        """
         B, T = ids.shape
         self.rope = self.rope.to(ids.device)
         assert T + (0 if cache is None else cache.length) <= self.config.block_size, f"past block_size {self.config.block_size}"
         positions, mask = (slice(0, T), None) if cache is None else cache.extend(T)
         x, rope = self.wte(ids), self.rope[positions]       # (B, T, C)
+        again = self.checkpointing and torch.is_grad_enabled()
         for block in self.blocks:
-            again = self.checkpointing and torch.is_grad_enabled()
             x = torch.utils.checkpoint.checkpoint(block, x, rope, mask, cache, use_reentrant=False) if again else block(x, rope, mask, cache)
         return self.norm(x)
 
@@ -279,6 +282,7 @@ class KVCache:
         return positions, mask
 
     def slide(self, T):
+        """Make room for T more tokens: give up the slots that no row will see again."""
         first = int(self.lens.min()) - (self.config.window or math.inf) + 1     # the oldest position that can still be seen
         drop = max(first, 0) - self.base
         assert self.length - self.base - drop + T <= self.capacity, f"cache of {self.capacity} tokens is full"
@@ -360,6 +364,7 @@ class Rollout:
         return [row[p:p + n] for row, p, n in spans]
 
     def texts(self, tokenizer):
+        """The generated text of each row, without the stop token."""
         return [tokenizer.decode([t for t in row if t != tokenizer.eos]) for row in self.tokens()]
 
     def __getitem__(self, rows):
@@ -369,6 +374,7 @@ class Rollout:
 
     @staticmethod
     def cat(rollouts):
+        """The rows of several rollouts, one after the other, padded to the longest."""
         T = max(r.ids.shape[1] for r in rollouts)
         pad = lambda name: torch.cat([F.pad(getattr(r, name), (0, T - r.ids.shape[1])) for r in rollouts])
         return Rollout(pad("ids"), pad("mask"), pad("logp"), torch.cat([r.prompt_lens for r in rollouts]))
@@ -425,8 +431,9 @@ def decode_static(model, cache, logits, draw, fresh, u, spent, stop):
     Then rows that have stopped leave, and the graph is captured again for the rows left and the slots that they have come to need."""
     R, new = fresh.shape
     tokens, logps = torch.full((R, new), -1, device=fresh.device), torch.zeros(R, new, device=fresh.device)
-    rows, (token, logp, u, spent) = torch.arange(R, device=fresh.device), draw(logits, fresh[:, 0], u, spent)
-    tokens[:, 0], logps[:, 0] = token, logp
+    rows = torch.arange(R, device=fresh.device)
+    token, logps[:, 0], u, spent = draw(logits, fresh[:, 0], u, spent)
+    tokens[:, 0] = token
     for start in range(1, new, SPAN):
         if stop is not None:
             order = cache.keep(token != stop)
@@ -497,11 +504,11 @@ def generate(model, prompts, n=1, max_new_tokens=128, temperature=1.0, top_k=Non
     R, P = len(prompts) * n, max(lens)
     real = torch.float32 if device.type == "mps" else torch.float64
     fresh = torch.rand(R, max_new_tokens, generator=generator, dtype=real, device=generator.device if generator else None).to(device)
+    u, spent = fresh[:, 0], torch.zeros(R, device=device)       # both are for `uniforms` only
     if uniforms is not None:
         if uniforms.shape != (R,) or uniforms.min() < 0 or uniforms.max() >= 1:
             raise ValueError(f"{R} rows need {R} uniforms in [0, 1)")
-        u, spent = uniforms.to(device, real), torch.zeros(R, device=device)
-        budget = -math.log2(max(torch.finfo(uniforms.dtype).eps, torch.finfo(real).eps)) / 2
+        u, budget = uniforms.to(device, real), -math.log2(max(torch.finfo(uniforms.dtype).eps, torch.finfo(real).eps)) / 2      # bits
 
     # 1. Read each prompt once (padding on the right is invisible to what comes before it), then clone its cache to its n rows.
     ids = torch.zeros(len(prompts), P, dtype=torch.long)
@@ -528,8 +535,6 @@ def generate(model, prompts, n=1, max_new_tokens=128, temperature=1.0, top_k=Non
             u, spent = torch.where(used_up, number, place), spent.masked_fill(used_up, 0)
         return token, logp, u, spent
 
-    if uniforms is None:
-        u, spent = fresh[:, 0], torch.zeros(R, device=device)       # not used
     decode = decode_static if device.type in STATIC_ON and not torch.is_autocast_enabled(device.type) else decode_eager
     tokens, logps = decode(model, cache, logits, draw, fresh, u, spent, stop)               # (R, max_new_tokens); token -1: never drawn
 
@@ -562,6 +567,7 @@ class CharTokenizer:
         self.index = {c: i for i, c in enumerate(alphabet)}
 
     def encode(self, text):
+        """KeyError for a character that is not in the alphabet."""
         return [self.index[c] for c in text]
 
     def decode(self, ids):
@@ -620,7 +626,10 @@ def bpe_merges(text, n_merges):
 
 
 def train_bpe(text, vocab_size):
-    """A byte-level BPE of `vocab_size` ids as a tiktoken.Encoding: 256 bytes, the merges, and <|endoftext|> last, its `eos`."""
+    """A byte-level BPE of `vocab_size` ids as a tiktoken.Encoding: 256 bytes, the merges, and <|endoftext|> last, its `eos`.
+
+    A short text may run out of pairs to merge: then there are fewer ids (`n_vocab`). ValueError for a vocab_size below 257.
+    """
     if vocab_size < 257:
         raise ValueError(f"a byte-level BPE needs 256 bytes and <|endoftext|>: vocab_size {vocab_size} < 257")
     vocab = [bytes([b]) for b in range(256)] + bpe_merges(text, vocab_size - 257)
@@ -679,30 +688,31 @@ def load_documents(data):
 
 
 def lr_at(step, steps, peak, warmup=20):
+    """The learning rate of a step: up to `peak` in a line over `warmup` steps, then down in a cosine to a tenth of it."""
     return peak * min((step + 1) / warmup, 0.55 + 0.45 * math.cos(math.pi * step / steps))
 
 
-def build(config, vocab_size):
-    return GPT(GPTConfig(vocab_size, config.block_size, config.n_layer, config.n_head, config.n_embd, config.n_kv_head, qk_norm=True))
+def pretrain(config, run, seed, device, gpt_config, train_ids, val_ids, bytes_per_token):
+    """Next-token prediction on random windows of train_ids -> the model. Logs the training and the held-out loss.
 
-
-def pretrain(config, run, seed, device, tokenizer, train_ids, val_ids, bytes_per_token):
-    """Next-token prediction on random windows of train_ids -> the model. Logs the training and the held-out loss."""
+    train_ids, val_ids (N,) int64 on the CPU; bytes_per_token turns nats per held-out token into bits per byte of its text.
+    """
     phase, generator = f"gpt {seed}", torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
-    model = build(config, tokenizer.n_vocab).to(device)
+    model = GPT(gpt_config).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), config.lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    state, T = run.state.get(phase), config.block_size
     hidden = torch.compile(model.hidden) if config.compile else model.hidden
+    state, first, T = run.state.get(phase), 0, config.block_size
     if state:
         model.load_state_dict(state["model"]), optimizer.load_state_dict(state["optimizer"]), generator.set_state(state["generator"])
+        first = state["step"]
 
     def loss_on(ids, starts):
         x = torch.stack([ids[i:i + T + 1] for i in starts]).to(device)          # (B, T + 1)
         with torch.autocast(device, torch.bfloat16, enabled=config.dtype == "bfloat16"):
             return -token_logprobs(hidden(x[:, :-1]), model.lm_head.weight, x[:, 1:])[0].mean()
 
-    bar = tqdm(range(state["step"] if state else 0, config.steps), f"seed {seed}", initial=state["step"] if state else 0, total=config.steps)
+    bar = tqdm(range(first, config.steps), f"seed {seed}", initial=first, total=config.steps)
     for step in bar:
         started = time.time()
         for g in optimizer.param_groups:
@@ -726,11 +736,6 @@ def pretrain(config, run, seed, device, tokenizer, train_ids, val_ids, bytes_per
     return model
 
 
-def bits_per_byte(text, compress):
-    data = text.encode()
-    return 8 * len(compress(data)) / len(data)
-
-
 def main():
     config = parse_args(Config, __doc__)
     device = pick_device(config.device)
@@ -740,32 +745,38 @@ def main():
         raise UserError("--compile: torch.compile does not work on this machine")
     texts = load_documents(config.data)
     # 1. Hold out every tenth document; of a single text, its last tenth
-    cut = len(texts[0]) * 9 // 10
-    train_docs, val_docs = ([t for i, t in enumerate(texts) if i % 10], texts[::10]) if len(texts) > 1 else ([texts[0][:cut]], [texts[0][cut:]])
+    if len(texts) > 1:
+        train_docs, val_docs = [t for i, t in enumerate(texts) if i % 10], texts[::10]
+    else:
+        cut = len(texts[0]) * 9 // 10
+        train_docs, val_docs = [texts[0][:cut]], [texts[0][cut:]]
     # 2. Train the BPE on the training text, encode both
-    run = Run(config)
+    started = time.time()
     tokenizer = train_bpe("".join(train_docs), config.vocab_size)
     train_ids, val_ids = (torch.tensor([i for ids in tokenizer.encode_ordinary_batch(docs) for i in [*ids, tokenizer.eos]])
                           for docs in (train_docs, val_docs))
     val_text = "".join(val_docs)
     if min(len(train_ids), len(val_ids)) <= config.block_size + 1:
         raise UserError(f"--data: {len(train_ids)} + {len(val_ids)} held-out tokens are too few for --block-size {config.block_size}")
-    bytes_per_token = len(val_text.encode()) / len(val_ids)
-    run.introduce(device, sum(p.numel() for p in build(config, tokenizer.n_vocab).parameters()))
+    val_bytes = val_text.encode()
+    bytes_per_token = len(val_bytes) / len(val_ids)
+    gpt_config = GPTConfig(tokenizer.n_vocab, config.block_size, config.n_layer, config.n_head, config.n_embd, config.n_kv_head, qk_norm=True)
+    run = Run(config)       # only now: a mistake in the flags leaves the last run's folder alone
+    run.introduce(device, sum(p.numel() for p in GPT(gpt_config).parameters()))
     print(f"{len(train_ids):,} tokens to train on, {len(val_ids):,} held out, {tokenizer.n_vocab} ids, {bytes_per_token:.2f} bytes per token, "
-          f"BPE and encoding {time.time() - run.started:.0f} s")
+          f"BPE and encoding {time.time() - started:.0f} s")
     # 3. Train, sample
     for seed in seeds_of(config):
-        model = pretrain(config, run, seed, device, tokenizer, train_ids, val_ids, bytes_per_token)
+        model = pretrain(config, run, seed, device, gpt_config, train_ids, val_ids, bytes_per_token)
     prompt = "def " if not config.data else val_text[:20]
     start = tokenizer.encode_ordinary(prompt)[:config.block_size]
     sample = generate(model, [start], max_new_tokens=min(120, config.block_size + 1 - len(start)), temperature=0.8,
                       stop=tokenizer.eos, generator=torch.Generator().manual_seed(config.seed))
     print(f"\nA sample at temperature 0.8:\n{prompt}{sample.texts(tokenizer)[0]}\n")
     # 4. Figure and claim
-    final = [[r["val_bits_per_byte"] for r in run.rows if r["seed"] == s and "val_loss" in r][-1] for s in seeds_of(config)]
-    gzip = bits_per_byte(val_text, lambda b: zlib.compress(b, 9))
-    run.finish(plot_loss(run, config, gzip, np.mean(final)),
+    final = series(run, "val_bits_per_byte")[1][:, -1]          # (seeds,)
+    gzip = 8 * len(zlib.compress(val_bytes, 9)) / len(val_bytes)
+    run.finish(plot_loss(run, config, gzip, final.mean()),
                [claim("compression", "held-out bits per byte; threshold: gzip -9", "-", "-", final, "<=", gzip, config.seeds)])
 
 
@@ -808,7 +819,7 @@ def bench_decoding(batch=64, prompt=32, new=512):
     """On a GPU: a GPT-2's steps replayed as CUDA graphs beside the same steps launched one by one, and the memory traffic they reach."""
     global STATIC_ON
     gpt, block = GPT(GPTConfig(50257, 1024, 12, 12, 768)).to("cuda", torch.bfloat16), torch.empty(2 ** 32, dtype=torch.uint8, device="cuda")
-    copy, where, speed = block.clone(), STATIC_ON, {}
+    other, where, speed = block.clone(), STATIC_ON, {}
 
     def seconds(work):      # best of three
         times = []
@@ -819,7 +830,7 @@ def bench_decoding(batch=64, prompt=32, new=512):
             times.append(time.perf_counter() - started)
         return min(times)
 
-    roof = 2 * block.nbytes / seconds(lambda: copy.copy_(block))
+    roof = 2 * block.nbytes / seconds(lambda: other.copy_(block))     # bytes read and written in a second
     per_token = 2 * 12 * 768 * 2                            # keys and values of one token, bytes
     per_step = sum(p.nbytes for p in gpt.parameters()) + batch * (prompt + new / 2) * per_token
     for name, STATIC_ON in (("eager", ()), ("CUDA graphs", ("cuda",))):
@@ -831,29 +842,26 @@ def bench_decoding(batch=64, prompt=32, new=512):
 
 
 def compare(title, racers, rounds):
-    """racers: name -> function that returns (tokens, seconds). Prints tokens per second and the ratio of our best to the others' best."""
-    speed = {name: [] for name in racers}
-    for i in range(rounds + 1):     # the first round warms up
-        for name, race in racers.items():
-            tokens, seconds = race()
-            speed[name] += [tokens / seconds] * (i > 0)
-    median = {name: float(np.median(s)) for name, s in speed.items()}
+    """racers: name -> function that returns tokens per second. Prints their medians and the ratio of our best to the others' best."""
+    results = [{name: race() for name, race in racers.items()} for _ in range(rounds + 1)][1:]     # the first round warms up
+    median = {name: float(np.median([r[name] for r in results])) for name in racers}
     ours, others = ([v for k, v in median.items() if k.startswith("rollout") == mine] for mine in (True, False))
     print(f"{title:<58} " + ", ".join(f"{k} {v:,.0f}" for k, v in median.items()) + " tokens/s"
           + (f"; ratio {max(ours) / max(others):.2f}" if others else ""), flush=True)
 
 
-def timed(work):
+def tokens_per_s(work):
+    """work() -> the tokens it made."""
     started = time.perf_counter()
     tokens = work()
-    return tokens, time.perf_counter() - started
+    return tokens / (time.perf_counter() - started)
 
 
 def rollout_racers(config, prompts, n, new, stop, dtype):
     """Ours and Hugging Face's generate, on the same Llama architecture with random weights; useful tokens: up to the stop token."""
     torch.manual_seed(0)
     model, racers = GPT(config).to(dtype), {}
-    racers["rollout"] = lambda: timed(lambda: int(generate(model, prompts, n, new, stop=stop).mask.sum()))
+    racers["rollout"] = lambda: tokens_per_s(lambda: int(generate(model, prompts, n, new, stop=stop).mask.sum()))
     try:
         from transformers import LlamaConfig, LlamaForCausalLM
     except ImportError:
@@ -872,8 +880,8 @@ def rollout_racers(config, prompts, n, new, stop, dtype):
         stopped = (out == stop).long().cumsum(1) - (out == stop).long() if stop is not None else torch.zeros_like(out)
         return int((stopped == 0).sum())
 
-    racers["transformers"] = lambda: timed(lambda: hugging_face(None))
-    racers["transformers, static cache"] = lambda: timed(lambda: hugging_face("static"))
+    racers["transformers"] = lambda: tokens_per_s(lambda: hugging_face(None))
+    racers["transformers, static cache"] = lambda: tokens_per_s(lambda: hugging_face("static"))
     return racers
 
 
@@ -893,7 +901,7 @@ def step_racers(nanogpt, dtype, B=64, T=256):
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             return B * T
-        return lambda: timed(step)
+        return lambda: tokens_per_s(step)
 
     ours = GPT(GPTConfig(64, T, 4, 4, 128))
     loss_of = lambda hidden: -token_logprobs(hidden(x), ours.lm_head.weight, y)[0].mean()

@@ -86,6 +86,7 @@ def parse_args(Config, doc, argv=None):
 
 
 def pick_device(name):
+    """--device's value -> "cpu", "cuda" or "mps"; auto takes the fastest there is. UserError for one that this machine lacks."""
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if name == "auto":
         return next(d for d in ("cuda", "mps", "cpu") if available[d])
@@ -208,14 +209,16 @@ def restore(state, model, optimizer, rng, generator=None):
 class Run:
     """The folder of one run: config.json, metrics.jsonl, claims.json, and model.pt with the state of each phase of the run.
 
-    `state` maps a phase ("base", "train dapo 2") to what it needs to go on. `save` writes it all; a loop calls it whenever
-    `due`: every 30 s (less often if it takes a second and more), and at once after SIGINT or SIGTERM, in which case save ends the process with code 130 or 143. Of several
-    processes rank 0 writes, saves and heeds signals; the others end when they lose it.
+    `state` maps a phase ("base", "train dapo 2") to what it needs to go on. `save` writes it all; a loop calls it whenever `due`: every
+    30 s (less often if saving takes longer than 1.5 s), and at once after SIGINT or SIGTERM: then save ends the process, with code 130 or 143.
+    Of several processes rank 0 writes, saves and heeds signals; the others end when they lose it. UserError for a folder that cannot be
+    written, or a checkpoint without its rows.
     """
 
     def __init__(self, config):
-        self.config, self.dir, self.rows, self.state, self.signal, self.cost = dataclasses.asdict(config), Path(config.out), [], {}, 0, 0
+        self.config, self.dir, self.rows, self.state = dataclasses.asdict(config), Path(config.out), [], {}
         self.started = self.saved = time.time()
+        self.signal, self.cost = 0, 0       # the signal that came; the seconds that the last save took
         if config.resume:
             checkpoint = load_checkpoint(self.dir / "model.pt")
             self.state, n = checkpoint["state"], checkpoint["rows"]
@@ -245,8 +248,9 @@ class Run:
         except OSError:     # no git here
             revision = ""
         self.revision = revision.strip() or "unknown"
-        if config.resume and checkpoint["revision"] != self.revision:      # the code that made the rows, not only the last to touch them
-            self.revision = f"{checkpoint['revision']}, resumed at {self.revision}"
+        if config.resume:       # the code that made the rows, not only the last to touch them
+            before = checkpoint["revision"]
+            self.revision = before if before.endswith(self.revision) else f"{before}, resumed at {self.revision}"
         self.write("config.json", json.dumps({
             "config": self.config, "torch": torch.__version__, "python": platform.python_version(),
             "threads": torch.get_num_threads(), "revision": self.revision}, indent=1))
@@ -292,6 +296,7 @@ class Run:
         return self.signal or time.time() - self.saved > max(30, 20 * self.cost)
 
     def save(self, phase, **state):
+        """Keep what this phase needs to go on, and write model.pt. After a signal this is the end of the process."""
         self.state[phase], started = state, time.time()
         save_checkpoint(self.dir / "model.pt", state=self.state, rows=len(self.rows), config=self.config, revision=self.revision)
         self.saved, self.cost = time.time(), time.time() - started

@@ -2,22 +2,22 @@
 import itertools
 import json
 import random
-import subprocess
+import re
 import sys
+import zlib
 from collections import Counter
-from pathlib import Path
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import regex
 import torch
 
+from common import Memory, check_help, check_resume, check_whole, complain, finish, metrics
+
 import model
 from kernels import token_logprobs
-from model import SPLIT, GPT, CharTokenizer, GPTConfig, KVCache, Rollout, UserError, bpe_merges, generate, inverse_cdf, train_bpe, truncate
+from model import SPLIT, GPT, CharTokenizer, GPTConfig, KVCache, Rollout, UserError, bpe_merges, generate, inverse_cdf, load_checkpoint, train_bpe, truncate
 
 V = 11
 PROMPTS = [[3], [1, 4, 1, 5, 9, 2, 6], [5, 3, 5], [8, 9, 7, 9]]
@@ -116,6 +116,34 @@ def test_bf16_weights_leave_the_rotation_complex_and_exact():
     assert generate(gpt, PROMPTS, max_new_tokens=4, generator=seeded()).lengths.tolist() == [4] * 4
 
 
+def test_the_gradient_of_a_norm_is_that_of_finite_differences():
+    x, weight = (torch.randn(shape, generator=seeded(), dtype=torch.float64, requires_grad=True) for shape in ((2, 3, 6), (6,)))
+    assert torch.autograd.gradcheck(model.RMSNormFunction.apply, (x, weight, 1e-2))
+
+
+def test_at_the_start_biases_are_zero_and_what_writes_into_the_stream_is_smaller_by_the_number_of_writers():
+    torch.manual_seed(0)
+    for name, p in GPT(GPTConfig(500, 8, 8, 4, 64, qkv_bias=True, qk_norm=True)).named_parameters():
+        if p.dim() == 1:
+            assert p.eq(0 if "bias" in name else 1).all()
+        else:
+            assert p.std().item() == pytest.approx(0.02 / 16 ** 0.5 if "proj" in name else 0.02, rel=0.05)
+
+
+@pytest.mark.parametrize("wrong", [dict(n_head=3), dict(n_kv_head=3), dict(window=0), dict(head_dim=5)])
+def test_a_shape_that_cannot_be_is_a_user_error(wrong):
+    with pytest.raises(UserError):
+        GPTConfig(**{**dict(vocab_size=V, block_size=8, n_layer=1, n_head=4, n_embd=32), **wrong})
+
+
+def test_more_positions_than_the_block_are_an_error_with_a_cache_and_without():
+    gpt = make(block_size=8)
+    cache, _ = prefill(gpt, [3, 8], 20)
+    for ids, cache in (torch.zeros(1, 9, dtype=torch.long), None), (torch.zeros(2, 1, dtype=torch.long), cache):
+        with pytest.raises(AssertionError, match="block_size"):
+            gpt.hidden(ids, cache)
+
+
 # ---------------------------------------------------------------------------------------------------------------------------
 # The cache
 
@@ -192,6 +220,9 @@ def test_the_clones_of_a_prefill_go_their_own_ways(lens):
     for _ in range(3):
         feed(gpt, clones, clone_histories)
         feed(gpt, cache, histories)
+    clones.keep(torch.arange(6) > 0)
+    with pytest.raises(AssertionError, match="before rows are dropped"):
+        clones.expand(2, 12)
 
 
 @pytest.mark.parametrize("lens", [[5, 5, 5, 5, 5], [1, 3, 2, 3, 1]])
@@ -305,10 +336,27 @@ def test_the_models_weights_are_not_trained_by_sampling():
 
 
 @pytest.mark.parametrize("prompts, kwargs", [([[1], []], {}), ([], {}), ([[1] * 60], dict(max_new_tokens=6)), ([[1] * 65], dict(max_new_tokens=1)),
-                                             ([[1]], dict(temperature=-0.5))])
+                                             *(([[1]], wrong) for wrong in (
+                                                 dict(temperature=-0.5), dict(n=0), dict(max_new_tokens=0), dict(top_k=0), dict(top_p=0), dict(top_p=1.5),
+                                                 dict(uniforms=torch.tensor([1.0])), dict(uniforms=torch.tensor([-0.1])), dict(n=2, uniforms=torch.rand(1))))])
 def test_bad_requests_are_value_errors(prompts, kwargs):
     with pytest.raises(ValueError):
         generate(make(), prompts, **{"max_new_tokens": 2, **kwargs})
+
+
+def test_emulated_bf16_is_sampled_from_a_copy_in_fp32(monkeypatch):
+    gpt = make().bfloat16()
+    monkeypatch.setattr(model, "gemm_dtype", lambda x: torch.float32)
+    rows = generate(gpt, PROMPTS, n=4, max_new_tokens=8, generator=seeded()).tokens()
+    assert {p.dtype for p in gpt.parameters()} == {torch.bfloat16}
+    assert rows == generate(gpt.float(), PROMPTS, n=4, max_new_tokens=8, generator=seeded()).tokens()
+
+
+def test_skipping_draws_takes_the_numbers_that_sampling_takes():
+    a, b = seeded(), seeded()
+    generate(make(), PROMPTS, n=3, max_new_tokens=5, generator=a, stop=1)
+    model.skip_draws(12, SimpleNamespace(max_new_tokens=5), b)
+    assert torch.equal(a.get_state(), b.get_state())
 
 
 def test_the_last_position_of_the_block_can_be_used():
@@ -365,6 +413,14 @@ def test_one_number_drives_64_tokens_exactly(dtype, probs):
     for start in (19, 20):      # odd and even: fresh bits arrive between the two tokens of some pair
         pairs = rows[:, start:start + 42].reshape(-1, 2)
         assert follows(np.bincount(pairs[:, 0] * V + pairs[:, 1], minlength=V * V), np.outer(probs, probs).ravel())
+
+
+def test_fresh_bits_arrive_when_half_of_a_number_is_spent():
+    """8 equal tokens take 3 bits each, one octal digit: the 26 bits of half a float64 last for 9 tokens."""
+    u, fresh = torch.rand(50, generator=seeded(1), dtype=torch.float64), torch.rand(50, 27, generator=seeded(2), dtype=torch.float64)
+    rows = torch.tensor(generate(known([1 / 8] * 8), [[0]], 50, 27, uniforms=u, generator=seeded(2)).tokens())
+    octal = lambda x: (x[:, None] * 8 ** torch.arange(1, 10)).floor() % 8
+    assert torch.equal(rows, torch.cat([octal(u), octal(fresh[:, 8]), octal(fresh[:, 17])], dim=1).long())
 
 
 def test_rows_with_neighbouring_numbers_part_for_good():
@@ -436,6 +492,17 @@ def test_truncate_keeps_the_smallest_set_of_the_k_largest_that_reaches_p(top_k, 
         size = next(m for m in range(1, len(p) + 1) if p[:m].sum() >= top_p)
         assert {*kept.isfinite().nonzero()[:, 0].tolist()} == {*order[:size].tolist()}
         assert torch.equal(kept[order[:size]], row[order[:size]])
+
+
+def test_truncate_stops_at_the_token_that_reaches_p():
+    assert [truncate(torch.zeros(1, 4), None, p).isfinite().sum().item() for p in (0.25, 0.5, 0.51, 1)] == [1, 2, 3, 4]
+
+
+def test_the_texts_are_what_was_generated_without_the_stop_token():
+    tokenizer = train_bpe(TEXT, 257)
+    rows = torch.tensor([[*b"ab", *b"cd", 256, 0], [*b"a", *b"efg", *b"xx"]])
+    mask = torch.tensor([[0., 0, 1, 1, 1, 0], [0, 1, 1, 1, 0, 0]])
+    assert Rollout(rows, mask, mask, torch.tensor([2, 1])).texts(tokenizer) == ["cd", "efg"]
 
 
 def test_indexing_and_joining_rollouts_keep_every_row():
@@ -517,6 +584,8 @@ def test_characters_come_back_and_eos_decodes_to_nothing():
     tokenizer = CharTokenizer("abc =é")
     assert tokenizer.decode(tokenizer.encode("a = bé") + [tokenizer.eos]) == "a = bé"
     assert tokenizer.eos == 6 == tokenizer.n_vocab - 1
+    with pytest.raises(AssertionError):
+        CharTokenizer("abca")
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -535,18 +604,94 @@ def test_documents_come_from_the_standard_library_a_file_a_folder_or_a_dataset(t
         model.load_documents(str(tmp_path / "empty"))
 
 
-def test_pretraining_runs_end_to_end_on_a_text_and_a_finished_run_resumes_to_itself(tmp_path):
-    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 400)
+TINY = ["--quick", "--device", "cpu", "--steps", 10, "--eval-every", 4, "--seeds", 2, "--batch", 2, "--block-size", 16]
 
-    def run(out, *flags):
-        command = [sys.executable, ROOT / "model.py", "--out", tmp_path / out, *flags]
-        subprocess.run(command, check=True, capture_output=True, cwd=tmp_path)
-        rows = [json.loads(line) for line in (tmp_path / out / "metrics.jsonl").read_text().splitlines()]
-        return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
 
-    whole = run("whole", "--quick", "--data", str(tmp_path / "text.txt"), "--steps", "6")
-    assert {p.name for p in (tmp_path / "whole").iterdir()} == {"config.json", "metrics.jsonl", "claims.json", "loss.png", "model.pt"}
-    assert len(whole) == 6 and run("whole", "--resume") == whole
+def written(folder, documents):
+    """Texts of several bytes a character: one file, or one for each document, some in a folder of their own."""
+    texts = ["".join(random.Random(i).choices(["über ", "das ", "東京 ", "theme ", "these\n"], k=4000 // documents)) for i in range(documents)]
+    for i, text in enumerate(texts):
+        path = folder / ("texts/more", "texts")[i < 10] / f"{i:02d}.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, "utf-8")
+    return texts, folder / "texts" / ("00.txt" if documents == 1 else "")
+
+
+@pytest.mark.parametrize("documents", [1, 12])
+def test_pretraining_is_measured_on_all_of_the_held_out_text_and_none_of_it_is_trained_on(tmp_path, documents, monkeypatch):
+    texts, data = written(tmp_path, documents)
+    seen = []
+    monkeypatch.setattr(model, "train_bpe", lambda text, size: seen.append(text) or train_bpe(text, size))
+    finish("model.py", *TINY, "--data", data, "--out", tmp_path / "out")
+    assert check_whole(tmp_path / "out") == "loss"
+    cut = len(texts[0]) * 9 // 10
+    train, held_out = (texts[1:10] + texts[11:], [texts[0], texts[10]]) if documents > 1 else ([texts[0][:cut]], [texts[0][cut:]])
+    assert seen == ["".join(train)]
+
+    tokenizer, rows = train_bpe("".join(train), 300), metrics(tmp_path / "out")
+    ids = [i for text in held_out for i in tokenizer.encode_ordinary(text) + [tokenizer.eos]]
+    state, bits, data = load_checkpoint(tmp_path / "out" / "model.pt")["state"], [], "".join(held_out).encode()
+    windows = torch.tensor([ids[i:i + 17] for i in range(0, len(ids) - 16, 16)])
+    assert len(windows) > 16 and len(windows) % 16       # a last part that is shorter
+    for seed in range(2):
+        gpt = GPT(GPTConfig(tokenizer.n_vocab, 16, 1, 4, 32, 2, qk_norm=True)).requires_grad_(False)
+        gpt.load_state_dict(state[f"gpt {seed}"]["model"])
+        nats = torch.nn.functional.cross_entropy(gpt(windows[:, :-1]).flatten(0, 1), windows[:, 1:].flatten())
+        bits.append(float(nats) / np.log(2) * len(ids) / len(data))
+        mine = [r for r in rows if r["seed"] == seed]
+        assert [(r["step"], r["tokens"]) for r in mine] == [(t, t * 2 * 16) for t in range(1, 11)]
+        assert [r["step"] for r in mine if "val_loss" in r] == [4, 8, 10]
+        np.testing.assert_allclose((mine[-1]["val_loss"], mine[-1]["val_bits_per_byte"]), (float(nats), bits[seed]), rtol=1e-4)
+    claim, = json.loads((tmp_path / "out" / "claims.json").read_text())
+    gzip = 8 * len(zlib.compress(data, 9)) / len(data)
+    assert [float(x) for x in re.findall(r"[\d.]+", claim["ours"])] == [pytest.approx(x, abs=1e-3) for x in (max(bits), gzip)] and claim["seeds"] == 2
+    assert abs(bits[0] - bits[1]) > 0.003 and claim["holds"] == (max(bits) < gzip)
+
+
+def test_pretraining_is_adamw_on_clipped_gradients_of_random_windows_from_a_seed_of_its_own():
+    config = model.Config(steps=4, seed=5, batch=3, block_size=8, eval_every=10, lr=0.03)
+    ids, run = torch.randint(8, (100,), generator=seeded()), Memory()
+    gpt_config = GPTConfig(8, 8, 1, 2, 64, 1)
+    ours = model.pretrain(config, run, 6, "cpu", gpt_config, ids, ids[:40], 1.0)
+    torch.manual_seed(6)
+    gpt, g = GPT(gpt_config), seeded(6)
+    optimizer = torch.optim.AdamW(gpt.parameters(), betas=(0.9, 0.95), weight_decay=0.1)
+    for step in range(4):
+        lr = model.lr_at(step, 4, 0.03)
+        optimizer.param_groups[0]["lr"] = lr
+        x = torch.stack([ids[i:i + 9] for i in torch.randint(92, (3,), generator=g)])
+        loss = torch.nn.functional.cross_entropy(gpt(x[:, :-1]).flatten(0, 1), x[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.stack([p.grad.norm() for p in gpt.parameters()]).norm()
+        for p in gpt.parameters():
+            p.grad /= max(norm, 1)
+        optimizer.step()
+        np.testing.assert_allclose((run.rows[step]["loss"], run.rows[step]["grad_norm"]), (loss.item(), norm.item()), rtol=1e-4)
+    assert run.rows[0]["grad_norm"] > 1.5
+    for p, q in zip(ours.parameters(), gpt.parameters()):
+        torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4)
+
+
+def test_the_learning_rate_warms_up_then_falls_in_a_cosine_to_a_tenth():
+    assert [model.lr_at(t, 1000, 2.0) for t in (0, 9, 500, 1000)] == pytest.approx([0.1, 1.0, 1.1, 0.2])
+    assert model.lr_at(20, 1000, 2.0) == pytest.approx(2, rel=0.01) and model.lr_at(250, 1000, 2.0) == pytest.approx(1.1 + 0.9 / 2 ** 0.5)
+
+
+def test_interrupt_and_resume_give_the_metrics_of_an_uninterrupted_pretraining_to_the_bit(tmp_path):
+    check_resume("model.py", tmp_path, (dict(seed=0, step=3), dict(seed=1, step=7)), *TINY, "--data", written(tmp_path, 1)[1])
+
+
+def test_help_names_every_flag():
+    check_help("model.py")
+
+
+@pytest.mark.parametrize("flags, words", [(["--block-size", 9999], "too few"), (["--n-head", 5], "n_head 5"), (["--dtype", "int8"], "int8")])
+def test_a_mistake_is_one_line_and_harms_nothing(flags, words, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "model.pt").write_text("another run's")
+    assert words in complain("model.py", "--quick", "--data", written(tmp_path, 1)[1], *flags, "--out", tmp_path / "out")
+    assert [p.read_text() for p in (tmp_path / "out").iterdir()] == ["another run's"]
 
 
 def test_compile_is_refused_where_it_cannot_work(tmp_path, monkeypatch):

@@ -1,19 +1,26 @@
 """run.py: a checkpoint loses nothing, flags are typed and checked, a mistake is one line, an interrupt saves first."""
+import copy
 import dataclasses
 import json
 import os
+import random
 import re
 import signal
 import subprocess
 import sys
+import time
+from types import SimpleNamespace
 
+import matplotlib.pyplot as plt
 import pytest
 import torch
 
 from common import ROOT, check_whole
 from kernels import token_logprobs
 from model import GPT, GPTConfig
-from run import Run, UserError, flag, load_checkpoint, parse_args, save_checkpoint
+import run as run_module
+from run import (Run, UserError, band, claim, command, flag, gathered, load_checkpoint, parse_args, pick_device, restore, save_checkpoint, seeds_of,
+                 series, share, snapshot)
 
 
 def fresh_training():
@@ -43,6 +50,29 @@ def test_a_resumed_training_is_the_uninterrupted_one_to_the_bit(tmp_path):
     train(gpt, optimizer, g, 6 - state["step"])
     assert all(torch.equal(a, b) for a, b in zip(whole[0].parameters(), gpt.parameters()))
     assert torch.equal(whole[2].get_state(), g.get_state())
+
+
+def test_a_snapshot_stands_still_while_training_goes_on_and_restores_all_of_it(tmp_path):
+    gpt, optimizer, g = fresh_training()
+    rng = random.Random(3)
+    train(gpt, optimizer, g, 2)
+    state, before = snapshot(2, gpt, optimizer, rng, g, more="said"), copy.deepcopy(gpt.state_dict())
+    save_checkpoint(tmp_path / "model.pt", **state)
+    train(gpt, optimizer, g, 2)
+    drawn = rng.random()
+    assert all(torch.equal(state["model"][k], v) for k, v in before.items())
+
+    (gpt2, optimizer2, g2), rng2, state = fresh_training(), random.Random(4), load_checkpoint(tmp_path / "model.pt")
+    assert restore(None, gpt2, optimizer2, rng2) == 0
+    assert restore(state, gpt2, optimizer2, rng2, g2) == 2 and rng2.random() == drawn and state["more"] == "said"
+    train(gpt2, optimizer2, g2, 2)
+    assert all(torch.equal(p, q) for p, q in zip(gpt.parameters(), gpt2.parameters())) and torch.equal(g.get_state(), g2.get_state())
+
+
+def test_a_snapshot_can_do_without_optimizer_and_generator():
+    gpt, _, _ = fresh_training()
+    state = snapshot(7, gpt, None, random.Random(3))
+    assert state["optimizer"] is None and state["generator"] is None and restore(state, gpt, None, random.Random(4)) == 7
 
 
 def test_an_interrupted_save_leaves_the_old_checkpoint_whole(tmp_path, monkeypatch):
@@ -77,6 +107,7 @@ class Config:
     beta: float = flag(0.0, "coefficient", low=0)
     loss: str = flag("grpo", "loss", choices=("grpo", "dapo"))
     window: int | None = flag(None, "an option without a default", low=1)
+    two_words: int = flag(1, "a name of two words")
 
 
 def test_flags_have_the_types_and_defaults_of_the_fields():
@@ -90,6 +121,10 @@ def test_flags_have_the_types_and_defaults_of_the_fields():
 def test_a_mistaken_flag_is_a_user_error(flags):
     with pytest.raises(UserError):
         parse_args(Config, "", flags.split())
+
+
+def test_a_value_may_be_its_bound_and_two_words_are_joined_by_a_dash():
+    assert parse_args(Config, "", "--lr 1 --steps 0 --two-words 3".split()) == Config(lr=1, steps=0, two_words=3)
 
 
 def test_quick_sets_quick_values_and_explicit_flags_win():
@@ -106,13 +141,56 @@ def test_resume_takes_the_runs_flags_but_for_steps_and_refuses_contradictions(tm
     assert parse_args(Config, "", ["--resume", "--out", out, "--lr", "0.25", "--steps", "8"]).steps == 8
     with pytest.raises(UserError, match="lr"):
         parse_args(Config, "", ["--resume", "--out", out, "--lr", "0.5"])
+    os.rename(tmp_path / "model.pt", tmp_path / "moved.pt"), (tmp_path / "moved").mkdir(), os.rename(tmp_path / "moved.pt", tmp_path / "moved" / "model.pt")
+    assert parse_args(Config, "", ["--resume", "--out", str(tmp_path / "moved")]).out == str(tmp_path / "moved")
+    save_checkpoint(tmp_path / "model.pt", config={k: v for k, v in dataclasses.asdict(Config()).items() if k != "beta"})
+    with pytest.raises(UserError, match="another version"):
+        parse_args(Config, "", ["--resume", "--out", out])
 
 
-@pytest.mark.parametrize("script", ["model.py", "grpo.py", "opd.py"])
-def test_a_mistake_on_the_command_line_is_one_line_and_exit_code_2(tmp_path, script):
-    done = subprocess.run([sys.executable, ROOT / script, "--nonsense"], capture_output=True, text=True, cwd=tmp_path)
+def test_auto_takes_the_fastest_device_and_a_missing_one_is_a_user_error(monkeypatch):
+    for cuda, mps, best in ((True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda), monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+        assert pick_device("auto") == best and pick_device("cpu") == "cpu"
+    with pytest.raises(UserError, match="cuda"):
+        pick_device("cuda")
+
+
+@pytest.mark.parametrize("processes", [1, 3, 4])
+def test_the_shares_of_all_processes_are_everything_once(processes, monkeypatch):
+    for n in (0, 2, 7, 8):
+        parts = []
+        for rank in range(processes):
+            monkeypatch.setattr(run_module, "world", lambda: (rank, processes))
+            parts.append(list(range(n))[share(n)])
+        assert sum(parts, []) == list(range(n)) and max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_gathered_puts_rows_in_their_places():
+    assert gathered(torch.tensor([[1, 2], [3, 4]]), torch.tensor([3, 0]), 4).tolist() == [[3, 4], [0, 0], [0, 0], [1, 2]]
+
+
+def test_a_mistake_on_the_command_line_is_one_line_and_exit_code_2(tmp_path):
+    done = subprocess.run([sys.executable, ROOT / "model.py", "--nonsense"], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2 and done.stdout == ""
-    assert re.fullmatch(script + ": .*--nonsense.*\n", done.stderr)
+    assert re.fullmatch("model.py: .*--nonsense.*\n", done.stderr)
+
+
+@pytest.mark.parametrize("script", ["model.py", "grpo.py", "opd.py", "curriculum.py", "coverage.py", "ttt.py"])
+def test_every_script_is_run_as_a_command(script):
+    assert (ROOT / script).read_text().endswith('\n\nif __name__ == "__main__":\n    command(main)\n')
+
+
+def test_only_a_users_mistake_is_one_line(capsys, monkeypatch):
+    def fails(error):
+        raise error
+
+    monkeypatch.setattr(sys, "argv", ["folder/script.py"])
+    with pytest.raises(SystemExit) as stopped:
+        command(lambda: fails(UserError("no")))
+    assert stopped.value.code == 2 and capsys.readouterr().err == "script.py: error: no\n"
+    with pytest.raises(ValueError):
+        command(lambda: fails(ValueError("a bug")))
 
 
 @pytest.fixture
@@ -139,12 +217,81 @@ def test_a_resumed_run_goes_on_from_the_checkpoints_rows(tmp_path, handlers):
     assert json.loads((tmp_path / "run" / "config.json").read_text())["config"]["steps"] == 100
 
 
+def test_a_new_run_in_an_old_folder_forgets_the_old_checkpoint_and_rows(tmp_path, handlers):
+    run = Run(Config(out=str(tmp_path)))
+    run.log(step=1)
+    run.save("base", step=1)
+    run.save("train", step=2)
+    assert load_checkpoint(tmp_path / "model.pt")["state"] == {"base": {"step": 1}, "train": {"step": 2}}
+    again = Run(Config(out=str(tmp_path)))
+    assert again.rows == [] and again.state == {} and not (tmp_path / "model.pt").exists() and (tmp_path / "metrics.jsonl").read_text() == ""
+
+
+def test_rows_that_are_missing_are_a_user_error(tmp_path, handlers):
+    run = Run(Config(out=str(tmp_path)))
+    run.log(step=1), run.log(step=2)
+    run.save("base")
+    for damaged in ('{"step": 1}\n', '{"step": 1}\n{"st'):
+        (tmp_path / "metrics.jsonl").write_text(damaged)
+        with pytest.raises(UserError, match="2 rows"):
+            Run(Config(out=str(tmp_path), resume=True))
+
+
+def test_a_resumed_run_names_the_code_that_began_it_and_the_code_that_went_on(tmp_path, handlers, monkeypatch):
+    for revision, named in (("a1\n", "a1"), ("a1\n", "a1"), *2 * [("b2\n", "a1, resumed at b2")]):
+        monkeypatch.setattr(subprocess, "run", lambda *_, **__: SimpleNamespace(stdout=revision))
+        run = Run(Config(out=str(tmp_path), resume=(tmp_path / "model.pt").exists()))
+        run.save("base")
+        assert run.revision == named == json.loads((tmp_path / "config.json").read_text())["revision"]
+
+
+def test_a_row_is_logged_once(tmp_path, handlers):
+    run = Run(Config(out=str(tmp_path)))
+    run.log(step=1, arm="other"), run.log(step=2, arm="this")
+    for value in (3, 4):
+        run.log_once(lambda: {"reward": value}, step=1, arm="this")
+    assert run.rows[2:] == [dict(step=1, arm="this", reward=3)]
+
+
+def test_a_save_is_due_after_half_a_minute_or_twenty_times_what_one_takes(tmp_path, handlers, monkeypatch):
+    run, now = Run(Config(out=str(tmp_path))), time.time()
+    for cost, seconds, due in ((0, 29, False), (0, 31, True), (10, 199, False), (10, 201, True)):
+        run.saved, run.cost = now, cost
+        monkeypatch.setattr(time, "time", lambda: now + seconds)
+        assert bool(run.due) == due
+
+
+def test_a_claim_holds_at_its_threshold_and_on_its_side_of_it(tmp_path, handlers, capsys):
+    assert [claim("x", "", "", "", v, op, 1, 1)["holds"] for op in (">=", "<=") for v in (0.9, 1, 1.1)] == [False, True, True, True, True, False]
+    rows = [claim("a", "a claim", "-", "-", torch.tensor(0.12345), ">=", 0.5, 2, " (0.1)"), claim("b", "other", "-", "-", 0.5, ">=", 0.5, 2)]
+    assert rows[0] == dict(id="a", claim="a claim", source="-", paper="-", ours="0.123 (0.1)", threshold=">= 0.5", holds=False, seeds=2)
+    Run(Config(out=str(tmp_path))).claims(rows)
+    assert json.loads((tmp_path / "claims.json").read_text()) == rows
+    assert [line.split()[-1] for line in capsys.readouterr().out.splitlines()[-2:]] == ["NO", "yes"]
+
+
+def test_a_series_has_the_steps_of_every_seed_and_a_band_their_mean_and_spread():
+    assert list(seeds_of(SimpleNamespace(seed=3, seeds=2))) == [3, 4]
+    rows = [dict(seed=s, step=t, arm=arm, phase="rl", reward=10 * s + t) for arm in "ab" for s in (4, 3) for t in (3, 1, 2) if (s, t) != (4, 3)]
+    x, y = series(SimpleNamespace(rows=[*rows, dict(seed=3, step=9, arm="a", phase="rl"), dict(seed=3, step=1, arm="a", phase="sft", reward=0)]),
+                  "reward", arm="a", phase="rl")
+    assert x.tolist() == [1, 2] and y.tolist() == [[31, 32], [41, 42]]
+    assert not len(series(SimpleNamespace(rows=rows), "reward", arm="c")[0])
+    ax = plt.figure().add_subplot()
+    band(ax, x, y, "reward")
+    band(ax, x, y[:1], "one seed")
+    assert [line.get_ydata().tolist() for line in ax.lines] == [[36, 37], [31, 32]]
+    edges = [(p.vertices[:, 1].min(), p.vertices[:, 1].max()) for c in ax.collections for p in c.get_paths()]
+    assert edges == [pytest.approx((36 - 50 ** 0.5, 37 + 50 ** 0.5)), pytest.approx((31, 32))]      # 50: the variance of 31 and 41 over 2 - 1
+    plt.close("all")
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_first_then_ends_the_process_with_its_code(tmp_path, handlers, number):
     run = Run(Config(out=str(tmp_path)))
     assert not run.due
     os.kill(os.getpid(), number)
-    assert run.due
+    assert run.due and signal.getsignal(number) == signal.SIG_DFL      # a second one does not ask
     with pytest.raises(SystemExit) as stopped:
         run.save("train", step=7)
     assert stopped.value.code == 128 + number
