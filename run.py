@@ -315,7 +315,8 @@ class Run:
 def claim(id, text, source, paper, value, op, threshold, seeds, beside=""):
     """One row of claims.json: what was measured, held to its threshold. value: a number, or one of each seed (seeds,), of which the mean is held
     to the threshold and told with the standard deviation. `beside` is printed next to it."""
-    mean, spread = np.mean(value), f" ± {np.std(value, ddof=1):.2g}" if np.size(value) > 1 else ""
+    value = np.asarray(value, dtype=float)
+    mean, spread = value.mean(), f" ± {value.std(ddof=1):.2g}" if value.size > 1 else ""
     holds = mean >= threshold if op == ">=" else mean <= threshold
     return dict(id=id, claim=text, source=source, paper=paper, ours=f"{mean:.3g}{spread}{beside}", threshold=f"{op} {threshold:.3g}", holds=bool(holds), seeds=seeds)
 
