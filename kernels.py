@@ -84,7 +84,7 @@ def token_logprobs(hidden, weight, targets, temperature=1.0, impl="auto"):
     if not temperature > 0:
         raise ValueError(f"temperature must be positive to score tokens, got {temperature}")
     shape, V = targets.shape, weight.shape[0]
-    h, y = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)    # (N, C), (N,)
+    h, y = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1).contiguous()   # (N, C), (N,)
     if impl == "auto":      # one block would hold all the logits anyway: then plain autograd, with no second matrix product
         impl = ("reference" if y.numel() * V <= BLOCK else "triton" if h.is_cuda and triton_runs("token_logprobs", h, "compiled or chunked")
                 else "compiled" if V >= COMPILE_V and can_compile(h.device.type) else "chunked")

@@ -533,6 +533,16 @@ def test_kernels_import_and_run_without_triton(tmp_path):
             assert not kernels.triton_runs("attention", x, "sdpa")"""
     environment = natively(PYTHONPATH=f"{tmp_path}{os.pathsep}{Path(kernels.__file__).parent}")
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+@needs_triton
+def test_triton_logprobs_of_targets_that_are_a_column_of_many():
+    hidden, weight, _, upstream = problem(7)
+    targets = torch.randint(V, (7, 3), generator=torch.Generator().manual_seed(0)).to(DEVICE)[:, 1]
+    assert targets.stride() == (3,)
+    args = hidden.to(DEVICE), weight.to(DEVICE), targets, 1, [x.to(DEVICE) for x in upstream]
+    for a, b in zip(*(values_and_gradients(f, *args) for f in (impl("triton"), exact))):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
     assert run.returncode == 0, run.stderr
     assert run.stdout == "attention: triton is not installed, takes sdpa instead\n"     # once
 
