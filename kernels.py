@@ -716,15 +716,17 @@ def apart(f, *args):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--quick", action="store_true", help="small shapes, 20 s")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"), help="default: cuda where there is one")
     parser.add_argument("--against", default="", help="peers to add, with commas: " + ", ".join(PEERS))
-    parser.add_argument("--out", default="out/kernels", help="folder for benchmark.json and kernels.png")
+    parser.add_argument("--out", default="out/kernels", help="folder for benchmark.json and kernels.png, default: %(default)s")
     args = parser.parse_args()
     peers, cuda = [p for p in args.against.split(",") if p], args.device == "cuda"
     if unknown := set(peers) - set(PEERS):
         parser.error(f"--against: no peer is called {', '.join(sorted(unknown))}")
     os.makedirs(args.out, exist_ok=True)
     peak, rows = apart(roof, args.device), []
+    if cuda and not torch.cuda.is_available():
+        parser.error("--device cuda: this machine has none")
     print(f"{args.device}, {torch.get_num_threads()} threads, torch {torch.__version__}; matrix products reach "
           + ", ".join(f"{v / 1e9:.0f} GFLOP/s in {str(k)[6:]}" for k, v in peak.items() if k) + f"; a copy moves {peak[None] / 1e9:.0f} GB/s")
     print(f"\n{'':<52} {'seconds':>8} {'forward':>8} {'backward':>8} {'peak MiB':>9} {'of roof':>8} {'error':>7} {'time':>7} {'memory':>7}"

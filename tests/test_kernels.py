@@ -558,9 +558,82 @@ def test_the_benchmark_measures_both_passes_and_the_error_and_draws_them(tmp_pat
     assert kernels.left_out("liger", torch.bfloat16, "cpu") == "needs a GPU"
 
 
-def test_an_unknown_peer_is_one_line_and_exit_code_2(tmp_path):
-    run = subprocess.run([sys.executable, kernels.__file__, "--against", "nobody", "--out", str(tmp_path)], capture_output=True, text=True)
-    assert run.returncode == 2 and "no peer is called nobody" in run.stderr
+@pytest.mark.parametrize("distort, error", [(lambda logp, entropy: (logp, 1.5 * entropy), 0.5),
+                                            (lambda *outputs: [2 * o - o.detach() for o in outputs], 1)])      # gradients alone are wrong
+def test_the_benchmarks_error_is_that_of_the_worst_output_or_gradient(monkeypatch, distort, error):
+    right = kernels.run
+    monkeypatch.setattr(kernels, "run", lambda work, impl, args: right(work, impl, args) if impl == "reference" else distort(*right(work, impl, args)))
+    assert kernels.error("token_logprobs", torch.float32, "chunked", "cpu") == pytest.approx(error, abs=1e-3)
+
+
+def test_the_benchmark_gives_medians_and_the_first_steps_memory(monkeypatch):
+    ticks = [0]
+    for forward, backward in ((90, 80), (1, 30), (2, 10), (6, 20)):      # the first warms up
+        ticks += [ticks[-1], ticks[-1] + forward, ticks[-1] + forward + backward]
+    clock = iter(ticks[1:])
+    grown = 1000 + 5 * 2 ** (20 if sys.platform == "darwin" else 10)
+    monkeypatch.setattr(kernels, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    monkeypatch.setattr(kernels, "resource", SimpleNamespace(RUSAGE_SELF=0, getrusage=lambda _: SimpleNamespace(
+        ru_maxrss=1000 if clock.__length_hint__() == 12 else grown)))
+    assert kernels.measure("attention", (1, 1, 8, 8), torch.float32, "sdpa", "cpu")[:3] == (2, 20, 5)
+    assert next(clock, None) is None
+
+
+def test_the_roof_is_the_fastest_product_and_copy(monkeypatch):
+    n = 2048
+    ticks = [t for best in (2, 4, 1) for i in range(6) for t in (0, best + (i - 3) ** 2)]      # seconds: fp32's, bf16's, the copy's best
+    clock = iter(ticks)
+    monkeypatch.setattr(kernels, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    monkeypatch.setattr(torch, "mm", lambda a, b, out: out.view(-1)[:1])
+    peak = kernels.roof("cpu")
+    assert peak == {torch.float32: 2 * n ** 3 / 2, torch.bfloat16: 2 * n ** 3 / 2, None: 2 * 16 * n * n * 4}      # emulated bf16: fp32's
+
+
+def test_the_benchmark_counts_operations_bytes_and_ratios(monkeypatch, tmp_path):
+    peak = {torch.float32: 1e9, torch.bfloat16: 2e9, None: 1e7}
+
+    def apart(f, *args):
+        seconds = 4 if args[3:4] == ("reference",) else 1
+        return peak if f is kernels.roof else (seconds / 4, 3 * seconds / 4, 25 * seconds, 1e-7)
+    monkeypatch.setattr(kernels, "apart", apart)
+    monkeypatch.setattr(kernels, "plot_roofline", lambda *args: None)
+    monkeypatch.setattr(kernels, "can_compile", lambda device: False)
+    monkeypatch.setattr(sys, "argv", ["kernels.py", "--quick", "--device", "cpu", "--out", str(tmp_path)])
+    kernels.main()
+    rows = json.loads((tmp_path / "benchmark.json").read_text())["rows"]
+    assert [(r["work"], r["dtype"], r["impl"]) for r in rows] == [(work, dtype, impl) for work, fast in (("token_logprobs", "chunked"), ("attention", "sdpa"))
+                                                                  for dtype in ("float32", "bfloat16") for impl in ("reference", fast)]
+    for r in rows:
+        bytes_each, fast = 4 if r["dtype"] == "float32" else 2, r["impl"] != "reference"
+        if r["work"] == "token_logprobs":
+            N, C, V = r["shape"]
+            flops = 2 * N * C * V + 2 * N * V * C + 2 * V * N * C                   # z, dh, dW
+            moved = 2 * (N * C + V * C) + (N * C + V * C)                           # h and W are read twice, their gradients written
+        else:
+            B, H, T, D = r["shape"]
+            flops = 7 * 2 * B * H * T * T * D / 2                                   # S, O; S, dP, dV, dQ, dK, each of half a square
+            moved = 4 * B * H * T * D + 8 * B * H * T * D                           # q, k, v, o; these and do, dq, dk, dv
+        intensity, seconds = flops / (moved * bytes_each), 1 if fast else 4
+        bound = min(peak[getattr(torch, r["dtype"])], peak[None] * intensity)
+        assert [r[k] for k in ("seconds", "intensity", "flops", "of_roof")] == pytest.approx([seconds, intensity, flops / seconds, flops / seconds / bound])
+        assert (r["time_ratio"], r["memory_ratio"]) == ((0.25, 0.25) if fast else (1, 1))
+
+
+def mistake(monkeypatch, capsys, tmp_path, *flags):
+    monkeypatch.setattr(sys, "argv", ["kernels.py", *flags, "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as stop:
+        kernels.main()
+    assert stop.value.code == 2 and not (tmp_path / "out").exists()
+    return capsys.readouterr().err
+
+
+def test_an_unknown_peer_is_one_line_and_exit_code_2(monkeypatch, capsys, tmp_path):
+    assert "no peer is called nobody" in mistake(monkeypatch, capsys, tmp_path, "--against", "nobody")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has one")
+def test_a_missing_gpu_is_one_line_and_exit_code_2(monkeypatch, capsys, tmp_path):
+    assert "--device cuda: this machine has none" in mistake(monkeypatch, capsys, tmp_path, "--device", "cuda")
 
 
 COMPILE = """if True:
