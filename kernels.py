@@ -217,8 +217,10 @@ def attention(q, k, v, causal=True, window=None, mask=None, impl="auto"):
     q (B, H, T, D), k and v (B, Hkv, S, D) -> (B, H, T, D). The T queries are the last T of the S positions. `causal`: a query
     sees no later key; `window`: of those, only the last `window` (its own included). `mask` (B or 1, 1, T, S) bool, True = sees,
     replaces both (a ragged cache knows better). `impl`: reference | sdpa (torch's kernels) | triton (FlashAttention-2, see above) |
-    auto (triton on a GPU in bf16 and fp16, else sdpa). Raises ValueError for an unknown impl, and for triton where it cannot run.
+    auto (triton on a GPU in bf16 and fp16, else sdpa). Raises ValueError for an unknown impl, and for triton where it cannot run;
+    AssertionError if H is no multiple of Hkv or T > S.
     """
+    assert T <= S, f"{T} queries cannot be the last of {S} positions"
     T, S = q.shape[2], k.shape[2]
     assert q.shape[1] % k.shape[1] == 0, f"{q.shape[1]} query heads over {k.shape[1]} key heads"
     fits = mask is None and q.shape[-1] <= 128
@@ -473,7 +475,6 @@ class FlashAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, before, after):
         (B, H, T, D), S = q.shape, k.shape[2]
-        assert T <= S, f"{T} queries cannot be the last of {S} positions"
         q, k, v = (unit_stride(x) for x in (q, k, v))
         o, lse = torch.empty_like(q), torch.empty(B, H, T, device=q.device)                 # o laid out as q is
         ctx.shared = H, H // k.shape[1], T, S, before, after, D ** -0.5 * math.log2(math.e)

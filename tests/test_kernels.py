@@ -322,6 +322,21 @@ def assert_triton_attention_is_exact(q, k, v, upstream, **kwargs):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
+def test_autocast_does_not_narrow_what_attention_has_widened():
+    qkv = torch.randn(3, 1, 2, 40, 16).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = attention(*qkv)
+    assert torch.equal(out, attention(*qkv))
+
+
+@pytest.mark.parametrize("name", ["reference", "sdpa"])
+@pytest.mark.parametrize("heads, T, S", [((4, 3), 5, 5), ((4, 4), 6, 5)])
+def test_heads_that_cannot_be_grouped_and_queries_without_a_position_are_refused(name, heads, T, S):
+    q, k = torch.randn(1, heads[0], T, 8), torch.randn(1, heads[1], S, 8)
+    with pytest.raises(AssertionError):
+        attention(q, k, k, impl=name)
+
+
 def impl_attention(name):
     return lambda *args, **kwargs: attention(*args, **kwargs, impl=name)
 
