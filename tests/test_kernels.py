@@ -98,6 +98,17 @@ def test_bf16_errs_no_more_than_1_5_times_the_reference_in_bf16(monkeypatch, emu
 
 def test_autocast_of_fp32_parameters_returns_fp32_and_errs_no_more_than_1_5_times_the_reference(monkeypatch):
     small_blocks(monkeypatch)
+def test_where_the_target_is_nearly_certain_its_small_gradient_is_not_lost_in_bf16(monkeypatch):
+    small_blocks(monkeypatch)
+    monkeypatch.setattr(kernels, "gemm_dtype", lambda x: x.dtype)
+    weight = torch.zeros(V, C, dtype=torch.bfloat16)
+    weight[:C] = torch.eye(C)
+    hidden = 16 * weight[:C]        # logits of 16 and 0: exact in bf16, as 1 - p = 0.0001 is, but not p
+    args = hidden, weight, torch.arange(C), 1, [torch.ones(C), torch.zeros(C)]
+    for ours, t in zip(values_and_gradients(impl("chunked"), *args), values_and_gradients(exact, hidden.double(), weight.double(), *args[2:])):
+        assert 0 < (ours - t).norm() <= 0.02 * t.norm()
+
+
     hidden, weight, targets, upstream = problem(64)
 
     def autocast(name):
@@ -115,6 +126,14 @@ def test_autocast_of_fp32_parameters_returns_fp32_and_errs_no_more_than_1_5_time
 
 @pytest.mark.parametrize("name", ["reference", "chunked"])
 @pytest.mark.parametrize("backward_inside", [False, True])
+def test_autocast_multiplies_in_its_dtype():
+    hidden, weight, targets, _ = problem(7)
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = token_logprobs(hidden, weight, targets, impl="chunked")
+    for a, b in zip(outputs, token_logprobs(hidden.bfloat16(), weight.bfloat16(), targets, impl="chunked")):
+        assert torch.equal(a, b)
+
+
 def test_autocast_returns_fp32_gradients(monkeypatch, name, backward_inside):
     small_blocks(monkeypatch)
     hidden, weight, targets, upstream = problem(2, 3)
@@ -182,6 +201,20 @@ def test_auto_is_the_reference_when_one_block_holds_the_logits_and_chunked_when_
 
 @pytest.mark.parametrize("kwargs", [dict(impl="fast"), dict(temperature=0), dict(temperature=-1.0)])
 def test_bad_arguments_are_value_errors(kwargs):
+def second_derivative(outputs, x):
+    gradient, = torch.autograd.grad(sum(o.pow(2).sum() for o in outputs), x, create_graph=True)
+    gradient.pow(2).sum().backward()
+
+
+@pytest.mark.parametrize("name", ["chunked", pytest.param("triton", marks=pytest.mark.skipif(kernels.triton is None, reason="triton is not installed"))])
+def test_a_second_derivative_is_an_error_but_for_the_reference(name):
+    hidden, weight, targets, _ = [x.to(DEVICE) if torch.is_tensor(x) else x for x in problem(7)]
+    hidden.requires_grad_()
+    second_derivative(token_logprobs(hidden, weight, targets, impl="reference"), hidden)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        second_derivative(token_logprobs(hidden, weight, targets, impl=name), hidden)
+
+
     with pytest.raises(ValueError):
         token_logprobs(*problem(7)[:3], **kwargs)
 
