@@ -218,9 +218,9 @@ def attention(q, k, v, causal=True, window=None, mask=None, impl="auto"):
     auto (triton on a GPU in bf16 and fp16, else sdpa). Raises ValueError for an unknown impl, and for triton where it cannot run;
     AssertionError if H is no multiple of Hkv or T > S.
     """
-    assert T <= S, f"{T} queries cannot be the last of {S} positions"
     T, S = q.shape[2], k.shape[2]
     assert q.shape[1] % k.shape[1] == 0, f"{q.shape[1]} query heads over {k.shape[1]} key heads"
+    assert T <= S, f"{T} queries cannot be the last of {S} positions"
     fits = mask is None and q.shape[-1] <= 128
     if impl == "triton" and (no_triton(q) or not fits):
         raise ValueError(f"attention, impl 'triton': {no_triton(q) or 'no masks, and no more than 128 channels a head'}")
@@ -725,10 +725,10 @@ def main():
     peers, cuda = [p for p in args.against.split(",") if p], args.device == "cuda"
     if unknown := set(peers) - set(PEERS):
         parser.error(f"--against: no peer is called {', '.join(sorted(unknown))}")
-    os.makedirs(args.out, exist_ok=True)
-    peak, rows = apart(roof, args.device), []
     if cuda and not torch.cuda.is_available():
         parser.error("--device cuda: this machine has none")
+    os.makedirs(args.out, exist_ok=True)
+    peak, rows = apart(roof, args.device), []
     print(f"{args.device}, {torch.get_num_threads()} threads, torch {torch.__version__}; matrix products reach "
           + ", ".join(f"{v / 1e9:.0f} GFLOP/s in {str(k)[6:]}" for k, v in peak.items() if k) + f"; a copy moves {peak[None] / 1e9:.0f} GB/s")
     print(f"\n{'':<52} {'seconds':>8} {'forward':>8} {'backward':>8} {'peak MiB':>9} {'of roof':>8} {'error':>7} {'time':>7} {'memory':>7}"

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -15,6 +16,7 @@ import kernels
 from kernels import attention, token_logprobs
 
 V, C = 1009, 24     # a prime: no block size divides it
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def problem(*shape, V=V, dtype=torch.float32, seed=0):
@@ -96,8 +98,6 @@ def test_bf16_errs_no_more_than_1_5_times_the_reference_in_bf16(monkeypatch, emu
         assert (ours - t).norm() <= 1.5 * (reference - t).norm()
 
 
-def test_autocast_of_fp32_parameters_returns_fp32_and_errs_no_more_than_1_5_times_the_reference(monkeypatch):
-    small_blocks(monkeypatch)
 def test_where_the_target_is_nearly_certain_its_small_gradient_is_not_lost_in_bf16(monkeypatch):
     small_blocks(monkeypatch)
     monkeypatch.setattr(kernels, "gemm_dtype", lambda x: x.dtype)
@@ -109,6 +109,8 @@ def test_where_the_target_is_nearly_certain_its_small_gradient_is_not_lost_in_bf
         assert 0 < (ours - t).norm() <= 0.02 * t.norm()
 
 
+def test_autocast_of_fp32_parameters_returns_fp32_and_errs_no_more_than_1_5_times_the_reference(monkeypatch):
+    small_blocks(monkeypatch)
     hidden, weight, targets, upstream = problem(64)
 
     def autocast(name):
@@ -124,8 +126,6 @@ def test_where_the_target_is_nearly_certain_its_small_gradient_is_not_lost_in_bf
         assert (ours - t).norm() <= 1.5 * (reference - t).norm()
 
 
-@pytest.mark.parametrize("name", ["reference", "chunked"])
-@pytest.mark.parametrize("backward_inside", [False, True])
 def test_autocast_multiplies_in_its_dtype():
     hidden, weight, targets, _ = problem(7)
     with torch.autocast("cpu", torch.bfloat16):
@@ -134,6 +134,8 @@ def test_autocast_multiplies_in_its_dtype():
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("name", ["reference", "chunked"])
+@pytest.mark.parametrize("backward_inside", [False, True])
 def test_autocast_returns_fp32_gradients(monkeypatch, name, backward_inside):
     small_blocks(monkeypatch)
     hidden, weight, targets, upstream = problem(2, 3)
@@ -199,8 +201,6 @@ def test_auto_is_the_reference_when_one_block_holds_the_logits_and_chunked_when_
             assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("kwargs", [dict(impl="fast"), dict(temperature=0), dict(temperature=-1.0)])
-def test_bad_arguments_are_value_errors(kwargs):
 def second_derivative(outputs, x):
     gradient, = torch.autograd.grad(sum(o.pow(2).sum() for o in outputs), x, create_graph=True)
     gradient.pow(2).sum().backward()
@@ -215,6 +215,8 @@ def test_a_second_derivative_is_an_error_but_for_the_reference(name):
         second_derivative(token_logprobs(hidden, weight, targets, impl=name), hidden)
 
 
+@pytest.mark.parametrize("kwargs", [dict(impl="fast"), dict(temperature=0), dict(temperature=-1.0)])
+def test_bad_arguments_are_value_errors(kwargs):
     with pytest.raises(ValueError):
         token_logprobs(*problem(7)[:3], **kwargs)
 
@@ -278,6 +280,23 @@ def test_attention_in_a_short_window_goes_by_blocks_and_is_exact(heads, T, windo
         torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
 
 
+MANY = torch.arange(128) >= torch.tensor([[[[5]]], [[[60]]]])       # (2, 1, 1, 128): rows with 5 and 60 slots of padding on the left
+
+
+@pytest.mark.parametrize("name", ["reference", "auto"])
+@pytest.mark.parametrize("case", [dict(T=1), dict(T=127), dict(T=128, causal=False), dict(T=1, mask=MANY), dict(T=128, mask=MANY.expand(2, 1, 128, 128))])
+def test_attention_in_a_short_window_is_exact_where_blocks_do_not_apply(name, case):
+    g, kwargs = torch.Generator().manual_seed(0), {**case}
+    T = kwargs.pop("T")
+    q, k, v = (torch.randn(2, n, t, 8, generator=g) for n, t in ((2, T), (1, 128), (1, 128)))
+    ours = attention(q, k, v, window=8, impl=name, **kwargs)
+    if "mask" in kwargs:        # replaces the window
+        true = (q.double() @ k.double().mT / 8 ** 0.5).masked_fill(~kwargs["mask"], -torch.inf).softmax(-1) @ v.double()
+    else:
+        true = exact_attention(q.double(), k.double(), v.double(), window=8, **kwargs)
+    torch.testing.assert_close(ours.double(), true, rtol=1e-5, atol=1e-5)
+
+
 def test_attention_in_a_short_window_holds_no_square(monkeypatch):
     sizes, original = [], torch.nn.functional.scaled_dot_product_attention
     monkeypatch.setattr(kernels.F, "scaled_dot_product_attention", lambda q, k, v, **more: sizes.append((q.shape[-2], k.shape[-2])) or original(q, k, v, **more))
@@ -303,6 +322,21 @@ def test_attention_in_bf16_is_as_exact_as_its_rounded_inputs_allow(case, autocas
         torch.testing.assert_close(a.double(), b, rtol=0.02, atol=0.02)
 
 
+def test_autocast_does_not_narrow_what_attention_has_widened():
+    qkv = torch.randn(3, 1, 2, 40, 16).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = attention(*qkv)
+    assert torch.equal(out, attention(*qkv))
+
+
+@pytest.mark.parametrize("name", ["reference", "sdpa"])
+@pytest.mark.parametrize("heads, T, S", [((4, 3), 5, 5), ((4, 4), 6, 5)])
+def test_heads_that_cannot_be_grouped_and_queries_without_a_position_are_refused(name, heads, T, S):
+    q, k = torch.randn(1, heads[0], T, 8), torch.randn(1, heads[1], S, 8)
+    with pytest.raises(AssertionError):
+        attention(q, k, k, impl=name)
+
+
 def test_an_unknown_attention_is_a_value_error():
     with pytest.raises(ValueError):
         attention(*torch.randn(3, 1, 1, 2, 4), impl="fast")
@@ -313,7 +347,6 @@ def test_an_unknown_attention_is_a_value_error():
 
 needs_triton = pytest.mark.skipif(kernels.triton is None, reason="triton is not installed")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="bf16 and fp16 need a GPU: the interpreter has no products of their own")
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.fixture
@@ -355,21 +388,6 @@ def assert_triton_attention_is_exact(q, k, v, upstream, **kwargs):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
-def test_autocast_does_not_narrow_what_attention_has_widened():
-    qkv = torch.randn(3, 1, 2, 40, 16).bfloat16()
-    with torch.autocast("cpu", torch.bfloat16):
-        out = attention(*qkv)
-    assert torch.equal(out, attention(*qkv))
-
-
-@pytest.mark.parametrize("name", ["reference", "sdpa"])
-@pytest.mark.parametrize("heads, T, S", [((4, 3), 5, 5), ((4, 4), 6, 5)])
-def test_heads_that_cannot_be_grouped_and_queries_without_a_position_are_refused(name, heads, T, S):
-    q, k = torch.randn(1, heads[0], T, 8), torch.randn(1, heads[1], S, 8)
-    with pytest.raises(AssertionError):
-        attention(q, k, k, impl=name)
-
-
 def impl_attention(name):
     return lambda *args, **kwargs: attention(*args, **kwargs, impl=name)
 
@@ -407,6 +425,11 @@ def test_triton_attention_is_exact_for_any_head_size(D):
 
 
 @needs_triton
+def test_triton_attention_reads_no_channel_past_the_head():
+    assert_triton_attention_is_exact(*(torch.nn.functional.pad(x, (0, 8), value=torch.nan)[..., :24] for x in attention_case(T=19, S=21, D=24)))
+
+
+@needs_triton
 @pytest.mark.parametrize("B, H, K", [(2, 2, 2), (2, 6, 2), (1, 4, 1), (3, 1, 1)])
 def test_triton_attention_is_exact_for_grouped_heads_and_batches(B, H, K):
     assert_triton_attention_is_exact(*attention_case(B, H, K, 20, 23), window=9)
@@ -435,6 +458,14 @@ def test_triton_attention_takes_any_strides(layout):
 def test_triton_attention_without_an_upstream_gradient_has_none():
     q, k, v, upstream = attention_case()
     assert all((t == 0).all() for t in out_and_gradients(impl_attention("triton"), q, k, v, 0 * upstream)[1:])
+
+
+@needs_triton
+def test_triton_attention_has_no_second_derivative():
+    q, k, v, _ = attention_case(T=5, S=5)
+    q.requires_grad_()
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        second_derivative([attention(q, k, v, impl="triton")], q)
 
 
 @needs_triton
@@ -484,8 +515,9 @@ def test_triton_logp_and_entropy_and_their_gradients_are_exact(monkeypatch, temp
 
 @needs_triton
 def test_triton_logprobs_walk_over_tiles_within_a_block():
-    hidden, weight, targets, upstream = [x.to(DEVICE) for x in problem(3, V=5000)[:3]] + [[x.to(DEVICE) for x in problem(3, V=5000)[3]]]
-    targets[:] = torch.tensor([2047, 2048, 4999])   # a kernel takes 2,048 columns at a time
+    hidden, weight = (x.to(DEVICE) for x in problem(3, V=5000)[:2])
+    targets = torch.tensor([2047, 2048, 4999], device=DEVICE)       # a kernel takes 2,048 columns at a time
+    upstream = [torch.tensor([1, -2, 0.5], device=DEVICE)] * 2
     for a, b in zip(*(values_and_gradients(f, hidden, weight, targets, 1, upstream) for f in (impl("triton"), exact))):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
@@ -499,6 +531,16 @@ def test_triton_logprobs_of_strided_inputs_and_unused_or_zero_gradients(monkeypa
         g = [x if x is None else x.to(DEVICE) for x in g]
         for a, b in zip(*(values_and_gradients(f, *args, g) for f in (impl("triton"), exact))):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@needs_triton
+def test_triton_logprobs_of_targets_that_are_a_column_of_many():
+    hidden, weight, _, upstream = problem(7)
+    targets = torch.randint(V, (7, 3), generator=torch.Generator().manual_seed(0)).to(DEVICE)[:, 1]
+    assert targets.stride() == (3,)
+    args = hidden.to(DEVICE), weight.to(DEVICE), targets, 1, [x.to(DEVICE) for x in upstream]
+    for a, b in zip(*(values_and_gradients(f, *args) for f in (impl("triton"), exact))):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
 @needs_triton
@@ -527,11 +569,11 @@ def test_triton_logprobs_of_extreme_logits_stay_finite_and_certain(monkeypatch):
 @needs_triton
 def test_triton_never_holds_the_logits_of_all_tokens_and_leaves_its_inputs_alone(monkeypatch):
     monkeypatch.setattr(kernels, "BLOCK", 256)
-    inputs = hidden, weight, targets, upstream = problem(64)
+    inputs = hidden, weight, targets, upstream = problem(32)
     before = [t.clone() for t in (hidden, weight, targets, *upstream)]
     with Largest() as largest:
         values_and_gradients(impl("triton"), *(x.to(DEVICE) for x in inputs[:3]), 1, [x.to(DEVICE) for x in upstream])
-    assert largest.elements < 64 * V      # the interpreter copies the block as bytes
+    assert largest.elements < 32 * V      # the interpreter copies the block as bytes
     assert all(torch.equal(a, b) for a, b in zip(before, (hidden, weight, targets, *upstream)))
 
 
@@ -581,16 +623,6 @@ def test_kernels_import_and_run_without_triton(tmp_path):
             assert not kernels.triton_runs("attention", x, "sdpa")"""
     environment = natively(PYTHONPATH=f"{tmp_path}{os.pathsep}{Path(kernels.__file__).parent}")
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-@needs_triton
-def test_triton_logprobs_of_targets_that_are_a_column_of_many():
-    hidden, weight, _, upstream = problem(7)
-    targets = torch.randint(V, (7, 3), generator=torch.Generator().manual_seed(0)).to(DEVICE)[:, 1]
-    assert targets.stride() == (3,)
-    args = hidden.to(DEVICE), weight.to(DEVICE), targets, 1, [x.to(DEVICE) for x in upstream]
-    for a, b in zip(*(values_and_gradients(f, *args) for f in (impl("triton"), exact))):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
-
-
     assert run.returncode == 0, run.stderr
     assert run.stdout == "attention: triton is not installed, takes sdpa instead\n"     # once
 
