@@ -84,7 +84,7 @@ def token_logprobs(hidden, weight, targets, temperature=1.0, impl="auto"):
     if not temperature > 0:
         raise ValueError(f"temperature must be positive to score tokens, got {temperature}")
     shape, V = targets.shape, weight.shape[0]
-    h, y = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)    # (N, C), (N,)
+    h, y = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1).contiguous()   # (N, C), (N,)
     if impl == "auto":      # one block would hold all the logits anyway: then plain autograd, with no second matrix product
         impl = ("reference" if y.numel() * V <= BLOCK else "triton" if h.is_cuda and triton_runs("token_logprobs", h, "compiled or chunked")
                 else "compiled" if V >= COMPILE_V and can_compile(h.device.type) else "chunked")
@@ -116,7 +116,7 @@ def reference_logprobs(h, weight, y, temperature):
 
 
 def forward_block(z, inv_t, m, s, s1):
-    """Online softmax: fold a block of raw logits z (N, b) into the running max m, sum e^(z-m) and sum z e^(z-m), each (N,)."""
+    """Online softmax: fold a block of raw logits z (N, b), times inv_t, into the running max m, sum e^(z-m) and sum z e^(z-m), each (N,)."""
     z = z.float().mul_(inv_t)
     m_new = torch.maximum(m, z.amax(-1))
     e = (z - m_new[:, None]).exp_()
@@ -125,7 +125,7 @@ def forward_block(z, inv_t, m, s, s1):
 
 
 def backward_block(z, inv_t, lse, entropy, g_logp, g_ent):
-    """dLoss/dz for a block of raw logits z (N, b), but for the onehot: -p * (g_logp + g_ent * (log p + H))."""
+    """dLoss/dz for a block of raw logits z (N, b), but for the onehot: -p * (g_logp + g_ent * (log p + H)) / temperature."""
     logp = z.float().mul_(inv_t).sub_(lse[:, None])
     p = logp.exp()
     slope = logp.add_(entropy[:, None]).mul_(g_ent[:, None]).add_(g_logp[:, None])
@@ -145,6 +145,8 @@ def gemm_dtype(x):
 
 
 class ChunkedLogprobs(torch.autograd.Function):
+    """(N, C), (V, C), (N,) -> logp, entropy (N,) fp32, a block of the vocabulary at a time; `compiled` fuses what is done to a block."""
+
     @staticmethod
     def forward(ctx, h, weight, y, inv_t, compiled):
         N, V = h.shape[0], weight.shape[0]
@@ -194,13 +196,9 @@ def add_product(c, a, b):
         c += a @ b
 
 
-_compiled = {}
-
-
+@functools.cache
 def compile_block(f):
-    if f not in _compiled:
-        _compiled[f] = torch.compile(f, dynamic=True)
-    return _compiled[f]
+    return torch.compile(f, dynamic=True)
 
 
 def can_compile(device="cpu"):
@@ -215,12 +213,14 @@ def attention(q, k, v, causal=True, window=None, mask=None, impl="auto"):
     """softmax(q k^T / sqrt(D)) v, with H query heads sharing Hkv key heads in groups of H / Hkv.
 
     q (B, H, T, D), k and v (B, Hkv, S, D) -> (B, H, T, D). The T queries are the last T of the S positions. `causal`: a query
-    sees no later key; `window`: of those, only the last `window` (its own included). `mask` (B or 1, 1, T, S) bool, True = sees,
+    sees no later key; `window`: of those, only the last `window` >= 1 (its own included). `mask` (B or 1, 1, T, S) bool, True = sees,
     replaces both (a ragged cache knows better). `impl`: reference | sdpa (torch's kernels) | triton (FlashAttention-2, see above) |
-    auto (triton on a GPU in bf16 and fp16, else sdpa). Raises ValueError for an unknown impl, and for triton where it cannot run.
+    auto (triton on a GPU in bf16 and fp16, else sdpa). Raises ValueError for an unknown impl, and for triton where it cannot run;
+    AssertionError if H is no multiple of Hkv or T > S.
     """
     T, S = q.shape[2], k.shape[2]
     assert q.shape[1] % k.shape[1] == 0, f"{q.shape[1]} query heads over {k.shape[1]} key heads"
+    assert T <= S, f"{T} queries cannot be the last of {S} positions"
     fits = mask is None and q.shape[-1] <= 128
     if impl == "triton" and (no_triton(q) or not fits):
         raise ValueError(f"attention, impl 'triton': {no_triton(q) or 'no masks, and no more than 128 channels a head'}")
@@ -470,10 +470,11 @@ def dkv_kernel(q, k, v, do, lse, delta, dk, dv, q_s, k_s, v_s, do_s, dk_s, dv_s,
 
 
 class FlashAttention(torch.autograd.Function):
+    """A query sees `before` positions back and `after` ahead. Shapes as in `attention`."""
+
     @staticmethod
     def forward(ctx, q, k, v, before, after):
         (B, H, T, D), S = q.shape, k.shape[2]
-        assert T <= S, f"{T} queries cannot be the last of {S} positions"
         q, k, v = (unit_stride(x) for x in (q, k, v))
         o, lse = torch.empty_like(q), torch.empty(B, H, T, device=q.device)                 # o laid out as q is
         ctx.shared = H, H // k.shape[1], T, S, before, after, D ** -0.5 * math.log2(math.e)
@@ -487,7 +488,8 @@ class FlashAttention(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, do):
         q, k, v, o, lse = ctx.saved_tensors
-        (B, H, T, D), (_, K, S, _), do = q.shape, k.shape, unit_stride(do)
+        (B, H, T, D), (_, K, S, _) = q.shape, k.shape
+        do = unit_stride(do)
         dq, dk, dv, delta = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), torch.empty_like(lse)
         strides = lambda *tensors: [x.stride() for x in tensors]
         grid = lambda meta: (triton.cdiv(T, meta["M"]) * B * H,)
@@ -632,7 +634,7 @@ def measure(work, shape, dtype, impl, device, repeats=3):
     cuda = device == "cuda"
     if impl == "compiled":      # compiles in error, in this process: inductor's own memory is not the kernel's
         torch._inductor.config.compile_threads = 1
-    off = None if impl in PEERS else error(work, dtype, impl, device)
+    err = None if impl in PEERS else error(work, dtype, impl, device)
     leaves, rest, upstream = problem(work, shape, dtype, device)
     memory = torch.cuda.max_memory_allocated if cuda else lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
@@ -658,11 +660,11 @@ def measure(work, shape, dtype, impl, device, repeats=3):
     times = [step() for _ in range(repeats)]
     forward, backward = (sorted(t[i] for t in times)[repeats // 2] for i in (0, 1))
     unit = 2 ** 20 if cuda or sys.platform == "darwin" else 2 ** 10     # Linux counts ru_maxrss in KiB, macOS in bytes
-    return forward, backward, (peak - start) / unit, off
+    return forward, backward, (peak - start) / unit, err
 
 
 def roof(device):
-    """What this machine can do: the fastest matrix product of each dtype in FLOP/s (where bf16 is emulated, fp32's counts), a copy in bytes/s."""
+    """What this machine can do: {dtype: FLOP/s of the fastest matrix product (where bf16 is emulated, fp32's), None: bytes/s of a copy}."""
     best, n = {}, 8192 if device == "cuda" else 2048
     for dtype in (torch.float32, torch.bfloat16, None):
         a, times = torch.randn(n, n if dtype else 16 * n, dtype=dtype, device=device), []
@@ -716,13 +718,15 @@ def apart(f, *args):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--quick", action="store_true", help="small shapes, 20 s")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"), help="default: cuda where there is one")
     parser.add_argument("--against", default="", help="peers to add, with commas: " + ", ".join(PEERS))
-    parser.add_argument("--out", default="out/kernels", help="folder for benchmark.json and kernels.png")
+    parser.add_argument("--out", default="out/kernels", help="folder for benchmark.json and kernels.png, default: %(default)s")
     args = parser.parse_args()
     peers, cuda = [p for p in args.against.split(",") if p], args.device == "cuda"
     if unknown := set(peers) - set(PEERS):
         parser.error(f"--against: no peer is called {', '.join(sorted(unknown))}")
+    if cuda and not torch.cuda.is_available():
+        parser.error("--device cuda: this machine has none")
     os.makedirs(args.out, exist_ok=True)
     peak, rows = apart(roof, args.device), []
     print(f"{args.device}, {torch.get_num_threads()} threads, torch {torch.__version__}; matrix products reach "
@@ -743,7 +747,7 @@ def main():
             for impl in impls:
                 name, why_not = f"{work} {'x'.join(map(str, shape))} {str(dtype)[6:]} {impl}", left_out(impl, dtype, args.device)
                 try:
-                    forward, backward, mib, off = (None,) * 4 if why_not else apart(measure, work, shape, dtype, impl, args.device)
+                    forward, backward, mib, err = (None,) * 4 if why_not else apart(measure, work, shape, dtype, impl, args.device)
                 except torch.OutOfMemoryError:
                     why_not = "out of memory"
                 if why_not:
@@ -751,13 +755,13 @@ def main():
                     continue
                 seconds = forward + backward
                 row = dict(work=work, shape=shape, dtype=str(dtype)[6:], impl=impl, seconds=seconds, forward_seconds=forward,
-                           backward_seconds=backward, peak_mib=mib, error=off, intensity=intensity, flops=flops / seconds,
+                           backward_seconds=backward, peak_mib=mib, error=err, intensity=intensity, flops=flops / seconds,
                            of_roof=flops / seconds / min(peak[dtype], peak[None] * intensity))
                 first = first or row
                 row |= dict(time_ratio=seconds / first["seconds"], memory_ratio=mib / max(first["peak_mib"], 1e-9))
                 rows.append(row)
                 print(f"{name:<52} {seconds:>8.3f} {forward:>8.3f} {backward:>8.3f} {mib:>9.0f} {row['of_roof']:>8.0%} "
-                      f"{'-' if off is None else format(off, '.0e'):>7} {row['time_ratio']:>6.2f}x {row['memory_ratio']:>6.2f}x", flush=True)
+                      f"{'-' if err is None else format(err, '.0e'):>7} {row['time_ratio']:>6.2f}x {row['memory_ratio']:>6.2f}x", flush=True)
     with open(os.path.join(args.out, "benchmark.json"), "w") as f:
         json.dump(dict(device=args.device, threads=torch.get_num_threads(), torch=torch.__version__, rows=rows), f, indent=1)
     plot_roofline(rows, peak, os.path.join(args.out, "kernels.png"))

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -15,6 +16,7 @@ import kernels
 from kernels import attention, token_logprobs
 
 V, C = 1009, 24     # a prime: no block size divides it
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def problem(*shape, V=V, dtype=torch.float32, seed=0):
@@ -96,6 +98,17 @@ def test_bf16_errs_no_more_than_1_5_times_the_reference_in_bf16(monkeypatch, emu
         assert (ours - t).norm() <= 1.5 * (reference - t).norm()
 
 
+def test_where_the_target_is_nearly_certain_its_small_gradient_is_not_lost_in_bf16(monkeypatch):
+    small_blocks(monkeypatch)
+    monkeypatch.setattr(kernels, "gemm_dtype", lambda x: x.dtype)
+    weight = torch.zeros(V, C, dtype=torch.bfloat16)
+    weight[:C] = torch.eye(C)
+    hidden = 16 * weight[:C]        # logits of 16 and 0: exact in bf16, as 1 - p = 0.0001 is, but not p
+    args = hidden, weight, torch.arange(C), 1, [torch.ones(C), torch.zeros(C)]
+    for ours, t in zip(values_and_gradients(impl("chunked"), *args), values_and_gradients(exact, hidden.double(), weight.double(), *args[2:])):
+        assert 0 < (ours - t).norm() <= 0.02 * t.norm()
+
+
 def test_autocast_of_fp32_parameters_returns_fp32_and_errs_no_more_than_1_5_times_the_reference(monkeypatch):
     small_blocks(monkeypatch)
     hidden, weight, targets, upstream = problem(64)
@@ -111,6 +124,14 @@ def test_autocast_of_fp32_parameters_returns_fp32_and_errs_no_more_than_1_5_time
     true = values_and_gradients(exact, hidden.double(), weight.double(), targets, 1, upstream)
     for ours, reference, t in zip(autocast("chunked"), autocast("reference"), true):
         assert (ours - t).norm() <= 1.5 * (reference - t).norm()
+
+
+def test_autocast_multiplies_in_its_dtype():
+    hidden, weight, targets, _ = problem(7)
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = token_logprobs(hidden, weight, targets, impl="chunked")
+    for a, b in zip(outputs, token_logprobs(hidden.bfloat16(), weight.bfloat16(), targets, impl="chunked")):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("name", ["reference", "chunked"])
@@ -180,6 +201,20 @@ def test_auto_is_the_reference_when_one_block_holds_the_logits_and_chunked_when_
             assert torch.equal(a, b)
 
 
+def second_derivative(outputs, x):
+    gradient, = torch.autograd.grad(sum(o.pow(2).sum() for o in outputs), x, create_graph=True)
+    gradient.pow(2).sum().backward()
+
+
+@pytest.mark.parametrize("name", ["chunked", pytest.param("triton", marks=pytest.mark.skipif(kernels.triton is None, reason="triton is not installed"))])
+def test_a_second_derivative_is_an_error_but_for_the_reference(name):
+    hidden, weight, targets, _ = [x.to(DEVICE) if torch.is_tensor(x) else x for x in problem(7)]
+    hidden.requires_grad_()
+    second_derivative(token_logprobs(hidden, weight, targets, impl="reference"), hidden)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        second_derivative(token_logprobs(hidden, weight, targets, impl=name), hidden)
+
+
 @pytest.mark.parametrize("kwargs", [dict(impl="fast"), dict(temperature=0), dict(temperature=-1.0)])
 def test_bad_arguments_are_value_errors(kwargs):
     with pytest.raises(ValueError):
@@ -245,6 +280,23 @@ def test_attention_in_a_short_window_goes_by_blocks_and_is_exact(heads, T, windo
         torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
 
 
+MANY = torch.arange(128) >= torch.tensor([[[[5]]], [[[60]]]])       # (2, 1, 1, 128): rows with 5 and 60 slots of padding on the left
+
+
+@pytest.mark.parametrize("name", ["reference", "auto"])
+@pytest.mark.parametrize("case", [dict(T=1), dict(T=127), dict(T=128, causal=False), dict(T=1, mask=MANY), dict(T=128, mask=MANY.expand(2, 1, 128, 128))])
+def test_attention_in_a_short_window_is_exact_where_blocks_do_not_apply(name, case):
+    g, kwargs = torch.Generator().manual_seed(0), {**case}
+    T = kwargs.pop("T")
+    q, k, v = (torch.randn(2, n, t, 8, generator=g) for n, t in ((2, T), (1, 128), (1, 128)))
+    ours = attention(q, k, v, window=8, impl=name, **kwargs)
+    if "mask" in kwargs:        # replaces the window
+        true = (q.double() @ k.double().mT / 8 ** 0.5).masked_fill(~kwargs["mask"], -torch.inf).softmax(-1) @ v.double()
+    else:
+        true = exact_attention(q.double(), k.double(), v.double(), window=8, **kwargs)
+    torch.testing.assert_close(ours.double(), true, rtol=1e-5, atol=1e-5)
+
+
 def test_attention_in_a_short_window_holds_no_square(monkeypatch):
     sizes, original = [], torch.nn.functional.scaled_dot_product_attention
     monkeypatch.setattr(kernels.F, "scaled_dot_product_attention", lambda q, k, v, **more: sizes.append((q.shape[-2], k.shape[-2])) or original(q, k, v, **more))
@@ -270,6 +322,21 @@ def test_attention_in_bf16_is_as_exact_as_its_rounded_inputs_allow(case, autocas
         torch.testing.assert_close(a.double(), b, rtol=0.02, atol=0.02)
 
 
+def test_autocast_does_not_narrow_what_attention_has_widened():
+    qkv = torch.randn(3, 1, 2, 40, 16).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = attention(*qkv)
+    assert torch.equal(out, attention(*qkv))
+
+
+@pytest.mark.parametrize("name", ["reference", "sdpa"])
+@pytest.mark.parametrize("heads, T, S", [((4, 3), 5, 5), ((4, 4), 6, 5)])
+def test_heads_that_cannot_be_grouped_and_queries_without_a_position_are_refused(name, heads, T, S):
+    q, k = torch.randn(1, heads[0], T, 8), torch.randn(1, heads[1], S, 8)
+    with pytest.raises(AssertionError):
+        attention(q, k, k, impl=name)
+
+
 def test_an_unknown_attention_is_a_value_error():
     with pytest.raises(ValueError):
         attention(*torch.randn(3, 1, 1, 2, 4), impl="fast")
@@ -280,7 +347,6 @@ def test_an_unknown_attention_is_a_value_error():
 
 needs_triton = pytest.mark.skipif(kernels.triton is None, reason="triton is not installed")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="bf16 and fp16 need a GPU: the interpreter has no products of their own")
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.fixture
@@ -359,6 +425,11 @@ def test_triton_attention_is_exact_for_any_head_size(D):
 
 
 @needs_triton
+def test_triton_attention_reads_no_channel_past_the_head():
+    assert_triton_attention_is_exact(*(torch.nn.functional.pad(x, (0, 8), value=torch.nan)[..., :24] for x in attention_case(T=19, S=21, D=24)))
+
+
+@needs_triton
 @pytest.mark.parametrize("B, H, K", [(2, 2, 2), (2, 6, 2), (1, 4, 1), (3, 1, 1)])
 def test_triton_attention_is_exact_for_grouped_heads_and_batches(B, H, K):
     assert_triton_attention_is_exact(*attention_case(B, H, K, 20, 23), window=9)
@@ -387,6 +458,14 @@ def test_triton_attention_takes_any_strides(layout):
 def test_triton_attention_without_an_upstream_gradient_has_none():
     q, k, v, upstream = attention_case()
     assert all((t == 0).all() for t in out_and_gradients(impl_attention("triton"), q, k, v, 0 * upstream)[1:])
+
+
+@needs_triton
+def test_triton_attention_has_no_second_derivative():
+    q, k, v, _ = attention_case(T=5, S=5)
+    q.requires_grad_()
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        second_derivative([attention(q, k, v, impl="triton")], q)
 
 
 @needs_triton
@@ -436,8 +515,9 @@ def test_triton_logp_and_entropy_and_their_gradients_are_exact(monkeypatch, temp
 
 @needs_triton
 def test_triton_logprobs_walk_over_tiles_within_a_block():
-    hidden, weight, targets, upstream = [x.to(DEVICE) for x in problem(3, V=5000)[:3]] + [[x.to(DEVICE) for x in problem(3, V=5000)[3]]]
-    targets[:] = torch.tensor([2047, 2048, 4999])   # a kernel takes 2,048 columns at a time
+    hidden, weight = (x.to(DEVICE) for x in problem(3, V=5000)[:2])
+    targets = torch.tensor([2047, 2048, 4999], device=DEVICE)       # a kernel takes 2,048 columns at a time
+    upstream = [torch.tensor([1, -2, 0.5], device=DEVICE)] * 2
     for a, b in zip(*(values_and_gradients(f, hidden, weight, targets, 1, upstream) for f in (impl("triton"), exact))):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
@@ -451,6 +531,16 @@ def test_triton_logprobs_of_strided_inputs_and_unused_or_zero_gradients(monkeypa
         g = [x if x is None else x.to(DEVICE) for x in g]
         for a, b in zip(*(values_and_gradients(f, *args, g) for f in (impl("triton"), exact))):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@needs_triton
+def test_triton_logprobs_of_targets_that_are_a_column_of_many():
+    hidden, weight, _, upstream = problem(7)
+    targets = torch.randint(V, (7, 3), generator=torch.Generator().manual_seed(0)).to(DEVICE)[:, 1]
+    assert targets.stride() == (3,)
+    args = hidden.to(DEVICE), weight.to(DEVICE), targets, 1, [x.to(DEVICE) for x in upstream]
+    for a, b in zip(*(values_and_gradients(f, *args) for f in (impl("triton"), exact))):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
 @needs_triton
@@ -479,11 +569,11 @@ def test_triton_logprobs_of_extreme_logits_stay_finite_and_certain(monkeypatch):
 @needs_triton
 def test_triton_never_holds_the_logits_of_all_tokens_and_leaves_its_inputs_alone(monkeypatch):
     monkeypatch.setattr(kernels, "BLOCK", 256)
-    inputs = hidden, weight, targets, upstream = problem(64)
+    inputs = hidden, weight, targets, upstream = problem(32)
     before = [t.clone() for t in (hidden, weight, targets, *upstream)]
     with Largest() as largest:
         values_and_gradients(impl("triton"), *(x.to(DEVICE) for x in inputs[:3]), 1, [x.to(DEVICE) for x in upstream])
-    assert largest.elements < 64 * V      # the interpreter copies the block as bytes
+    assert largest.elements < 32 * V      # the interpreter copies the block as bytes
     assert all(torch.equal(a, b) for a, b in zip(before, (hidden, weight, targets, *upstream)))
 
 
@@ -548,9 +638,82 @@ def test_the_benchmark_measures_both_passes_and_the_error_and_draws_them(tmp_pat
     assert kernels.left_out("liger", torch.bfloat16, "cpu") == "needs a GPU"
 
 
-def test_an_unknown_peer_is_one_line_and_exit_code_2(tmp_path):
-    run = subprocess.run([sys.executable, kernels.__file__, "--against", "nobody", "--out", str(tmp_path)], capture_output=True, text=True)
-    assert run.returncode == 2 and "no peer is called nobody" in run.stderr
+@pytest.mark.parametrize("distort, error", [(lambda logp, entropy: (logp, 1.5 * entropy), 0.5),
+                                            (lambda *outputs: [2 * o - o.detach() for o in outputs], 1)])      # gradients alone are wrong
+def test_the_benchmarks_error_is_that_of_the_worst_output_or_gradient(monkeypatch, distort, error):
+    right = kernels.run
+    monkeypatch.setattr(kernels, "run", lambda work, impl, args: right(work, impl, args) if impl == "reference" else distort(*right(work, impl, args)))
+    assert kernels.error("token_logprobs", torch.float32, "chunked", "cpu") == pytest.approx(error, abs=1e-3)
+
+
+def test_the_benchmark_gives_medians_and_the_first_steps_memory(monkeypatch):
+    ticks = [0]
+    for forward, backward in ((90, 80), (1, 30), (2, 10), (6, 20)):      # the first warms up
+        ticks += [ticks[-1], ticks[-1] + forward, ticks[-1] + forward + backward]
+    clock = iter(ticks[1:])
+    grown = 1000 + 5 * 2 ** (20 if sys.platform == "darwin" else 10)
+    monkeypatch.setattr(kernels, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    monkeypatch.setattr(kernels, "resource", SimpleNamespace(RUSAGE_SELF=0, getrusage=lambda _: SimpleNamespace(
+        ru_maxrss=1000 if clock.__length_hint__() == 12 else grown)))
+    assert kernels.measure("attention", (1, 1, 8, 8), torch.float32, "sdpa", "cpu")[:3] == (2, 20, 5)
+    assert next(clock, None) is None
+
+
+def test_the_roof_is_the_fastest_product_and_copy(monkeypatch):
+    n = 2048
+    ticks = [t for best in (2, 4, 1) for i in range(6) for t in (0, best + (i - 3) ** 2)]      # seconds: fp32's, bf16's, the copy's best
+    clock = iter(ticks)
+    monkeypatch.setattr(kernels, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    monkeypatch.setattr(torch, "mm", lambda a, b, out: out.view(-1)[:1])
+    peak = kernels.roof("cpu")
+    assert peak == {torch.float32: 2 * n ** 3 / 2, torch.bfloat16: 2 * n ** 3 / 2, None: 2 * 16 * n * n * 4}      # emulated bf16: fp32's
+
+
+def test_the_benchmark_counts_operations_bytes_and_ratios(monkeypatch, tmp_path):
+    peak = {torch.float32: 1e9, torch.bfloat16: 2e9, None: 1e7}
+
+    def apart(f, *args):
+        seconds = 4 if args[3:4] == ("reference",) else 1
+        return peak if f is kernels.roof else (seconds / 4, 3 * seconds / 4, 25 * seconds, 1e-7)
+    monkeypatch.setattr(kernels, "apart", apart)
+    monkeypatch.setattr(kernels, "plot_roofline", lambda *args: None)
+    monkeypatch.setattr(kernels, "can_compile", lambda device: False)
+    monkeypatch.setattr(sys, "argv", ["kernels.py", "--quick", "--device", "cpu", "--out", str(tmp_path)])
+    kernels.main()
+    rows = json.loads((tmp_path / "benchmark.json").read_text())["rows"]
+    assert [(r["work"], r["dtype"], r["impl"]) for r in rows] == [(work, dtype, impl) for work, fast in (("token_logprobs", "chunked"), ("attention", "sdpa"))
+                                                                  for dtype in ("float32", "bfloat16") for impl in ("reference", fast)]
+    for r in rows:
+        bytes_each, fast = 4 if r["dtype"] == "float32" else 2, r["impl"] != "reference"
+        if r["work"] == "token_logprobs":
+            N, C, V = r["shape"]
+            flops = 2 * N * C * V + 2 * N * V * C + 2 * V * N * C                   # z, dh, dW
+            moved = 2 * (N * C + V * C) + (N * C + V * C)                           # h and W are read twice, their gradients written
+        else:
+            B, H, T, D = r["shape"]
+            flops = 7 * 2 * B * H * T * T * D / 2                                   # S, O; S, dP, dV, dQ, dK, each of half a square
+            moved = 4 * B * H * T * D + 8 * B * H * T * D                           # q, k, v, o; these and do, dq, dk, dv
+        intensity, seconds = flops / (moved * bytes_each), 1 if fast else 4
+        bound = min(peak[getattr(torch, r["dtype"])], peak[None] * intensity)
+        assert [r[k] for k in ("seconds", "intensity", "flops", "of_roof")] == pytest.approx([seconds, intensity, flops / seconds, flops / seconds / bound])
+        assert (r["time_ratio"], r["memory_ratio"]) == ((0.25, 0.25) if fast else (1, 1))
+
+
+def mistake(monkeypatch, capsys, tmp_path, *flags):
+    monkeypatch.setattr(sys, "argv", ["kernels.py", *flags, "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as stop:
+        kernels.main()
+    assert stop.value.code == 2 and not (tmp_path / "out").exists()
+    return capsys.readouterr().err
+
+
+def test_an_unknown_peer_is_one_line_and_exit_code_2(monkeypatch, capsys, tmp_path):
+    assert "no peer is called nobody" in mistake(monkeypatch, capsys, tmp_path, "--against", "nobody")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has one")
+def test_a_missing_gpu_is_one_line_and_exit_code_2(monkeypatch, capsys, tmp_path):
+    assert "--device cuda: this machine has none" in mistake(monkeypatch, capsys, tmp_path, "--device", "cuda")
 
 
 COMPILE = """if True:
