@@ -1,6 +1,6 @@
 """coverage.py: the coverage principle (Chen et al., arXiv 2510.15020). Why the checkpoint with the best loss is not the one to sample from.
 
-    python coverage.py                        `principle`: cross-entropy falls and Pass@N with it, within 5 minutes on two cores
+    python coverage.py                        `principle`: cross-entropy falls all the time, Pass@N in the end, too; 4 minutes on two cores
     python coverage.py --figure horizon       KL grows with the length of the answers, coverage does not
     python coverage.py --figure optimizers    SGD, normalised SGD and test-time training in the linear model, one step size for all lengths
 
@@ -16,7 +16,7 @@ The task of `principle`: a path through a layered graph, given as a list of edge
     answer    7 19 23 18        edges of the last layer come first; 14 leads to 19, too, and 2 to 18; 5, 10, 11 and 13 lead nowhere
 
 The data go by the even or odd nodes of a layer in nine of ten graphs, by the others in the tenth; which it is, a parity over half of the ids
-tells, and nobody learns that. Cross-entropy ends at .9 and .1, or worse: the rarer path falls below 1/N. The base, which
+tells, and nobody learns that. Cross-entropy ends at .9 and .1, or further apart: the rarer path falls below 1/N. The base, which
 was trained on all four paths, samples it. So fine-tuning first mends the coverage (mixed paths vanish), then breaks it.
 
 How this differs from the paper:
@@ -588,7 +588,7 @@ def figure_optimizers(config, run, device):
     get = lambda arm: series(run, "cov@16", phase="linear", arm=arm, sequences=steps)
     for arm in (*arms, ttt):
         band(ax, *get(arm), arm, marker="o")
-    ax.set(title=f"SGD learns the rare prompt only near the step at which it bounces; the others take one step size ({seeds} seeds)",
+    ax.set(title=f"SGD needs a step size for each length, the others take one for all ({seeds} seeds)",
            xlabel="tokens of an answer", ylabel="Cov_16, mean of the second half of training", xscale="log")
     ax.set_yscale("symlog", linthresh=1e-3)
     ax.set_ylim(-1e-4, 1.5)

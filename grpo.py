@@ -11,7 +11,7 @@ The task is column addition. A problem is two numbers, their digits named by col
     c8C3b3B7a1A6=       831 + 376: column c holds 8 and 3, b holds 3 and 7, a (the units) 1 and 6
     a1A6007             column a: 1 and 6, carry in 0, make 07
     b3B7010             column b: 3 and 7, carry in 0, make 10
-    c8C3112             column c: 8 and 3, carry in 1, make 12          the last digits say 207: reward 1
+    c8C3112             column c: 8 and 3, carry in 1, make 12          the last digits say 207 (the last carry is not asked for): reward 1
 
 The base model is trained on demonstrators who take the columns in random order, guess a carry that they can't know yet, and now
 and then go back to a column. It can do every step, and is right about a quarter of the time. The reward says only whether the

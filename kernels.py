@@ -36,7 +36,7 @@
    sees skipped, and masks only in tiles at an edge.
 
 `python kernels.py` prints forward and backward time, peak memory, the fraction of the measured roof (FLOP/s and bytes/s) and the error
-against fp64 for every impl, and draws the roofline, kernels.png: about 4 minutes on two cores, most of it in the naive rows;
+against fp64 for every impl, and draws the roofline, kernels.png: about 4 minutes on two cores, half of it in the naive rows;
 `--quick` takes 20 s on a smaller problem; `--against liger,cce,flash` adds rows of peers that are installed (GPU only).
 """
 import argparse
@@ -46,7 +46,6 @@ import json
 import math
 import multiprocessing
 import os
-import resource
 import shutil
 import sys
 import time
@@ -636,6 +635,8 @@ def measure(work, shape, dtype, impl, device, repeats=3):
         torch._inductor.config.compile_threads = 1
     err = None if impl in PEERS else error(work, dtype, impl, device)
     leaves, rest, upstream = problem(work, shape, dtype, device)
+    if not cuda:
+        import resource     # not on Windows
     memory = torch.cuda.max_memory_allocated if cuda else lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
     def clock():

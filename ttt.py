@@ -395,6 +395,9 @@ def figure_memory(config, run, device):
         ax.legend()
     mean, late = lambda y: y.mean(1), lambda y: y[:, 12:].mean(1)                       # of the document, of its last quarter: (seeds,)
     ttt, full = late(get("TTT")), late(get("full attention"))
+    print(f"\n{'loss (nats per token)':<52} document   last quarter")
+    for arm, y in curves.items():
+        print(f"{arm:<52} {mean(y).mean():8.3f} {late(y).mean():14.3f}")
     fig.suptitle(f"A window of {config.window} tokens at the end of a document: {ttt.mean():.2f} nats with test-time training, {late(get('sliding window')).mean():.2f} without; the floor is {floor():.2f} "
                  f"({n} seed{'s' if n > 1 else ''})")
     dynamic = np.min([mean(swept[k]) for k in best.values()], 0)

@@ -776,7 +776,7 @@ def test_the_claims_of_train_compare_the_base_with_the_trained_model_by_the_seed
         return arm, seed
 
     claims = claims_of("train", run, monkeypatch, config, held_out=held_out, train=train, warm_up=lambda c, r, seed, d: ("base", seed))
-    assert claims == dict(base=("0.45", False), trained=("0.85", False), order=("0.1 (0.60)", False), sharpening=("0.03", True))
+    assert claims == dict(base=("0.45", False), trained=("0.85", False), order=("0.1 (0.60)", False), sharpening=("0.03 ± 0.014", True))
 
 
 def test_the_claims_of_variants_are_gains_over_the_base_and_gspo_over_grpo(monkeypatch):
@@ -790,7 +790,7 @@ def test_the_claims_of_variants_are_gains_over_the_base_and_gspo_over_grpo(monke
                     **{"pass@1": 0.2 + gain[arm] * step / 2 + 0.01 * seed})
 
     claims = claims_of("variants", Memory(), monkeypatch, config, train=train, warm_up=lambda *_: None)
-    assert claims == {"all learn": ("0.05", False), "gspo clips more": ("25 (0.1, 0.004)", True)}
+    assert claims == {"all learn": ("0.05 ± 0.0071", False), "gspo clips more": ("25 (0.1, 0.004)", True)}
     assert seen == {(loss, loss, 4, 0.1, LOSSES[loss][4]) for loss in LOSSES}
 
 
@@ -805,7 +805,7 @@ def test_the_claims_of_length_are_wrong_over_right(monkeypatch):
 
     stubs = dict(length_bias=bias, length_bias_gpt=gpt, warm_up=lambda *_: None)
     claims = claims_of("length", Memory(), monkeypatch, small(seeds=1), **stubs)
-    assert {k: v for k, (v, _) in claims.items()} == {"grpo": "30", "token": "1.5", "dr_grpo": "1", "gpt grpo": "4", "gpt dr_grpo": "1"}
+    assert {k: v for k, (v, _) in claims.items()} == {"grpo": "30 ± 0", "token": "1.5 ± 0", "dr_grpo": "1 ± 0", "gpt grpo": "4", "gpt dr_grpo": "1"}
     assert [holds for _, holds in claims.values()] == [True, True, True, False, True]
     with pytest.warns(RuntimeWarning):      # --steps 0: the panel without a model alone
         assert claims_of("length", Memory(), monkeypatch, small(seeds=1), **{**stubs, "length_bias_gpt": lambda *_: None})["gpt grpo"] == ("nan", False)

@@ -35,8 +35,9 @@ def table(script, figure):
 
 
 def exercises(script):
-    return "</summary>\n\n" + "".join(f"**{i}.** {e['exercise']}\n\n```bash\n{e['command']}\n```\n\n*What should happen.* {e['expect']}\n\n"
-                                     for i, e in enumerate(read("exercises.json")[script], 1)) + "</details>\n"
+    tasks = read("exercises.json")
+    return f"</summary>\n\n{tasks['about'][script]}\n\n" + "".join(f"**{i}.** {e['exercise']}\n\n```bash\n{e['command']}\n```\n\n*What should happen.* {e['expect']}\n\n"
+        for i, e in enumerate(tasks[script], 1)) + "</details>\n"
 
 
 def minutes(script):
@@ -192,7 +193,7 @@ def test_a_number_that_is_in_no_result_is_missed():
 # ---------------------------------------------------------------------------------------------------------------------------
 # Names
 
-@pytest.mark.parametrize("script", read("exercises.json"))
+@pytest.mark.parametrize("script", read("exercises.json")["about"])
 def test_an_exercise_quotes_the_file_and_tells_what_was_measured(script):
     source, tasks = (ROOT / f"{script}.py").read_text(), read("exercises.json")[script]
     assert len(tasks) == 5

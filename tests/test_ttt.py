@@ -417,7 +417,7 @@ def test_the_claims_of_context_are_those_of_known_losses_of_the_same_targets(mon
     monkeypatch.setattr(ttt, "losses", losses)
     memory = Memory()
     figure = ttt.figure_context(small(figure="context", context=256, seeds=2), memory, "cpu", train_docs, test_docs)
-    assert claims_of(figure) == {"ttt": ("0.6", ">= 0.141", True), "over window": ("0.55 (0.05)", ">= 0.212", True), "over dynamic": ("0.35 (0.25)", ">= 0", True)}
+    assert claims_of(figure) == {"ttt": ("0.6 ± 0.14", ">= 0.141", True), "over window": ("0.55 ± 0.21 (0.05)", ">= 0.212", True), "over dynamic": ("0.35 ± 0.14 (0.25)", ">= 0", True)}
     assert [r["loss"] for r in memory.rows if r["arm"] == "TTT, updates off"] == pytest.approx([3.3, 3.25, 3.3, 3.15])
     assert "dynamic evaluation, fast MLP, eta = 3.0" in figure[0].axes[0].get_legend_handles_labels()[1]
 
