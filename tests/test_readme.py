@@ -20,7 +20,7 @@ README = (ROOT / "README.md").read_text()
 FIGURES = sorted(RESULTS.rglob("*.png"))
 HEAD = "| claim | source | paper | ours | threshold | holds |\n|---|---|---|---|---|---|\n"
 CLAIMS = re.compile(r"(!\[[^\]]*\]\(results/(\w+)/(\w+)\.png\)\n(?:(?!<details>|!\[).*\n)*)<details><summary>Claims.*\n\n(?:\|.*\n)*\n</details>\n")
-EXERCISES = re.compile(r"(<details><summary>`(\w+)\.py`)[^\n]*\n(?:(?!</details>).*\n)*</details>\n")
+EXERCISES = re.compile(r"(<details><summary><code>(\w+)\.py</code>)[^\n]*\n(?:(?!</details>).*\n)*</details>\n")
 FILE = re.compile(r"^(\| \[`(\w+\.py)`\].*\| )[^|]*( \|[^|]*\| )\d+ \|$", re.M)
 
 
