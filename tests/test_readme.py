@@ -158,7 +158,7 @@ def numbers_of(script, figure):
 def told(text):
     """The numbers that a text tells, as it writes them: not those in code, links, names of papers, tables of claims and exercises, or dimensions (4 x 128)."""
     for gone in (r"(?s)```.*?```", r"(?s)<details>.*?</details>", r"`[^`]*`", r"\]\([^)]*\)", r"https?://\S+", r"arXiv:? ?\d{4}\.\d{4,5}", r"\b(?:19|20)\d\d\b",
-                 r"(?m)^#.*$", r"\b[A-Z][A-Za-z]*-?\d[\w.]*(?:-\w+)?", r"\b\d+ x \d+(?: x \d+)?\b", r"(?m)^\s*\d+\. ", r"(?m)\d+ \|$"):
+                 r"(?m)^#.*$", r"\b[A-Z][A-Za-z]*-?\d[\w.]*(?:-\w+)?", r"\b\d+ x \d+(?: x \d+)?\b", r"(?m)^\s*\d+\. ", r"(?m)\d+ \|$", r"\| [\d.]+ (?:min|s) \|"):
         text = re.sub(gone, " ", text)
     return re.findall(r"(?<![\w.\-/])[+-]?(?:\d[\d,]*)?\.?\d+(?![\d/])", text)
 
