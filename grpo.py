@@ -586,6 +586,7 @@ def figure_train(config, run, device):
         band(axes[1, 2], ks, np.stack([final(arm, f"pass@{k}") for k in ks], 1), "base" if arm == "base" else "after RL", marker="o")
     axes[1, 2].set(title="pass@k: sharpened or discovered?", xlabel="k (samples)", ylabel="held-out pass@k", xscale="log", ylim=(0, 1.02))
     axes[1, 2].set_xticks(ks, ks)
+    axes[1, 2].minorticks_off()
     axes[1, 2].legend()
     if real:
         return fig, [claim("gain", "held-out pass@1 after RL minus before, worst seed", "-", "-", (p1 - p0).min(), ">=", 0.05, config.seeds,
