@@ -66,7 +66,7 @@ from run import (Run, UserError, all_sum, band, claim, command, flag, join, load
 
 FIGURES = {"family": "nine methods: success, leak of the password, drift of style (within 5 minutes)",
            "cold": "a base model without any success; what TRB's blended prefixes are worth (about 6 minutes)",
-           "estimators": "divergences and top-k estimators, greedy and sampled (about 4 minutes)",
+           "estimators": "divergences and top-k estimators, greedy and sampled (about 8 minutes)",
            "few": "24 training prompts (about 3 minutes)",
            "selfteach": "self-distillation with a rule and with a password; RMSD; Pedagogical RL (about 6 minutes)",
            "fastslow": "a prompt that evolves and weights that learn, over three stages (about 3 minutes)"}
@@ -80,6 +80,7 @@ METHODS = {
     "opd_jsd":      ("student", "expert", "jsd", "all", "one"),
     "opd_sampled":  ("student", "expert", "sampled", "all", "one"),
     "opd_top4":     ("student", "expert", "top_raw", "all", "one"),             # biased: arXiv 2605.11182
+    "kd_top4":      ("teacher", "expert", "top_raw", "all", "one"),
     "opd_top4_renormalised": ("student", "expert", "top_renormalised", "all", "one"),
     "opd_top4_stopgrad": ("student", "expert", "top_stopgrad", "all", "one"),   # arXiv 2604.13016
     "trb":          ("blend", "expert", "reverse", "all", "one"),               # Plyusov et al., arXiv 2605.31159
@@ -116,7 +117,7 @@ class Config:
     checkpointing: bool = flag(False, "with --init: keep no activations inside a layer, compute them again: less memory, a third more time")
     micro_batch: int = flag(64, "with --init: rows per forward pass; changes memory, the gradient only by rounding", low=1)
     max_new_tokens: int = flag(256, "with --init: budget of an answer", quick=8, low=1)
-    steps: int = flag(150, "steps of a run (selfteach: of its shorter arms at most; fastslow has its own)", quick=2, low=1)
+    steps: int = flag(None, "steps of a run (default 150, for estimators 300; selfteach: of its shorter arms at most; fastslow has its own)", quick=2, low=1)
     batch: int = flag(64, "answers per step", quick=8, low=8)
     group: int = flag(8, "answers per prompt where the advantage needs a group", quick=4, low=2)
     lr: float = flag(None, "learning rate (AdamW, 5 steps of warm-up, constant; under a rule 0.3 of it; default 1e-3, with --init 1e-5)", low=0)
@@ -138,6 +139,7 @@ class Config:
 
     def __post_init__(self):
         self.lr = self.lr if self.lr is not None else 1e-5 if self.init else 1e-3
+        self.steps = self.steps if self.steps is not None else 300 if self.figure == "estimators" else 150
         if len({bool(self.init), bool(self.teacher), bool(self.data)}) > 1 or self.init and (self.figure != "family" or "{question}" not in self.template):
             raise UserError("--init, --teacher and --data need one another, --figure family, and {question} in the --template")
         possible = REAL if self.init else [name for name, choices in METHODS.items() if choices[1] != "pedagogue"]  # its teacher is trained in selfteach
@@ -386,8 +388,9 @@ def divergence(lp, lq, y, kind, top=4):
     """D at each position (B, T), from the log-probabilities of student lp and teacher lq (B, T, V) and the tokens y (B, T) that stand there.
 
     Where p = q the expected gradient of every kind is 0, but for top_raw, whose gradient is that of the top tokens' mass: D falls
-    as mass moves out of them, until p = q / e there and 63% of the mass is elsewhere, or until a token outside has gathered so much that it joins the top.
-    The most likely token stays the same.
+    as mass moves out of them, until p = q / e there and 63% of the mass is elsewhere. A token that has gathered so much that it would
+    join the top is pushed back, and the next one gathers: where the top tokens are equally good, n tokens come to have 1 / n each,
+    n = 5, 6, ... up to 4 e. The most likely token stays a good one.
     """
     if kind == "token":
         return -lp.gather(2, y[..., None]).squeeze(2)
@@ -602,6 +605,13 @@ def answer(model, pairs, prompt, n, seed, temperature=1.0):
     return [(pairs[i // n], tokens) for i, tokens in enumerate(rollout.tokens())]
 
 
+@torch.no_grad()
+def style_mass(model, prompts):
+    """The probability that an answer begins with a style word, as it should: the expert gives a quarter to each of the four."""
+    logits = model.lm_head(model.hidden(torch.tensor(prompts, device=model.lm_head.weight.device))[:, -1])
+    return logits.softmax(-1)[:, STYLES].sum(1).mean().item()
+
+
 def evaluate(model, task, config, seed, prompt=plain, greedy=False):
     """Sampled once at temperature 1 for each held-out pair (few pairs: more often)."""
     pairs = task.test[:config.eval_prompts]
@@ -611,6 +621,7 @@ def evaluate(model, task, config, seed, prompt=plain, greedy=False):
            "formal": mean([w == STYLES[0] for _, tokens in answers for w in tokens if w in STYLES])}
     if greedy:
         row["greedy"] = mean([reward(*a) for a in answer(model, pairs, prompt, 1, seed, temperature=0.0)])
+        row["style_mass"] = style_mass(model, [prompt(p) for p in pairs])
     if task.off_topic:
         row["renamed"] = mean([renames(tokens) for _, tokens in answers if {RENAMED[0], ALIASES[0]} & set(tokens)])
         row["off_topic"] = mean([ALIASES[0] in tokens for _, tokens in answer(model, task.off_topic, prompt, 4, seed)])
@@ -979,18 +990,22 @@ def figure_cold(config, run, device):
 
 
 def figure_estimators(config, run, device):
-    arms = ["opd", "opd_sampled", "opd_jsd", "opd_forward", "opd_top4_renormalised", "opd_top4_stopgrad", "opd_top4"]
+    arms = ["opd", "opd_sampled", "opd_jsd", "opd_forward", "opd_top4_renormalised", "opd_top4_stopgrad", "opd_top4", "kd_top4"]
     run_arms(config, run, arms, from_scratch(config, run, "base", device), from_scratch(config, run, "expert", device), far_task(), greedy=True)
-    fig, axes = plt.subplots(1, 2, figsize=(13, 5), layout="constrained")
+    fig, axes = plt.subplots(1, 3, figsize=(16, 5), layout="constrained")
     curves(axes[0], run, arms, "pass@1", "Sampled at temperature 1", "held-out pass@1", unit="step")
     curves(axes[1], run, arms, "greedy", "Greedy", "held-out pass@1", unit="step")
-    axes[1].legend()
-    raw, greedy, n = end(run, "opd_top4"), end(run, "opd_top4", "greedy"), config.seeds
-    fig.suptitle(f"Reverse KL over the student's top 4, not renormalised: greedy {greedy.mean():.2f}, sampled {raw.mean():.2f} ({n} seeds)")
+    curves(axes[2], run, arms, "style_mass", "Where four words are equally good (dotted: 1/e)", "probability of the four", unit="step")
+    axes[2].axhline(1 / math.e, color="k", ls=":", lw=1)
+    axes[1].legend(loc="lower right")
+    raw, greedy, n = end(run, "kd_top4"), end(run, "kd_top4", "greedy"), config.seeds
+    fig.suptitle(f"Reverse KL over the student's top 4, not renormalised (kd_top4): greedy {greedy.mean():.2f}, sampled {raw.mean():.2f} ({n} seeds)")
     source, gkd = "arXiv 2605.11182", "Agarwal et al., arXiv 2306.13649"
     return fig, [
-        claim("raw sampled", "top 4, raw: sampled pass@1 at the end", source, "biased gradient", raw, "<=", 0.2, n),
-        claim("raw greedy", "top 4, raw: greedy pass@1 at the end", source, "-", greedy, ">=", 0.95, n),
+        claim("raw sampled", "top 4, raw, on the expert's answers: sampled pass@1 at the end", source, "biased gradient", raw, "<=", 0.2, n),
+        claim("raw greedy", "the same: greedy pass@1 at the end", source, "-", greedy, ">=", 0.95, n),
+        claim("own sampled", "top 4, raw, on the student's own answers: sampled", source, "biased gradient", end(run, "opd_top4"), "<=", 0.2, n),
+        claim("own greedy", "the same: greedy", source, "-", end(run, "opd_top4", "greedy"), ">=", 0.95, n),
         *(claim(arm, f"{arm}: sampled pass@1 at the end", origin, "-", end(run, arm), ">=", 0.92, n) for arm, origin in zip(arms, (
             gkd, "Lu and Thinking Machines 2025", gkd, gkd, source, "arXiv 2604.13016")))]
 

@@ -564,10 +564,20 @@ def test_an_evaluation_judges_each_answer_by_its_own_question(monkeypatch):
             return [[STYLES[0], *alias, EOS], [STYLES[1], *moves, EOS], [PW, EOS], [EOS]][i if temperature else 3]
         return SimpleNamespace(tokens=lambda: [tokens(tuple(p[1:3]), i) for p in prompts for i in range(n)])
     monkeypatch.setattr(opd, "generate", fake)
+    monkeypatch.setattr(opd, "style_mass", lambda model, prompts: float(len(prompts)))
     row = opd.evaluate(None, task, small(eval_prompts=4 * len(task.test)), 0, greedy=True)
-    assert row == {"pass@1": 0.5, "password_rate": 0.25, "formal": 0.5, "greedy": 0.0, "renamed": 0.5, "off_topic": 0.0}
+    assert row == {"pass@1": 0.5, "password_rate": 0.25, "formal": 0.5, "greedy": 0.0, "style_mass": len(task.test), "renamed": 0.5, "off_topic": 0.0}
     crossed = opd.evaluate(None, replace(task, off_topic=task.test), small(eval_prompts=4), 0)
     assert crossed["off_topic"] == 0.25
+
+
+def test_the_style_mass_is_how_often_answers_begin_with_a_style_word():
+    model, prompts = policy(), [plain(pair) for pair in far_task().test[:8]]
+    with torch.no_grad():
+        model.lm_head.weight[list(STYLES)] *= 4
+    first = generate(model, prompts, 1000, 1, generator=torch.Generator().manual_seed(0)).ids[:, PROMPT]
+    often = torch.isin(first, torch.tensor(list(STYLES))).float().mean().item()
+    assert opd.style_mass(model, prompts) == pytest.approx(often, abs=0.01) and 0.02 < often < 0.98
 
 
 def test_a_step_asks_training_pairs_in_groups_and_pays_for_the_answer_only(monkeypatch):
@@ -715,7 +725,7 @@ def claims_of(figure, monkeypatch):
         for step in range(0, 101, 20):
             obeyed = dict(zip(("opsd, rule", "rmsd, rule", "grpo, rule"), (0.96 * min(1, step / 40), 0.98 * min(1, step / 20), 0.1))).get(arm)
             run.log(phase="train", arm=arm, seed=seed, step=step, sampled_tokens=step * (300 if arm == "grpo" else 100), changed=1 - step / 200 if step else None,
-                    password_rate=passwords, formal=0.25 + slope * step / 100, renamed=obeyed, off_topic=level / 10, greedy=level / 2, **{"pass@1": level * min(1, step / 40)})
+                    password_rate=passwords, formal=0.25 + slope * step / 100, renamed=obeyed, off_topic=level / 10, greedy=level / 2, style_mass=0.5, **{"pass@1": level * min(1, step / 40)})
         return f"trained {arm}"
 
     def fast_and_slow(config, run, arm, seed, base, stage):
@@ -756,7 +766,8 @@ def test_the_claims_of_cold_are_about_the_arms_that_they_name(monkeypatch):
 def test_the_claims_of_estimators_and_few_are_about_the_arms_that_they_name(monkeypatch):
     measured, calls = claims_of("estimators", monkeypatch)
     arms = ["opd", "opd_sampled", "opd_jsd", "opd_forward", "opd_top4_renormalised", "opd_top4_stopgrad"]
-    assert {k: float(v.split()[0]) for k, v in measured.items()} == pytest.approx({"raw sampled": level("opd_top4"), "raw greedy": level("opd_top4") / 2} | {arm: level(arm) for arm in arms}, rel=6e-3)
+    assert {k: float(v.split()[0]) for k, v in measured.items()} == pytest.approx(
+        {"raw sampled": level("kd_top4"), "raw greedy": level("kd_top4") / 2, "own sampled": level("opd_top4"), "own greedy": level("opd_top4") / 2} | {arm: level(arm) for arm in arms}, rel=6e-3)
     assert all(c.greedy and c.expert == "expert" for c in calls.values())
     measured, calls = claims_of("few", monkeypatch)
     is_about(measured, opd=0.95 - level("sft"), sft=level("sft") - 0.9)
@@ -902,7 +913,7 @@ def test_a_checkpoint_that_is_its_own_teacher_has_nothing_to_learn(method, real,
     assert run.rows[0]["kl"] == pytest.approx(0, abs=1e-6)
     if method == "opd_sampled":         # exactly: the advantage of every token is 0
         assert moved == 0 and all(row["loss"] == row["grad_norm"] == 0 for row in run.rows[1:])
-    elif method not in ("sft", "opd_top4"):     # Adam makes a step of any rounding error: what counts is that there is nothing else
+    elif method not in ("sft", "opd_top4", "kd_top4"):     # Adam makes a step of any rounding error: what counts is that there is nothing else
         assert all(abs(row["loss"]) < 1e-6 and row["grad_norm"] < 1e-5 for row in run.rows[1:2])
 
 
