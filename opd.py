@@ -66,7 +66,7 @@ from run import (Run, UserError, all_sum, band, claim, command, flag, join, load
 
 FIGURES = {"family": "nine methods: success, leak of the password, drift of style (within 5 minutes)",
            "cold": "a base model without any success; what TRB's blended prefixes are worth (about 6 minutes)",
-           "estimators": "divergences and top-k estimators, greedy and sampled (about 8 minutes)",
+           "estimators": "divergences and top-k estimators, greedy and sampled (about 13 minutes)",
            "few": "24 training prompts (about 3 minutes)",
            "selfteach": "self-distillation with a rule and with a password; RMSD; Pedagogical RL (about 6 minutes)",
            "fastslow": "a prompt that evolves and weights that learn, over three stages (about 3 minutes)"}
@@ -390,7 +390,7 @@ def divergence(lp, lq, y, kind, top=4):
     Where p = q the expected gradient of every kind is 0, but for top_raw, whose gradient is that of the top tokens' mass: D falls
     as mass moves out of them, until p = q / e there and 63% of the mass is elsewhere. A token that has gathered so much that it would
     join the top is pushed back, and the next one gathers: where the top tokens are equally good, n tokens come to have 1 / n each,
-    n = 5, 6, ... up to 4 e. The most likely token stays a good one.
+    n = 5, 6, ... up to 4 e. The most likely token stays a good one, as long as the prefixes are sane (kd_top4).
     """
     if kind == "token":
         return -lp.gather(2, y[..., None]).squeeze(2)
@@ -997,7 +997,7 @@ def figure_estimators(config, run, device):
     curves(axes[1], run, arms, "greedy", "Greedy", "held-out pass@1", unit="step")
     curves(axes[2], run, arms, "style_mass", "Where four words are equally good (dotted: 1/e)", "probability of the four", unit="step")
     axes[2].axhline(1 / math.e, color="k", ls=":", lw=1)
-    axes[1].legend(loc="lower right")
+    axes[1].legend(loc="lower center")
     raw, greedy, n = end(run, "kd_top4"), end(run, "kd_top4", "greedy"), config.seeds
     fig.suptitle(f"Reverse KL over the student's top 4, not renormalised (kd_top4): greedy {greedy.mean():.2f}, sampled {raw.mean():.2f} ({n} seeds)")
     source, gkd = "arXiv 2605.11182", "Agarwal et al., arXiv 2306.13649"
