@@ -63,6 +63,11 @@ from run import (Run, UserError, all_sum, band, claim, command, flag, gathered, 
 FIGURES = {"train": "one run: reward, pass@1, entropy, lengths, pass@k against the base (under 3 minutes)",
            "variants": "every loss at the same number of sampled tokens, 3 seeds (about half an hour)",
            "length": "the length bias of the 1/|o| normalisation, model-free and with the GPT (about 5 minutes)"}
+# what --help calls a default that depends on the figure; with --init the learning rate is 1e-5
+DEFAULTS = dict(seeds=1, steps=45, minibatches=1, lr=3e-4, max_new_tokens=56, sft_steps=1200, eval_every=15)
+# variants: the learning rate by trial: at 3e-4, 4 steps a batch, `reinforce` fell to 0 (one seed; the README tells). length: rambling is quickly learnt
+OF_FIGURE = {"train": {}, "variants": dict(seeds=3, steps=10 ** 9, minibatches=4, lr=1e-4, eval_every=3),
+             "length": dict(seeds=3, steps=60, max_new_tokens=64, sft_steps=150)}
 # name: advantage, ratio, eps_low, eps_high, aggregation, dynamic sampling
 LOSSES = {"reinforce": ("batch", "none", 0.2, 0.2, "sum", False),
           "rloo": ("rloo", "none", 0.2, 0.2, "sum", False),             # Ahmadian et al., arXiv 2402.14740
@@ -105,26 +110,34 @@ class Config:
     sampler: str = flag("iid", "a group's uniforms: independent, or spread out (QuasiMoTTo, arXiv 2607.01179)", choices=("iid", "stratified", "lattice"))
     prompts: int = flag(32, "problems per step", quick=4, low=1)
     group: int = flag(16, "samples per problem", quick=4, low=2)
-    minibatches: int = flag(1, "gradient steps per rollout batch", low=1)
+    minibatches: int = flag(None, "gradient steps per rollout batch (default: 1, for variants 4)", low=1)
     micro_batch: int = flag(64, "rows per forward pass; changes memory, the gradient only by rounding", low=1)
     temperature: float = flag(1.0, "sampling temperature, in training and evaluation; the scorer uses the same", low=1e-3)
-    lr: float = flag(None, "RL learning rate (AdamW, constant; default 3e-4, with --init 1e-5)", low=0)
+    lr: float = flag(None, "RL learning rate (AdamW, constant; default: 3e-4, for variants 1e-4, with --init 1e-5)", low=0)
     digits: int = flag(5, "columns of a problem", low=1, high=8)
-    max_new_tokens: int = flag(56, "budget of an answer; columns: at most 224, and unfinished ones are wrong", low=1)
+    max_new_tokens: int = flag(None, "budget of an answer (default: 56, for length 64); columns: at most 224, and unfinished ones are wrong", low=1)
     n_layer: int = flag(2, "layers", low=1)
     n_head: int = flag(8, "heads", low=1)
     n_embd: int = flag(128, "channels", quick=32, low=8)
-    sft_steps: int = flag(1200, "steps of supervised warm-up", quick=10, low=0)
+    sft_steps: int = flag(None, "steps of supervised warm-up (default: 1200, for length 150)", quick=10, low=0)
     sft_batch: int = flag(32, "demonstrations per warm-up step", low=2)
     sft_lr: float = flag(3e-3, "warm-up learning rate (up in 50 steps, then linear to 0)", low=0)
-    eval_every: int = flag(15, "RL steps between evaluations", low=1)
+    eval_every: int = flag(None, "RL steps between evaluations (default: 15, for variants 3)", quick=1, low=1)
     eval_prompts: int = flag(128, "held-out problems", quick=8, low=1)
     eval_samples: int = flag(16, "answers to each of them", low=1)
 
     def __post_init__(self):
-        self.lr = self.lr if self.lr is not None else 1e-5 if self.init else 3e-4
+        for name, value in (DEFAULTS | (dict(lr=1e-5) if self.init else {}) | OF_FIGURE[self.figure] | (dict(seeds=1) if self.quick else {})).items():
+            setattr(self, name, value if getattr(self, name) is None else getattr(self, name))
         if bool(self.init) != bool(self.data) or self.init and (self.figure != "train" or "{question}" not in self.template):
             raise UserError("--init and --data need one another, --figure train, and {question} in the --template")
+        if self.init and Path(self.init).resolve().parent == Path(self.out).resolve():
+            raise UserError(f"--init {self.init} lies in --out {self.out}: a run writes its model there")
+        if self.chat and not self.data:
+            raise UserError("--chat is for --data")
+        overrides = [name for name in ("advantage", "ratio", "aggregation", "eps_low", "eps_high") if getattr(self, name) is not None]
+        if overrides and self.figure != "train":
+            raise UserError(f"--{overrides[0].replace('_', '-')} is for --figure train: {self.figure} compares the losses as they are")
         if self.max_new_tokens > 224 and not self.data:
             raise UserError(f"--max-new-tokens {self.max_new_tokens}: must be at most 224")
         if self.max_new_tokens < LINE * self.digits + 1 and not self.quick and not self.data:
@@ -183,9 +196,9 @@ def reward(problem, text):
 
 
 def guessed_carries(text):
-    """The fraction of an answer's lines, units apart, written before the column to their right: their carry was a guess."""
+    """The fraction of an answer's lines, units apart, written before the column to their right: their carry was a guess. 0 where there are none."""
     columns = text[::LINE]
-    lines = [i for i, c in enumerate(columns) if c != "a"]
+    lines = [i for i, c in enumerate(columns) if c in COLUMNS[1:]]
     return sum(COLUMNS[COLUMNS.find(columns[i]) - 1] not in columns[:i] for i in lines) / max(len(lines), 1)
 
 
@@ -259,7 +272,8 @@ def aggregation_weights(mask, kind, budget, rows=None, tokens=None):
 def kl_estimate(logp, ref_logp, kind):
     """Per-token estimate of KL(pi || ref) from samples of pi (Schulman 2020). As values k1 and k3 are unbiased, k2 is not.
 
-    As losses, on-policy: k2 has the KL's gradient, k3 that of KL(ref || pi), k1 none. In the reward, k1 has the KL's gradient.
+    As losses, on-policy: k2 has the gradient of each token's own KL given what stands before, k3 that of KL(ref || pi), k1 none; none of them
+    sees what a token does to later ones. In the reward, k1 summed over an answer has the gradient of the whole answer's KL.
     """
     d = (logp - ref_logp).clamp(-20, 20)
     return {"k1": d, "k2": d ** 2 / 2, "k3": (-d).exp() + d - 1}[kind]
@@ -290,10 +304,11 @@ def pass_at_k(n, correct, k):
 
 def build(config, device):
     if config.init:         # fp32 weights; bf16 is for the products (autocast) and for the copy that samples
-        model = checkpoint_for(task_of(config), "--init", config.init, config.max_new_tokens).to(device)
-        model.checkpointing = config.checkpointing
-        return model
-    return GPT(GPTConfig(tokenizer.n_vocab, 256, config.n_layer, config.n_head, config.n_embd, qk_norm=True)).to(device)
+        model = checkpoint_for(task_of(config), "--init", config.init, config.max_new_tokens)
+    else:
+        model = GPT(GPTConfig(tokenizer.n_vocab, 256, config.n_layer, config.n_head, config.n_embd, qk_norm=True))
+    model.checkpointing = config.checkpointing
+    return model.to(device)
 
 
 def draw_demonstration(rng, digits):
@@ -349,14 +364,18 @@ def score(model, rollout, config, T):
     return F.pad(logp, pad), F.pad(entropy, pad)
 
 
+def answers(model, prompts, n, config, generator, uniforms=None):
+    """generate with the flags' temperature, budget and dtype, which `score` uses, too."""
+    sampling = copy.deepcopy(model).bfloat16() if config.dtype == "bfloat16" else model
+    return generate(sampling, prompts, n, config.max_new_tokens, config.temperature, stop=task_of(config).tokenizer.eos, generator=generator, uniforms=uniforms)
+
+
 def sample(model, problems, n, config, generator, sampler="iid", mine=slice(None)):
     """-> Rollout of n answers per problem, their texts, their rewards (P, n). mine: the slice of the problems that this process answers."""
-    sampling, task = copy.deepcopy(model).bfloat16() if config.dtype == "bfloat16" else model, task_of(config)
-    first, end, _ = mine.indices(len(problems))
+    task, (first, end, _) = task_of(config), mine.indices(len(problems))
     uniforms = group_uniforms(len(problems), n, sampler, generator)
     skip_draws(first * n, config, generator)
-    rollout = generate(sampling, [task.prompt(p) for p in problems[mine]], n, config.max_new_tokens, config.temperature,
-                       stop=task.tokenizer.eos, generator=generator, uniforms=None if uniforms is None else uniforms[first * n:end * n])
+    rollout = answers(model, [task.prompt(p) for p in problems[mine]], n, config, generator, None if uniforms is None else uniforms[first * n:end * n])
     skip_draws((len(problems) - end) * n, config, generator)
     texts = rollout.texts(task.tokenizer)
     last = rollout.ids.gather(1, (rollout.prompt_lens + rollout.lengths - 1)[:, None]).squeeze(1)
@@ -388,7 +407,7 @@ def collect(model, config, rng, generator):
                     kept.append(rollout[slice((i - mine.start) * G, (i - mine.start + 1) * G)])
                     rows += range(len(rewards) * G, len(rewards) * G + G)
                 rewards.append(r[i])
-    if not rewards:         # nothing mixed in 4 batches: the last one, whose advantages are all 0
+    if not rewards:         # nothing mixed in 4 batches: the last one as it is (advantages within groups are all 0)
         kept, rows, rewards = [rollout], range(mine.start * G, mine.stop * G), list(r)
     rollout = Rollout.cat(kept or [rollout[:0]])
     rollout.rows = torch.tensor(list(rows), dtype=torch.long)
@@ -444,14 +463,14 @@ def update(model, base, optimizer, rollout, rewards, config, generator):
 
 
 def evaluate(model, config, n):
-    """n answers to each held-out problem -> how many are right (P,), and the fraction of lines whose carry was a guess."""
+    """n answers to each held-out problem -> how many are right (P,), and the mean over answers of `guessed_carries`."""
     rng, generator = random.Random("held out"), torch.Generator().manual_seed(0)
     problems = task_of(config).held_out(rng, config.eval_prompts)
     size, mine = max(1, config.prompts * config.group // n), share(len(problems))   # as many rows at once as in training: more are slower on a CPU
     skip_draws(mine.start * n, config, generator)
     parts = [sample(model, problems[i:min(i + size, mine.stop)], n, config, generator)[1:] for i in range(mine.start, mine.stop, size)]
     texts, rewards = [t for texts, _ in parts for t in texts], torch.cat([torch.zeros(0, n)] + [r for _, r in parts])
-    guesses = all_sum(torch.tensor(sum(map(guessed_carries, texts)), dtype=torch.float64)).item() / (len(problems) * n)
+    guesses = 0 if config.data else all_sum(torch.tensor(sum(map(guessed_carries, texts)), dtype=torch.float64)).item() / (len(problems) * n)
     return gathered(rewards.sum(1), mine, len(problems)), guesses
 
 
@@ -460,6 +479,11 @@ def held_out(model, config, n=None, ks=None):
     n = n or config.eval_samples
     correct, guesses = evaluate(model, config, n)
     return {f"pass@{k}": pass_at_k(n, correct, k).mean().item() for k in ks or (1, n)} | ({} if config.data else {"guessed_carries": guesses})
+
+
+def mean(x):
+    """Of nothing there is no mean: None, not nan."""
+    return x.mean().item() if len(x) else None
 
 
 SHOWN = ("step", "reward", "pass@1", "guessed_carries", "entropy", "length_right", "length_wrong", "zero_variance", "clip_fraction", "tokens_per_s")
@@ -485,9 +509,8 @@ def train(config, run, arm, seed, base, tokens=math.inf):
         metrics = update(model, base, optimizer, rollout, rewards, config, generator)
         tokens_now, seconds = stats.pop("tokens"), time.time() - started
         sampled, step = sampled + tokens_now, step + 1
-        # 3. Log; of no answers there is no mean length
+        # 3. Log
         lengths, right = gathered(rollout.lengths.float().cpu(), rollout.rows, rewards.numel()), rewards.flatten() > 0
-        mean = lambda x: x.mean().item() if len(x) else None
         row = dict(phase="rl", arm=arm, seed=seed, step=step, **stats, **metrics, length=mean(lengths), length_right=mean(lengths[right]),
                    length_wrong=mean(lengths[~right]), sampled_tokens=sampled, seconds=seconds, tokens_per_s=tokens_now / seconds)
         if step % config.eval_every == 0 or step == config.steps or sampled >= tokens:
@@ -539,12 +562,12 @@ def length_bias_gpt(config, run, arm, seed, base):
     for step in range(restore(run.state.get(phase), model, optimizer, rng, generator), config.steps):
         coins = torch.tensor([rng.randrange(2) for _ in range(config.prompts * config.group)])
         questions = [tokenizer.encode(f"{c}=") for c in coins.tolist()]
-        rollout = generate(model, questions, 1, config.max_new_tokens, stop=tokenizer.eos, generator=generator)
+        rollout = answers(model, questions, 1, config, generator)
         update(model, base, optimizer, rollout, coins.float().view(config.prompts, config.group), config, generator)
-        wrong, right = (rollout.lengths[coins == c].float().mean().item() for c in (0, 1))
+        wrong, right = (mean(rollout.lengths[coins == c].float()) for c in (0, 1))
         run.log(phase="rl", arm=arm, seed=seed, step=step + 1, length_right=right, length_wrong=wrong)
         if step + 1 == config.steps:
-            print(f"{arm}, seed {seed}: wrong answers {wrong:.1f} tokens, right answers {right:.1f}")
+            print(f"{arm}, seed {seed}: wrong answers {wrong} tokens, right answers {right}")
         if run.due or step + 1 == config.steps:
             run.save(phase, **snapshot(step + 1, model, optimizer, rng, generator))
 
@@ -601,8 +624,6 @@ def figure_train(config, run, device):
 
 def figure_variants(config, run, device):
     budget = 1_000 if config.quick else 300_000
-    # A third of the learning rate, by trial: at all of it, 4 steps a batch, `reinforce` fell to 0 (one seed; the README tells)
-    config = replace(config, minibatches=4, lr=config.lr / 3, steps=10 ** 9, eval_every=1 if config.quick else 3)
     for seed in seeds_of(config):
         base = warm_up(config, run, seed, device)
         for loss in LOSSES:
@@ -614,13 +635,13 @@ def figure_variants(config, run, device):
         evals = [[(r["sampled_tokens"], r["pass@1"]) for r in rs if "pass@1" in r] for rs in rows]
         y = np.array([np.interp(grid, *zip(*e)) for e in evals])
         band(axes[0], grid / 1e3, y, loss)
-        final[loss], start = y[:, -1], y[:, 0].mean()
+        final[loss], start = y[:, -1], y[:, 0]
         clip[loss] = np.mean([r["clip_fraction"] for rs in rows for r in rs if r["step"]])
     axes[0].set(xlabel="sampled tokens (thousands)", ylabel="held-out pass@1", title="Learning curves (4 gradient steps per batch)")
     axes[0].legend()
     spread = [f.std(ddof=1) if len(f) > 1 else 0 for f in final.values()]
     axes[1].bar(list(final), [f.mean() for f in final.values()], yerr=spread, capsize=4)
-    axes[1].axhline(start, color="k", lw=1, ls=":")
+    axes[1].axhline(start.mean(), color="k", lw=1, ls=":")
     axes[1].set(ylabel=f"held-out pass@1 at {budget // 1000}k tokens", title=f"Mean and standard deviation over {config.seeds} seeds; dotted: the base")
     means = sorted(f.mean() for f in final.values())
     fig.suptitle(f"Seven losses, the same sampled tokens: pass@1 from {means[0]:.2f} to {means[-1]:.2f}, and ±{np.mean(spread):.2f} between seeds")
@@ -634,7 +655,6 @@ def figure_variants(config, run, device):
 
 def figure_length(config, run, device):
     arms = {"grpo": ("std", "sequence"), "token mean of the batch": ("std", "token"), "dr_grpo": ("mean", "constant")}
-    config = replace(config, sft_steps=min(config.sft_steps, 150), max_new_tokens=64)      # rambling is quickly learnt
     paths = {arm: np.array([length_bias(*choice, seed) for seed in range(8)]) for arm, choice in arms.items()}      # (8, steps + 1, 2)
     for seed in seeds_of(config):
         base = warm_up(config, run, seed, device, draw_rambling)
@@ -665,8 +685,6 @@ def figure_length(config, run, device):
 
 def main():
     config = parse_args(Config, __doc__)
-    config.seeds = config.seeds or (1 if config.figure == "train" or config.quick else 3)
-    config.steps = config.steps if config.steps is not None else 60 if config.figure == "length" else 45
     device = pick_device(config.device)
     join(device)
     if world()[1] > (1 if config.figure == "length" else config.prompts):

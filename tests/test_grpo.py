@@ -142,6 +142,7 @@ def test_demonstrations_are_whole_lines_of_right_arithmetic_and_only_a_wrong_gue
 def test_guessed_carries_are_none_from_right_to_left_and_all_from_left_to_right():
     assert guessed_carries(solve(PROBLEM, [0, 1, 2])) == 0 and guessed_carries(solve(PROBLEM, [2, 1, 0])) == 1
     assert guessed_carries(solve(PROBLEM, [0, 2, 1])) == 0.5
+    assert guessed_carries("9999999") == guessed_carries("") == 0 and guessed_carries("9999999b000000") == 1      # what is no column is no guess
 
 
 def fake_sample(calls, rewards):
@@ -755,6 +756,21 @@ def test_the_coin_in_the_question_is_the_reward_and_a_finished_arm_resumes(monke
     assert [[r["length_right"], r["length_wrong"]] for r in run.rows] == coins and len(coins) == 3
 
 
+@pytest.mark.parametrize("choices", [dict(temperature=0.5), dict(dtype="bfloat16")])
+def test_what_rambles_is_scored_as_it_was_sampled(choices, monkeypatch):
+    config = small(loss="grpo", steps=1, prompts=1, group=2, max_new_tokens=24, lr=0.0, seed=1, **choices)
+    apart, run = [], Memory()
+
+    def spy(model, base, optimizer, rollout, rewards, config, generator):
+        with torch.no_grad():
+            apart.append(((grpo.score(model, rollout, config, rollout.ids.shape[1])[0] - rollout.logp) * rollout.mask).abs().max().item())
+    monkeypatch.setattr(grpo, "update", spy)
+    for seed in range(4):
+        grpo.length_bias_gpt(config, run, "grpo", seed, policy(config))
+    assert max(apart) < (0.1 if config.dtype == "bfloat16" else 1e-4)
+    assert any(None in (r["length_right"], r["length_wrong"]) for r in run.rows) and not any(r[k] != r[k] for r in run.rows for k in r)      # never nan
+
+
 def claims_of(figure, run, monkeypatch, config, **stubs):
     for name, stub in stubs.items():
         monkeypatch.setattr(grpo, name, stub)
@@ -780,7 +796,7 @@ def test_the_claims_of_train_compare_the_base_with_the_trained_model_by_the_seed
 
 
 def test_the_claims_of_variants_are_gains_over_the_base_and_gspo_over_grpo(monkeypatch):
-    config, seen = small(seeds=2, lr=0.3), set()
+    config, seen = small(seeds=2, figure="variants", lr=0.1), set()
     gain = {loss: 0.05 + 0.1 * i for i, loss in enumerate(LOSSES)}
 
     def train(config, run, arm, seed, base, tokens):
@@ -790,8 +806,18 @@ def test_the_claims_of_variants_are_gains_over_the_base_and_gspo_over_grpo(monke
                     **{"pass@1": 0.2 + gain[arm] * step / 2 + 0.01 * seed})
 
     claims = claims_of("variants", Memory(), monkeypatch, config, train=train, warm_up=lambda *_: None)
-    assert claims == {"all learn": ("0.05 ± 0.0071", False), "gspo clips more": ("25 (0.1, 0.004)", True)}
+    assert claims == {"all learn": ("0.05 ± 0", False), "gspo clips more": ("25 (0.1, 0.004)", True)}
     assert seen == {(loss, loss, 4, 0.1, LOSSES[loss][4]) for loss in LOSSES}
+
+
+def test_a_figure_has_its_own_defaults_and_takes_what_it_is_told():
+    choices = lambda **flags: [getattr(Config(**flags), name) for name in ("seeds", "steps", "minibatches", "lr", "max_new_tokens", "sft_steps", "eval_every")]
+    assert choices() == [1, 45, 1, 3e-4, 56, 1200, 15]
+    assert choices(figure="variants") == [3, 10 ** 9, 4, 1e-4, 56, 1200, 3]
+    assert choices(figure="length") == [3, 60, 1, 3e-4, 64, 150, 15]
+    told = dict(seeds=2, steps=0, minibatches=8, lr=0.0, max_new_tokens=40, sft_steps=0, eval_every=1)
+    for figure in grpo.FIGURES:
+        assert choices(figure=figure, **told) == list(told.values())
 
 
 def test_the_claims_of_length_are_wrong_over_right(monkeypatch):
@@ -1111,9 +1137,11 @@ def test_data_that_cannot_be_used_is_one_line_that_says_why(data, words, real, t
 @pytest.mark.parametrize("flags, words", [
     (["--init", "CHECKPOINT"], ["--init and --data"]), (["--data", "DATA"], ["--init and --data"]), (["--init", "CHECKPOINT", "--data", "DATA", "--figure", "variants"], ["--figure"]),
     (["--init", "CHECKPOINT", "--data", "DATA", "--template", "no"], ["{question}"]), (["--init", "/no/such", "--data", "DATA"], ["/no/such"]),
-    (["--init", "CHECKPOINT", "--data", "DATA", "--max-new-tokens", "250"], ["256 positions", "--max-new-tokens"]), (["--max-new-tokens", "225"], ["224"])])
+    (["--init", "CHECKPOINT", "--data", "DATA", "--max-new-tokens", "250"], ["256 positions", "--max-new-tokens"]), (["--max-new-tokens", "225"], ["224"]),
+    (["--init", "INSIDE", "--data", "DATA"], ["a run writes its model there"]), (["--chat"], ["--chat is for --data"]),
+    (["--figure", "length", "--eps-low", "0.1"], ["--eps-low is for --figure train"])])
 def test_a_mistake_in_the_flags_of_a_real_run_is_one_line(flags, words, real, tmp_path):
-    flags = [dict(CHECKPOINT=real / "checkpoint", DATA=real / "sums.jsonl").get(f, f) for f in flags]
+    flags = [dict(CHECKPOINT=real / "checkpoint", DATA=real / "sums.jsonl", INSIDE=tmp_path / "run" / "base").get(f, f) for f in flags]
     err = complain("grpo.py", *REAL[:1], *flags, "--out", tmp_path / "run")
     assert all(w in err for w in words) and not (tmp_path / "run").exists()
 
