@@ -18,11 +18,11 @@ The p^k model is the smallest case: a table of logits over 30 guesses and `stop`
 
 How this differs from the paper:
 1. A model of 0.1 million parameters from scratch, sums for equations, budgets of 16 to 256 tokens for 1k to 32k.
-2. One gradient step per batch (rho = 1, no clipping; two designs of `mask` take four), no KL term, temperature 1.
+2. One gradient step per batch (rho = 1, no clipping; two designs of `mask` take four, each on a quarter of the answers), no KL term, temperature 1.
 3. Positions: only four of eight pairs of channels turn (partial rotary, periods of 6 to 35 tokens, all seen in training), the
    others look for content alone. A longer trace then shows the model little that is new, and `verdicts_by_place` measures how little.
 
-What to see: attempts per answer grow several times with the asymmetry, not at all without; accuracy goes on rising past the training budget.
+What to see: attempts per answer grow several times with the asymmetry, and fall without; accuracy goes on rising past the training budget.
 Negative advantages speed up the p^k model, by as much as a step twice as long. In the GPT they do not help in any design of `mask`.
 """
 import copy
@@ -179,7 +179,7 @@ def prompt(problem):
 def demonstrate(rng, problem, honest=True, wrong=0.0, patience=(0.4, 1.0), attempts=16):
     """A trace of random attempts: after a NO it goes on with a probability drawn from `patience` once a trace. The last pair is the answer.
 
-    Honest verdicts are wrong with probability `wrong`. Others are coins, after a random sum: OK one time in ten, about as often as a pair is right.
+    Honest verdicts are wrong with probability `wrong`. Others are coins, after a random sum: OK one time in ten, about as often as a pair of six numbers is right.
     """
     xs, target = problem
     trace, go_on = [], rng.uniform(*patience)
@@ -326,7 +326,7 @@ def evaluate(model, config, numbers, budgets, seed=0, n=None, held_out=True):
 def update(model, optimizer, rollout, adv, config, generator, updates=1, entropy_bonus=0.0, eps=(0.2, 0.5)):
     """The gradient steps of one batch -> metrics of the last. adv (R, 1). More than one: the ratio to the sampler is clipped (eps: the paper's).
 
-    The loss is the mean over all tokens of a step.
+    Each step has its own share of the answers; its loss is the mean over all their tokens.
     """
     order = torch.randperm(len(adv), generator=generator).to(adv.device) if updates > 1 else torch.arange(len(adv), device=adv.device)
     for step in order.chunk(updates):
@@ -463,7 +463,7 @@ def figure_explore(config, run, device):
     ratio = np.median([steps_to(m) / steps_to(f) for f, m in zip(pk["full"], pk["masked"])])
 
     fig, axes = plt.subplots(2, 3, figsize=(16, 9), layout="constrained")
-    for i, (title, ylabel) in enumerate((("p^k model: without negatives later", "success"), ("p^k model: first more tries, then better ones", "draws per episode"))):
+    for i, (title, ylabel) in enumerate((("p^k model: rewards 1 and -1 (full), 1 and 0 (masked)", "success"), ("p^k model: first more tries, then better ones", "draws per episode"))):
         for arm, paths in pk.items():
             band(axes[0, i], np.arange(steps), paths[:, :, i], f"{arm} (5 seeds)")
         axes[0, i].set(title=title, xlabel="step", ylabel=ylabel, xlim=(0, min(steps, 400)), ylim=(0, None if i else 1.02))
@@ -539,7 +539,7 @@ def figure_curriculum(config, run, device):
         claim("twice", "coupled: pass@1 at 2x the training budget minus at 1x", SOURCE, "grows", two - one, ">=", 0.05, n, f" ({one.mean():.2f}, {two.mean():.2f})"),
         *[claim(f"over {arm}", f"coupled minus {arm}, at 4x", SOURCE, paper, four - of_rule(curves[arm], 4), ">=", 0.03, n)
           for arm, paper in zip(rivals, ("+0.09", "more", "+0.07"))],
-        claim("rule", f"pass@1 at {LONGEST} tokens: best training budget minus the rule's", SOURCE, "at the plateau", lost, "<=", 0.03, n)]
+        claim("rule", f"pass@1 at {LONGEST} tokens: best training budget minus B*'s (64 at most)", SOURCE, "at the plateau", lost, "<=", 0.03, n)]
 
 
 def figure_budget(config, run, device):

@@ -634,17 +634,17 @@ def figure_variants(config, run, device):
         rows = [[r for r in run.rows if r.get("arm") == loss and r["seed"] == s] for s in seeds_of(config)]
         evals = [[(r["sampled_tokens"], r["pass@1"]) for r in rs if "pass@1" in r] for rs in rows]
         y = np.array([np.interp(grid, *zip(*e)) for e in evals])
-        band(axes[0], grid / 1e3, y, loss)
+        axes[0].plot(grid / 1e3, y.mean(0), label=loss)
         final[loss], start = y[:, -1], y[:, 0]
         clip[loss] = np.mean([r["clip_fraction"] for rs in rows for r in rs if r["step"]])
-    axes[0].set(xlabel="sampled tokens (thousands)", ylabel="held-out pass@1", title="Learning curves (4 gradient steps per batch)")
+    axes[0].set(xlabel="sampled tokens (thousands)", ylabel="held-out pass@1", title=f"Learning curves ({config.minibatches} gradient steps per batch)")
     axes[0].legend()
     spread = [f.std(ddof=1) if len(f) > 1 else 0 for f in final.values()]
     axes[1].bar(list(final), [f.mean() for f in final.values()], yerr=spread, capsize=4)
     axes[1].axhline(start.mean(), color="k", lw=1, ls=":")
     axes[1].set(ylabel=f"held-out pass@1 at {budget // 1000}k tokens", title=f"Mean and standard deviation over {config.seeds} seeds; dotted: the base")
     means = sorted(f.mean() for f in final.values())
-    fig.suptitle(f"Seven losses, the same sampled tokens: pass@1 from {means[0]:.2f} to {means[-1]:.2f}, and ±{np.mean(spread):.2f} between seeds")
+    fig.suptitle(f"Seven losses, the same sampled tokens: pass@1 from {means[0]:.2f} to {means[-1]:.2f}, and ±{min(spread):.2f} to ±{max(spread):.2f} between seeds")
     worst = min(final, key=lambda k: final[k].mean())
     return fig, [
         claim("all learn", f"gain in pass@1 of the least successful loss ({worst})", "Yue et al., arXiv 2504.13837", "six are similar",

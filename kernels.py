@@ -589,7 +589,7 @@ class FusedLogprobs(torch.autograd.Function):
 # python kernels.py: the benchmark
 
 PEERS = {"liger": ("liger_kernel", "token_logprobs"), "cce": ("cut_cross_entropy", "token_logprobs"), "flash": ("flash_attn", "attention")}
-MARKERS = dict(reference="x", chunked="s", compiled="D", sdpa="^", triton="*", liger="<", cce=">", flash="v")
+MARKERS = dict(reference="o", chunked="s", compiled="D", sdpa="^", triton="*", liger="<", cce=">", flash="v")
 
 
 def problem(work, shape, dtype, device):
@@ -690,8 +690,9 @@ def plot_roofline(rows, peak, path):
         name = str(dtype)[6:]
         labels[f"roof, {name}"], = ax.plot(x, [min(peak[dtype], peak[None] * i) for i in x], color=color)
         for row in (r for r in rows if r["dtype"] == name):
-            fill = color if row["work"] == "attention" else "none"
-            labels[f"{row['impl']}, {row['work']}"], = ax.plot(row["intensity"], row["flops"], MARKERS[row["impl"]], color=color, mfc=fill)
+            fill = None if row["work"] == "attention" else "none"
+            ax.plot(row["intensity"], row["flops"], MARKERS[row["impl"]], color=color, mfc=fill)
+            labels[f"{row['impl']}, {row['work']}"], = ax.plot([], [], MARKERS[row["impl"]], color="k", mfc=fill)      # the legend's: of both colours
     best = max(rows, key=lambda r: r["of_roof"])
     ax.set(xscale="log", yscale="log", xlabel="operations per byte that must be moved (FLOP/byte)", ylabel="achieved (FLOP/s)",
            title=f"Closest to the roof: {best['work']}, {best['impl']}, {best['dtype']}, {best['of_roof']:.0%}")

@@ -704,6 +704,7 @@ def test_first_at_interpolates_between_evaluations_and_end_is_the_last_third():
         for i, v in enumerate(values):
             run.log(phase="train", arm="a", seed=seed, step=10 * i, sampled_tokens=100 * i, **{"pass@1": v})
     assert opd.first_at(run, "a", 0.7) == pytest.approx(150) and opd.first_at(run, "a", 0.7, unit="step") == pytest.approx(15)
+    assert math.isnan(opd.end(run, "a", "renamed").item()) and math.isnan(opd.at(run, "a", 0, "renamed").item())
     assert opd.first_at(run, "a", 0.95) == math.inf and opd.end(run, "a").tolist() == pytest.approx([0.4, 0.6])
     assert [opd.at(run, "a", step).tolist() for step in (0, 10, 11, 20, 1000)] == [[0, 0], [0.4, 0.6], [0.8, 1.0], [0.8, 1.0], [0.5, 0.7]]
 
@@ -809,6 +810,9 @@ def test_figures_share_the_models_of_out_and_a_changed_flag_trains_them_anew(tmp
     finish("opd.py", "--quick", "--figure", "few", "--out", tmp_path)
     assert (tmp_path / "base.pt").read_bytes() == made and not any(row["phase"] == "pretrain" for row in metrics(tmp_path))
     finish("opd.py", "--quick", "--arms", "opd", "--sft-steps", 12, "--out", tmp_path)
+    torch.save(dict(foreign=1), tmp_path / "expert.pt")
+    finish("opd.py", "--quick", "--arms", "opd", "--sft-steps", 12, "--out", tmp_path)
+    assert {row.get("model") for row in metrics(tmp_path) if row["phase"] == "pretrain"} == {"expert"}
     assert (tmp_path / "base.pt").read_bytes() != made and json.loads((tmp_path / "claims.json").read_text()) == []
 
 
@@ -816,7 +820,7 @@ def test_help_lists_every_flag():
     check_help("opd.py")
 
 
-@pytest.mark.parametrize("flags", ["--bogus", "--steps 0", "--arms nothing", "--arms pedagogical", "--arms opd --figure few", "--batch 20", "--figure none", "--lr nan", "--n-embd 65",
+@pytest.mark.parametrize("flags", ["--bogus", "--steps 0", "--arms nothing", "--arms pedagogical", "--arms opd --figure few", "--batch 20", "--group 0", "--figure none", "--lr nan", "--n-embd 65",
                                    "--expert-embd 98", "--resume"])
 def test_a_mistake_in_the_flags_is_one_line_and_exit_code_2(flags, tmp_path):
     check_mistake("opd.py", flags, tmp_path)
@@ -995,14 +999,14 @@ def test_interrupting_a_run_between_checkpoints_changes_nothing(real):
     ("--init STUDENT --data DATA", "need one another"), ("--teacher TEACHER", "need one another"), ("--init STUDENT --teacher TEACHER --data DATA --figure few", "--figure family"),
     ("--init STUDENT --teacher TEACHER --data DATA --template no", "{question}"), ("--init STUDENT --teacher TEACHER --data DATA --arms trb,opd", "between two checkpoints: trb"),
     ("--init STUDENT --teacher FOREIGN --data DATA", "vocabulary is not that of"), ("--init STUDENT --teacher NARROW --data DATA", "290 ids"),
-    ("--init STUDENT --teacher SHORT --data DATA --max-new-tokens 50", "40 positions"), ("--init STUDENT --teacher /no/such --data DATA", "/no/such: no such folder"),
+    ("--init STUDENT --teacher INSIDE --data DATA", "a run writes its models there"), ("--init STUDENT --teacher SHORT --data DATA --max-new-tokens 50", "40 positions"), ("--init STUDENT --teacher /no/such --data DATA", "/no/such: no such folder"),
     ("--init /no/such --teacher TEACHER --data DATA", "/no/such: no such folder"), ("--init STUDENT --teacher TEACHER --data /no/such.jsonl", "no such file"),
     ("--init STUDENT --teacher TEACHER --data BROKEN", "no column 'question'"), ("--init STUDENT --teacher TEACHER --data DATA --chat", "chat template"),
     ("--init STUDENT --teacher TEACHER --data EMPTY --template {question}", "empty prompt")])
 def test_a_mistake_about_checkpoints_is_one_line_and_nothing_is_written(flags, words, real, tmp_path):
     (real / "broken.jsonl").write_text('{"prompt": "a"}\n')
     (real / "empty.jsonl").write_text('{"question": ""}\n{"question": "a"}\n')
-    names = dict({k.upper(): real / k for k in ("student", "teacher", "foreign", "narrow", "short")}, DATA=real / "questions.jsonl", BROKEN=real / "broken.jsonl", EMPTY=real / "empty.jsonl")
+    names = dict({k.upper(): real / k for k in ("student", "teacher", "foreign", "narrow", "short")}, DATA=real / "questions.jsonl", INSIDE=tmp_path / "run" / "opd", BROKEN=real / "broken.jsonl", EMPTY=real / "empty.jsonl")
     flags = " ".join(str(names.get(f, f)) for f in flags.split())
     assert words in complain("opd.py", "--quick", "--out", tmp_path / "run", *flags.split()) and not (tmp_path / "run").exists()
 

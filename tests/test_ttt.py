@@ -13,7 +13,7 @@ from common import Memory, check_help, check_mistake, check_quick, check_resume,
 
 import ttt
 from run import UserError
-from ttt import ARMS, FIGURES, V, Config, Reader, build, documents, dynamic_evaluation, floor, inner_update, passages, read, score, score_then_step, stretches
+from ttt import ARMS, FIGURES, V, Config, Reader, build, documents, dynamic_evaluation, floor, inner_update, passages, read, token_losses, score_then_step, stretches
 
 
 def small(**choices):
@@ -132,15 +132,15 @@ def test_a_chunk_is_scored_before_the_step_and_the_step_is_on_its_mean_loss(oute
         model.lm_head.weight[:] *= size         # a gradient within the clip, and one beyond it
     x, fast = model.hidden(ids[:, :-1]), model.fast(2)
     loss, *after = score_then_step(model, x, ids[:, 1:], fast, 0.01, outer)
-    assert torch.equal(loss, score(model, x, ids[:, 1:], fast))
+    assert torch.equal(loss, token_losses(model, x, ids[:, 1:], fast))
     for b in range(2):      # each document alone, by autograd on its own weights
         leaves = [w[b:b + 1].detach().requires_grad_() for w in fast]
-        grads = torch.autograd.grad(score(model, x[b:b + 1], ids[b:b + 1, 1:], leaves).mean(), leaves)
+        grads = torch.autograd.grad(token_losses(model, x[b:b + 1], ids[b:b + 1, 1:], leaves).mean(), leaves)
         norm = math.sqrt(sum(g.square().sum().item() for g in grads))
         assert (norm < 1) == (size < 1)
         for w, g, new in zip(leaves, grads, after):
             torch.testing.assert_close(new[b:b + 1], w - 0.01 * g / max(1, norm), rtol=1e-4, atol=1e-7)
-    assert score(model, x, ids[:, 1:], after).mean() < loss.mean()
+    assert token_losses(model, x, ids[:, 1:], after).mean() < loss.mean()
 
 
 def test_the_last_block_by_hand():
@@ -154,7 +154,7 @@ def test_the_last_block_by_hand():
 
 def test_no_step_is_the_plain_forward_pass_to_the_bit():
     model, ids = model_of(), ids_of()
-    plain = score(model, model.hidden(ids[:, :-1]), ids[:, 1:], model.fast(3))
+    plain = token_losses(model, model.hidden(ids[:, :-1]), ids[:, 1:], model.fast(3))
     assert torch.equal(read(model, ids, 0, 8), plain)
     first = read(model, ids, 1.0, 8)
     assert torch.allclose(first[:, :8], plain[:, :8], atol=1e-6) and not torch.allclose(first[:, 8:], plain[:, 8:], atol=1e-3)
@@ -282,7 +282,7 @@ def test_dynamic_evaluation_by_hand(n_layer, size):
     assert torch.equal(dynamic_evaluation(model, ids[:20], eta, decay, 4)[:16], losses[:16]) and len(dynamic_evaluation(model, ids[:20], eta, decay, 4)) == 19
     expected, start = copy.deepcopy(model), [p.detach().clone() for p in model.parameters()]
     for a in (0, 4, 8, 12, 16):
-        loss = score(expected, expected.hidden(ids[None, :-1]), ids[None, 1:], expected.fast(1))[0, a:a + 4]
+        loss = token_losses(expected, expected.hidden(ids[None, :-1]), ids[None, 1:], expected.fast(1))[0, a:a + 4]
         torch.testing.assert_close(losses[a:a + 4], loss, rtol=1e-3, atol=1e-4)
         grads = torch.autograd.grad(loss.mean(), list(expected.parameters()))
         norm = math.sqrt(sum(g.square().sum().item() for g in grads))
