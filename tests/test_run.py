@@ -1,6 +1,7 @@
 """run.py: a checkpoint loses nothing, flags are typed and checked, a mistake is one line, an interrupt saves first."""
 import copy
 import dataclasses
+import importlib
 import json
 import os
 import random
@@ -131,6 +132,17 @@ def test_a_mistaken_flag_is_a_user_error(flags):
 
 def test_a_value_may_be_its_bound_and_two_words_are_joined_by_a_dash():
     assert parse_args(Config, "", "--lr 1 --steps 0 --two-words 3".split()) == Config(lr=1, steps=0, two_words=3)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_seed_is_what_every_generator_takes(script):
+    Config = importlib.import_module(script.removesuffix(".py")).Config
+    for seed in (0, 2 ** 32 - 1):
+        assert parse_args(Config, "", ["--seed", str(seed)]).seed == seed
+        torch.manual_seed(10_000 + 1000 * seed)
+    for seed in (-1, 2 ** 32):
+        with pytest.raises(UserError, match="--seed"):
+            parse_args(Config, "", ["--seed", str(seed)])
 
 
 def test_quick_sets_quick_values_and_explicit_flags_win():
