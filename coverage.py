@@ -54,7 +54,7 @@ SOURCE = "Chen et al., arXiv 2510.15020"
 
 @dataclass
 class Config:
-    seed: int = flag(0, "random seed; with --seeds K: the first of K")
+    seed: int = flag(0, "random seed; with --seeds K: the first of K", low=0, high=2 ** 32 - 1)
     seeds: int = flag(None, "repeat over this many seeds (default: 1 for principle, 5 for horizon, 50 for optimizers)", low=1)
     device: str = flag("auto", "where to run", choices=("auto", "cpu", "cuda", "mps"))
     dtype: str = flag("float32", "bfloat16: autocast training", choices=("float32", "bfloat16"))

@@ -56,7 +56,7 @@ SOURCE = "Setlur et al., arXiv 2506.09026"
 
 @dataclass
 class Config:
-    seed: int = flag(0, "random seed; with --seeds K: the first of K")
+    seed: int = flag(0, "random seed; with --seeds K: the first of K", low=0, high=2 ** 32 - 1)
     seeds: int = flag(None, "repeat over this many seeds (default: 1 for explore, 3 for the others)", low=1)
     device: str = flag("auto", "where to run", choices=("auto", "cpu", "cuda", "mps"))
     dtype: str = flag("float32", "bfloat16: autocast training", choices=("float32", "bfloat16"))

@@ -80,7 +80,7 @@ LOSSES = {"reinforce": ("batch", "none", 0.2, 0.2, "sum", False),
 
 @dataclass
 class Config:
-    seed: int = flag(0, "random seed; with --seeds K: the first of K")
+    seed: int = flag(0, "random seed; with --seeds K: the first of K", low=0, high=2 ** 32 - 1)
     seeds: int = flag(None, "repeat over this many seeds (default: 1 for train, 3 for the others)", low=1)
     device: str = flag("auto", "where to run", choices=("auto", "cpu", "cuda", "mps"))
     dtype: str = flag("float32", "bfloat16: autocast training, sampling from a bf16 copy", choices=("float32", "bfloat16"))

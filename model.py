@@ -644,7 +644,7 @@ def train_bpe(text, vocab_size):
 
 @dataclass
 class Config:
-    seed: int = flag(0, "random seed; with --seeds K: the first of K")
+    seed: int = flag(0, "random seed; with --seeds K: the first of K", low=0, high=2 ** 32 - 1)
     seeds: int = flag(1, "repeat over this many seeds", low=1)
     device: str = flag("auto", "where to run", choices=("auto", "cpu", "cuda", "mps"))
     dtype: str = flag("float32", "bfloat16: autocast training", choices=("float32", "bfloat16"))

@@ -100,7 +100,7 @@ REAL = [name for name, (writer, who, *_, mask, weight) in METHODS.items()       
 
 @dataclass
 class Config:
-    seed: int = flag(0, "random seed; with --seeds K: the first of K")
+    seed: int = flag(0, "random seed; with --seeds K: the first of K", low=0, high=2 ** 32 - 1)
     seeds: int = flag(None, "repeat over this many seeds (default: 2 for family, with --init 1, 3 for the others)", low=1)
     device: str = flag("auto", "where to run", choices=("auto", "cpu", "cuda", "mps"))
     dtype: str = flag("float32", "bfloat16: autocast training; with --init the teacher in bf16, sampling from a bf16 copy", choices=("float32", "bfloat16"))

@@ -4,6 +4,7 @@ A script is a `Config` whose fields are flags, and a `main` that hands it to a `
 and the figure to --out, saves what a loop needs to go on, and survives an interrupt: `--resume` goes on to the bit on a CPU.
 """
 import argparse
+import copy
 import dataclasses
 import json
 import math
@@ -46,7 +47,7 @@ def flag(default, help, quick=None, choices=None, low=None, high=None):
 def parse_args(Config, doc, argv=None):
     """A Config from the command line. Every field is a flag; --quick sets the fields' quick values, explicit flags win.
 
-    --resume takes the flags of the run in --out; an explicit flag that contradicts them is an error (but --steps: train on).
+    --resume takes the flags of the run in --out; an explicit flag that contradicts them is an error (but more --steps: train on).
     """
     def fail(message):
         raise UserError(message)
@@ -55,25 +56,30 @@ def parse_args(Config, doc, argv=None):
                                      argument_default=argparse.SUPPRESS)
     parser.error = fail
     for f in dataclasses.fields(Config):
-        name, kind = "--" + f.name.replace("_", "-"), getattr(f.type, "__args__", (f.type,))[0]     # int | None -> int
+        name = "--" + f.name.replace("_", "-")
         text = f.metadata["help"] + ("" if f.default in (None, "", False) else f" (default {f.default})")
-        if kind is bool:
+        if f.type is bool:
             parser.add_argument(name, action=argparse.BooleanOptionalAction, help=text)
         else:
-            parser.add_argument(name, type=kind, choices=f.metadata["choices"], help=text,
-                                metavar=None if f.metadata["choices"] else kind.__name__.upper())
+            parser.add_argument(name, type=f.type, choices=f.metadata["choices"], help=text,
+                                metavar=None if f.metadata["choices"] else f.type.__name__.upper())
     given = vars(parser.parse_args(argv))
     values = {}
     if given.get("quick"):
         values = {f.name: f.metadata["quick"] for f in dataclasses.fields(Config) if f.metadata["quick"] is not None}
     if given.get("resume"):
         out = given.get("out", Config.out)
-        values = {**load_checkpoint(Path(out) / "model.pt")["config"], "out": out}
+        saved = load_checkpoint(Path(out) / "model.pt")
+        if not isinstance(saved, dict) or not {"config", "state", "rows", "revision"} <= set(saved):
+            fail(f"--resume: {Path(out) / 'model.pt'} is not a run's")
+        values = {**saved["config"], "out": out}
         if set(values) != {f.name for f in dataclasses.fields(Config)}:
             fail("--resume: the checkpoint was made by another version of this script")
         for name in set(given) - {"resume", "steps", "out"}:
             if given[name] != values.get(name):
                 fail(f"--resume continues a run with {name} = {values.get(name)}, not {given[name]}")
+        if given.get("steps", math.inf) < (values["steps"] or 0):
+            fail(f"--resume goes on with a run of {values['steps']} steps: {given['steps']} are fewer")
     config = Config(**{**values, **given})
     for f in dataclasses.fields(Config):
         value, low, high = getattr(config, f.name), f.metadata["low"], f.metadata["high"]
@@ -102,6 +108,8 @@ def join(device):
     """Under torchrun, meet the other processes, one on each GPU (nccl) or all on the CPU (gloo). Only rank 0 prints."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return
+    if not {"RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} <= set(os.environ):
+        raise UserError("WORLD_SIZE is set, but not by torchrun: start several processes with torchrun")
     local = int(os.environ["LOCAL_RANK"])
     if device == "mps" or device == "cuda" and local >= torch.cuda.device_count():
         raise UserError(f"process {local + 1} of this machine finds no {device} device of its own; --device cpu takes any number")
@@ -127,9 +135,11 @@ def all_sum(x):
     """The sum of a tensor over the processes, in each of them: the same bits. UserError if one of them is no longer there."""
     if not dist.is_initialized():
         return x
-    total = x.cuda() if dist.get_backend() == "nccl" else x.cpu()
+    total = x.to("cuda" if dist.get_backend() == "nccl" else "cpu", copy=True)
     try:
         dist.all_reduce(total)
+    except torch.OutOfMemoryError:      # a RuntimeError too
+        raise
     except RuntimeError as e:
         raise UserError(f"rank {world()[0]} lost another process of this run ({type(e).__name__})") from None
     return total.to(x.device)
@@ -156,9 +166,10 @@ def sum_gradients(model):
 
 def same_weights(model):
     """Rank 0's weights in every process: GPUs need not have trained to the same bits."""
-    if dist.is_initialized():
-        for p in model.parameters():
-            dist.broadcast(p.data, 0)
+    for p in model.parameters():
+        if world()[0]:
+            p.data.zero_()
+        p.data.copy_(all_sum(p.data))
     return model
 
 
@@ -188,9 +199,11 @@ def load_checkpoint(path):
 
 def snapshot(step, model, optimizer, rng, generator=None, **more):
     """All that a loop needs to go on, to the bit."""
-    weights = {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}      # the model trains on
-    return dict(step=step, model=weights, optimizer=optimizer and optimizer.state_dict(), rng=rng.getstate(),
-                generator=generator and generator.get_state(), **more)
+    still = lambda tensors: {k: v.detach().to("cpu", copy=True) for k, v in tensors.items()}        # the model trains on, and so do its moments
+    if optimizer:
+        optimizer = optimizer.state_dict()
+        optimizer["state"] = {i: still(moments) for i, moments in optimizer["state"].items()}
+    return dict(step=step, model=still(model.state_dict()), optimizer=optimizer, rng=rng.getstate(), generator=generator and generator.get_state(), **more)
 
 
 def restore(state, model, optimizer, rng, generator=None):
@@ -200,7 +213,7 @@ def restore(state, model, optimizer, rng, generator=None):
     model.load_state_dict(state["model"])
     rng.setstate(state["rng"])
     if state["optimizer"]:
-        optimizer.load_state_dict(state["optimizer"])
+        optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))        # it takes tensors as they are, and trains on in them
     if state["generator"] is not None:
         generator.set_state(state["generator"])
     return state["step"]
@@ -209,10 +222,10 @@ def restore(state, model, optimizer, rng, generator=None):
 class Run:
     """The folder of one run: config.json, metrics.jsonl, claims.json, and model.pt with the state of each phase of the run.
 
-    `state` maps a phase ("base", "train dapo 2") to what it needs to go on. `save` writes it all; a loop calls it whenever `due`: every
+    `state` maps a phase ("base 0", "dapo 2") to what it needs to go on. `save` writes it all; a loop calls it whenever `due`: every
     30 s (less often if saving takes longer than 1.5 s), and at once after SIGINT or SIGTERM: then save ends the process, with code 130 or 143.
     Of several processes rank 0 writes, saves and heeds signals; the others end when they lose it. UserError for a folder that cannot be
-    written, or a checkpoint without its rows.
+    written or has a config.json that no run wrote, or a checkpoint without its rows.
     """
 
     def __init__(self, config):
@@ -231,18 +244,25 @@ class Run:
         if int(os.environ.get("WORLD_SIZE", 1)) != world()[1]:
             raise UserError("this script, or what its flags ask for, runs in one process")
         if world()[0]:
+            all_sum(torch.zeros(1))     # wait for rank 0's folder
             self.metrics, self.write, self.save, self.saved = open(os.devnull, "w"), lambda *_: None, lambda *_, **__: None, math.inf
             for s in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(s, signal.SIG_IGN)
             return
+        figures = next(f.metadata["choices"] for f in dataclasses.fields(config) if f.name == "figure")
         try:
+            if (self.dir / "config.json").exists():
+                json.loads((self.dir / "config.json").read_text())["config"]["out"]
             self.dir.mkdir(parents=True, exist_ok=True)
-            if not config.resume:
-                (self.dir / "model.pt").unlink(missing_ok=True)     # another run's: it must not be resumed with this one's rows
+            if not config.resume:       # another run's: nothing of it goes with this one's rows
+                for name in ("model.pt", "claims.json", *(f"{figure}.png" for figure in figures)):
+                    (self.dir / name).unlink(missing_ok=True)
             self.write("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows))
             self.metrics = open(self.dir / "metrics.jsonl", "a")
         except OSError as e:
             raise UserError(f"cannot write to {self.dir}: {e.strerror}") from None
+        except (ValueError, LookupError, TypeError):
+            raise UserError(f"{self.dir / 'config.json'} is not a run's: choose another --out") from None
         try:
             revision = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent).stdout
         except OSError:     # no git here
@@ -254,6 +274,7 @@ class Run:
         self.write("config.json", json.dumps({
             "config": self.config, "torch": torch.__version__, "python": platform.python_version(),
             "threads": torch.get_num_threads(), "revision": self.revision}, indent=1))
+        all_sum(torch.zeros(1))         # the others wait for it
         for s in (signal.SIGINT, signal.SIGTERM):
             signal.signal(s, self.interrupt)
 
@@ -280,16 +301,20 @@ class Run:
               f"{torch.get_num_threads()} threads, {parameters:,} parameters", flush=True)
 
     def finish(self, fig, claims):
-        """The last things that a run does: the figure, the claims, the time it took."""
+        """The last things that a run does: the figure, the claims, the time it took. After a signal that no loop saw, save."""
         if world()[0] == 0:
             fig.savefig(self.dir / f"{self.config['figure']}.png", dpi=110)
         self.claims(claims)
         print(f"\n{self.dir / self.config['figure']}.png, metrics.jsonl, claims.json, model.pt: {time.time() - self.started:.0f} s")
+        if self.signal:
+            self.save("finish")
 
     def log_once(self, measure, **where):
-        """Log measure() -> {name: value} as the row `where`. A resumed run that has the row does not measure again."""
+        """Log measure() -> {name: value} as the row `where`, and save if that is due. A resumed run that has the row does not measure again."""
         if not any(where.items() <= row.items() for row in self.rows):
             self.log(**where, **measure())
+            if self.due:
+                self.save("log_once")
 
     @property
     def due(self):

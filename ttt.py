@@ -66,7 +66,7 @@ SIZES = {"memory": dict(seeds=1, steps=300, lr=2e-3, batch=16, length=256, chunk
 
 @dataclass
 class Config:
-    seed: int = flag(0, "random seed; with --seeds K: the first of K")
+    seed: int = flag(0, "random seed; with --seeds K: the first of K", low=0, high=2 ** 32 - 1)
     seeds: int = flag(None, "repeat over this many seeds (default: 1 for memory, 3 for the others)", quick=1, low=1)
     device: str = flag("auto", "where to run", choices=("auto", "cpu", "cuda", "mps"))
     dtype: str = flag("float32", "bfloat16: autocast training", choices=("float32", "bfloat16"))

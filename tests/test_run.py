@@ -1,6 +1,7 @@
 """run.py: a checkpoint loses nothing, flags are typed and checked, a mistake is one line, an interrupt saves first."""
 import copy
 import dataclasses
+import importlib
 import json
 import os
 import random
@@ -14,13 +15,16 @@ from types import SimpleNamespace
 import matplotlib.pyplot as plt
 import pytest
 import torch
+import torch.distributed as dist
 
-from common import ROOT, check_whole
+from common import ROOT, check_whole, torchrun
 from kernels import token_logprobs
 from model import GPT, GPTConfig
 import run as run_module
-from run import (Run, UserError, band, claim, command, flag, gathered, load_checkpoint, parse_args, pick_device, restore, save_checkpoint, seeds_of,
-                 series, share, snapshot)
+from run import (Run, UserError, all_sum, band, claim, command, flag, gathered, join, load_checkpoint, parse_args, pick_device, restore, same_weights,
+                 save_checkpoint, seeds_of, series, share, snapshot)
+
+SCRIPTS = ["model.py", "grpo.py", "opd.py", "curriculum.py", "coverage.py", "ttt.py"]
 
 
 def fresh_training():
@@ -56,17 +60,19 @@ def test_a_snapshot_stands_still_while_training_goes_on_and_restores_all_of_it(t
     gpt, optimizer, g = fresh_training()
     rng = random.Random(3)
     train(gpt, optimizer, g, 2)
-    state, before = snapshot(2, gpt, optimizer, rng, g, more="said"), copy.deepcopy(gpt.state_dict())
+    state = snapshot(2, gpt, optimizer, rng, g, more="said")
+    weights, moments = copy.deepcopy(gpt.state_dict()), copy.deepcopy(optimizer.state_dict()["state"])
     save_checkpoint(tmp_path / "model.pt", **state)
     train(gpt, optimizer, g, 2)
     drawn = rng.random()
-    assert all(torch.equal(state["model"][k], v) for k, v in before.items())
-
-    (gpt2, optimizer2, g2), rng2, state = fresh_training(), random.Random(4), load_checkpoint(tmp_path / "model.pt")
-    assert restore(None, gpt2, optimizer2, rng2) == 0
-    assert restore(state, gpt2, optimizer2, rng2, g2) == 2 and rng2.random() == drawn and state["more"] == "said"
-    train(gpt2, optimizer2, g2, 2)
-    assert all(torch.equal(p, q) for p, q in zip(gpt.parameters(), gpt2.parameters())) and torch.equal(g.get_state(), g2.get_state())
+    for kept in (state, load_checkpoint(tmp_path / "model.pt")):
+        (gpt2, optimizer2, g2), rng2 = fresh_training(), random.Random(4)
+        assert restore(None, gpt2, optimizer2, rng2) == 0
+        assert restore(kept, gpt2, optimizer2, rng2, g2) == 2 and rng2.random() == drawn and kept["more"] == "said"
+        train(gpt2, optimizer2, g2, 2)
+        assert all(torch.equal(p, q) for p, q in zip(gpt.parameters(), gpt2.parameters())) and torch.equal(g.get_state(), g2.get_state())
+        assert all(torch.equal(kept["model"][k], v) for k, v in weights.items())
+        assert all(torch.equal(kept["optimizer"]["state"][i][k], v) for i, of in moments.items() for k, v in of.items())
 
 
 def test_a_snapshot_can_do_without_optimizer_and_generator():
@@ -102,11 +108,12 @@ class Config:
     out: str = flag("out/test", "folder")
     resume: bool = flag(False, "go on")
     quick: bool = flag(False, "seconds")
+    figure: str = flag("train", "figure", choices=("train", "other"))
     steps: int = flag(100, "steps", quick=2, low=0)
     lr: float = flag(1e-3, "learning rate", low=0, high=1)
     beta: float = flag(0.0, "coefficient", low=0)
     loss: str = flag("grpo", "loss", choices=("grpo", "dapo"))
-    window: int | None = flag(None, "an option without a default", low=1)
+    window: int = flag(None, "an option without a default", low=1)
     two_words: int = flag(1, "a name of two words")
 
 
@@ -127,25 +134,47 @@ def test_a_value_may_be_its_bound_and_two_words_are_joined_by_a_dash():
     assert parse_args(Config, "", "--lr 1 --steps 0 --two-words 3".split()) == Config(lr=1, steps=0, two_words=3)
 
 
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_seed_is_what_every_generator_takes(script):
+    Config = importlib.import_module(script.removesuffix(".py")).Config
+    for seed in (0, 2 ** 32 - 1):
+        assert parse_args(Config, "", ["--seed", str(seed)]).seed == seed
+        torch.manual_seed(10_000 + 1000 * seed)
+    for seed in (-1, 2 ** 32):
+        with pytest.raises(UserError, match="--seed"):
+            parse_args(Config, "", ["--seed", str(seed)])
+
+
 def test_quick_sets_quick_values_and_explicit_flags_win():
     assert parse_args(Config, "", ["--quick"]).steps == 2
     assert parse_args(Config, "", ["--quick", "--steps", "9"]).steps == 9
 
 
-def test_resume_takes_the_runs_flags_but_for_steps_and_refuses_contradictions(tmp_path):
-    out = str(tmp_path)
+def test_resume_takes_the_runs_flags_but_for_more_steps_and_refuses_contradictions(tmp_path):
+    out, rest = str(tmp_path), dict(state={}, rows=0, revision="")
     with pytest.raises(UserError):
         parse_args(Config, "", ["--resume", "--out", out])      # nothing there
-    save_checkpoint(tmp_path / "model.pt", config=dataclasses.asdict(Config(out=out, lr=0.25, steps=5)))
+    save_checkpoint(tmp_path / "model.pt", config=dataclasses.asdict(Config(out=out, lr=0.25, steps=5)), **rest)
     assert parse_args(Config, "", ["--resume", "--out", out]) == Config(out=out, lr=0.25, steps=5, resume=True)
     assert parse_args(Config, "", ["--resume", "--out", out, "--lr", "0.25", "--steps", "8"]).steps == 8
     with pytest.raises(UserError, match="lr"):
         parse_args(Config, "", ["--resume", "--out", out, "--lr", "0.5"])
+    with pytest.raises(UserError, match="5 steps: 4 are fewer"):
+        parse_args(Config, "", ["--resume", "--out", out, "--steps", "4"])
     os.rename(tmp_path / "model.pt", tmp_path / "moved.pt"), (tmp_path / "moved").mkdir(), os.rename(tmp_path / "moved.pt", tmp_path / "moved" / "model.pt")
     assert parse_args(Config, "", ["--resume", "--out", str(tmp_path / "moved")]).out == str(tmp_path / "moved")
-    save_checkpoint(tmp_path / "model.pt", config={k: v for k, v in dataclasses.asdict(Config()).items() if k != "beta"})
+    save_checkpoint(tmp_path / "model.pt", config={k: v for k, v in dataclasses.asdict(Config()).items() if k != "beta"}, **rest)
     with pytest.raises(UserError, match="another version"):
         parse_args(Config, "", ["--resume", "--out", out])
+    save_checkpoint(tmp_path / "model.pt", config=dataclasses.asdict(Config(steps=None)), **rest)
+    assert parse_args(Config, "", ["--resume", "--out", out, "--steps", "1"]).steps == 1        # what took no steps has none to lose
+
+
+@pytest.mark.parametrize("content", [{"weight": torch.ones(2)}, {"config": {}, "model": {}}, torch.ones(2), 7])
+def test_resuming_from_a_torch_file_that_no_run_wrote_is_a_user_error_that_names_it(tmp_path, content):
+    torch.save(content, tmp_path / "model.pt")
+    with pytest.raises(UserError, match=re.escape(f"{tmp_path / 'model.pt'} is not a run's")):
+        parse_args(Config, "", ["--resume", "--out", str(tmp_path)])
 
 
 def test_auto_takes_the_fastest_device_and_a_missing_one_is_a_user_error(monkeypatch):
@@ -170,13 +199,52 @@ def test_gathered_puts_rows_in_their_places():
     assert gathered(torch.tensor([[1, 2], [3, 4]]), torch.tensor([3, 0]), 4).tolist() == [[3, 4], [0, 0], [0, 0], [1, 2]]
 
 
+def test_several_processes_without_torchrun_are_a_user_error(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2"), monkeypatch.delenv("LOCAL_RANK", raising=False)
+    with pytest.raises(UserError, match="torchrun"):
+        join("cpu")
+
+
+def test_a_sum_leaves_its_argument_alone_and_tells_a_lost_process_from_a_lack_of_memory(monkeypatch):
+    def fails(error):
+        raise error
+
+    monkeypatch.setattr(dist, "is_initialized", lambda: True), monkeypatch.setattr(dist, "get_backend", lambda: "gloo")
+    monkeypatch.setattr(run_module, "world", lambda: (1, 2))
+    monkeypatch.setattr(dist, "all_reduce", lambda x: x.add_(5))
+    x = torch.ones(3)
+    assert all_sum(x).tolist() == [6, 6, 6] and x.tolist() == [1, 1, 1]
+    for error, seen in ((torch.OutOfMemoryError("no"), torch.OutOfMemoryError), (RuntimeError("no"), UserError)):
+        monkeypatch.setattr(dist, "all_reduce", lambda x: fails(error))
+        for summed in (lambda: all_sum(x), lambda: same_weights(torch.nn.Linear(2, 2))):
+            with pytest.raises(seen):
+                summed()
+
+
+def test_every_process_gets_the_weights_of_rank_0_and_none_trains_where_rank_0_cannot_write(tmp_path):
+    (tmp_path / "file").touch(), (tmp_path / "worker.py").write_text("""import sys, torch, test_run as t, run
+def main():
+    run.join("cpu")
+    torch.manual_seed(run.world()[0])
+    model = run.same_weights(torch.nn.Linear(5, 5))
+    torch.manual_seed(0)
+    assert all(map(torch.equal, model.parameters(), torch.nn.Linear(5, 5).parameters()))
+    print("same weights", file=sys.stderr)
+    run.Run(t.Config(out=sys.argv[1]))
+    print("trained in vain", file=sys.stderr)
+run.command(main)
+""")
+    rc, output = torchrun(tmp_path / "worker.py", tmp_path / "file")
+    assert rc != 0 and output.count("same weights") == 2 and "in vain" not in output and output.count("error: cannot write to") == 1, output
+
+
 def test_a_mistake_on_the_command_line_is_one_line_and_exit_code_2(tmp_path):
     done = subprocess.run([sys.executable, ROOT / "model.py", "--nonsense"], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2 and done.stdout == ""
     assert re.fullmatch("model.py: .*--nonsense.*\n", done.stderr)
 
 
-@pytest.mark.parametrize("script", ["model.py", "grpo.py", "opd.py", "curriculum.py", "coverage.py", "ttt.py"])
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_every_script_is_run_as_a_command(script):
     assert (ROOT / script).read_text().endswith('\n\nif __name__ == "__main__":\n    command(main)\n')
 
@@ -217,14 +285,27 @@ def test_a_resumed_run_goes_on_from_the_checkpoints_rows(tmp_path, handlers):
     assert json.loads((tmp_path / "run" / "config.json").read_text())["config"]["steps"] == 100
 
 
-def test_a_new_run_in_an_old_folder_forgets_the_old_checkpoint_and_rows(tmp_path, handlers):
-    run = Run(Config(out=str(tmp_path)))
+def test_a_new_run_in_an_old_folder_forgets_all_of_the_old_one_and_a_resumed_one_nothing(tmp_path, handlers):
+    run, whole = Run(Config(out=str(tmp_path))), {"config.json", "metrics.jsonl", "model.pt", "claims.json", "train.png", "mine.png"}
     run.log(step=1)
     run.save("base", step=1)
     run.save("train", step=2)
     assert load_checkpoint(tmp_path / "model.pt")["state"] == {"base": {"step": 1}, "train": {"step": 2}}
-    again = Run(Config(out=str(tmp_path)))
-    assert again.rows == [] and again.state == {} and not (tmp_path / "model.pt").exists() and (tmp_path / "metrics.jsonl").read_text() == ""
+    run.finish(plt.figure(), [])
+    (tmp_path / "mine.png").touch()
+    Run(Config(out=str(tmp_path), resume=True))
+    assert {p.name for p in tmp_path.iterdir()} == whole
+    again = Run(Config(out=str(tmp_path), figure="other"))
+    assert again.rows == [] and again.state == {} and (tmp_path / "metrics.jsonl").read_text() == ""
+    assert {p.name for p in tmp_path.iterdir()} == whole - {"model.pt", "claims.json", "train.png"}
+
+
+@pytest.mark.parametrize("theirs", ['{"model_type": "llama"}', '{"config": 3}', "[1]", "7", "{", ""])
+def test_a_folder_with_a_config_that_no_run_wrote_is_refused_and_not_touched(tmp_path, handlers, theirs):
+    (tmp_path / "config.json").write_text(theirs), (tmp_path / "model.pt").touch()
+    with pytest.raises(UserError, match=re.escape(str(tmp_path / "config.json"))):
+        Run(Config(out=str(tmp_path)))
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"config.json": theirs, "model.pt": ""}
 
 
 def test_rows_that_are_missing_are_a_user_error(tmp_path, handlers):
@@ -296,6 +377,20 @@ def test_a_signal_saves_first_then_ends_the_process_with_its_code(tmp_path, hand
         run.save("train", step=7)
     assert stopped.value.code == 128 + number
     assert load_checkpoint(tmp_path / "model.pt")["state"] == {"train": {"step": 7}}
+
+
+def test_a_signal_after_the_last_loop_saves_first_too_and_loses_no_row(tmp_path, handlers):
+    run = Run(Config(out=str(tmp_path)))
+    run.save("train", step=7)
+    for number, last in ((signal.SIGINT, lambda: run.log_once(lambda: {"reward": os.kill(os.getpid(), signal.SIGINT)}, step=7)),
+                         (signal.SIGTERM, lambda: (os.kill(os.getpid(), signal.SIGTERM), run.finish(plt.figure(), [])))):
+        with pytest.raises(SystemExit) as stopped:
+            last()
+        assert stopped.value.code == 128 + number
+        run = Run(Config(out=str(tmp_path), resume=True))
+        assert run.rows == [dict(step=7, reward=None)] and run.state["train"] == {"step": 7}
+    assert (tmp_path / "train.png").exists() and (tmp_path / "claims.json").exists()
+    plt.close("all")
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
