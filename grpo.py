@@ -567,7 +567,7 @@ def length_bias_gpt(config, run, arm, seed, base):
         wrong, right = (mean(rollout.lengths[coins == c].float()) for c in (0, 1))
         run.log(phase="rl", arm=arm, seed=seed, step=step + 1, length_right=right, length_wrong=wrong)
         if step + 1 == config.steps:
-            print(f"{arm}, seed {seed}: wrong answers {wrong} tokens, right answers {right}")
+            print(f"{arm}, seed {seed}: wrong answers {wrong or math.nan:.1f} tokens, right answers {right or math.nan:.1f}")
         if run.due or step + 1 == config.steps:
             run.save(phase, **snapshot(step + 1, model, optimizer, rng, generator))
 

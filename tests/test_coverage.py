@@ -190,7 +190,7 @@ def test_exact_and_sampled_pass_at_n_agree(monkeypatch):
     monkeypatch.setattr(cov, "graphs", answered)
     sampled, logp = cov.sampled_pass(model, 0, 16)
     exactly = [pass_at(logp, k).mean() for k in range(1, 17)]
-    assert exactly[-1] > exactly[0] + 0.2 > 0.25 and np.abs(sampled - exactly).max() < 0.06
+    assert exactly[-1] > exactly[0] + 0.2 > 0.25 and np.abs(sampled - exactly).max() < 0.06 and np.abs(sampled - exactly)[0] < 0.015     # the first of 16 alone would err by .03
     assert sampled.shape == (16,) and logp.shape == (256,) and sum(seen) == 26 and set(seen) == {0, 1}
 
 
@@ -493,7 +493,7 @@ def test_the_claims_of_principle_compare_what_they_say(monkeypatch):
 
 
 def test_the_claims_of_horizon_compare_what_they_say(monkeypatch):
-    of_length = {8: 0.10, 16: 0.13, 32: 0.11, 64: 0.12}
+    of_length = {8: 0.10, 16: 0.13, 32: 0.11, 64: 0.12, 128: 9.0, 256: 9.0}
     monkeypatch.setattr(cov, "table", lambda H, n, seed: (H ** (2000 / n) * (1 + seed), of_length[H] * (2000 / n) ** (H / 64)))
     monkeypatch.setattr(cov, "coin", lambda n, seed: (n / 100, (1 + seed) / n))
     ours = claimed(cov.figure_horizon, small(seeds=2), Memory())
