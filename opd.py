@@ -1004,7 +1004,7 @@ def figure_estimators(config, run, device):
     axes[2].axhline(1 / math.e, color="k", ls=":", lw=1)
     axes[1].legend(loc="lower center")
     raw, greedy, n = end(run, "kd_top4"), end(run, "kd_top4", "greedy"), config.seeds
-    fig.suptitle(f"Reverse KL over the student's top 4, not renormalised (kd_top4): greedy {greedy.mean():.2f}, sampled {raw.mean():.2f} ({n} seeds)")
+    fig.suptitle(f"Greedy decoding hides a biased estimator, the reverse KL over the student's top 4, not renormalised (kd_top4): {greedy.mean():.2f}; sampled {raw.mean():.2f} ({n} seeds)")
     source, gkd = "arXiv 2605.11182", "Agarwal et al., arXiv 2306.13649"
     return fig, [
         claim("raw sampled", "top 4, raw, on the expert's answers: sampled pass@1 at the end", source, "biased gradient", raw, "<=", 0.2, n),
