@@ -509,7 +509,7 @@ def figure_principle(config, run, device):
     axes[1, 2].set(title="Best-of-N at the end, and what coverage promises", xlabel="N (samples)", ylabel="success", xscale="log", ylim=(0, 1.02))
     for ax in axes.flat:
         ax.legend()
-    axes[0, 2].legend(fontsize="x-small", loc="center right", bbox_to_anchor=(1, 0.29))
+    axes[0, 2].legend(fontsize="x-small", loc="lower left")
     fig.colorbar(axes[1, 1].collections[0], ax=axes[1, 1], label="step of fine-tuning")
     best8, end8 = passes[8].max(1), passes[8][:, -1]
     fig.suptitle(f"The loss falls, and so does the success of best-of-16: Pass@16 {passes[16].max(1).mean():.3f} at its best, {passes[16][:, -1].mean():.3f} at the end "

@@ -915,7 +915,7 @@ def figure_family(config, run, device):
     axes[0].axhline(level, color="k", ls=":", lw=1)
     curves(axes[1], run, arms, "password_rate", "Leak: passwords that nobody can know", "fraction of answers")
     curves(axes[2], run, arms, "formal", "Drift: style A, which means nothing (base .25)", "fraction of style words")
-    axes[0].legend(ncols=2, loc="lower right")
+    axes[1].legend(ncols=2, loc="upper left")
     if config.arms:
         return fig, []
     fig.suptitle(f"A dense signal on the student's own answers learns fastest; a privileged self-teacher leaks ({config.seeds} seeds)")
@@ -1098,7 +1098,7 @@ def figure_fastslow(config, run, device):
     return fig, [
         claim("both", f"stages at .75 or more, fast and slow (of {3 * n})", source, "all 3", count["fast and slow"], ">=", 3 * n, n),
         claim("slow", f"the same, weights only (of {3 * n})", source, "stalls", count["slow"], "<=", 2 * n, n),
-        claim("fast", f"the same, prompt only (of {3 * n})", source, "lower ceiling", count["fast"], "<=", count["fast and slow"], n),
+        claim("fast", f"the same, prompt only (of {3 * n})", source, "lower ceiling", count["fast"], "<=", 3 * n - 1, n),
         claim("speed", "steps to .75 in the first stage, weights only over both", source, "1.4 to 3", first["slow"] / first["fast and slow"], ">=", 1.4, n,
               " (at least: not there when it ended)" * (first["slow"] == stage))]
 
