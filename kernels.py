@@ -26,7 +26,7 @@
    dS is softmax's own gradient, diag(p) - p p^T for each row, and delta, the one thing in it that needs a whole row, is known from O
    alone. So with one lse per row every tile of P is 2^(S - lse), computed again wherever it is needed: forward the tile's 2 products,
    backward 3 for dQ and 4 for dK and dV, in two kernels that each write their own rows once: 7 products instead of 5, no atomics, the
-   same sum every time. Nothing of size T^2 ever reaches memory.
+   same sum every time (for the same tile). Nothing of size T^2 ever reaches memory.
 
    Why that is fast. A tile of M queries by N keys is 4 M N D operations forward and reads 4 N D bytes of K and V (bf16): M operations per
    byte, 128 here, and the neighbours that read the same K and V find them in the L2 cache. Spelled out, attention writes and reads its
@@ -36,7 +36,7 @@
    sees skipped, and masks only in tiles at an edge.
 
 `python kernels.py` prints forward and backward time, peak memory, the fraction of the measured roof (FLOP/s and bytes/s) and the error
-against fp64 for every impl, and draws the roofline, kernels.png: about 4 minutes on two cores, half of it in the naive rows;
+against fp64 for every impl, and draws the roofline, kernels.png: about 5 minutes on two cores, half of it in the naive rows;
 `--quick` takes 20 s on a smaller problem; `--against liger,cce,flash` adds rows of peers that are installed (GPU only).
 """
 import argparse
@@ -76,12 +76,15 @@ def wide(x):
 def token_logprobs(hidden, weight, targets, temperature=1.0, impl="auto"):
     """Log-probability of each target, and entropy of the distribution it comes from, both in nats.
 
-    hidden (..., C), weight (V, C), targets (...) int64 in [0, V) -> logp (...), entropy (...), both fp32. Differentiable in hidden and
+    hidden (..., C), weight (V, C), targets (...) int64 in [0, V) -> logp (...), entropy (...), both fp32 (reference: fp64 of fp64). Differentiable in hidden and
     weight with any per-token upstream gradient. `impl`: reference | chunked | compiled | triton | auto (the fastest that runs here).
-    Raises ValueError for an unknown impl, for triton where it cannot run, and for a temperature that is not positive.
+    Raises ValueError for an unknown impl, for triton where it cannot run, for a temperature below 1e-30, and on a CPU for a
+    target that is none (on a GPU the logp of such a token is nan, or an assertion of the device's).
     """
-    if not temperature > 0:
-        raise ValueError(f"temperature must be positive to score tokens, got {temperature}")
+    if not temperature >= 1e-30:
+        raise ValueError(f"temperature must be positive (1e-30 at least) to score tokens, got {temperature}")
+    if targets.device.type == "cpu" and targets.numel() and not 0 <= targets.min() <= targets.max() < weight.shape[0]:
+        raise ValueError(f"targets must be in [0, {weight.shape[0]})")
     shape, V = targets.shape, weight.shape[0]
     h, y = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1).contiguous()   # (N, C), (N,)
     if impl == "auto":      # one block would hold all the logits anyway: then plain autograd, with no second matrix product
@@ -132,7 +135,7 @@ def backward_block(z, inv_t, lse, entropy, g_logp, g_ent):
 
 
 def block_starts(N, V):
-    """Even blocks of the vocabulary: at most BLOCK logits, but never under 256 columns (by then h itself is the larger)."""
+    """Even blocks of the vocabulary: at most BLOCK logits, but never under 256 columns (by then h itself is no smaller, if C >= 256)."""
     n = -(-V // min(V, max(256, BLOCK // max(N, 1))))
     return [V * i // n for i in range(n + 1)]
 
@@ -152,7 +155,7 @@ class ChunkedLogprobs(torch.autograd.Function):
         fold = compile_block(forward_block) if compiled else forward_block
         x = h.to(gemm_dtype(h))
         m = torch.full((N,), -torch.inf, device=h.device)
-        s, s1, target = torch.zeros_like(m), torch.zeros_like(m), torch.zeros_like(m)
+        s, s1, target = torch.zeros_like(m), torch.zeros_like(m), torch.full_like(m, torch.nan)
         starts = block_starts(N, V)
         for a, b in zip(starts, starts[1:]):
             z = F.linear(x, weight[a:b].to(x.dtype))                                # (N, b - a)
@@ -247,7 +250,7 @@ def attention(q, k, v, causal=True, window=None, mask=None, impl="auto"):
             return attention(q.float(), k.float(), v.float(), causal, None, mask, impl).to(q.dtype)
     if T == 1 and k.shape[1] < q.shape[1]:      # decoding: the heads of a group become the queries of one head, no copy of k, v
         B, H, _, D = q.shape
-        return F.scaled_dot_product_attention(q.reshape(B, k.shape[1], -1, D), k, v, attn_mask=mask).reshape(B, H, 1, D)
+        return F.scaled_dot_product_attention(q.reshape(B, k.shape[1], H // k.shape[1], D), k, v, attn_mask=mask).reshape(B, H, 1, D)
     if mask is None and causal and 1 < T < S:   # torch's is_causal aligns the first query with the first key; ours the last with the last
         mask = visible(T, S, causal, None, q.device)
     is_causal = causal and mask is None and T > 1
@@ -313,7 +316,8 @@ def jit(**options):
 def autotuned(*tiles):
     """Times a kernel at each (M, N, warps, stages) on the first call of its dtype, head size and power of two of lengths; keeps the fastest.
 
-    The tiles with N = 32 are fp32's: it does without tensor cores and needs four times the registers. The interpreter has one of its own."""
+    The tiles with N = 32 are fp32's: it does without tensor cores and needs four times the registers. The last ones of each dtype are small enough
+    for 128 channels to fit into the registers of sm_90. The interpreter has one of its own."""
     def by_dtype(configs, args, **_):
         return [c for c in configs if INTERPRET or (c.kwargs["N"] == 32) == (args["q"].dtype == torch.float32)]
 
@@ -384,7 +388,7 @@ def hide(s, query, key, before, after, S):
     return tl.where((query - key <= before) & (key - query <= after) & (key < S), s, -1e30)
 
 
-@autotuned((128, 128, 8, 2), (128, 64, 8, 3), (128, 64, 4, 3), (64, 64, 4, 3), (32, 32, 8, 2))
+@autotuned((128, 128, 8, 2), (128, 64, 8, 3), (128, 64, 4, 3), (64, 64, 4, 3), (32, 32, 8, 2), (32, 32, 8, 1))
 @jit(do_not_specialize=["T", "S", "before", "after", "size"])
 def forward_kernel(q, k, v, o, lse, q_s, k_s, v_s, o_s, H, G, T, S, before, after, c, size,
                    D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
@@ -411,7 +415,7 @@ def forward_kernel(q, k, v, o, lse, q_s, k_s, v_s, o_s, H, G, T, S, before, afte
     tl.store(lse + (b * H + h).to(tl.int64) * T + rows, m + tl.log2(l), mask=rows < T)
 
 
-@autotuned((128, 64, 8, 2), (64, 64, 4, 3), (64, 64, 4, 2), (32, 32, 8, 2))
+@autotuned((128, 64, 8, 2), (64, 64, 4, 3), (64, 64, 4, 2), (32, 32, 8, 2), (16, 32, 4, 2))
 @jit(do_not_specialize=["T", "S", "before", "after", "size"])
 def dq_kernel(q, k, v, o, do, lse, delta, dq, q_s, k_s, v_s, o_s, do_s, dq_s, H, G, T, S, before, after, c, scale, size,
               D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
@@ -438,7 +442,7 @@ def dq_kernel(q, k, v, o, do, lse, delta, dq, q_s, k_s, v_s, o_s, do_s, dq_s, H,
     store_tile(head(dq, dq_s, b, h), start, T, acc * scale, M, D, DP)
 
 
-@autotuned((64, 128, 8, 2), (32, 128, 8, 3), (64, 64, 4, 2), (32, 64, 4, 2), (32, 32, 8, 1))
+@autotuned((64, 128, 8, 2), (32, 128, 8, 3), (64, 64, 4, 2), (32, 64, 4, 2), (32, 64, 8, 2), (16, 128, 8, 2), (32, 32, 8, 1))
 @jit(do_not_specialize=["T", "S", "before", "after", "size"])
 def dkv_kernel(q, k, v, do, lse, delta, dk, dv, q_s, k_s, v_s, do_s, dk_s, dv_s, H, G, T, S, before, after, c, scale, size,
                D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr, N: tl.constexpr):

@@ -1,6 +1,6 @@
 """model.py: a GPT, its KV cache, its sampler, its tokenizers. What the methods in this folder stand on.
 
-    python model.py                      train a small GPT on the Python standard library's own sources (2 minutes, two cores)
+    python model.py                      train a small GPT on the Python standard library's own sources (3 minutes, two cores)
     python model.py --data FILE|FOLDER|HF_DATASET       the same on your text
     python model.py --bench              tokens/s of generate and of a training step, beside the peers that are installed
 
@@ -129,7 +129,7 @@ class Attention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
         self.layer, self.n_head, self.n_kv_head, self.window = layer, config.n_head, config.n_kv_head, config.window
-        D = config.head_dim
+        D = self.head_dim = config.head_dim
         self.qkv = nn.Linear(config.n_embd, (self.n_head + 2 * self.n_kv_head) * D, bias=config.qkv_bias)
         self.proj = nn.Linear(self.n_head * D, config.n_embd, bias=False)
         self.q_norm = RMSNorm(D, config.norm_eps) if config.qk_norm else None
@@ -138,14 +138,14 @@ class Attention(nn.Module):
     def forward(self, x, rope, mask=None, cache=None):
         B, T, _ = x.shape
         H, K = self.n_head, self.n_kv_head
-        qk, v = self.qkv(x).view(B, T, H + 2 * K, -1).split([H + K, K], dim=2)      # (B, T, H + K, D), (B, T, K, D)
+        qk, v = self.qkv(x).view(B, T, H + 2 * K, self.head_dim).split([H + K, K], dim=2)      # (B, T, H + K, D), (B, T, K, D)
         if self.q_norm:
             qk = torch.cat((self.q_norm(qk[:, :, :H]), self.k_norm(qk[:, :, H:])), dim=2)
         q, k = rotate(qk, rope).split([H, K], dim=2)                    # (B, T, H, D), (B, T, K, D)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)                       # (B, S, K, D): all that this layer can see
         y = attention(*(t.transpose(1, 2) for t in (q, k, v)), window=self.window, mask=mask)   # (B, H, T, D)
-        return self.proj(y.transpose(1, 2).reshape(B, T, -1))           # (B, T, C)
+        return self.proj(y.transpose(1, 2).flatten(2))                  # (B, T, C)
 
 
 class SwiGLU(nn.Module):
@@ -295,7 +295,7 @@ class KVCache:
         window = self.config.window
         a = self.base if self.ragged or window is None else max(self.base, self.start - window + 1)     # older ones are out of sight
         where = self.slots if self.ragged else (slice(self.rows), slice(self.start - self.base, self.length - self.base))
-        self.k[layer][where], self.v[layer][where] = k, v
+        self.k[layer][where], self.v[layer][where] = k.to(self.k[layer].dtype), v.to(self.v[layer].dtype)
         seen = slice(self.rows), slice(a - self.base, self.length - self.base)
         return self.k[layer][seen], self.v[layer][seen]
 
@@ -364,7 +364,7 @@ class Rollout:
         return [row[p:p + n] for row, p, n in spans]
 
     def texts(self, tokenizer):
-        """The generated text of each row, without the stop token."""
+        """The generated text of each row, without the tokenizer's eos."""
         return [tokenizer.decode([t for t in row if t != tokenizer.eos]) for row in self.tokens()]
 
     def __getitem__(self, rows):
@@ -423,7 +423,7 @@ def decode_eager(model, cache, logits, draw, fresh, u, spent, stop):
 
 
 STATIC_ON = ("cuda",)   # where generate decodes with decode_static
-SPAN = 128              # steps between two looks at which rows have stopped: a capture costs about as much as two eager steps
+SPAN = 128              # steps between two looks at which rows have stopped, and two captures
 
 
 def decode_static(model, cache, logits, draw, fresh, u, spent, stop):
@@ -466,14 +466,17 @@ def decode_static(model, cache, logits, draw, fresh, u, spent, stop):
 
 
 def captured(step, device):
-    """A function that repeats what `step` does on the device: a CUDA graph's replay; where there are none, step itself."""
+    """A function that repeats what `step` does on the device: a CUDA graph's replay; where there are none, step itself, from then on without trying."""
+    global STATIC_ON
     if device.type != "cuda":
         return step
-    graph = torch.cuda.CUDAGraph()
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream(device)
     try:
         with torch.cuda.graph(graph):
             step()
     except RuntimeError as e:
+        STATIC_ON = ()
+        torch.cuda.set_stream(stream)       # a capture that fails may leave us on its own
         say_once(f"generate: this step cannot be a CUDA graph, runs it eagerly instead ({str(e).splitlines()[0]})")
         return step
     return graph.replay
@@ -495,7 +498,7 @@ def generate(model, prompts, n=1, max_new_tokens=128, temperature=1.0, top_k=Non
         raise ValueError("every prompt needs at least one token")
     if max(lens) + max_new_tokens - 1 > model.config.block_size:
         raise ValueError(f"prompt of {max(lens)} + {max_new_tokens} new tokens: past block_size {model.config.block_size}")
-    for name, value, good in (("temperature", temperature, temperature >= 0), ("n", n, n >= 1), ("max_new_tokens", max_new_tokens, max_new_tokens >= 1),
+    for name, value, good in (("temperature", temperature, temperature == 0 or temperature >= 1e-30), ("n", n, n >= 1), ("max_new_tokens", max_new_tokens, max_new_tokens >= 1),
                               ("top_k", top_k, top_k is None or top_k >= 1), ("top_p", top_p, top_p is None or 0 < top_p <= 1)):
         if not good:
             raise ValueError(f"{name} is out of range: {value}")
@@ -506,7 +509,7 @@ def generate(model, prompts, n=1, max_new_tokens=128, temperature=1.0, top_k=Non
     fresh = torch.rand(R, max_new_tokens, generator=generator, dtype=real, device=generator.device if generator else None).to(device)
     u, spent = fresh[:, 0], torch.zeros(R, device=device)       # both are for `uniforms` only
     if uniforms is not None:
-        if uniforms.shape != (R,) or uniforms.min() < 0 or uniforms.max() >= 1:
+        if uniforms.shape != (R,) or not (uniforms.is_floating_point() and 0 <= uniforms.min() <= uniforms.max() < 1):
             raise ValueError(f"{R} rows need {R} uniforms in [0, 1)")
         u, budget = uniforms.to(device, real), -math.log2(max(torch.finfo(uniforms.dtype).eps, torch.finfo(real).eps)) / 2      # bits
 

@@ -54,11 +54,11 @@ def read_json(path):
 
 def hf_config(path, block_size=None):
     """config.json -> the fields of a GPTConfig. What a key that is not there means is what transformers takes it to mean."""
-    c = read_json(path)
+    c = {k: v for k, v in read_json(path).items() if v is not None}
     kind, rope, layers = c.get("model_type"), {**(c.get("rope_scaling") or {}), **(c.get("rope_parameters") or {})}, c.get("num_hidden_layers") or 0
     scaling = rope.get("rope_type", rope.get("type", "default"))
     sliding = "sliding_attention" in c["layer_types"] if c.get("layer_types") else c.get("use_sliding_window") and layers > c.get("max_window_layers", 28)
-    for what, wrong in ((f"model_type {kind!r}", kind not in HF_TYPES), (f"rope scaling {scaling!r}", scaling != "default"),
+    for what, wrong in ((f"model_type {kind!r}", kind not in HF_TYPES), (f"rope scaling {scaling!r}", scaling != "default" or any(isinstance(v, dict) for v in rope.values())),
                         ("partial_rotary_factor", {c.get("partial_rotary_factor"), rope.get("partial_rotary_factor")} - {None, 1}),
                         (f"hidden_act {c.get('hidden_act')!r}", c.get("hidden_act", "silu") != "silu"), ("attention_bias", c.get("attention_bias")),
                         ("mlp_bias", c.get("mlp_bias")), ("sliding-window layers", sliding), ("quantization_config", c.get("quantization_config"))):
@@ -222,6 +222,7 @@ def load_tokenizer(name):
 
     eos is tokenizer_config.json's eos_token, else config.json's eos_token_id (the first). UserError for a missing or damaged file, and for what is
     not supported: other tokenizers, other ways to split, merges that are not in the order of their ids, as tiktoken needs them.
+    (That each token is what the merges make of its own bytes, as training a BPE ensures, is not checked.)
     """
     folder = hub_folder(name)
     path = folder / "tokenizer.json"
@@ -252,7 +253,7 @@ def load_tokenizer(name):
     encoding.nfc, encoding.missing, encoding.known = bool(normalizer), missing, set(ranks.values()) | set(special.values())
     settings, config = (read_json(folder / f) if (folder / f).exists() else {} for f in ("tokenizer_config.json", "config.json"))
     eos = settings.get("eos_token") or config.get("eos_token_id")
-    eos = eos["content"] if isinstance(eos, dict) else eos[0] if isinstance(eos, list) else eos
+    eos = eos["content"] if isinstance(eos, dict) else next(iter(eos), None) if isinstance(eos, list) else eos
     encoding.eos = special.get(eos, vocab.get(eos)) if isinstance(eos, str) else eos
     if encoding.eos is None:
         raise UserError(f"{folder}: neither tokenizer_config.json nor config.json names an end-of-text token")

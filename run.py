@@ -94,10 +94,11 @@ def parse_args(Config, doc, argv=None):
 def pick_device(name):
     """--device's value -> "cpu", "cuda" or "mps"; auto takes the fastest there is. UserError for one that this machine lacks."""
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if name == "auto":
-        return next(d for d in ("cuda", "mps", "cpu") if available[d])
+    name = next(d for d in ("cuda", "mps", "cpu") if available[d]) if name == "auto" else name
     if not available[name]:
         raise UserError(f"--device {name}: this machine has none")
+    if name == "cuda":      # cuDNN's attention plans anew for each length, and decoding meets a new one at every step
+        torch.backends.cuda.enable_cudnn_sdp(False)
     return name
 
 

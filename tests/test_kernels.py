@@ -215,10 +215,19 @@ def test_a_second_derivative_is_an_error_but_for_the_reference(name):
         second_derivative(token_logprobs(hidden, weight, targets, impl=name), hidden)
 
 
-@pytest.mark.parametrize("kwargs", [dict(impl="fast"), dict(temperature=0), dict(temperature=-1.0)])
+@pytest.mark.parametrize("kwargs", [dict(impl="fast"), dict(temperature=0), dict(temperature=-1.0), dict(temperature=1e-39)])
 def test_bad_arguments_are_value_errors(kwargs):
     with pytest.raises(ValueError):
         token_logprobs(*problem(7)[:3], **kwargs)
+
+
+@pytest.mark.parametrize("impl", ["reference", "chunked"])
+@pytest.mark.parametrize("target", [-100, 300])
+def test_a_target_that_is_no_token_is_a_value_error_whatever_the_impl(impl, target):
+    hidden, weight, targets = problem(7)[:3]
+    targets.view(-1)[0] = target if target < 0 else len(weight)
+    with pytest.raises(ValueError, match="targets"):
+        token_logprobs(hidden, weight, targets, impl=impl)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------

@@ -335,9 +335,28 @@ def test_the_models_weights_are_not_trained_by_sampling():
     assert not generate(gpt, PROMPTS, max_new_tokens=3, generator=seeded()).logp.requires_grad
 
 
+def test_prompts_of_different_lengths_can_be_continued_under_autocast_and_no_rows_at_all_be_read():
+    gpt = make()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert generate(gpt, PROMPTS, n=2, max_new_tokens=4, generator=seeded()).ids.shape[0] == 2 * len(PROMPTS)
+    assert gpt.hidden(torch.zeros(0, 3, dtype=torch.long)).shape == (0, 3, gpt.config.n_embd)
+
+
+def test_a_step_that_cannot_be_captured_runs_eagerly_from_then_on_and_on_the_stream_it_came_from(monkeypatch):
+    streams, gpu = [], torch.device("cuda")
+
+    def capture(graph):
+        raise RuntimeError("not while capturing")
+    for name, stub in dict(CUDAGraph=lambda: None, graph=capture, current_stream=lambda device: "the caller's", set_stream=streams.append).items():
+        monkeypatch.setattr(torch.cuda, name, stub)
+    monkeypatch.setattr(model, "STATIC_ON", ("cuda",))
+    step = lambda: None
+    assert model.captured(step, gpu) is step and streams == ["the caller's"] and model.STATIC_ON == ()
+
+
 @pytest.mark.parametrize("prompts, kwargs", [([[1], []], {}), ([], {}), ([[1] * 60], dict(max_new_tokens=6)), ([[1] * 65], dict(max_new_tokens=1)),
                                              *(([[1]], wrong) for wrong in (
-                                                 dict(temperature=-0.5), dict(n=0), dict(max_new_tokens=0), dict(top_k=0), dict(top_p=0), dict(top_p=1.5),
+                                                 dict(temperature=-0.5), dict(temperature=1e-39), dict(uniforms=torch.tensor([float("nan")])), dict(uniforms=torch.tensor([0])), dict(n=0), dict(max_new_tokens=0), dict(top_k=0), dict(top_p=0), dict(top_p=1.5),
                                                  dict(uniforms=torch.tensor([1.0])), dict(uniforms=torch.tensor([-0.1])), dict(n=2, uniforms=torch.rand(1))))])
 def test_bad_requests_are_value_errors(prompts, kwargs):
     with pytest.raises(ValueError):

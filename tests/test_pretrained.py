@@ -152,6 +152,7 @@ def test_a_tied_head_may_be_stored_twice_but_not_differ_and_old_rotary_tables_ar
 @pytest.mark.parametrize("change, words", [
     (dict(model_type="gemma3"), ["gemma3"]), (dict(model_type=None), ["model_type"]), (dict(rope_scaling=dict(rope_type="llama3", factor=8.0)), ["rope scaling", "llama3"]),
     (dict(rope_scaling=dict(type="linear", factor=2.0)), ["rope scaling", "linear"]), (dict(rope_parameters=dict(rope_type="yarn", rope_theta=1.0)), ["yarn"]),
+    (dict(rope_parameters=dict(full_attention=dict(rope_type="linear"))), ["rope scaling"]), (dict(num_hidden_layers=None), ["num_hidden_layers is missing"]),
     (dict(partial_rotary_factor=0.5), ["partial_rotary_factor"]), (dict(hidden_act="gelu"), ["gelu"]), (dict(attention_bias=True), ["attention_bias"]),
     (dict(mlp_bias=True), ["mlp_bias"]), (dict(layer_types=["full_attention", "sliding_attention"]), ["sliding"]),
     (dict(model_type="qwen2", use_sliding_window=True, sliding_window=8, max_window_layers=1), ["sliding"]),
