@@ -255,7 +255,7 @@ def train(config, run, phase, seed, model, mixture, steps, lr, loss=None, decay=
             run.log(phase="pretrain", seed=seed, step=step, loss=value.item())
         if run.due:
             run.save(phase, **snapshot(step + 1, model, optimizer, rng, kept=kept))
-    run.save(phase, **snapshot(max(start, steps), model, optimizer, rng, kept=kept))
+    run.save(phase, **snapshot(steps, model, optimizer, rng, kept=kept))
     return model
 
 

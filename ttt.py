@@ -304,17 +304,12 @@ ARMS = ("TTT", "sliding window", "full attention")
 
 
 def train(config, run, arm, seed, device, vocab, draw):
-    """An arm from scratch, or from where its checkpoint stopped -> the model. draw: numpy generator -> ids (B, T + 1).
-
-    UserError if it has taken more than config.steps already.
-    """
+    """An arm from scratch, or from where its checkpoint stopped -> the model. draw: numpy generator -> ids (B, T + 1)."""
     phase, rng = f"{arm} {seed}", random.Random(seed)
     torch.manual_seed(seed)
     model = build(config, vocab, arm == "full attention").to(device)
     optimizer = torch.optim.AdamW(model.parameters(), config.lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     start = restore(run.state.get(phase), model, optimizer, rng)
-    if start > config.steps:
-        raise UserError(f"--steps {config.steps}: {phase} has taken {start} already")
     bar = tqdm(range(start, config.steps), phase, initial=start, total=config.steps)
     for step in bar:
         started = time.time()
@@ -448,7 +443,7 @@ def figure_context(config, run, device, train_docs, test_docs):
     spread = lambda x: np.std(x, ddof=1) if n > 1 else 0.0
     more = fall["TTT"] - fall["sliding window"]
     fig.suptitle(f"{config.context:,} tokens of {Path(config.data).name if config.data else 'source code'}, seen through {config.window}: worth {fall['TTT'].mean():.3f} nats with test-time training, "
-                 f"{abs(fall['sliding window'].mean()):.3f} without ({n} seed{'s' if n > 1 else ''})")
+                 f"{round(fall['sliding window'].mean(), 3) + 0.0:.3f} without ({n} seed{'s' if n > 1 else ''})")
     name = f"loss at {contexts[0]} tokens of context minus at {config.context} (nats)"
     return fig, [
         claim("ttt", f"TTT: {name}; threshold: its spread over seeds", SOURCE, "falls", fall["TTT"], ">=", spread(fall["TTT"]), n),

@@ -764,10 +764,12 @@ def test_what_rambles_is_scored_as_it_was_sampled(choices, monkeypatch):
     def spy(model, base, optimizer, rollout, rewards, config, generator):
         with torch.no_grad():
             apart.append(((grpo.score(model, rollout, config, rollout.ids.shape[1])[0] - rollout.logp) * rollout.mask).abs().max().item())
+    real, sampled_in = grpo.generate, set()
+    monkeypatch.setattr(grpo, "generate", lambda model, *args, **more: sampled_in.add(model.lm_head.weight.dtype) or real(model, *args, **more))
     monkeypatch.setattr(grpo, "update", spy)
     for seed in range(4):
         grpo.length_bias_gpt(config, run, "grpo", seed, policy(config))
-    assert max(apart) < (0.1 if config.dtype == "bfloat16" else 1e-4)
+    assert sampled_in == {getattr(torch, config.dtype)} and max(apart) < (0.1 if config.dtype == "bfloat16" else 1e-4)
     assert any(None in (r["length_right"], r["length_wrong"]) for r in run.rows) and not any(r[k] != r[k] for r in run.rows for k in r)      # never nan
 
 

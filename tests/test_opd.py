@@ -768,7 +768,7 @@ def test_the_claims_of_estimators_and_few_are_about_the_arms_that_they_name(monk
     measured, calls = claims_of("estimators", monkeypatch)
     arms = ["opd", "opd_sampled", "opd_jsd", "opd_forward", "opd_top4_renormalised", "opd_top4_stopgrad"]
     assert {k: float(v.split()[0]) for k, v in measured.items()} == pytest.approx(
-        {"raw sampled": level("kd_top4"), "raw greedy": level("kd_top4") / 2, "own sampled": level("opd_top4"), "own greedy": level("opd_top4") / 2} | {arm: level(arm) for arm in arms}, rel=6e-3)
+        {"raw sampled": level("opd_top4"), "raw greedy": level("opd_top4") / 2, "kd sampled": level("kd_top4"), "kd greedy": level("kd_top4") / 2} | {arm: level(arm) for arm in arms}, rel=6e-3)
     assert all(c.greedy and c.expert == "expert" for c in calls.values())
     measured, calls = claims_of("few", monkeypatch)
     is_about(measured, opd=0.95 - level("sft"), sft=level("sft") - 0.9)

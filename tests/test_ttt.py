@@ -255,14 +255,6 @@ def test_the_forward_pass_is_that_of_w_0():
     assert model.lm_head.weight is not model.wte.weight and all(block.attn.q_norm for block in model.blocks)
 
 
-def test_fewer_steps_than_were_taken_are_an_error():
-    memory = Memory()
-    draw = lambda rng: documents(rng, 2, 17)
-    ttt.train(small(steps=4), memory, "TTT", 0, "cpu", V, draw)
-    with pytest.raises(UserError, match="has taken 4 already"):
-        ttt.train(small(steps=3), memory, "TTT", 0, "cpu", V, draw)
-
-
 def test_full_attentions_last_layer_does_not_know_distances():
     """Without rotation, the order of what lies beyond the windows below is all the same."""
     torch.manual_seed(0)
