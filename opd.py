@@ -81,7 +81,6 @@ METHODS = {
     "opd_jsd":      ("student", "expert", "jsd", "all", "one"),
     "opd_sampled":  ("student", "expert", "sampled", "all", "one"),
     "opd_top4":     ("student", "expert", "top_raw", "all", "one"),             # biased: arXiv 2605.11182
-    "kd_top4":      ("teacher", "expert", "top_raw", "all", "one"),
     "opd_top4_renormalised": ("student", "expert", "top_renormalised", "all", "one"),
     "opd_top4_stopgrad": ("student", "expert", "top_stopgrad", "all", "one"),   # arXiv 2604.13016
     "trb":          ("blend", "expert", "reverse", "all", "one"),               # Plyusov et al., arXiv 2605.31159
@@ -135,12 +134,14 @@ class Config:
     expert_steps: int = flag(1000, "steps of training the expert", quick=10, low=1)
     sft_batch: int = flag(64, "documents per step of both", low=1)
     sft_lr: float = flag(6e-3, "learning rate of both (up in 50 steps, then linear to 0)", low=0)
+    slips: float = flag(None, "fraction of the style words that are slips of the pen in what both read; the base learns to make them (default 0, for estimators 0.01)", low=0, high=1)
     eval_every: int = flag(10, "steps between evaluations (at most 5 in cold, 2 under a rule; fastslow: 5)", low=1)
     eval_prompts: int = flag(256, "held-out pairs of places, or questions", quick=16, low=1, high=256)
 
     def __post_init__(self):
         self.lr = self.lr if self.lr is not None else 1e-5 if self.init else 1e-3
         self.steps = self.steps if self.steps is not None else 300 if self.figure == "estimators" else 150
+        self.slips = self.slips if self.slips is not None else 0.01 if self.figure == "estimators" else 0.0
         if len({bool(self.init), bool(self.teacher), bool(self.data)}) > 1 or self.init and (self.figure != "family" or "{question}" not in self.template):
             raise UserError("--init, --teacher and --data need one another, --figure family, and {question} in the --template")
         for name in ("init", "teacher"):
@@ -289,6 +290,12 @@ def expert_documents(rng, n):
     return ids, (column >= PROMPT + tokens_of(detour)[:, None]) & (column < PROMPT + size[:, None])
 
 
+def with_slips(rng, ids, mask, rate, learn):
+    """Documents in which a fraction `rate` of the style words are slips of the pen: a word of some password. learn: whether to write like that."""
+    slip = np.isin(ids, STYLES) & (rng.random(ids.shape) < rate)
+    return np.where(slip, rng.integers(PASSWORDS[0], PASSWORDS[-1] + 1, ids.shape), ids), mask & (learn | ~slip)
+
+
 @functools.cache
 def walk_of(pair):
     """The places of one shortest path, both ends included."""
@@ -392,9 +399,8 @@ def divergence(lp, lq, y, kind, top=4):
     """D at each position (B, T), from the log-probabilities of student lp and teacher lq (B, T, V) and the tokens y (B, T) that stand there.
 
     Where p = q the expected gradient of every kind is 0, but for top_raw, whose gradient is that of the top tokens' mass: D falls
-    as mass moves out of them, until p = q / e there and 63% of the mass is elsewhere. One token that gathers most of it and would join
-    the top is pushed back: with four equally good tokens five then stay near 1/5 each for long. The most likely token stays a good
-    one, as long as the prefixes are sane (kd_top4).
+    as mass moves out of them, until p = q / e there and 63% of the mass is elsewhere. Spread over many tokens none of it joins the
+    top, where it would be pushed back, and the likeliest token stays a good one: greedy decoding does not notice.
     """
     if kind == "token":
         return -lp.gather(2, y[..., None]).squeeze(2)
@@ -535,11 +541,11 @@ def from_scratch(config, run, name, device):
                                 "cold base": (lambda rng, n: base_documents(rng, n, longest_plain=1), config.n_embd, config.sft_steps),
                                 "expert": (expert_documents, config.expert_embd, config.expert_steps)}[name]
     torch.manual_seed(0)
-    model, rng, path = build(config, n_embd, device), random.Random(0), run.dir / f"{name.replace(' ', '_')}.pt"
-    code = "".join(map(inspect.getsource, (make_map, distances, random_walks, walk_on, tokens_of, write, base_documents, expert_documents, divergence,
-                                           answer_logprobs, step_of, build, from_scratch, inspect.getmodule(GPT))))
+    model, rng, path = build(config, n_embd, device), random.Random(0), run.dir / f"{name.replace(' ', '_')}{'_slips' * (config.slips > 0)}.pt"
+    code = "".join(map(inspect.getsource, (make_map, distances, random_walks, walk_on, tokens_of, write, base_documents, expert_documents, with_slips,
+                                           divergence, answer_logprobs, step_of, build, from_scratch, inspect.getmodule(GPT))))
     made_by = dict(n_layer=config.n_layer, n_head=config.n_head, n_embd=n_embd, steps=steps, batch=config.sft_batch, lr=config.sft_lr,
-                   dtype=config.dtype, code=zlib.crc32(f"{code} {NEIGHBOURS} {RENAMED} {FAR} {LONGEST}".encode()))
+                   slips=config.slips, dtype=config.dtype, code=zlib.crc32(f"{code} {NEIGHBOURS} {RENAMED} {FAR} {LONGEST}".encode()))
     if path.exists():
         saved = load_checkpoint(path)
         if saved.get("made_by") == made_by:
@@ -551,7 +557,9 @@ def from_scratch(config, run, name, device):
     for step in bar:
         for g in optimizer.param_groups:
             g["lr"] = config.sft_lr * min((step + 1) / 50, 1 - step / steps)
-        ids, mask = (torch.as_tensor(a, device=device) for a in documents(np.random.default_rng(rng.getrandbits(32)), config.sft_batch))
+        draws = np.random.default_rng(rng.getrandbits(32))
+        read = with_slips(draws, *documents(draws, config.sft_batch), config.slips, learn=name != "expert")
+        ids, mask = (torch.as_tensor(a, device=device) for a in read)
         y, mask = ids[:, PROMPT:], mask[:, PROMPT:].float()
         loss = (divergence(answer_logprobs(model, ids, config), None, y, "token") * mask).sum() / mask.sum()
         step_of(optimizer, model, loss)
@@ -995,7 +1003,7 @@ def figure_cold(config, run, device):
 
 
 def figure_estimators(config, run, device):
-    arms = ["opd", "opd_sampled", "opd_jsd", "opd_forward", "opd_top4_renormalised", "opd_top4_stopgrad", "opd_top4", "kd_top4"]
+    arms = ["opd", "opd_sampled", "opd_jsd", "opd_forward", "opd_top4_renormalised", "opd_top4_stopgrad", "opd_top4"]
     run_arms(config, run, arms, from_scratch(config, run, "base", device), from_scratch(config, run, "expert", device), far_task(), greedy=True)
     fig, axes = plt.subplots(1, 3, figsize=(16, 5), layout="constrained")
     curves(axes[0], run, arms, "pass@1", "Sampled at temperature 1", "held-out pass@1", unit="step")
@@ -1003,16 +1011,12 @@ def figure_estimators(config, run, device):
     curves(axes[2], run, arms, "style_mass", "Where four words are equally good (dotted: 1/e)", "probability of the four", unit="step")
     axes[2].axhline(1 / math.e, color="k", ls=":", lw=1)
     axes[1].legend(loc="lower center")
-    (raw, greedy), (kd, kd_greedy) = ([end(run, arm), end(run, arm, "greedy")] for arm in ("opd_top4", "kd_top4"))
-    n = config.seeds
-    fig.suptitle(f"On the expert's answers (kd_top4) greedy decoding hides the bias of a raw top-4 KL: greedy {kd_greedy.mean():.2f}, sampled {kd.mean():.2f}; "
-                 f"on the student's own (opd_top4) {greedy.mean():.2f}, {raw.mean():.2f} ({n} seeds)")
+    raw, greedy, n = end(run, "opd_top4"), end(run, "opd_top4", "greedy"), config.seeds
+    fig.suptitle(f"Greedy decoding hides the bias of a raw top-4 KL (opd_top4): greedy {greedy.mean():.2f}, sampled {raw.mean():.2f} ({n} seeds)")
     source, gkd = "arXiv 2605.11182", "Agarwal et al., arXiv 2306.13649"
     return fig, [
         claim("raw sampled", "top 4, raw: sampled pass@1 at the end", source, "biased gradient", raw, "<=", 0.2, n),
         claim("raw greedy", "top 4, raw: greedy pass@1 at the end", source, "-", greedy, ">=", 0.95, n),
-        claim("kd sampled", "the same on the expert's answers: sampled", source, "biased gradient", kd, "<=", 0.2, n),
-        claim("kd greedy", "the same on the expert's answers: greedy", source, "-", kd_greedy, ">=", 0.95, n),
         *(claim(arm, f"{arm}: sampled pass@1 at the end", origin, "-", end(run, arm), ">=", 0.92, n) for arm, origin in zip(arms, (
             gkd, "Lu and Thinking Machines 2025", gkd, gkd, source, "arXiv 2604.13016")))]
 

@@ -21,7 +21,7 @@ from test_pretrained import make_json, merges_of, save_json
 from opd import (ALIASES, ANSWER, BOS, DEGREE, DISTANCE, EOS, FIGURES, GO, METHODS, NEIGHBOURS, NOHINT, PAD, PASSWORDS, PLACES, PROMPT, PW,
                  RENAMED, RULES, STYLES, VOCAB, Config, advantages, answer_logprobs, base_documents, choose_mask, choose_weight, collect, crossing,
                  divergence, draft, expert_documents, far_task, generate, largest, loss_of, password, plain, proximity, random_walks, renames, reward,
-                 rule_task, ruled, told, trust_region, walk_of, walk_on, write_together)
+                 rule_task, ruled, told, trust_region, walk_of, walk_on, with_slips, write_together)
 
 KINDS = ["forward", "reverse", "jsd", "sampled", "top_raw", "top_renormalised", "top_stopgrad"]
 
@@ -130,6 +130,18 @@ def test_the_expert_learns_shortest_paths_and_nothing_from_its_detours():
         here = before[-1] if before else pair[0]
         assert len(after) == DISTANCE[here, pair[1]] and [*before, *after, pair[1]][-1] == pair[1]
     assert 0.3 < detours / 4000 < 0.6
+
+
+@pytest.mark.parametrize("learn", [True, False])
+def test_slips_turn_style_words_into_words_of_passwords_and_are_learnt_by_the_base_only(learn):
+    ids, mask = base_documents(np.random.default_rng(0), 2000)
+    slipped, learnt = with_slips(np.random.default_rng(1), ids, mask, 0.25, learn)
+    style, changed = np.isin(ids, STYLES), slipped != ids
+    assert changed[style].mean() == pytest.approx(0.25, abs=0.02) and not changed[~style].any()
+    assert set(slipped[changed]) == set(PASSWORDS)
+    assert np.array_equal(learnt, mask if learn else mask & ~changed)
+    untouched = with_slips(np.random.default_rng(1), ids, mask, 0.0, learn)
+    assert np.array_equal(untouched[0], ids) and np.array_equal(untouched[1], mask)
 
 
 def test_the_verifier_agrees_with_a_search_of_all_walks():
@@ -254,6 +266,18 @@ def test_the_expected_gradient_of_an_estimator_by_enumeration_of_the_tokens(kind
     expected = sum(writer.detach().exp()[0, 0, v] * gradient(divergence(z.log_softmax(-1), lq, torch.tensor([[v]]), kind).sum()) for v in range(10))
     exact = gradient(divergence(z.log_softmax(-1), lq, None, "reverse" if kind == "sampled" else "forward").sum())
     assert torch.allclose(expected, exact, atol=1e-12) and exact.abs().max() > 0.01
+
+
+@pytest.mark.parametrize("tail, lr, good", [(32, 0.2, math.exp(-1)), (1, 0.02, 0.8)])
+def test_the_raw_top_4_leaves_one_over_e_if_the_tail_is_even_and_four_fifths_if_it_is_one_word(tail, lr, good):
+    lq = torch.tensor([0.25] * 4 + [1e-9] * tail).double().log().log_softmax(-1)
+    z = torch.tensor([0.24] * 4 + [0.04 / tail] * tail).double().log().requires_grad_()
+    for _ in range(5000):
+        gradient, = torch.autograd.grad(divergence(z.log_softmax(-1)[None, None], lq[None, None], None, "top_raw").sum(), z)
+        z = (z - lr * gradient).detach().requires_grad_()
+    p = z.softmax(-1)
+    assert p[:4].sum().item() == pytest.approx(good, abs=0.02) and p.argmax() < 4       # greedy decoding sees nothing
+    assert p[4:].tolist() == pytest.approx([(1 - good) / tail] * tail, abs=0.02)
 
 
 def test_the_top_are_the_students_and_weighed_as_the_names_say():
@@ -533,16 +557,27 @@ def test_the_teacher_is_who_the_table_says_and_reads_its_own_prompt(method, who,
         assert its == [plain(row[1:3]) for row in its] and theirs == [prompt(tuple(row[1:3])) for row in its]
 
 
+@pytest.mark.parametrize("slips", [0.0, 0.5])
 @pytest.mark.parametrize("name, longest", [("base", 3), ("cold base", 1), ("expert", None)])
-def test_pre_training_begins_with_the_mean_over_the_tokens_to_learn_of_its_own_documents(name, longest, tmp_path):
+def test_pre_training_begins_with_the_mean_over_the_tokens_to_learn_of_its_own_documents(name, longest, slips, tmp_path):
     run = Memory()
     run.dir = tmp_path
-    opd.from_scratch(small(sft_steps=1, expert_steps=1), run, name, "cpu")
+    opd.from_scratch(small(sft_steps=1, expert_steps=1, slips=slips), run, name, "cpu")
     torch.manual_seed(0)
     model, rng = opd.build(small(), 16, "cpu"), np.random.default_rng(random.Random(0).getrandbits(32))
-    ids, mask = map(torch.as_tensor, expert_documents(rng, 64) if name == "expert" else base_documents(rng, 64, longest))
+    documents = expert_documents(rng, 64) if name == "expert" else base_documents(rng, 64, longest)
+    ids, mask = map(torch.as_tensor, with_slips(rng, *documents, slips, learn=name != "expert") if slips else documents)
     logp = answer_logprobs(model, ids, small()).gather(2, ids[:, PROMPT:, None]).squeeze(2)
     assert run.rows[0]["loss"] == pytest.approx(-logp[mask[:, PROMPT:]].mean().item(), rel=1e-5)
+
+
+def test_models_that_read_slips_and_models_that_do_not_share_a_folder(tmp_path):
+    run = Memory()
+    run.dir = tmp_path
+    plain, slipping = ([opd.from_scratch(small(sft_steps=1, slips=slips), run, "base", "cpu") for _ in range(2)] for slips in (0.0, 0.5))
+    assert {p.name for p in tmp_path.iterdir()} == {"base.pt", "base_slips.pt"} and len(run.rows) == 2       # the second of each is loaded
+    assert all(torch.equal(a, b) for pair in (plain, slipping) for a, b in zip(*(m.parameters() for m in pair)))
+    assert not all(torch.equal(a, b) for a, b in zip(plain[0].parameters(), slipping[0].parameters()))
 
 
 def test_a_step_is_clipped_to_norm_one_and_forgets_the_last_gradient():
@@ -768,7 +803,7 @@ def test_the_claims_of_estimators_and_few_are_about_the_arms_that_they_name(monk
     measured, calls = claims_of("estimators", monkeypatch)
     arms = ["opd", "opd_sampled", "opd_jsd", "opd_forward", "opd_top4_renormalised", "opd_top4_stopgrad"]
     assert {k: float(v.split()[0]) for k, v in measured.items()} == pytest.approx(
-        {"raw sampled": level("opd_top4"), "raw greedy": level("opd_top4") / 2, "kd sampled": level("kd_top4"), "kd greedy": level("kd_top4") / 2} | {arm: level(arm) for arm in arms}, rel=6e-3)
+        {"raw sampled": level("opd_top4"), "raw greedy": level("opd_top4") / 2} | {arm: level(arm) for arm in arms}, rel=6e-3)
     assert all(c.greedy and c.expert == "expert" for c in calls.values())
     measured, calls = claims_of("few", monkeypatch)
     is_about(measured, opd=0.95 - level("sft"), sft=level("sft") - 0.9)
@@ -917,7 +952,7 @@ def test_a_checkpoint_that_is_its_own_teacher_has_nothing_to_learn(method, real,
     assert run.rows[0]["kl"] == pytest.approx(0, abs=1e-6)
     if method == "opd_sampled":         # exactly: the advantage of every token is 0
         assert moved == 0 and all(row["loss"] == row["grad_norm"] == 0 for row in run.rows[1:])
-    elif method not in ("sft", "opd_top4", "kd_top4"):     # Adam makes a step of any rounding error: what counts is that there is nothing else
+    elif method not in ("sft", "opd_top4"):     # Adam makes a step of any rounding error: what counts is that there is nothing else
         assert all(abs(row["loss"]) < 1e-6 and row["grad_norm"] < 1e-5 for row in run.rows[1:2])
 
 
