@@ -36,6 +36,8 @@ How this differs from the papers:
 5. Seeds vary prompts and samples. The base models are the same for all seeds, and evaluations draw the same random numbers for all arms.
 6. Real checkpoints (--init, --teacher) need one tokenizer. Ids that pad the teacher's embedding only are cut off: both distributions are
    over the student's ids. The teacher reads what the student reads, its chat template (--chat) and its end of text included.
+7. Our base is surer of itself than a language model. For `estimators` it has read (and learnt to make) slips of the pen, one style word
+   in a hundred (--slips): an even tail of 32 unlikely words. The expert has read them, too, but does not make them.
 
 What to see: OPD at the expert's level with a fraction of GRPO's sampled tokens; SFT fast, then lower; self-distillation rising, then
 falling as it learns to say passwords that it cannot know; a clip or a judge that stops it.
@@ -291,7 +293,7 @@ def expert_documents(rng, n):
 
 
 def with_slips(rng, ids, mask, rate, learn):
-    """Documents in which a fraction `rate` of the style words are slips of the pen: a word of some password. learn: whether to write like that."""
+    """Documents in which a fraction `rate` of the style words are slips of the pen, words of passwords -> ids, mask; learn: whether to make them, too."""
     slip = np.isin(ids, STYLES) & (rng.random(ids.shape) < rate)
     return np.where(slip, rng.integers(PASSWORDS[0], PASSWORDS[-1] + 1, ids.shape), ids), mask & (learn | ~slip)
 
