@@ -69,7 +69,7 @@ from run import (Run, UserError, all_sum, band, claim, command, flag, join, load
 
 FIGURES = {"family": "nine methods: success, leak of the password, drift of style (within 5 minutes)",
            "cold": "a base model without any success; what TRB's blended prefixes are worth (about 7 minutes)",
-           "estimators": "divergences and top-k estimators, greedy and sampled (about 13 minutes)",
+           "estimators": "divergences and top-k estimators, greedy and sampled (about 18 minutes)",
            "few": "24 training prompts (about 5 minutes)",
            "selfteach": "self-distillation with a rule and with a password; RMSD; Pedagogical RL (about 8 minutes)",
            "fastslow": "a prompt that evolves and weights that learn, over three stages (about 3 minutes)"}

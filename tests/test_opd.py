@@ -835,7 +835,7 @@ def test_the_claims_of_fastslow_are_about_the_arms_that_they_name(monkeypatch):
 
 @pytest.mark.parametrize("figure", FIGURES)
 def test_a_quick_run_writes_figure_metrics_claims_config_and_checkpoint(figure, tmp_path):
-    models = dict(selfteach=["base"], fastslow=["base"], cold=["base", "cold_base", "expert"]).get(figure, ["base", "expert"])
+    models = dict(selfteach=["base"], fastslow=["base"], cold=["base", "cold_base", "expert"], estimators=["base_slips", "expert_slips"]).get(figure, ["base", "expert"])
     assert check_quick("opd.py", tmp_path, "--figure", figure, also=[f"{name}.pt" for name in models]) == figure
 
 
