@@ -4,8 +4,10 @@ A script is a `Config` whose fields are flags, and a `main` that hands it to a `
 and the figure to --out, saves what a loop needs to go on, and survives an interrupt: `--resume` goes on to the bit on a CPU.
 """
 import argparse
+import contextlib
 import copy
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -13,6 +15,7 @@ import platform
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import field
 from pathlib import Path
@@ -20,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -29,14 +33,48 @@ class UserError(ValueError):
     """A mistake of the person at the keyboard: `command` prints it as one line and exits with code 2."""
 
 
+class NotFinite(UserError):
+    """A loss, a gradient norm, a weight or a logit that is no number: the run ends before it can spoil what is saved."""
+
+
+class LostProcess(UserError):
+    """What one process knows and rank 0 may not: printed by whichever rank it happens to."""
+
+
 def command(main):
+    """Run a script's main. A UserError is one line on stderr and exit code 2, said by rank 0 only; SIGINT and SIGTERM exit with 130 and 143, a closed pipe with 141.
+
+    Nothing that a terminal or a pipe can't take keeps a run from writing its results: characters that it lacks are replaced.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, leave)
     try:
         main()
-    except UserError as e:
-        print(f"{Path(sys.argv[0]).name}: error: {e}", file=sys.stderr)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)        # the interpreter flushes stdout once more when it ends
+        raise SystemExit(128 + signal.SIGPIPE) from None
+    except (UserError, MemoryError, RuntimeError) as e:
+        if not isinstance(e, UserError) and not out_of_memory(e):
+            raise
+        if int(os.environ.get("RANK", 0)) == 0 or isinstance(e, LostProcess):
+            text = str(e) if isinstance(e, UserError) else f"out of memory ({str(e).splitlines()[0] if str(e) else 'no more to be had'})"
+            print(f"{Path(sys.argv[0]).name}: error: {' '.join(text.split())}", file=sys.stderr)
         raise SystemExit(2) from None
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def leave(number, _):
+    """The handler of SIGINT and SIGTERM: end at once, wherever the program is."""
+    raise SystemExit(128 + number)
+
+
+def out_of_memory(e):
+    return isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(e)
 
 
 def flag(default, help, quick=None, choices=None, low=None, high=None):
@@ -48,6 +86,7 @@ def parse_args(Config, doc, argv=None):
     """A Config from the command line. Every field is a flag; --quick sets the fields' quick values, explicit flags win.
 
     --resume takes the flags of the run in --out; an explicit flag that contradicts them is an error (but more --steps: train on).
+    A Config may have a method `idle() -> {field: why}`: the flags that do nothing beside the others. To give one of them is an error, too.
     """
     def fail(message):
         raise UserError(message)
@@ -88,7 +127,22 @@ def parse_args(Config, doc, argv=None):
         if value is not None and (low is not None and value < low or high is not None and value > high):
             fail(f"--{f.name.replace('_', '-')} is {value}: must be {'' if low is None else f'at least {low}'}"
                  f"{' and ' if None not in (low, high) else ''}{'' if high is None else f'at most {high}'}")
+        if type(value) in (int, float) and abs(value) > LARGEST[type(value)]:
+            fail(f"--{f.name.replace('_', '-')} is {value}: must be at most {LARGEST[type(value)]}")
+    for name, why in (config.idle() if hasattr(config, "idle") else {}).items():
+        if name in given:
+            fail(f"--{name.replace('_', '-')} does nothing here: {why}")
     return config
+
+
+LARGEST = {int: 2 ** 32 - 1, float: 1e30}       # a seed's range; what squares of fp32 numbers that are used with a flag can nearly hold
+
+
+def need_memory(size, what, device="cpu"):
+    """UserError if `size` bytes are more than the machine (or its GPU) has: said before anything is allocated."""
+    has = torch.cuda.mem_get_info()[1] if device == "cuda" else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if size > has:
+        raise UserError(f"{what}: {size / 2 ** 30:,.1f} GiB, of which this {'GPU' if device == 'cuda' else 'machine'} has {has / 2 ** 30:,.1f}")
 
 
 def pick_device(name):
@@ -113,7 +167,7 @@ def join(device):
         raise UserError("WORLD_SIZE is set, but not by torchrun: start several processes with torchrun")
     local = int(os.environ["LOCAL_RANK"])
     if device == "mps" or device == "cuda" and local >= torch.cuda.device_count():
-        raise UserError(f"process {local + 1} of this machine finds no {device} device of its own; --device cpu takes any number")
+        raise LostProcess(f"process {local + 1} of this machine finds no {device} device of its own; --device cpu takes any number")
     if device == "cuda":
         torch.cuda.set_device(local)
     dist.init_process_group("nccl" if device == "cuda" else "gloo")
@@ -142,7 +196,7 @@ def all_sum(x):
     except torch.OutOfMemoryError:      # a RuntimeError too
         raise
     except RuntimeError as e:
-        raise UserError(f"rank {world()[0]} lost another process of this run ({type(e).__name__})") from None
+        raise LostProcess(f"rank {world()[0]} lost another process of this run ({type(e).__name__})") from None
     return total.to(x.device)
 
 
@@ -177,15 +231,36 @@ def same_weights(model):
 # ---------------------------------------------------------------------------------------------------------------------------
 # Checkpoints and the folder of a run
 
-def save_checkpoint(path, **state):
-    """Write a checkpoint whole or not at all: to a temporary name, flushed to disk, then renamed over the old one."""
+@contextlib.contextmanager
+def whole(path):
+    """A binary file that is written whole or not at all: under a name of its own, flushed to disk, then renamed over `path`.
+
+    UserError if it can't be written (no right, no room): then nothing new is left, and an older file is as it was.
+    """
     path = Path(path)
-    temporary = path.with_suffix(".tmp")
-    with open(temporary, "wb") as f:
-        torch.save(state, f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
+    try:
+        handle, temporary = tempfile.mkstemp(".tmp", f".{path.name}.", path.parent)
+        try:
+            with open(handle, "wb") as f:
+                os.fchmod(handle, 0o644)
+                yield f
+                f.flush()
+                os.fsync(handle)
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+    except OSError as e:
+        raise UserError(f"cannot write {path}: {e.strerror}") from None
+
+
+def save_checkpoint(path, **state):
+    """Write a checkpoint whole or not at all."""
+    with whole(path) as f:
+        try:
+            torch.save(state, f)
+        except RuntimeError as e:       # what torch's writer makes of a full disk
+            raise UserError(f"cannot write {path}: {str(e).splitlines()[0]}") from None
 
 
 def load_checkpoint(path):
@@ -198,8 +273,38 @@ def load_checkpoint(path):
         raise UserError(f"{path} is not a readable checkpoint ({type(e).__name__})") from None
 
 
+def fingerprint(path):
+    """A hash of a file, or of all files of a folder, that a run depends on; of a name that is neither, the name. Resume compares it."""
+    path, digest = Path(path), hashlib.sha256()
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path] if path.is_file() else []
+    try:
+        for file in files:
+            digest.update(str(file.relative_to(path)).encode())
+            with open(file, "rb") as f:
+                while block := f.read(2 ** 24):
+                    digest.update(block)
+    except OSError as e:
+        raise UserError(f"cannot read {path}: {e.strerror}") from None
+    return digest.hexdigest() if files else str(path)
+
+
+def descend(optimizer, loss, clip=1.0):
+    """The end of every training step: cut the gradient to norm `clip`, take the optimizer's step -> the norm before the cut.
+
+    loss: the step's, a number. NotFinite, and no step, if it or the norm is none: the weights are then as they were.
+    """
+    norm = torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], clip).item()
+    for name, value in (("loss", float(loss)), ("gradient norm", norm)):
+        if not math.isfinite(value):
+            raise NotFinite(f"the {name} is {value}")
+    optimizer.step()
+    return norm
+
+
 def snapshot(step, model, optimizer, rng, generator=None, **more):
-    """All that a loop needs to go on, to the bit."""
+    """All that a loop needs to go on, to the bit. NotFinite if a weight is no number: such a state is never saved."""
+    if not all(torch.isfinite(p).all() for p in model.state_dict().values()):
+        raise NotFinite("a weight is no longer finite")
     still = lambda tensors: {k: v.detach().to("cpu", copy=True) for k, v in tensors.items()}        # the model trains on, and so do its moments
     if optimizer:
         optimizer = optimizer.state_dict()
@@ -221,49 +326,59 @@ def restore(state, model, optimizer, rng, generator=None):
 
 
 class Run:
-    """The folder of one run: config.json, metrics.jsonl, claims.json, and model.pt with the state of each phase of the run.
+    """The folder of one run: config.json, metrics.jsonl, claims.json, the figure, and model.pt with the state of each phase of the run.
 
-    `state` maps a phase ("base 0", "dapo 2") to what it needs to go on. `save` writes it all; a loop calls it whenever `due`: every
-    30 s (less often if saving takes longer than 1.5 s), and at once after SIGINT or SIGTERM: then save ends the process, with code 130 or 143.
+        with Run(config) as run:
+            for step in run.loop("base 0", config.steps, model, optimizer, rng): ...
+
+    `state` maps a phase ("base 0", "dapo 2") to what it needs to go on. `loop` keeps it after every step, in memory, and writes it when that is
+    `due`: every 30 s (less often if writing takes longer than 1.5 s). SIGINT and SIGTERM end the run at once, wherever it is, during an evaluation
+    too; so does a number that is not finite. What was kept last is then written: --resume makes anew only what came after it.
+
+    The folder is the run's own if it holds a run's config.json: files that no run wrote are never deleted or overwritten. also: names of further
+    files that the script writes. inputs: name -> fingerprint of what the run depends on beside its flags; resume refuses others.
     Of several processes rank 0 writes, saves and heeds signals; the others end when they lose it. UserError for a folder that cannot be
-    written or has a config.json that no run wrote, or a checkpoint without its rows.
+    written or holds somebody else's files, or a checkpoint without its rows.
     """
 
-    def __init__(self, config):
+    def __init__(self, config, also=(), inputs=None):
         self.config, self.dir, self.rows, self.state = dataclasses.asdict(config), Path(config.out), [], {}
-        self.started = self.saved = time.time()
-        self.signal, self.cost = 0, 0       # the signal that came; the seconds that the last save took
+        self.inputs, self.kept_rows, self.place, self.bar = inputs or {}, 0, "", None
+        self.started = self.saved = self.kept = time.time()
+        self.signal, self.busy, self.cost, self.keep_cost = 0, False, 0, 0      # the signal that came while busy; the seconds that the last save took
         if config.resume:
             checkpoint = load_checkpoint(self.dir / "model.pt")
             self.state, n = checkpoint["state"], checkpoint["rows"]
+            for name, value in self.inputs.items():
+                if checkpoint.get("inputs", {}).get(name) != value:
+                    raise UserError(f"--resume: {name} is no longer what the run in {self.dir} began with")
             try:                                                    # what came after the checkpoint is made again
                 self.rows = [json.loads(line) for line in (self.dir / "metrics.jsonl").read_text().splitlines()[:n]]
             except (OSError, ValueError):
                 self.rows = []
             if len(self.rows) < n:
                 raise UserError(f"{self.dir / 'metrics.jsonl'} does not hold the {n} rows that model.pt goes on from")
+            self.kept_rows = n
         if int(os.environ.get("WORLD_SIZE", 1)) != world()[1]:
             raise UserError("this script, or what its flags ask for, runs in one process")
+        self.handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
         if world()[0]:
             all_sum(torch.zeros(1))     # wait for rank 0's folder
-            self.metrics, self.write, self.save, self.saved = open(os.devnull, "w"), lambda *_: None, lambda *_, **__: None, math.inf
-            for s in (signal.SIGINT, signal.SIGTERM):
+            self.metrics, self.write, self.save, self.saved = open(os.devnull, "wb", buffering=0), lambda *_: None, lambda *_, **__: None, math.inf
+            for s in self.handlers:
                 signal.signal(s, signal.SIG_IGN)
             return
-        figures = next(f.metadata["choices"] for f in dataclasses.fields(config) if f.name == "figure")
         try:
-            if (self.dir / "config.json").exists():
-                json.loads((self.dir / "config.json").read_text())["config"]["out"]
             self.dir.mkdir(parents=True, exist_ok=True)
-            if not config.resume:       # another run's: nothing of it goes with this one's rows
-                for name in ("model.pt", "claims.json", *(f"{figure}.png" for figure in figures)):
+            mine = {"config.json", "metrics.jsonl", "claims.json", "model.pt", f"{self.config['figure']}.png", *also}
+            before = self.owned() | set(also)
+            if not config.resume:
+                if foreign := sorted(name for name in mine - before if os.path.lexists(self.dir / name)):
+                    raise UserError(f"{self.dir} holds {foreign[0]}, which no run wrote: choose another --out")
+                for name in before - {"config.json"} - set(also):       # another run's: nothing of it goes with this one's rows
                     (self.dir / name).unlink(missing_ok=True)
-            self.write("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows))
-            self.metrics = open(self.dir / "metrics.jsonl", "a")
         except OSError as e:
             raise UserError(f"cannot write to {self.dir}: {e.strerror}") from None
-        except (ValueError, LookupError, TypeError):
-            raise UserError(f"{self.dir / 'config.json'} is not a run's: choose another --out") from None
         try:
             revision = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent).stdout
         except OSError:     # no git here
@@ -272,28 +387,82 @@ class Run:
         if config.resume:       # the code that made the rows, not only the last to touch them
             before = checkpoint["revision"]
             self.revision = before if before.endswith(self.revision) else f"{before}, resumed at {self.revision}"
-        self.write("config.json", json.dumps({
+        self.write("config.json", json.dumps({       # first of all: it says whose folder this is
             "config": self.config, "torch": torch.__version__, "python": platform.python_version(),
             "threads": torch.get_num_threads(), "revision": self.revision}, indent=1))
+        self.write("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows))
+        self.metrics = open(self.dir / "metrics.jsonl", "ab", buffering=0)
         all_sum(torch.zeros(1))         # the others wait for it
-        for s in (signal.SIGINT, signal.SIGTERM):
+        for s in self.handlers:
             signal.signal(s, self.interrupt)
 
+    def owned(self):
+        """The names in the folder that the run whose config.json is there has written: none if there is no config.json. UserError if it is not a run's."""
+        try:
+            past = json.loads((self.dir / "config.json").read_text())
+            return {"config.json", "metrics.jsonl", "claims.json", "model.pt", f"{past['config']['figure']}.png"} if past["revision"] else set()
+        except FileNotFoundError:
+            return set()
+        except (ValueError, LookupError, TypeError):
+            raise UserError(f"{self.dir / 'config.json'} is not a run's: choose another --out") from None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, _):
+        """After a signal, a closed pipe or a number that is not finite: write what was kept last."""
+        if self.bar is not None:
+            self.bar.close()
+        if world()[0] == 0 and isinstance(error, NotFinite):
+            self.save()
+            error.args = (f"{error}{self.place and ' at '}{self.place}; {self.dir / 'model.pt'} holds what was finite",)
+        if world()[0] == 0 and isinstance(error, (SystemExit, BrokenPipeError)):
+            for s in self.handlers:
+                signal.signal(s, signal.SIG_DFL)        # a second signal does not wait
+            self.save()
+            with contextlib.suppress(BrokenPipeError):
+                print(f"\nsaved {self.dir / 'model.pt'}: --resume goes on from here", flush=True)
+        self.metrics.close()
+        for s, handler in self.handlers.items():
+            signal.signal(s, handler)
+
     def interrupt(self, number, _):
-        """Ask the loop to save and end; a second signal does not ask."""
+        """The handler while the run is on: end at once, or as soon as what must not be cut in two is done."""
         self.signal = number
-        signal.signal(number, signal.SIG_DFL)
+        if not self.busy:
+            raise SystemExit(128 + number)
+
+    @contextlib.contextmanager
+    def uncut(self):
+        """What a signal must not cut in two: it is heeded at the end."""
+        self.busy = True
+        try:
+            yield
+        finally:
+            self.busy = False
+        if self.signal:
+            raise SystemExit(128 + self.signal)
 
     def write(self, name, text):
         """Whole or not at all."""
-        (self.dir / (name + ".tmp")).write_text(text)
-        os.replace(self.dir / (name + ".tmp"), self.dir / name)
+        with whole(self.dir / name) as f:
+            f.write(text.encode())
 
     def log(self, **row):
-        """One line of metrics.jsonl."""
-        self.rows.append(row)
-        self.metrics.write(json.dumps(row) + "\n")
-        self.metrics.flush()
+        """One line of metrics.jsonl, which is strict JSON: NotFinite for a number that is none."""
+        for key, value in row.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise NotFinite(f"{key} is {value}")
+        line = (json.dumps(row, allow_nan=False) + "\n").encode()
+        with self.uncut():
+            end = self.metrics.seek(0, os.SEEK_END) if self.metrics.seekable() else 0
+            try:
+                if self.metrics.write(line) < len(line):
+                    raise OSError(28, "No space left on device")
+            except OSError as e:
+                self.metrics.truncate(end)
+                raise UserError(f"cannot write {self.dir / 'metrics.jsonl'}: {e.strerror}") from None
+            self.rows.append(row)
 
     def introduce(self, device, parameters):
         """The first line that a run prints."""
@@ -302,33 +471,68 @@ class Run:
               f"{torch.get_num_threads()} threads, {parameters:,} parameters", flush=True)
 
     def finish(self, fig, claims):
-        """The last things that a run does: the figure, the claims, the time it took. After a signal that no loop saw, save."""
+        """The last things that a run does: the figure, the claims, the time it took."""
         if world()[0] == 0:
-            fig.savefig(self.dir / f"{self.config['figure']}.png", dpi=110)
+            with whole(self.dir / f"{self.config['figure']}.png") as f:
+                fig.savefig(f, dpi=110, format="png")
         self.claims(claims)
         print(f"\n{self.dir / self.config['figure']}.png, metrics.jsonl, claims.json, model.pt: {time.time() - self.started:.0f} s")
-        if self.signal:
-            self.save("finish")
 
     def log_once(self, measure, **where):
         """Log measure() -> {name: value} as the row `where`, and save if that is due. A resumed run that has the row does not measure again."""
         if not any(where.items() <= row.items() for row in self.rows):
+            self.place = ", ".join(f"{k} {v}" for k, v in where.items())
             self.log(**where, **measure())
+            self.keep()
             if self.due:
-                self.save("log_once")
+                self.save()
+
+    def loop(self, phase, steps, model, optimizer, rng, generator=None, kept=None, until=None, bar=True):
+        """The steps that a phase has still to take: `for step in run.loop(...)`, from 0 or from where the run was interrupted, to steps - 1.
+
+        Restores model, optimizer and random streams, keeps them after each step, shows a bar (`run.bar`). kept: a dict of whatever else the loop
+        carries from step to step; what was saved of it is put into it. until() ends the loop before `steps`. Never `break`: the end saves, too.
+        """
+        state = self.state.get(phase)
+        step = restore(state, model, optimizer, rng, generator)
+        if kept is not None and state is not None:
+            kept.update(copy.deepcopy(state["kept"]))
+        self.bar = tqdm(desc=phase, initial=step, total=None if steps >= 10 ** 9 else steps, disable=not bar or world()[0] > 0)
+        still = lambda: snapshot(step, model, optimizer, rng, generator, kept=copy.deepcopy(kept))      # what was kept must not change with what goes on
+        while step < steps and not (until and until()):
+            self.place = f"step {step + 1} of {phase}"
+            yield step
+            step += 1
+            self.bar.update()
+            if self.due or time.time() - self.kept > 50 * self.keep_cost:
+                started = time.time()
+                self.keep(phase, **still())
+                self.kept, self.keep_cost = time.time(), time.time() - started
+            if self.due:
+                self.save()
+        self.bar.close()
+        self.bar = None
+        self.save(phase, **still())
 
     @property
     def due(self):
-        return self.signal or time.time() - self.saved > max(30, 20 * self.cost)
+        return time.time() - self.saved > max(30, 20 * self.cost)
 
-    def save(self, phase, **state):
-        """Keep what this phase needs to go on, and write model.pt. After a signal this is the end of the process."""
-        self.state[phase], started = state, time.time()
-        save_checkpoint(self.dir / "model.pt", state=self.state, rows=len(self.rows), config=self.config, revision=self.revision)
+    def keep(self, phase=None, **state):
+        """Remember, in memory, what a phase needs to go on, and that the rows so far go with it. Without a phase: the rows alone, outside of loops."""
+        with self.uncut():
+            if phase is not None:
+                self.state[phase] = state
+            if phase is not None or self.bar is None:
+                self.kept_rows = len(self.rows)
+
+    def save(self, phase=None, **state):
+        """`keep` if there is a phase, then write what is kept to model.pt."""
+        started = time.time()
+        if phase is not None:
+            self.keep(phase, **state)
+        save_checkpoint(self.dir / "model.pt", state=self.state, rows=self.kept_rows, config=self.config, revision=self.revision, inputs=self.inputs)
         self.saved, self.cost = time.time(), time.time() - started
-        if self.signal:
-            print(f"\nsaved {self.dir / 'model.pt'}: --resume goes on from here", flush=True)
-            raise SystemExit(128 + self.signal)
 
     def claims(self, claims):
         """Write claims.json and print it as a table. Each claim holds or does not: both are results."""
@@ -340,10 +544,12 @@ class Run:
 
 def claim(id, text, source, paper, value, op, threshold, seeds, beside=""):
     """One row of claims.json: what was measured, held to its threshold. value: a number, or one of each seed (seeds,), of which the mean is held
-    to the threshold and told with the standard deviation. `beside` is printed next to it."""
+    to the threshold and told with the standard deviation; what is not finite never holds. op: >= or <=; > or < where the threshold is 0, because
+    there a tie must not hold. `beside` is printed next to it."""
+    assert op in ((">", "<") if threshold == 0 else (">=", "<=", ">", "<")), f"{id}: {op} {threshold} would hold on a tie"
     value = np.asarray(value, dtype=float)
     mean, spread = value.mean(), f" ± {value.std(ddof=1):.2g}" if value.size > 1 else ""
-    holds = mean >= threshold if op == ">=" else mean <= threshold
+    holds = {">=": mean >= threshold, "<=": mean <= threshold, ">": mean > threshold, "<": mean < threshold}[op] and np.isfinite(value).all()
     return dict(id=id, claim=text, source=source, paper=paper, ours=f"{mean:.3g}{spread}{beside}", threshold=f"{op} {threshold:.3g}", holds=bool(holds), seeds=seeds)
 
 
