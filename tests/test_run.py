@@ -425,6 +425,15 @@ def test_a_signal_before_there_is_a_run_is_no_traceback(mark, monkeypatch, capsy
     assert stopped.value.code == 128 + mark and capsys.readouterr().err == ""
 
 
+def test_a_resumed_run_that_is_interrupted_at_once_loses_nothing(tmp_path):
+    with Run(Config(out=str(tmp_path))) as run:
+        losses(run, 2, fresh_training())
+    for _ in range(2):
+        with pytest.raises(SystemExit), Run(Config(out=str(tmp_path), resume=True)) as again:
+            assert again.rows == run.rows
+            raise SystemExit(130)
+
+
 def test_until_ends_a_loop_and_what_it_carries_comes_back(tmp_path):
     with Run(Config(out=str(tmp_path))) as run:
         kept = dict(seen=0)
@@ -471,6 +480,15 @@ def test_a_loss_or_gradient_that_is_no_number_ends_the_run_before_the_step_and_k
         with pytest.raises(NotFinite, match="loss|gradient norm"):
             descend(torch.optim.SGD([weight], 1.0), loss)
         assert weight.tolist() == [1, 1, 1]
+
+
+def test_weights_that_are_no_numbers_are_never_saved(tmp_path):
+    gpt, optimizer, _ = fresh_training()
+    with pytest.raises(NotFinite, match="a weight is no longer finite at step 2"), Run(Config(out=str(tmp_path))) as run:
+        for step in run.loop("train", 2, gpt, optimizer, random.Random(0)):
+            if step == 1:
+                next(gpt.parameters()).data.view(-1)[0] = math.inf      # a step so long that fp32 ends
+    assert load_checkpoint(tmp_path / "model.pt")["state"]["train"]["step"] == 1
 
 
 def test_a_step_cuts_the_gradient_and_tells_the_norm_before_the_cut():
