@@ -42,7 +42,8 @@ def hub_folder(name):
 
 
 LARGEST = 2 ** 30       # no size, id or base of a rotation is larger
-SHOULD = {str: "a text", bool: "true or false", list: "a list", dict: "an object", int: "a whole number", float: "a number"}
+SHOULD = {str: "a text", bool: "true or false", list: "a list", dict: "an object",
+          int: "a whole number", float: "a number"}
 
 
 class Section:
@@ -120,36 +121,43 @@ def refuse(where, faults):
 
 
 def hf_config(path, block_size=None):
-    """config.json -> the fields of a GPTConfig. What a key that is not there means is what transformers takes it to mean."""
+    """config.json -> the fields of a GPTConfig.
+
+    What a key that is not there means is what transformers takes it to mean. UserError for what is
+    missing, is not supported, or is said twice and differently.
+    """
     c = read_json(path)
-    kind, act, layers = c.get("model_type", str), c.get("hidden_act", str, "silu"), c.need("num_hidden_layers", int, high=10 ** 4)
-    # a setting of transformers 4 and its name in 5: one of them may be there, or both if they agree
-    ropes = [s for s in (c.get(k, dict) for k in ("rope_scaling", "rope_parameters")) if s and s.content]
+    kind, act = c.get("model_type", str), c.get("hidden_act", str, "silu")
+    layers = c.need("num_hidden_layers", int, high=10 ** 4)
+    ropes = [s for k in ("rope_scaling", "rope_parameters") if (s := c.get(k, dict))]
     scalings = {s.get("rope_type", str, s.get("type", str, "default")) for s in ropes} - {"default"}
     thetas = {t for s in (c, *ropes) if (t := s.get("rope_theta", float))}
     types = c.get("layer_types", list) or ["sliding_attention"] * (
         c.get("use_sliding_window", bool, False) and layers > c.get("max_window_layers", int, 28, low=0))
     refuse(path, {
         f"model_type {kind!r}": kind not in HF_TYPES,
-        f"rope scaling {sorted(scalings)}": scalings or any(isinstance(v, dict) for s in ropes for v in s.content.values()),
-        "rope_scaling beside another rope_parameters": len(ropes) == 2 and ropes[0].content != ropes[1].content,
-        f"rope_theta {sorted(thetas)}": len(thetas) > 1,
-        "partial_rotary_factor": any(s.get("partial_rotary_factor", float, 1, low=0) != 1 for s in (c, *ropes)),
+        f"rope scaling {scalings}": scalings,
+        "rope scaling by layers": any(isinstance(v, dict) for s in ropes for v in s.content.values()),
+        "rope_scaling beside other rope_parameters": len(ropes) == 2 and ropes[0].content != ropes[1].content,
+        f"more than one rope_theta {thetas}": len(thetas) > 1,
+        "partial_rotary_factor": any(s.get("partial_rotary_factor", float, 1, 0) != 1 for s in (c, *ropes)),
         f"hidden_act {act!r}": act != "silu",
         "attention_bias": c.get("attention_bias", bool),
         "mlp_bias": c.get("mlp_bias", bool),
-        "attention that is not causal": not c.get("is_causal", bool, True),
+        "is_causal false": not c.get("is_causal", bool, True),
         "sliding-window layers": any(t != "full_attention" for t in types),
         "quantization_config": c.content.get("quantization_config")})
     qkv_bias, qk_norm = HF_TYPES[kind]
-    positions, heads, width = (c.need(k, int) for k in ("max_position_embeddings", "num_attention_heads", "hidden_size"))
-    positions, head_dim = min(positions, block_size or positions), c.get("head_dim", int, 128 if kind == "qwen3" else None)
-    need_memory(16 * positions * (head_dim or width // heads), f"{path}: the rotary table of {positions} positions")
+    heads, width = c.need("num_attention_heads", int), c.need("hidden_size", int)
+    head_dim = c.get("head_dim", int, 128 if kind == "qwen3" else None)
+    positions = min(c.need("max_position_embeddings", int), block_size or LARGEST)
+    need_memory(16 * positions * (head_dim or width // heads), f"{path}: {positions} rotary positions")
     return dict(
-        vocab_size=c.need("vocab_size", int), block_size=positions, n_layer=layers, n_head=heads, n_embd=width,
-        n_kv_head=c.get("num_key_value_heads", int), head_dim=head_dim, n_hidden=c.need("intermediate_size", int),
-        qkv_bias=qkv_bias, qk_norm=qk_norm, tie=c.get("tie_word_embeddings", bool, False),
-        rope_theta=max(thetas, default=10000.0), norm_eps=c.get("rms_norm_eps", float, 1e-6, low=0))
+        vocab_size=c.need("vocab_size", int), block_size=positions, n_layer=layers, n_head=heads,
+        n_embd=width, n_kv_head=c.get("num_key_value_heads", int), head_dim=head_dim,
+        n_hidden=c.need("intermediate_size", int), qkv_bias=qkv_bias, qk_norm=qk_norm,
+        tie=c.get("tie_word_embeddings", bool, False), rope_theta=max(thetas, default=10000.0),
+        norm_eps=c.get("rms_norm_eps", float, 1e-6, low=0))
 
 
 def hf_tensors(folder):
@@ -214,7 +222,7 @@ TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json
 
 
 def saved_files(folder):
-    """The names of the files in a folder that the last save_pretrained wrote: its model.safetensors lists them."""
+    """The names of what the last save_pretrained wrote into a folder: its model.safetensors lists them."""
     try:
         with safe_open(folder / "model.safetensors", "pt") as f:
             return set((f.metadata() or {}).get("saved", "").split())
@@ -224,32 +232,36 @@ def saved_files(folder):
 
 def hf_save(model, folder, like=None, stop=None):
     """See GPT.save_pretrained."""
-    c, weights = model.config, model.state_dict()
+    c, weights, tensors, files = model.config, model.state_dict(), {}, {}
     kind = {v: k for k, v in HF_TYPES.items()}.get((c.qkv_bias, c.qk_norm))
     if kind is None or c.window:
-        raise UserError("save_pretrained: no Hugging Face model_type of ours has " + ("a sliding window" if c.window else "QKV bias and QK-norm"))
-    tensors, files = {}, {}
+        raise UserError("save_pretrained: no Hugging Face model_type of ours has "
+                        + ("a sliding window" if c.window else "QKV bias and QK-norm"))
     for ours, parts in hf_layout(model).items():
-        for (theirs, shape, rotated), t in zip(parts, weights[ours].split([shape[0] for _, shape, _ in parts])):
-            tensors[theirs] = (regroup(t, c.head_dim // 2, c.head_dim) if rotated else t).detach().cpu()
+        rows = weights[ours].detach().cpu().split([shape[0] for _, shape, _ in parts])
+        for (theirs, _, rotated), t in zip(parts, rows):
+            tensors[theirs] = regroup(t, c.head_dim // 2, c.head_dim) if rotated else t
     if like:
-        source = hub_folder(like)
-        stop = stop or load_tokenizer(like).stop
-        files = {name: read_text(source / name).encode() for name in TOKENIZER if (source / name).exists()}
+        source, stop = hub_folder(like), stop or load_tokenizer(like).stop
+        files = {f: read_text(source / f).encode() for f in TOKENIZER if (source / f).exists()}
     files["config.json"] = json.dumps(dict(
-        architectures=[kind.capitalize() + "ForCausalLM"], model_type=kind, vocab_size=c.vocab_size, hidden_size=c.n_embd, intermediate_size=c.n_hidden,
-        num_hidden_layers=c.n_layer, num_attention_heads=c.n_head, num_key_value_heads=c.n_kv_head, head_dim=c.head_dim, hidden_act="silu",
-        max_position_embeddings=c.block_size, rms_norm_eps=c.norm_eps, tie_word_embeddings=c.tie, rope_theta=c.rope_theta, attention_bias=False,
-        torch_dtype=str(model.lm_head.weight.dtype)[6:], bos_token_id=None, eos_token_id=stop), indent=1).encode()
-    files["model.safetensors"] = save(tensors, dict(format="pt", saved=" ".join([*files, "model.safetensors"])))
+        architectures=[kind.capitalize() + "ForCausalLM"], model_type=kind, vocab_size=c.vocab_size,
+        hidden_size=c.n_embd, intermediate_size=c.n_hidden, num_hidden_layers=c.n_layer,
+        num_attention_heads=c.n_head, num_key_value_heads=c.n_kv_head, head_dim=c.head_dim,
+        hidden_act="silu", max_position_embeddings=c.block_size, rms_norm_eps=c.norm_eps,
+        tie_word_embeddings=c.tie, rope_theta=c.rope_theta, attention_bias=False, bos_token_id=None,
+        eos_token_id=stop, torch_dtype=str(model.lm_head.weight.dtype)[6:]), indent=1).encode()
+    files["model.safetensors"] = save(
+        tensors, dict(format="pt", saved=" ".join([*files, "model.safetensors"])))
     before = saved_files(folder)
-    for name in {*files, *TOKENIZER, "generation_config.json"} - before:     # what would be overwritten, or read with what is written
+    # what would be overwritten, or be read together with what is written
+    for name in {*files, *TOKENIZER, "generation_config.json"} - before:
         if os.path.lexists(folder / name):
             raise UserError(f"{folder} holds {name}, which no save wrote: choose another folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with contextlib.ExitStack() as stack:
-            for name, content in files.items():     # all are written before the first takes its name; the last one does so first
+        with contextlib.ExitStack() as stack:       # all are on disk before the first takes its name
+            for name, content in files.items():
                 f = stack.enter_context(whole(folder / name))
                 f.write(content)
                 f.flush()
@@ -275,9 +287,9 @@ def plain(text):
 
 
 def short_runs(text):
-    """Text in parts, cut inside runs of more than RUN spaces, which are not pre-tokens but attacks or accidents."""
-    cuts = [0, *(m.end() for m in re.finditer(rf"\s{{{RUN}}}(?=\s)", text)), len(text)]
-    return [text[i:j] for i, j in zip(cuts, cuts[1:])]
+    """Text in parts, cut inside runs of more than RUN spaces: only there may ids differ from the library's."""
+    cuts = [i for m in re.finditer(r"\s+", text) for i in range(m.start() + RUN, m.end(), RUN)]
+    return [text[i:j] for i, j in zip([0, *cuts], [*cuts, len(text)])]
 
 
 class PretrainedBPE(tiktoken.Encoding):
@@ -290,8 +302,8 @@ class PretrainedBPE(tiktoken.Encoding):
         for token in self.special_tokens_set - allowed if disallowed_special == "all" else disallowed_special:
             if token in text:
                 raise ValueError(f'{token!r} in the text: allowed_special="all" makes it a special token, encode_ordinary plain text')
-        longest_first = "|".join(map(re.escape, sorted(allowed, key=len, reverse=True)))
-        pieces = re.split(f"({longest_first})", text) if allowed else [text]
+        order = sorted(allowed, key=lambda token: (token in self.normalized, -len(token)))      # as the library looks for them
+        pieces = re.split(f"({'|'.join(map(re.escape, order))})", text) if allowed else [text]
         return [i for piece in pieces for i in ([self.encode_single_token(piece)] if piece in allowed else self.encode_ordinary(piece))]
 
     def encode_ordinary(self, text):
@@ -327,90 +339,105 @@ def split_pattern(stages):
 
 
 def put_before(post):
-    """The ids that a tokenizer.json's post-processor (a Section) puts before a text. UserError if it does anything else."""
+    """The ids that a tokenizer.json's post-processor puts before a text. UserError if it does more."""
     ids = []
     for s in post.sections("processors") or [post]:
         kind = s.get("type", str)
         refuse(post.where, {str(kind): kind not in ("ByteLevel", "TemplateProcessing")})
         if kind == "TemplateProcessing":
             *first, last = s.sections("single") or [s]
+            refuse(s.where, {"anything after the text": "Sequence" not in last.content})
             names = [part.need("SpecialToken", dict).need("id", str) for part in first]
-            last.need("Sequence", dict)         # the text
-            ids = [i for name in names for i in s.need("special_tokens", dict).need(name, dict).ids("ids")] + ids
+            tokens = s.need("special_tokens", dict)
+            ids = [i for name in names for i in tokens.need(name, dict).ids("ids")] + ids
     return ids
 
 
 def named_tokens(folder):
-    """bos_token, eos_token and the like: name -> token, as the files beside tokenizer.json have them."""
+    """bos_token, eos_token and the like: name -> text, as the files beside tokenizer.json have them."""
     settings = read_json(folder / "tokenizer_config.json", optional=True)
-    older = {} if "added_tokens_decoder" in settings.content else read_json(folder / "special_tokens_map.json", optional=True).content
-    tokens = Section(settings.where, {**settings.content, **older})
+    content = settings.content
+    if "added_tokens_decoder" not in content:       # the older place
+        content = content | read_json(folder / "special_tokens_map.json", optional=True).content
+    texts = Section(settings.where, {k: v.get("content", v) if isinstance(v, dict) else v for k, v in content.items()})
     names = [f"{k}_token" for k in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
-    of = lambda k: tokens.need(k, dict).need("content", str) if isinstance(tokens.content[k], dict) else tokens.get(k, str)
-    return {k: token for k in names if k in tokens.content and (token := of(k))}
+    return {name: text for name in names if (text := texts.get(name, str))}
 
 
 def load_tokenizer(name):
-    """The byte-level BPE in the tokenizer.json of a Hugging Face folder or hub id -> tiktoken.Encoding with `stop`, `eos`, `prefix`.
+    """The byte-level BPE of a Hugging Face folder or hub id -> tiktoken.Encoding with `stop`, `eos`, `prefix`.
 
-    stop: the ids that end a text: tokenizer_config.json's eos_token, then generation_config.json's eos_token_id, or config.json's where that has
-    none. eos: the first. prefix: the ids that the file's post-processor puts before a text; `encode` does not. UserError for a missing or damaged
-    file, and for what is not supported: other tokenizers, other ways to split, merges that are not in the order of their ids, as tiktoken needs
-    them. (That each token is what the merges make of its own bytes, as training a BPE ensures, is not checked.)
+    stop: the ids that end a text: tokenizer_config.json's eos_token, then the eos_token_id of
+    generation_config.json, or of config.json where that has none. eos: the first of them.
+    prefix: the ids that the file's post-processor puts before a text; `encode` leaves that to the caller.
+    UserError for a missing or damaged file, and for what is not supported: other tokenizers, other ways
+    to split, merges that are not in the order of their ids, as tiktoken needs them. (That each token is
+    what the merges make of its own bytes, as training a BPE ensures, is not checked.)
     """
     folder = hub_folder(name)
     path = folder / "tokenizer.json"
     content = read_json(path)
-    model, settings = content.need("model", dict), read_json(folder / "tokenizer_config.json", optional=True)
+    model, none = content.need("model", dict), Section(path, {})
     refuse(path, {f"a {model.content.get('type')} model": model.content.get("type") != "BPE"})
-    normalizer, splitter, decoder, post = (content.get(k, dict, Section(path, {}))
-                                           for k in ("normalizer", "pre_tokenizer", "decoder", "post_processor"))
-    vocab, added, merges = model.need("vocab", dict), content.sections("added_tokens"), model.need("merges", list)
+    normalizer, splitter, decoder, post = (
+        content.get(k, dict, none) for k in ("normalizer", "pre_tokenizer", "decoder", "post_processor"))
+    pattern = split_pattern(splitter.sections("pretokenizers") or [splitter])
+    vocab, added = model.need("vocab", dict), content.sections("added_tokens")
     vocab = {t: vocab.need(t, int, low=0) for t in vocab.content}
     special = {t.need("content", str): t.need("id", int, low=0) for t in added}
-    pattern = split_pattern(splitter.sections("pretokenizers") or [splitter])
+    # the library numbers added tokens itself: as in the vocabulary, or on from its end
+    new = iter(range(len(vocab), len(vocab) + len(special)))
+    numbered = {t: vocab[t] if t in vocab else next(new) for t in sorted(special, key=special.get)}
+    known = {*vocab.values(), *special.values()}
     # GPT-2 writes a byte as one printable character: itself where it is one, else one of those from 256 on
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    byte = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(sorted(set(range(256)) - set(printable)))}
-    foreign = next((t for t in vocab if t not in special and not byte.keys() >= set(t)), None)
-    pairs = [m.split(" ") if isinstance(m, str) else m for m in merges]
-    odd = next((p for p in pairs if not isinstance(p, list) or [*map(type, p)] != [str, str]), None)
-    made = [] if odd else [vocab.get("".join(p), -1) for p in pairs]
+    others = enumerate(sorted(set(range(256)) - set(printable)))
+    byte = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in others}
+    foreign = [t for t in vocab if t not in special and not (t and byte.keys() >= set(t))]
     missing = set(byte.values()) - {byte.get(t) for t in vocab}
-    known = set(vocab.values()) | set(special.values())
-    # the library numbers the added tokens itself: one that the vocabulary has as there, the others after it
-    new = iter(range(len(vocab), len(vocab) + len(added)))
-    numbered = {t: vocab[t] if t in vocab else next(new) for t in sorted(special, key=special.get)}
+    pairs = [m.split(" ") if isinstance(m, str) else m for m in model.need("merges", list)]
+    odd = [p for p in pairs if not isinstance(p, list) or [*map(type, p)] != [str, str]]
+    made = [vocab.get("".join(p), -1) for p in pairs if not odd]
     prefix = put_before(post) if post.content else []
     refuse(path, {
         f"normalizer {normalizer.content.get('type')}": normalizer.get("type", str, "NFC") != "NFC",
         f"pre-tokenizer {json.dumps(splitter.content)}": pattern is None,
         f"decoder {decoder.content.get('type')}": decoder.content.get("type") != "ByteLevel",
-        f"token {foreign!r} (not byte-level)": foreign is not None,
-        **{k: model.content.get(k) for k in ("dropout", "byte_fallback", "continuing_subword_prefix", "end_of_word_suffix")},
+        f"token {foreign[:1]} (not byte-level)": foreign,
+        **{k: model.content.get(k) for k in (
+            "dropout", "byte_fallback", "continuing_subword_prefix", "end_of_word_suffix")},
         "an unk_token for missing bytes": model.content.get("unk_token") and missing,
-        **{f"added token {t.content['content']!r} with {k}": t.get(k, bool) for t in added for k in ("lstrip", "rstrip", "single_word")},
-        "an empty added token": "" in special,
-        "an added token whose id is not the next one": numbered != special or len(special) != len(added),
-        f"merge {odd!r}": odd is not None,
+        **{f"added token {t.content['content']!r} with {k}": t.get(k, bool)
+           for t in added for k in ("lstrip", "rstrip", "single_word")},
+        "an added token that is empty, twice there or not numbered on":
+            "" in special or len(added) != len(special) or numbered != special,
+        "an id of two tokens": len(known) < len(vocab | special),
+        f"merge {odd[:1]}": odd,
         "a merge order that is not that of the ids": -1 in made or made != sorted(made),
-        "a token that no merge makes": {i for t, i in vocab.items() if len(t) > 1 and t not in special} - set(made),
-        "a post-processor's unknown id": set(prefix) - known,
-        "split_special_tokens (tokenizer_config.json)": settings.get("split_special_tokens", bool)})
+        "a token that no merge makes":
+            {i for t, i in vocab.items() if len(t) > 1 and t not in special} - set(made),
+        "a post-processor's id without a token": set(prefix) - known})
     ranks = {bytes(byte[c] for c in t): i for t, i in vocab.items() if t not in special}
     try:
         encoding = PretrainedBPE(str(name), pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
     except ValueError as e:
         raise UserError(f"{path}: {e}") from None
-    encoding.nfc, encoding.missing, encoding.known, encoding.prefix = bool(normalizer.content), missing, known, prefix
-    eos = named_tokens(folder).get("eos_token")
-    own = [i for i in (special.get(eos, vocab.get(eos)),) if i is not None]
-    ends = [read_json(folder / f, optional=True).ids("eos_token_id") for f in ("generation_config.json", "config.json")]
-    encoding.stop = list(dict.fromkeys(own + (ends[0] or ends[1])))
-    if not encoding.stop:
-        raise UserError(f"{folder}: none of tokenizer_config.json, generation_config.json and config.json names an end-of-text token")
+    encoding.nfc, encoding.missing, encoding.known = bool(normalizer.content), missing, known
+    encoding.normalized = {t.content["content"] for t in added if t.get("normalized", bool)}
+    encoding.prefix, encoding.stop = prefix, ends(folder, {**vocab, **special})
     encoding.eos = encoding.stop[0]
     return encoding
+
+
+def ends(folder, vocab):
+    """The ids that end a text, see load_tokenizer."""
+    eos = vocab.get(named_tokens(folder).get("eos_token"))
+    generation, config = (read_json(folder / f"{k}config.json", optional=True).ids("eos_token_id")
+                          for k in ("generation_", ""))
+    stop = list(dict.fromkeys([eos] * (eos is not None) + (generation or config)))
+    if not stop:
+        raise UserError(f"{folder}: none of its config files names an end-of-text token")
+    return stop
 
 
 def chat_environment():
@@ -425,17 +452,20 @@ def chat_environment():
 
         def parse(self, parser):
             next(parser.stream)
-            return jinja2.nodes.Scope(parser.parse_statements(["name:endgeneration"], drop_needle=True))
+            body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
+            return jinja2.nodes.Scope(body)
 
     def raise_exception(message):
         raise jinja2.TemplateError(message)
 
-    def tojson(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False):       # jinja's own escapes HTML and sorts
-        return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    def tojson(x, ensure_ascii=False, **more):      # jinja's own escapes HTML and sorts
+        return json.dumps(x, ensure_ascii=ensure_ascii, **more)
 
-    env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols])
+    env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
+                                        extensions=[Generation, jinja2.ext.loopcontrols])
     env.filters["tojson"] = tojson
-    env.globals.update(raise_exception=raise_exception, strftime_now=lambda form: datetime.datetime.now().strftime(form))
+    env.globals["raise_exception"] = raise_exception
+    env.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
     return env
 
 
@@ -452,24 +482,22 @@ def load_chat_template(name):
     if isinstance(source, dict):
         source = source.get("default")
     if not isinstance(source, str):
-        raise UserError(f"{folder}: neither chat_template.jinja nor tokenizer_config.json has a chat template, or a default one of several")
+        raise UserError(f"{folder}: neither chat_template.jinja nor tokenizer_config.json has a chat template")
     tokens, env = named_tokens(folder), chat_environment()
 
-    def render(*texts):
-        """A conversation, user first."""
-        messages = [dict(role=role, content=text) for role, text in zip(("user", "assistant"), texts)]
+    def render(question, answer=None):
+        messages = [dict(role="user", content=question), dict(role="assistant", content=answer)]
         try:
-            return env.from_string(source).render(messages=messages, tools=None, documents=None, add_generation_prompt=len(texts) == 1, **tokens)
+            return env.from_string(source).render(
+                messages=messages[:1 + bool(answer)], tools=None, documents=None,
+                add_generation_prompt=not answer, **tokens)
         except Exception as e:
             raise UserError(f"{folder}: its chat template fails ({type(e).__name__}: {e})") from None
 
-    def ask(message):
-        return render(message)
-
-    answer = "\ufffc"       # stands nowhere else
-    _, found, end = render("question", answer).rpartition(answer)
-    ask.end = end if found else ""
-    return ask
+    place = "\ufffc"        # stands nowhere else
+    _, found, end = render("question", place).rpartition(place)
+    render.end = end if found else ""
+    return render
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
