@@ -207,8 +207,8 @@ def hf_state(folder, model, dtype=None):
             if theirs not in tensors:
                 raise UserError(f"{folder}: tensor {theirs} is missing")
             t = tensors.pop(theirs)
-            if t.shape != shape:
-                raise UserError(f"{folder}: tensor {theirs} has shape {tuple(t.shape)}, should have {tuple(shape)}")
+            if t.shape != shape or not t.is_floating_point():
+                raise UserError(f"{folder}: tensor {theirs} has shape {tuple(t.shape)} and {t.dtype}, should have {tuple(shape)} and a float type")
             dtype = dtype or t.dtype        # the embedding's: it comes first
             state.setdefault(ours, []).append((regroup(t, 2, config.head_dim) if rotated else t).to(dtype))
     twice = lambda k: k == "lm_head.weight" and config.tie and torch.equal(tensors[k].to(dtype), state["wte.weight"][0])

@@ -241,7 +241,7 @@ def test_a_tensor_missing_left_over_or_of_a_wrong_shape_is_one_line_that_names_i
     for i, name in enumerate(w):
         with refused(name, "missing"):
             GPT.from_pretrained(write(tmp_path / f"missing{i}", kind, {k: v for k, v in w.items() if k != name}))
-        for wrong in (w[name].flatten()[1:], w[name][:-2], w[name][None]):
+        for wrong in (w[name].flatten()[1:], w[name][:-2], w[name][None], w[name].to(torch.int8)):
             with refused(name, "shape"):
                 GPT.from_pretrained(write(tmp_path / f"shape{i}", kind, {**w, name: wrong}))
     for name in ("model.layers.2.input_layernorm.weight", "model.layers.0.self_attn.o_proj.bias", "visual.weight"):
@@ -536,7 +536,7 @@ def test_saved_again_a_list_of_ends_is_the_same_list(merges, tmp_path):
 
 @pytest.mark.parametrize("file, content, words", [
     ("generation_config.json", dict(eos_token_id="2"), ["eos_token_id"]), ("generation_config.json", dict(eos_token_id=[2, None]), ["eos_token_id"]), ("generation_config.json", [], ["no JSON object"]),
-    ("config.json", dict(eos_token_id=-1), ["eos_token_id", "-1"]), ("tokenizer_config.json", dict(eos_token=7), ["eos_token is 7"]), ("tokenizer_config.json", dict(eos_token=dict(id=2)), ["content"])])
+    ("config.json", dict(eos_token_id=-1), ["eos_token_id", "-1"]), ("tokenizer_config.json", dict(eos_token=7), ["eos_token is 7"]), ("tokenizer_config.json", dict(eos_token=dict(id=2)), ["eos_token is {'id': 2}"])])
 def test_an_end_that_is_no_token_is_one_line_that_names_it(file, content, words, merges, tmp_path):
     save_json(tmp_path, make_json(merges))
     (tmp_path / file).write_text(json.dumps(content))
