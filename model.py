@@ -215,7 +215,11 @@ class GPT(nn.Module):
         UserError for what can't be read or is not supported, and for a tensor that is missing, left over, or of the wrong shape.
         """
         folder = hub_folder(name)
-        config = GPTConfig(**hf_config(folder / "config.json", block_size))
+        fields = hf_config(folder / "config.json", block_size)
+        try:
+            config = GPTConfig(**fields)
+        except UserError as e:
+            raise UserError(f"{folder / 'config.json'}: {e}") from None
         with torch.device("meta"):              # shapes without memory: the weights come from the file
             model = cls(config)
         model.load_state_dict(hf_state(folder, model, dtype), strict=False, assign=True)
@@ -223,12 +227,14 @@ class GPT(nn.Module):
             model.lm_head.weight = model.wte.weight
         return model
 
-    def save_pretrained(self, folder, like=None):
-        """Write config.json and model.safetensors, which `transformers` opens. like: the folder or hub id whose tokenizer goes with them.
+    def save_pretrained(self, folder, like=None, stop=None):
+        """Write config.json and model.safetensors, which `transformers` opens, whole or not at all. like: the folder or hub id whose tokenizer goes
+        with them. stop: the ids that end a text (default: like's).
 
-        UserError if the model has no name there: a sliding window, or biases together with QK-norm.
+        What an earlier save left in the folder goes. UserError for a folder with files by these names that no save wrote, for one that can't be
+        written, and if the model has no name there: a sliding window, or biases together with QK-norm.
         """
-        hf_save(self, Path(folder), like)
+        hf_save(self, Path(folder), like, stop)
 
 
 def checkpoint_for(task, what, name, max_new_tokens, dtype=torch.float32):

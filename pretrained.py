@@ -3,12 +3,12 @@
 `GPT.from_pretrained` and `save_pretrained` (model.py) stand on it: Llama, SmolLM2, Qwen2, Qwen2.5, Qwen3, strictly: what is not supported, missing
 or left over is an error that names it.
 """
+import contextlib
+import datetime
 import functools
 import json
-import math
 import os
 import re
-import time
 import unicodedata
 import zlib
 from pathlib import Path
@@ -16,9 +16,10 @@ from types import SimpleNamespace
 
 import tiktoken
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
 
-from run import UserError
+from run import UserError, need_memory, whole
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -31,7 +32,7 @@ HF_NAMES = {"norm1": "input_layernorm", "norm2": "post_attention_layernorm", "at
 
 def hub_folder(name):
     """A folder, as it is; anything else is a hub id, whose files are fetched into the hub's cache."""
-    if Path(name).is_dir():
+    if os.path.isdir(name):
         return Path(name)
     try:
         from huggingface_hub import snapshot_download       # comes with datasets
@@ -40,47 +41,131 @@ def hub_folder(name):
         raise UserError(f"{name}: no such folder, and no such model within reach on the hub ({type(e).__name__})") from None
 
 
-def read_json(path):
+LARGEST = 2 ** 30       # no size, id or base of a rotation is larger
+SHOULD = {str: "a text", bool: "true or false", list: "a list", dict: "an object",
+          int: "a whole number", float: "a number"}
+
+
+class Section:
+    """A JSON object that somebody else wrote, read with its types and ranges checked.
+
+    UserError names the file, the key and what stands there.
+    """
+
+    def __init__(self, where, content):
+        if not isinstance(content, dict):
+            raise UserError(f"{where} is no JSON object")
+        self.where, self.content = where, content
+
+    def get(self, key, kind, default=None, low=1, high=LARGEST):
+        """A key's value, `default` if it's missing or null. dict: a Section; int, float: low to high."""
+        value = self.content.get(key)
+        if value is None:
+            return default
+        number = kind in (int, float)
+        fits = type(value) is kind or kind is float and type(value) is int
+        if not fits or number and not low <= value <= high:
+            should = SHOULD[kind] + number * f" from {low} to {high}"
+            raise UserError(f"{self.where}: {key} is {value!r:.60}, should be {should}")
+        return Section(f"{self.where}: {key}", value) if kind is dict else value
+
+    def need(self, key, kind, low=1, high=LARGEST):
+        """As get, but the key has to be there."""
+        value = self.get(key, kind, None, low, high)
+        if value is None:
+            raise UserError(f"{self.where}: {key} is missing or null")
+        return value
+
+    def ids(self, key):
+        """A token id, a list of them, or nothing -> a list."""
+        value = self.content.get(key)
+        several = value if isinstance(value, list) else [] if value is None else [value]
+        return [Section(self.where, {key: i}).need(key, int, low=0) for i in several]
+
+    def sections(self, key):
+        """A list of objects -> Sections."""
+        return [Section(f"{self.where}: {key} {i}", part) for i, part in enumerate(self.get(key, list, []))]
+
+
+def read_text(path, where=None):
+    """A text file, which may begin with a byte order mark. UserError if it can't be read."""
     try:
-        content = json.loads(Path(path).read_text("utf-8"))
+        return Path(path).read_text("utf-8-sig")
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (OSError, ValueError) as e:
-        raise UserError(f"{path} is not readable JSON ({type(e).__name__})") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is no JSON object")
-    return content
+        raise UserError(f"{where or path}: no such file") from None
+    except OSError as e:
+        raise UserError(f"{where or path} cannot be read: {e.strerror}") from None
+    except UnicodeDecodeError as e:
+        raise UserError(f"{where or path} is not UTF-8 text (byte {e.start + 1})") from None
+
+
+def parse_json(where, text):
+    """A JSON object's text -> Section. UserError says why it is none."""
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as e:
+        raise UserError(f"{where} is not readable JSON ({e})") from None
+    return Section(where, content)
+
+
+def read_json(path, optional=False):
+    """A file's JSON object -> Section; an empty one if it's optional and there is no file."""
+    return parse_json(path, "{}" if optional and not path.exists() else read_text(path))
+
+
+def refuse(where, faults):
+    """UserError for the first of the faults, name -> whether it is there."""
+    for what, wrong in faults.items():
+        if wrong:
+            raise UserError(f"{where}: {what} is not supported")
 
 
 def hf_config(path, block_size=None):
-    """config.json -> the fields of a GPTConfig. What a key that is not there means is what transformers takes it to mean."""
-    c = {k: v for k, v in read_json(path).items() if v is not None}
-    kind, rope, layers = c.get("model_type"), {**(c.get("rope_scaling") or {}), **(c.get("rope_parameters") or {})}, c.get("num_hidden_layers") or 0
-    scaling = rope.get("rope_type", rope.get("type", "default"))
-    sliding = "sliding_attention" in c["layer_types"] if c.get("layer_types") else c.get("use_sliding_window") and layers > c.get("max_window_layers", 28)
-    for what, wrong in ((f"model_type {kind!r}", kind not in HF_TYPES), (f"rope scaling {scaling!r}", scaling != "default" or any(isinstance(v, dict) for v in rope.values())),
-                        ("partial_rotary_factor", {c.get("partial_rotary_factor"), rope.get("partial_rotary_factor")} - {None, 1}),
-                        (f"hidden_act {c.get('hidden_act')!r}", c.get("hidden_act", "silu") != "silu"), ("attention_bias", c.get("attention_bias")),
-                        ("mlp_bias", c.get("mlp_bias")), ("sliding-window layers", sliding), ("quantization_config", c.get("quantization_config"))):
-        if wrong:
-            raise UserError(f"{path}: {what} is not supported")
-    try:
-        qkv_bias, qk_norm = HF_TYPES[kind]
-        positions = c["max_position_embeddings"]
-        return dict(
-            vocab_size=c["vocab_size"], block_size=min(positions, block_size or positions), n_layer=c["num_hidden_layers"], n_head=c["num_attention_heads"],
-            n_embd=c["hidden_size"], n_kv_head=c.get("num_key_value_heads"), head_dim=c.get("head_dim") or (128 if kind == "qwen3" else None),
-            n_hidden=c["intermediate_size"], qkv_bias=qkv_bias, qk_norm=qk_norm, tie=c.get("tie_word_embeddings", False),
-            rope_theta=rope.get("rope_theta") or c.get("rope_theta", 10000.0), norm_eps=c.get("rms_norm_eps", 1e-6))
-    except KeyError as e:
-        raise UserError(f"{path}: {e.args[0]} is missing") from None
+    """config.json -> the fields of a GPTConfig.
+
+    What a key that is not there means is what transformers takes it to mean. UserError for what is
+    missing, is not supported, or is said twice and differently.
+    """
+    c = read_json(path)
+    kind, act = c.get("model_type", str), c.get("hidden_act", str, "silu")
+    layers = c.need("num_hidden_layers", int, high=10 ** 4)
+    ropes = [s for k in ("rope_scaling", "rope_parameters") if (s := c.get(k, dict))]
+    scalings = {s.get("rope_type", str, s.get("type", str, "default")) for s in ropes} - {"default"}
+    thetas = {t for s in (c, *ropes) if (t := s.get("rope_theta", float))}
+    types = c.get("layer_types", list) or ["sliding_attention"] * (
+        c.get("use_sliding_window", bool, False) and layers > c.get("max_window_layers", int, 28, low=0))
+    refuse(path, {
+        f"model_type {kind!r}": kind not in HF_TYPES,
+        f"rope scaling {scalings}": scalings,
+        "rope scaling by layers": any(isinstance(v, dict) for s in ropes for v in s.content.values()),
+        "rope_scaling beside other rope_parameters": len(ropes) == 2 and ropes[0].content != ropes[1].content,
+        f"more than one rope_theta {thetas}": len(thetas) > 1,
+        "partial_rotary_factor": any(s.get("partial_rotary_factor", float, 1, 0) != 1 for s in (c, *ropes)),
+        f"hidden_act {act!r}": act != "silu",
+        "attention_bias": c.get("attention_bias", bool),
+        "mlp_bias": c.get("mlp_bias", bool),
+        "is_causal false": not c.get("is_causal", bool, True),
+        "sliding-window layers": any(t != "full_attention" for t in types),
+        "quantization_config": c.content.get("quantization_config")})
+    qkv_bias, qk_norm = HF_TYPES[kind]
+    heads, width = c.need("num_attention_heads", int), c.need("hidden_size", int)
+    head_dim = c.get("head_dim", int, 128 if kind == "qwen3" else None)
+    positions = min(c.need("max_position_embeddings", int), block_size or LARGEST)
+    need_memory(16 * positions * (head_dim or width // heads), f"{path}: {positions} rotary positions")
+    return dict(
+        vocab_size=c.need("vocab_size", int), block_size=positions, n_layer=layers, n_head=heads,
+        n_embd=width, n_kv_head=c.get("num_key_value_heads", int), head_dim=head_dim,
+        n_hidden=c.need("intermediate_size", int), qkv_bias=qkv_bias, qk_norm=qk_norm,
+        tie=c.get("tie_word_embeddings", bool, False), rope_theta=max(thetas, default=10000.0),
+        norm_eps=c.get("rms_norm_eps", float, 1e-6, low=0))
 
 
 def hf_tensors(folder):
     """Every tensor of model.safetensors, or of the shards that model.safetensors.index.json lists."""
     files, index = [folder / "model.safetensors"], folder / "model.safetensors.index.json"
     if not files[0].exists() and index.exists():
-        files = sorted(folder / name for name in set(read_json(index).get("weight_map", {}).values()))
+        shards = read_json(index).need("weight_map", dict)
+        files = sorted({folder / shards.need(name, str) for name in shards.content})
     tensors = {}
     for file in files:
         try:
@@ -122,8 +207,8 @@ def hf_state(folder, model, dtype=None):
             if theirs not in tensors:
                 raise UserError(f"{folder}: tensor {theirs} is missing")
             t = tensors.pop(theirs)
-            if t.shape != shape:
-                raise UserError(f"{folder}: tensor {theirs} has shape {tuple(t.shape)}, should have {tuple(shape)}")
+            if t.shape != shape or not t.is_floating_point():
+                raise UserError(f"{folder}: tensor {theirs} has shape {tuple(t.shape)} and {t.dtype}, should have {tuple(shape)} and a float type")
             dtype = dtype or t.dtype        # the embedding's: it comes first
             state.setdefault(ours, []).append((regroup(t, 2, config.head_dim) if rotated else t).to(dtype))
     twice = lambda k: k == "lm_head.weight" and config.tie and torch.equal(tensors[k].to(dtype), state["wte.weight"][0])
@@ -133,30 +218,55 @@ def hf_state(folder, model, dtype=None):
     return {k: torch.cat(v) if len(v) > 1 else v[0] for k, v in state.items()}
 
 
-def hf_save(model, folder, like=None):
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+
+
+def saved_files(folder):
+    """The names of what the last save_pretrained wrote into a folder: its model.safetensors lists them."""
+    try:
+        with safe_open(folder / "model.safetensors", "pt") as f:
+            return set((f.metadata() or {}).get("saved", "").split())
+    except (OSError, SafetensorError):
+        return set()
+
+
+def hf_save(model, folder, like=None, stop=None):
     """See GPT.save_pretrained."""
-    c, weights = model.config, model.state_dict()
+    c, weights, tensors, files = model.config, model.state_dict(), {}, {}
     kind = {v: k for k, v in HF_TYPES.items()}.get((c.qkv_bias, c.qk_norm))
     if kind is None or c.window:
-        raise UserError("save_pretrained: no Hugging Face model_type of ours has " + ("a sliding window" if c.window else "QKV bias and QK-norm"))
-    tensors = {}
+        raise UserError("save_pretrained: no Hugging Face model_type of ours has "
+                        + ("a sliding window" if c.window else "QKV bias and QK-norm"))
     for ours, parts in hf_layout(model).items():
-        for (theirs, shape, rotated), t in zip(parts, weights[ours].split([shape[0] for _, shape, _ in parts])):
-            tensors[theirs] = (regroup(t, c.head_dim // 2, c.head_dim) if rotated else t).detach().cpu().clone()
-    text = json.dumps(dict(
-        architectures=[kind.capitalize() + "ForCausalLM"], model_type=kind, vocab_size=c.vocab_size, hidden_size=c.n_embd, intermediate_size=c.n_hidden,
-        num_hidden_layers=c.n_layer, num_attention_heads=c.n_head, num_key_value_heads=c.n_kv_head, head_dim=c.head_dim, hidden_act="silu",
-        max_position_embeddings=c.block_size, rms_norm_eps=c.norm_eps, tie_word_embeddings=c.tie, rope_theta=c.rope_theta, attention_bias=False,
-        torch_dtype=str(model.lm_head.weight.dtype)[6:], bos_token_id=None, eos_token_id=load_tokenizer(like).eos if like else None), indent=1)
-    source = hub_folder(like) if like else folder
+        rows = weights[ours].detach().cpu().split([shape[0] for _, shape, _ in parts])
+        for (theirs, _, rotated), t in zip(parts, rows):
+            tensors[theirs] = regroup(t, c.head_dim // 2, c.head_dim) if rotated else t
+    if like:
+        source, stop = hub_folder(like), stop or load_tokenizer(like).stop
+        files = {f: read_text(source / f).encode() for f in TOKENIZER if (source / f).exists()}
+    files["config.json"] = json.dumps(dict(
+        architectures=[kind.capitalize() + "ForCausalLM"], model_type=kind, vocab_size=c.vocab_size,
+        hidden_size=c.n_embd, intermediate_size=c.n_hidden, num_hidden_layers=c.n_layer,
+        num_attention_heads=c.n_head, num_key_value_heads=c.n_kv_head, head_dim=c.head_dim,
+        hidden_act="silu", max_position_embeddings=c.block_size, rms_norm_eps=c.norm_eps,
+        tie_word_embeddings=c.tie, rope_theta=c.rope_theta, attention_bias=False, bos_token_id=None,
+        eos_token_id=stop, torch_dtype=str(model.lm_head.weight.dtype)[6:]), indent=1).encode()
+    files["model.safetensors"] = save(
+        tensors, dict(format="pt", saved=" ".join([*files, "model.safetensors"])))
+    before = saved_files(folder)
+    # what would be overwritten, or be read together with what is written
+    for name in {*files, *TOKENIZER, "generation_config.json"} - before:
+        if os.path.lexists(folder / name):
+            raise UserError(f"{folder} holds {name}, which no save wrote: choose another folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for file in [f for pattern in ("tokenizer*.json", "chat_template.jinja") for f in source.glob(pattern) if source != folder]:
-            (folder / file.name).write_bytes(file.read_bytes())
-        save_file(tensors, folder / "model.safetensors.tmp", metadata={"format": "pt"})
-        (folder / "config.json.tmp").write_text(text)
-        for file in ("model.safetensors", "config.json"):       # whole or not at all
-            os.replace(folder / (file + ".tmp"), folder / file)
+        with contextlib.ExitStack() as stack:       # all are on disk before the first takes its name
+            for name, content in files.items():
+                f = stack.enter_context(whole(folder / name))
+                f.write(content)
+                f.flush()
+            for name in before - set(files):        # an older save's
+                (folder / name).unlink(missing_ok=True)
     except OSError as e:
         raise UserError(f"cannot write to {folder}: {e.strerror}") from None
 
@@ -166,6 +276,20 @@ def hf_save(model, folder, like=None):
 
 # GPT-2's split: contractions, then runs of letters, of digits, of anything else, each with the space before it, then space
 SPLIT = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+
+
+RUN = 2 ** 16       # so many spaces in a row tiktoken's regular expression can take; at a million it overflows its stack
+
+
+def plain(text):
+    """Text that has bytes: half of a surrogate pair, which JSON can hold, is replaced."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def short_runs(text):
+    """Text in parts, cut inside runs of more than RUN spaces: only there may ids differ from the library's."""
+    cuts = [i for m in re.finditer(r"\s+", text) for i in range(m.start() + RUN, m.end(), RUN)]
+    return [text[i:j] for i, j in zip([0, *cuts], [*cuts, len(text)])]
 
 
 class PretrainedBPE(tiktoken.Encoding):
@@ -178,24 +302,20 @@ class PretrainedBPE(tiktoken.Encoding):
         for token in self.special_tokens_set - allowed if disallowed_special == "all" else disallowed_special:
             if token in text:
                 raise ValueError(f'{token!r} in the text: allowed_special="all" makes it a special token, encode_ordinary plain text')
-        longest_first = "|".join(map(re.escape, sorted(allowed, key=len, reverse=True)))
-        pieces = re.split(f"({longest_first})", text) if allowed else [text]
+        order = sorted(allowed, key=lambda token: (token in self.normalized, -len(token)))      # as the library looks for them
+        pieces = re.split(f"({'|'.join(map(re.escape, order))})", text) if allowed else [text]
         return [i for piece in pieces for i in ([self.encode_single_token(piece)] if piece in allowed else self.encode_ordinary(piece))]
 
     def encode_ordinary(self, text):
         import regex
-        text = unicodedata.normalize("NFC", text) if self.nfc else text
-        if self.missing.isdisjoint(text.encode("utf-8", "replace")):
-            return super().encode_ordinary(text)
-        ids = []
-        for piece in regex.findall(self._pat_str, text):
-            parts = [bytes([b]) for b in piece.encode("utf-8", "replace") if b not in self.missing]
-            while True:     # BPE by its definition: merge the pair whose union has the lowest rank, the leftmost of several
-                rank, i = min(((self._mergeable_ranks.get(a + b, math.inf), i) for i, (a, b) in enumerate(zip(parts, parts[1:]))), default=(math.inf, 0))
-                if rank == math.inf:
-                    break
-                parts[i:i + 2] = [parts[i] + parts[i + 1]]
-            ids += [self._mergeable_ranks[p] for p in parts]
+        ids, text = [], unicodedata.normalize("NFC", plain(text)) if self.nfc else plain(text)
+        for part in short_runs(text):
+            if self.missing.isdisjoint(part.encode()):
+                ids += super().encode_ordinary(part)
+                continue
+            for piece in regex.findall(self._pat_str, part):
+                if known := bytes(b for b in piece.encode() if b not in self.missing):
+                    ids += self._encode_single_piece(known)
         return ids
 
     def decode(self, ids, errors="replace"):
@@ -204,79 +324,179 @@ class PretrainedBPE(tiktoken.Encoding):
 
 def split_pattern(stages):
     """The regular expression of a tokenizer.json's pre-tokenizers (a list of them), None if it is none of the kinds we know."""
-    *first, last = [s.get("type") for s in stages] or [None]
-    if last != "ByteLevel" or stages[-1].get("add_prefix_space"):
+    *first, last = [s.get("type", str) for s in stages] or [None]
+    if last != "ByteLevel" or stages[-1].get("add_prefix_space", bool):
         return None
-    own, s = stages[-1].get("use_regex", True), stages[0]
+    own, s = stages[-1].get("use_regex", bool, True), stages[0]
     if not first and own:
         return SPLIT
     if first == ["Digits"] and own:     # numbers are cut out first, so that the space before one stays with the spaces before it
-        return SPLIT.replace(r" ?\p{N}+", r"\p{N}" if s.get("individual_digits") else r"\p{N}+").replace(r"(?!\S)", r"(?![^\s\p{N}])")
-    if first == ["Split"] and not own and (s.get("behavior"), s.get("invert")) in (("Isolated", False), ("Removed", True)):
-        return s.get("pattern", {}).get("Regex")
+        one = r"\p{N}" if s.get("individual_digits", bool) else r"\p{N}+"
+        return SPLIT.replace(r" ?\p{N}+", one).replace(r"(?!\S)", r"(?![^\s\p{N}])")
+    if first == ["Split"] and not own and (s.get("behavior", str), s.get("invert", bool)) in (("Isolated", False), ("Removed", True)):
+        return s.need("pattern", dict).get("Regex", str)
     return None
 
 
-def load_tokenizer(name):
-    """The byte-level BPE in the tokenizer.json of a Hugging Face folder or hub id -> tiktoken.Encoding with `eos`.
+def put_before(post):
+    """The ids that a tokenizer.json's post-processor puts before a text. UserError if it does more."""
+    ids = []
+    for s in post.sections("processors") or [post]:
+        kind = s.get("type", str)
+        refuse(post.where, {str(kind): kind not in ("ByteLevel", "TemplateProcessing")})
+        if kind == "TemplateProcessing":
+            *first, last = s.sections("single") or [s]
+            refuse(s.where, {"anything after the text": "Sequence" not in last.content})
+            names = [part.need("SpecialToken", dict).need("id", str) for part in first]
+            tokens = s.need("special_tokens", dict)
+            ids = [i for name in names for i in tokens.need(name, dict).ids("ids")] + ids
+    return ids
 
-    eos is tokenizer_config.json's eos_token, else config.json's eos_token_id (the first). UserError for a missing or damaged file, and for what is
-    not supported: other tokenizers, other ways to split, merges that are not in the order of their ids, as tiktoken needs them.
-    (That each token is what the merges make of its own bytes, as training a BPE ensures, is not checked.)
+
+def named_tokens(folder):
+    """bos_token, eos_token and the like: name -> text, as the files beside tokenizer.json have them."""
+    settings = read_json(folder / "tokenizer_config.json", optional=True)
+    content = settings.content
+    if "added_tokens_decoder" not in content:       # the older place
+        content = content | read_json(folder / "special_tokens_map.json", optional=True).content
+    texts = Section(settings.where, {k: v.get("content", v) if isinstance(v, dict) else v for k, v in content.items()})
+    names = [f"{k}_token" for k in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
+    return {name: text for name in names if (text := texts.get(name, str))}
+
+
+def load_tokenizer(name):
+    """The byte-level BPE of a Hugging Face folder or hub id -> tiktoken.Encoding with `stop`, `eos`, `prefix`.
+
+    stop: the ids that end a text: tokenizer_config.json's eos_token, then the eos_token_id of
+    generation_config.json, or of config.json where that has none. eos: the first of them.
+    prefix: the ids that the file's post-processor puts before a text; `encode` leaves that to the caller.
+    UserError for a missing or damaged file, and for what is not supported: other tokenizers, other ways
+    to split, merges that are not in the order of their ids, as tiktoken needs them. (That each token is
+    what the merges make of its own bytes, as training a BPE ensures, is not checked.)
     """
     folder = hub_folder(name)
     path = folder / "tokenizer.json"
     content = read_json(path)
-    bpe, added, normalizer, splitter = (content.get(k) or {} for k in ("model", "added_tokens", "normalizer", "pre_tokenizer"))
-    special, vocab, pattern = {t["content"]: t["id"] for t in added}, bpe.get("vocab") or {}, split_pattern(splitter.get("pretokenizers", [splitter]))
+    model, none = content.need("model", dict), Section(path, {})
+    refuse(path, {f"a {model.content.get('type')} model": model.content.get("type") != "BPE"})
+    normalizer, splitter, decoder, post = (
+        content.get(k, dict, none) for k in ("normalizer", "pre_tokenizer", "decoder", "post_processor"))
+    pattern = split_pattern(splitter.sections("pretokenizers") or [splitter])
+    vocab, added = model.need("vocab", dict), content.sections("added_tokens")
+    vocab = {t: vocab.need(t, int, low=0) for t in vocab.content}
+    special = {t.need("content", str): t.need("id", int, low=0) for t in added}
+    # the library numbers added tokens itself: as in the vocabulary, or on from its end
+    new = iter(range(len(vocab), len(vocab) + len(special)))
+    numbered = {t: vocab[t] if t in vocab else next(new) for t in sorted(special, key=special.get)}
+    known = {*vocab.values(), *special.values()}
     # GPT-2 writes a byte as one printable character: itself where it is one, else one of those from 256 on
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    byte = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(sorted(set(range(256)) - set(printable)))}
-    foreign = next((t for t in vocab if t not in special and not byte.keys() >= set(t)), None)
-    pairs = [m.split(" ") if isinstance(m, str) else m for m in bpe.get("merges") or []]
-    made = [vocab.get("".join(p), -1) for p in pairs]
+    others = enumerate(sorted(set(range(256)) - set(printable)))
+    byte = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in others}
+    foreign = [t for t in vocab if t not in special and not (t and byte.keys() >= set(t))]
     missing = set(byte.values()) - {byte.get(t) for t in vocab}
-    for what, wrong in ((f"a {bpe.get('type')} model", bpe.get("type") != "BPE"), (f"normalizer {normalizer.get('type')}", normalizer.get("type") not in (None, "NFC")),
-                        (f"pre-tokenizer {json.dumps(splitter)}", pattern is None), (f"token {foreign!r} (not byte-level)", foreign is not None),
-                        *((k, bpe.get(k)) for k in ("dropout", "byte_fallback", "continuing_subword_prefix", "end_of_word_suffix")),
-                        ("an unk_token for missing bytes", bpe.get("unk_token") and missing),
-                        *((f"added token {t['content']!r} with {k}", t.get(k)) for t in added for k in ("lstrip", "rstrip", "single_word")),
-                        ("a merge order that is not that of the ids", -1 in made or made != sorted(made)),
-                        ("a token that no merge makes", {i for t, i in vocab.items() if len(t) > 1 and t not in special} - set(made))):
-        if wrong:
-            raise UserError(f"{path}: {what} is not supported")
+    pairs = [m.split(" ") if isinstance(m, str) else m for m in model.need("merges", list)]
+    odd = [p for p in pairs if not isinstance(p, list) or [*map(type, p)] != [str, str]]
+    made = [vocab.get("".join(p), -1) for p in pairs if not odd]
+    prefix = put_before(post) if post.content else []
+    refuse(path, {
+        f"normalizer {normalizer.content.get('type')}": normalizer.get("type", str, "NFC") != "NFC",
+        f"pre-tokenizer {json.dumps(splitter.content)}": pattern is None,
+        f"decoder {decoder.content.get('type')}": decoder.content.get("type") != "ByteLevel",
+        f"token {foreign[:1]} (not byte-level)": foreign,
+        **{k: model.content.get(k) for k in (
+            "dropout", "byte_fallback", "continuing_subword_prefix", "end_of_word_suffix")},
+        "an unk_token for missing bytes": model.content.get("unk_token") and missing,
+        **{f"added token {t.content['content']!r} with {k}": t.get(k, bool)
+           for t in added for k in ("lstrip", "rstrip", "single_word")},
+        "an added token that is empty, twice there or not numbered on":
+            "" in special or len(added) != len(special) or numbered != special,
+        "an id of two tokens": len(known) < len(vocab | special),
+        f"merge {odd[:1]}": odd,
+        "a merge order that is not that of the ids": -1 in made or made != sorted(made),
+        "a token that no merge makes":
+            {i for t, i in vocab.items() if len(t) > 1 and t not in special} - set(made),
+        "a post-processor's id without a token": set(prefix) - known})
     ranks = {bytes(byte[c] for c in t): i for t, i in vocab.items() if t not in special}
     try:
         encoding = PretrainedBPE(str(name), pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
     except ValueError as e:
         raise UserError(f"{path}: {e}") from None
-    encoding.nfc, encoding.missing, encoding.known = bool(normalizer), missing, set(ranks.values()) | set(special.values())
-    settings, config = (read_json(folder / f) if (folder / f).exists() else {} for f in ("tokenizer_config.json", "config.json"))
-    eos = settings.get("eos_token") or config.get("eos_token_id")
-    eos = eos["content"] if isinstance(eos, dict) else next(iter(eos), None) if isinstance(eos, list) else eos
-    encoding.eos = special.get(eos, vocab.get(eos)) if isinstance(eos, str) else eos
-    if encoding.eos is None:
-        raise UserError(f"{folder}: neither tokenizer_config.json nor config.json names an end-of-text token")
+    encoding.nfc, encoding.missing, encoding.known = bool(normalizer.content), missing, known
+    encoding.normalized = {t.content["content"] for t in added if t.get("normalized", bool)}
+    encoding.prefix, encoding.stop = prefix, ends(folder, {**vocab, **special})
+    encoding.eos = encoding.stop[0]
     return encoding
 
 
-def load_chat_template(name):
-    """The chat template of a Hugging Face folder or hub id, as a function: a user's message -> the text up to where the answer starts."""
+def ends(folder, vocab):
+    """The ids that end a text, see load_tokenizer."""
+    eos = vocab.get(named_tokens(folder).get("eos_token"))
+    generation, config = (read_json(folder / f"{k}config.json", optional=True).ids("eos_token_id")
+                          for k in ("generation_", ""))
+    stop = list(dict.fromkeys([eos] * (eos is not None) + (generation or config)))
+    if not stop:
+        raise UserError(f"{folder}: none of its config files names an end-of-text token")
+    return stop
+
+
+def chat_environment():
+    """What transformers lets a chat template, which is a program, use."""
+    import jinja2
+    import jinja2.ext
     from jinja2.sandbox import ImmutableSandboxedEnvironment        # comes with torch
+
+    class Generation(jinja2.ext.Extension):
+        """{% generation %} marks what an assistant wrote, and changes nothing."""
+        tags = {"generation"}
+
+        def parse(self, parser):
+            next(parser.stream)
+            body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
+            return jinja2.nodes.Scope(body)
+
+    def raise_exception(message):
+        raise jinja2.TemplateError(message)
+
+    def tojson(x, ensure_ascii=False, **more):      # jinja's own escapes HTML and sorts
+        return json.dumps(x, ensure_ascii=ensure_ascii, **more)
+
+    env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
+                                        extensions=[Generation, jinja2.ext.loopcontrols])
+    env.filters["tojson"] = tojson
+    env.globals["raise_exception"] = raise_exception
+    env.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    return env
+
+
+def load_chat_template(name):
+    """The chat template of a Hugging Face folder or hub id, as a function: a user's message -> the text up to where the answer starts.
+
+    The function's attribute `end` is the text that the template puts after an answer.
+    """
     folder = hub_folder(name)
-    settings, file = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").exists() else {}, folder / "chat_template.jinja"
-    source = file.read_text("utf-8") if file.exists() else settings.get("chat_template")
+    settings, file = read_json(folder / "tokenizer_config.json", optional=True), folder / "chat_template.jinja"
+    source = read_text(file) if file.exists() else settings.content.get("chat_template")
+    if isinstance(source, list):
+        source = {t.need("name", str): t.need("template", str) for t in settings.sections("chat_template")}
+    if isinstance(source, dict):
+        source = source.get("default")
     if not isinstance(source, str):
         raise UserError(f"{folder}: neither chat_template.jinja nor tokenizer_config.json has a chat template")
-    tokens = {k: t["content"] if isinstance(t, dict) else t for k in ("bos_token", "eos_token") if (t := settings.get(k))}
-    env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-    env.globals["strftime_now"] = lambda form: time.strftime(form)
+    tokens, env = named_tokens(folder), chat_environment()
 
-    def render(message):
+    def render(question, answer=None):
+        messages = [dict(role="user", content=question), dict(role="assistant", content=answer)]
         try:
-            return env.from_string(source).render(messages=[dict(role="user", content=message)], add_generation_prompt=True, **tokens)
-        except Exception as e:      # a template is a program
+            return env.from_string(source).render(
+                messages=messages[:1 + bool(answer)], tools=None, documents=None,
+                add_generation_prompt=not answer, **tokens)
+        except Exception as e:
             raise UserError(f"{folder}: its chat template fails ({type(e).__name__}: {e})") from None
+
+    place = "\ufffc"        # stands nowhere else
+    _, found, end = render("question", place).rpartition(place)
+    render.end = end if found else ""
     return render
 
 
@@ -284,9 +504,30 @@ def load_chat_template(name):
 # Word problems, and a checkpoint that answers them
 
 def extract_answer(text):
-    """The number after the first "#### ", as GSM8K's authors read it (github.com/openai/grade-school-math), or None."""
+    """The number after the first "#### ", as GSM8K's authors read it (github.com/openai/grade-school-math) but for a dot at its end, or None."""
     match = re.search(r"#### (\-?[0-9\.\,]+)", text)
-    return match.group(1).replace(",", "") if match else None
+    number = match.group(1).replace(",", "").rstrip(".") if match else ""
+    return number if re.search("[0-9]", number) else None
+
+
+def read_rows(data):
+    """What --data names -> its splits, each a list of Sections: gsm8k's two, of a file one."""
+    where = f"--data {data}: row"
+    try:
+        if data == "gsm8k":
+            import datasets
+            splits = [datasets.load_dataset("openai/gsm8k", "main", split=s) for s in ("train", "test")]
+        elif data.endswith(".parquet"):
+            import pyarrow.parquet          # comes with datasets
+            splits = [pyarrow.parquet.read_table(data).to_pylist()]
+        else:
+            lines = enumerate(read_text(data, f"--data {data}").split("\n"), 1)
+            return [[parse_json(f"{where} {i}", line) for i, line in lines if line.strip()]]
+        return [[Section(f"{where} {i}", row) for i, row in enumerate(split, 1)] for split in splits]
+    except UserError:
+        raise
+    except Exception as e:
+        raise UserError(f"--data {data} cannot be read ({type(e).__name__}: {e})") from None
 
 
 def load_problems(data, answers=True):
@@ -294,38 +535,34 @@ def load_problems(data, answers=True):
 
     answers: every row has to have one, a text with '#### number'; without, the answer is None where there is no such thing.
     """
-    try:
-        if data == "gsm8k":
-            import datasets
-            splits = [list(datasets.load_dataset("openai/gsm8k", "main", split=s)) for s in ("train", "test")]
-        elif data.endswith(".parquet"):
-            import pyarrow.parquet          # comes with datasets
-            splits = [pyarrow.parquet.read_table(data).to_pylist()]
-        else:
-            splits = [[json.loads(line) for line in Path(data).read_text("utf-8").split("\n") if line.strip()]]
-        answer = lambda row: extract_answer(row["answer"] if answers else str(row.get("answer")))
-        rows = [("" + row["question"], answer(row), i) for i, split in enumerate(splits) for row in split]
-    except KeyError as e:
-        raise UserError(f"--data {data}: a row has no column {e}") from None
-    except FileNotFoundError:
-        raise UserError(f"--data {data}: no such file, and not gsm8k") from None
-    except Exception as e:
-        raise UserError(f"--data {data}: no rows with a question{' and an answer' * answers} can be read from it ({type(e).__name__})") from None
-    for q, a, _ in rows:
-        if a is None and answers:
-            raise UserError(f"--data {data}: the answer to {q[:50]!r} has no '#### number'")
-    other = lambda q, split: split == 1 if len(splits) > 1 else zlib.crc32(q.encode()) % 10 == 0
-    parts = [[(q, a) for q, a, split in rows if other(q, split) == held_out] for held_out in (False, True)]
+    splits = read_rows(data)
+    other = lambda q, split: split == 1 if len(splits) > 1 else zlib.crc32(q.encode("utf-8", "surrogatepass")) % 10 == 0
+    parts = [], []
+    for i, split in enumerate(splits):
+        for row in split:
+            question = row.need("question", str)
+            answer = extract_answer(row.need("answer", str) if answers else row.get("answer", str, ""))
+            if answers and answer is None:
+                raise UserError(f"{row.where}: its answer has no '#### number'")
+            parts[other(question, i)].append((question, answer))
     if not all(parts):
         raise UserError(f"--data {data}: {len(parts[0])} problems to train on, {len(parts[1])} held out are too few")
-    return parts
+    return list(parts)
 
 
 @functools.cache
 def word_problems(init, data, template, chat, answers=True):
-    """How the problems of a file are drawn, held out, asked in the checkpoint's own tokens, and judged."""
-    tokenizer, wrap, (train, held_out) = load_tokenizer(init), load_chat_template(init) if chat else lambda text: text, load_problems(data, answers)
-    prompt = lambda p: tokenizer.encode(wrap(template.replace("\\n", "\n").replace("{question}", p[0])), allowed_special="all")
+    """How the problems of a file are drawn, held out, asked in the checkpoint's own tokens, and judged.
+
+    A chat begins with what its template writes and ends with what that puts after an answer; other text begins with the tokenizer's prefix.
+    """
+    tokenizer, (train, held_out) = load_tokenizer(init), load_problems(data, answers)
+    wrap, prefix = (load_chat_template(init), []) if chat else (lambda text: text, tokenizer.prefix)
+    if chat:
+        marks = [i for i in tokenizer.encode(wrap.end, allowed_special="all") if i in tokenizer._special_tokens.values()]
+        tokenizer.stop = list(dict.fromkeys(marks[:1] + tokenizer.stop))
+        tokenizer.eos = tokenizer.stop[0]
+    prompt = lambda p: prefix + tokenizer.encode(wrap(template.replace("\\n", "\n").replace("{question}", p[0])), allowed_special="all")
     lengths = [len(prompt(p)) for p in train + held_out]
     if not min(lengths):
         raise UserError(f"--data {data}: an empty question is an empty prompt under this --template")

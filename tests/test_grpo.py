@@ -1014,9 +1014,10 @@ def test_a_script_that_knows_of_one_process_only_refuses_several(tmp_path):
 # Real checkpoints, real data
 
 @pytest.mark.parametrize("text, answer", [
-    ("She has 48/2 = <<48/2=24>>24.\n#### 72", "72"), ("#### 1,234", "1234"), ("#### -5", "-5"), ("#### 3.50", "3.50"), ("#### 5.", "5."), ("#### 12 apples", "12"),
-    ("#### 1\n#### 2", "1"), ("#### $5", None), ("####7", None), ("72", None), ("", None), ("#### 1,000,000.", "1000000."), ("x #### 9", "9")])
-def test_an_answer_is_read_as_gsm8ks_authors_read_it(text, answer):
+    ("She has 48/2 = <<48/2=24>>24.\n#### 72", "72"), ("#### 1,234", "1234"), ("#### -5", "-5"), ("#### 3.50", "3.50"), ("#### 5.", "5"), ("#### 12 apples", "12"),
+    ("#### 1\n#### 2", "1"), ("#### $5", None), ("####7", None), ("72", None), ("", None), ("#### 1,000,000.", "1000000"), ("x #### 9", "9"),
+    ("#### , that is 5", None), ("#### ... 5", None), ("#### -.", None), ("#### .5", ".5"), ("#### , #### 5", None)])
+def test_an_answer_is_read_as_gsm8ks_authors_read_it_but_for_a_final_dot(text, answer):
     assert extract_answer(text) == answer
 
 
@@ -1078,7 +1079,7 @@ def test_a_word_problem_is_judged_by_its_own_number_whether_finished_or_not(real
         ids[i, 1:len(row) + 1], mask[i, 1:len(row) + 1] = torch.tensor(row), 1
     monkeypatch.setattr(grpo, "generate", lambda *_, **__: Rollout(ids, mask, mask, torch.ones(6, dtype=torch.long)))
     _, seen, rewards = grpo.sample(None, problems, 3, config, None)
-    assert seen == texts and rewards.tolist() == [[1, 0, 0], [1, 0, 1]]
+    assert seen == texts and rewards.tolist() == [[1, 0, 0], [1, 1, 1]]
 
 
 def test_held_out_word_problems_are_never_trained_on_and_none_twice(real, monkeypatch):
@@ -1123,9 +1124,9 @@ def test_a_real_run_ends_with_a_checkpoint_that_can_be_opened_and_resumes_to_its
 
 
 @pytest.mark.parametrize("data, words", [
-    ("none.jsonl", ["no such file"]), ("gsm9k", ["no such file"]), ("[1]\n", ["TypeError"]), ("{", ["JSONDecodeError"]), ('{"question": "a", "solution": "#### 1"}', ["no column 'answer'"]),
-    ('{"answer": "#### 1"}', ["no column 'question'"]), ('{"question": "a", "answer": "1"}', ["####"]), ('{"question": "a", "answer": 1}', ["TypeError"]),
-    ('{"question": "a", "answer": "#### 1"}', ["too few"]), ('{"question": 1, "answer": "#### 1"}', ["TypeError"]), ("", ["too few"]), (b"PAR1 no parquet", ["ArrowInvalid"]), (b"\xff", ["UnicodeDecodeError"])])
+    ("none.jsonl", ["no such file"]), ("gsm9k", ["no such file"]), ("[1]\n", ["row 1", "no JSON object"]), ("{", ["row 1", "JSON"]), ('{"question": "a", "solution": "#### 1"}', ["row 1", "answer is missing"]),
+    ('{"answer": "#### 1"}', ["row 1", "question is missing"]), ('{"question": "a", "answer": "1"}', ["row 1", "####"]), ('{"question": "a", "answer": 1}', ["row 1", "answer is 1"]),
+    ('{"question": "a", "answer": "#### 1"}', ["too few"]), ('{"question": 1, "answer": "#### 1"}', ["question is 1"]), ("", ["too few"]), (b"PAR1 no parquet", ["ArrowInvalid"]), (b"\xff", ["UTF-8"])])
 def test_data_that_cannot_be_used_is_one_line_that_says_why(data, words, real, tmp_path):
     file = tmp_path / ("x.parquet" if data == b"PAR1 no parquet" else "x.jsonl")
     if "no such file" in words:

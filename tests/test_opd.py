@@ -1036,7 +1036,7 @@ def test_interrupting_a_run_between_checkpoints_changes_nothing(real):
     ("--init STUDENT --teacher FOREIGN --data DATA", "vocabulary is not that of"), ("--init STUDENT --teacher NARROW --data DATA", "290 ids"),
     ("--init STUDENT --teacher INSIDE --data DATA", "a run writes its models there"), ("--init STUDENT --teacher SHORT --data DATA --max-new-tokens 50", "40 positions"), ("--init STUDENT --teacher /no/such --data DATA", "/no/such: no such folder"),
     ("--init /no/such --teacher TEACHER --data DATA", "/no/such: no such folder"), ("--init STUDENT --teacher TEACHER --data /no/such.jsonl", "no such file"),
-    ("--init STUDENT --teacher TEACHER --data BROKEN", "no column 'question'"), ("--init STUDENT --teacher TEACHER --data DATA --chat", "chat template"),
+    ("--init STUDENT --teacher TEACHER --data BROKEN", "row 1: question is missing"), ("--init STUDENT --teacher TEACHER --data DATA --chat", "chat template"),
     ("--init STUDENT --teacher TEACHER --data EMPTY --template {question}", "empty prompt")])
 def test_a_mistake_about_checkpoints_is_one_line_and_nothing_is_written(flags, words, real, tmp_path):
     (real / "broken.jsonl").write_text('{"prompt": "a"}\n')

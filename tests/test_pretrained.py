@@ -4,6 +4,8 @@ import json
 import os
 import random
 import re
+import resource
+import shutil
 import subprocess
 import sys
 import unicodedata
@@ -16,10 +18,11 @@ import pytest
 import regex
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from model import GPT, GPTConfig, UserError, bpe_merges, generate
-from pretrained import SPLIT, hf_config, load_tokenizer
+from pretrained import SPLIT, hf_config, load_chat_template, load_problems, load_tokenizer, word_problems
 
 PROMPTS = [[3], [1, 4, 1, 5, 9, 2, 6], [5, 3, 5], [8, 9, 7, 9] * 5]
 BASE = dict(hidden_act="silu", vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
@@ -156,10 +159,65 @@ def test_a_tied_head_may_be_stored_twice_but_not_differ_and_old_rotary_tables_ar
     (dict(partial_rotary_factor=0.5), ["partial_rotary_factor"]), (dict(hidden_act="gelu"), ["gelu"]), (dict(attention_bias=True), ["attention_bias"]),
     (dict(mlp_bias=True), ["mlp_bias"]), (dict(layer_types=["full_attention", "sliding_attention"]), ["sliding"]),
     (dict(model_type="qwen2", use_sliding_window=True, sliding_window=8, max_window_layers=1), ["sliding"]),
-    (dict(quantization_config=dict(bits=4)), ["quantization_config"]), (dict(num_attention_heads=3, num_key_value_heads=2, head_dim=8), ["n_kv_head"])])
+    (dict(quantization_config=dict(bits=4)), ["quantization_config"]), (dict(num_attention_heads=3, num_key_value_heads=2, head_dim=8), ["config.json", "n_kv_head"]),
+    (dict(is_causal=False), ["is_causal"]), (dict(layer_types=["full_attention", "linear_attention"]), ["layers"]),
+    (dict(rope_scaling=dict(partial_rotary_factor=0.5)), ["partial_rotary_factor"])])
 def test_what_is_not_supported_is_one_line_that_names_it(change, words, tmp_path):
     with refused(*words):
         GPT.from_pretrained(write(tmp_path, {**BASE, **KINDS["llama"], **change}, {"x": torch.zeros(1)}))
+
+
+YARN = dict(type="yarn", factor=4.0, original_max_position_embeddings=2048)
+
+
+@pytest.mark.parametrize("scaling, parameters, words", [
+    (YARN, dict(rope_type="default", rope_theta=500.0), ["rope scaling", "yarn"]), (YARN, None, ["rope scaling", "yarn"]), (None, YARN, ["rope scaling", "yarn"]),
+    (dict(type="default"), {**YARN, "rope_type": "yarn"}, ["rope scaling", "yarn"]), (dict(type="default"), dict(rope_theta=500.0), ["rope_scaling beside"]),
+    (None, dict(rope_theta=400.0), ["more than one rope_theta", "400"]), (dict(rope_theta=500.0), dict(rope_theta=500.0), None), (None, dict(rope_theta=500), None)])
+def test_two_spellings_of_a_rotation_agree_or_are_refused(scaling, parameters, words, tmp_path):
+    c = {**BASE, **KINDS["llama"], "rope_scaling": scaling, "rope_parameters": parameters}
+    folder = write(tmp_path, c, tensors_of(c))
+    if words is None:
+        assert GPT.from_pretrained(folder).config.rope_theta == 500.0
+    else:
+        with refused("config.json", *words):
+            GPT.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("change, words", [
+    (dict(rope_scaling="linear"), ["rope_scaling", "linear", "object"]), (dict(vocab_size="300"), ["vocab_size", "300", "whole number"]), (dict(hidden_size=-16), ["hidden_size", "-16"]),
+    (dict(hidden_size=0), ["hidden_size is 0"]), (dict(num_hidden_layers=True), ["num_hidden_layers", "whole number"]), (dict(num_hidden_layers=10 ** 9), ["num_hidden_layers", "1000000000"]),
+    (dict(vocab_size=10 ** 40), ["vocab_size"]), (dict(max_position_embeddings=2 ** 30, head_dim=2 ** 29), ["rotary positions", "GiB"]), (dict(num_key_value_heads=0), ["num_key_value_heads"]),
+    (dict(rms_norm_eps=float("nan")), ["rms_norm_eps"]), (dict(rope_theta=float("inf")), ["rope_theta"]), (dict(rope_theta=0), ["rope_theta"]), (dict(model_type=["llama"]), ["model_type"]),
+    (dict(attention_bias="false"), ["attention_bias", "true or false"]), (dict(layer_types=8), ["layer_types"]), (dict(hidden_act=dict()), ["hidden_act"]), (dict(head_dim=8.5), ["head_dim"]),
+    (dict(partial_rotary_factor=[1]), ["partial_rotary_factor"]), (dict(hidden_size=33), ["n_embd 33"])])
+def test_a_config_of_a_wrong_type_or_out_of_range_is_one_line_that_names_it(change, words, tmp_path):
+    with refused("config.json", *words):
+        GPT.from_pretrained(write(tmp_path, {**BASE, **KINDS["llama"], **change}, {"x": torch.zeros(1)}))
+
+
+def test_a_json_that_is_no_object_of_objects_is_one_line_that_names_it(tmp_path):
+    c = {**BASE, **KINDS["llama"]}
+    for index in (dict(weight_map=["a"]), dict(weight_map=dict(x=["a"])), dict(), [1]):
+        write(tmp_path, c, {})
+        (tmp_path / "model.safetensors").unlink()
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+        with refused("model.safetensors.index.json"):
+            GPT.from_pretrained(tmp_path)
+    for text in ("[" * 10 ** 5, "{" + '"a":{' * 10 ** 5, '\ufeff"no"', "9" * 10 ** 5):
+        (tmp_path / "config.json").write_text(text)
+        with refused("config.json", "JSON"):
+            GPT.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(c), "utf-16")
+    with refused("config.json", "UTF-8"):
+        GPT.from_pretrained(tmp_path)
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").mkdir()
+    with refused("config.json", "cannot be read"):
+        GPT.from_pretrained(tmp_path)
+    for name in ("a" * 300, "a\0b", tmp_path / "config.json" / "b"):
+        with refused("no such folder"):
+            GPT.from_pretrained(name)
 
 
 def test_what_a_config_leaves_out_is_what_transformers_takes_it_to_mean(tmp_path):
@@ -183,7 +241,7 @@ def test_a_tensor_missing_left_over_or_of_a_wrong_shape_is_one_line_that_names_i
     for i, name in enumerate(w):
         with refused(name, "missing"):
             GPT.from_pretrained(write(tmp_path / f"missing{i}", kind, {k: v for k, v in w.items() if k != name}))
-        for wrong in (w[name].flatten()[1:], w[name][:-2], w[name][None]):
+        for wrong in (w[name].flatten()[1:], w[name][:-2], w[name][None], w[name].to(torch.int8)):
             with refused(name, "shape"):
                 GPT.from_pretrained(write(tmp_path / f"shape{i}", kind, {**w, name: wrong}))
     for name in ("model.layers.2.input_layernorm.weight", "model.layers.0.self_attn.o_proj.bias", "visual.weight"):
@@ -242,16 +300,62 @@ def test_a_model_without_a_name_at_hugging_face_is_not_written(tmp_path):
 
 def test_an_interrupted_save_leaves_the_old_checkpoint_whole(tmp_path, monkeypatch):
     GPT(GPTConfig(11, 16, 1, 2, 16)).save_pretrained(tmp_path)
-    before = (tmp_path / "model.safetensors").read_bytes(), (tmp_path / "config.json").read_bytes()
+    before = contents(tmp_path)
 
-    def dies(tensors, path, **_):
-        Path(path).write_bytes(b"half")
+    def dies(_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("pretrained.save_file", dies)
+    monkeypatch.setattr("run.os.fsync", dies)
     with pytest.raises(KeyboardInterrupt):
         GPT(GPTConfig(11, 16, 2, 2, 16)).save_pretrained(tmp_path)
-    assert before == ((tmp_path / "model.safetensors").read_bytes(), (tmp_path / "config.json").read_bytes())
+    assert contents(tmp_path) == before
+
+
+def contents(folder):
+    return {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
+@pytest.mark.parametrize("room", [100, 900, 12000])
+def test_a_full_disk_is_one_line_and_leaves_the_older_save_whole_and_nothing_else(room, tmp_path):
+    GPT(GPTConfig(300, 16, 1, 2, 16)).save_pretrained(tmp_path)
+    before, limits = contents(tmp_path), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))      # no file may grow larger: nor does /dev/full let a folder be
+    try:
+        with refused("cannot write", str(tmp_path)):
+            GPT(GPTConfig(300, 16, 2, 2, 16)).save_pretrained(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "generation_config.json", "chat_template.jinja", "tokenizer.json"])
+def test_a_save_touches_no_file_that_no_save_wrote(name, tmp_path):
+    (tmp_path / "README.md").write_text("mine")
+    (tmp_path / name).write_text("mine")
+    before = contents(tmp_path)
+    with refused(str(tmp_path), name, "another folder"):
+        GPT(GPTConfig(11, 16, 1, 2, 16)).save_pretrained(tmp_path)
+    assert contents(tmp_path) == before
+    (tmp_path / name).unlink()
+    for layers in (1, 2):
+        GPT(GPTConfig(11, 16, layers, 2, 16)).save_pretrained(tmp_path)
+        assert GPT.from_pretrained(tmp_path).config.n_layer == layers and (tmp_path / "README.md").read_text() == "mine"
+
+
+def test_a_folder_holds_what_was_saved_last_and_nothing_older(merges, tmp_path):
+    a, b, out = save_json(tmp_path / "a", make_json(merges)), save_json(tmp_path / "b", make_json(merges), eos_token="<|im_end|>", chat_template="B{{ messages[0]['content'] }}"), tmp_path / "out"
+    (a / "chat_template.jinja").write_text("A")
+    save = lambda **like: GPT(GPTConfig(600, 16, 1, 2, 16)).save_pretrained(out, **like)
+    save(like=a)
+    assert load_chat_template(out)("?") == "A"
+    save(like=b)
+    assert load_chat_template(out)("?") == "B?" and contents(out).keys() == {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    save(like=out)
+    assert load_chat_template(out)("?") == "B?"
+    save()
+    assert contents(out).keys() == {"config.json", "model.safetensors"}
+    with safe_open(out / "model.safetensors", "pt") as f:
+        assert f.metadata()["format"] == "pt"
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -390,10 +494,54 @@ def test_special_tokens_are_an_error_unless_they_are_allowed_and_the_longest_win
     assert tokenizer.decode(plain) == tokenizer.decode([special["<|im_end|>"]]) == "<|im_end|>"
 
 
+def test_of_two_special_tokens_at_one_place_the_one_that_the_library_looks_for_first_wins(merges, tmp_path):
+    content = edited(make_json(merges), ("added_tokens", 4, "normalized"), True)
+    tokenizer = load_tokenizer(save_json(tmp_path, content))
+    special = {t["content"]: t["id"] for t in content["added_tokens"]}
+    ids = tokenizer.encode("<think>!", allowed_special="all")
+    assert ids == [special["<think>"], *tokenizer.encode("!")]
+    library = pytest.importorskip("tokenizers").Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert ids == library.encode("<think>!", add_special_tokens=False).ids
+
+
 def test_an_id_without_a_token_decodes_to_nothing(merges, tmp_path):
     tokenizer = load_tokenizer(save_json(tmp_path, make_json(merges)))
     a, b = tokenizer.encode("a"), tokenizer.encode("b")
     assert tokenizer.decode(a + [tokenizer.n_vocab, 10 ** 6] + b) == "ab"
+
+
+@pytest.mark.parametrize("generation, config, stop", [
+    (dict(eos_token_id=[2, 0]), dict(eos_token_id=1), [2, 0]), (dict(eos_token_id=[0, 1]), {}, [2, 0, 1]), (dict(eos_token_id=0), {}, [2, 0]), (dict(eos_token_id=2), dict(eos_token_id=0), [2]),
+    (None, dict(eos_token_id=[0, 2, 0]), [2, 0]), (dict(temperature=0.6), dict(eos_token_id=0), [2, 0]), ({}, {}, [2])])
+def test_a_text_ends_at_each_id_that_transformers_ends_it_at_and_at_the_tokenizers_own(generation, config, stop, merges, tmp_path):
+    save_json(tmp_path, make_json(merges))
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    if generation is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.stop == stop and tokenizer.eos == stop[0]
+
+
+def test_saved_again_a_list_of_ends_is_the_same_list(merges, tmp_path):
+    like = save_json(tmp_path / "like", make_json(merges))
+    (like / "generation_config.json").write_text(json.dumps(dict(eos_token_id=[2, 0])))
+    model = GPT(GPTConfig(600, 16, 1, 2, 16))
+    for folder, stop, more in (("b", [2, 0], {}), ("c", [2, 1], dict(stop=[1]))):
+        model.save_pretrained(tmp_path / folder, like=like, **more)
+        assert load_tokenizer(tmp_path / folder).stop == stop
+        transformers = pytest.importorskip("transformers")
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / folder).generation_config.eos_token_id
+        assert theirs == (more.get("stop") or stop)
+
+
+@pytest.mark.parametrize("file, content, words", [
+    ("generation_config.json", dict(eos_token_id="2"), ["eos_token_id"]), ("generation_config.json", dict(eos_token_id=[2, None]), ["eos_token_id"]), ("generation_config.json", [], ["no JSON object"]),
+    ("config.json", dict(eos_token_id=-1), ["eos_token_id", "-1"]), ("tokenizer_config.json", dict(eos_token=7), ["eos_token is 7"]), ("tokenizer_config.json", dict(eos_token=dict(id=2)), ["eos_token is {'id': 2}"])])
+def test_an_end_that_is_no_token_is_one_line_that_names_it(file, content, words, merges, tmp_path):
+    save_json(tmp_path, make_json(merges))
+    (tmp_path / file).write_text(json.dumps(content))
+    with refused(file, *words):
+        load_tokenizer(tmp_path)
 
 
 @pytest.mark.parametrize("settings, config, eos", [
@@ -427,10 +575,122 @@ def edited(content, path, value):
     (("pre_tokenizer",), dict(type="Metaspace"), ["Metaspace"]), (("pre_tokenizer", "add_prefix_space"), True, ["pre-tokenizer"]),
     (("pre_tokenizer",), sequence(dict(type="Punctuation"), True), ["Punctuation"]), (("pre_tokenizer",), sequence(split(QWEN), True), ["pre-tokenizer"]),
     (("pre_tokenizer",), sequence({**split(QWEN), "behavior": "MergedWithNext"}, False), ["MergedWithNext"]), (("pre_tokenizer",), sequence(split("("), False), ["parenthesis"]),
-    (("added_tokens", 1, "lstrip"), True, ["im_start", "lstrip"]), (("added_tokens", 2, "single_word"), True, ["im_end", "single_word"])])
+    (("added_tokens", 1, "lstrip"), True, ["im_start", "lstrip"]), (("added_tokens", 2, "single_word"), True, ["im_end", "single_word"]),
+    (("decoder",), None, ["decoder"]), (("decoder", "type"), "Metaspace", ["decoder", "Metaspace"]), (("added_tokens", 4, "id"), 9999, ["numbered"]), (("added_tokens", 4, "id"), 0, ["numbered"]),
+    (("added_tokens", 0, "id"), 1, ["numbered"]), (("added_tokens", 4, "content"), "", ["empty"]), (("added_tokens", 4, "content"), "<think>", ["twice"]),
+    # shapes and types
+    (("model",), ["a"], ["model", "object"]), (("model", "vocab"), [["a", -1.5]], ["vocab", "object"]), (("model", "vocab", "a"), "7", ["vocab", "a is '7'"]),
+    (("model", "vocab", "a"), -7, ["a is -7"]), (("model", "vocab", "a"), 5, ["id of two tokens"]), (("model", "vocab", ""), 9999, ["''"]), (("model", "merges"), dict(a=1), ["merges"]),
+    (("model", "merges", 0), ["a"], ["merge"]), (("model", "merges", 0), 7, ["merge"]), (("model", "merges", 0), [1, 2], ["merge"]), (("pre_tokenizer",), ["a"], ["pre_tokenizer", "object"]),
+    (("pre_tokenizer",), dict(type="Sequence", pretokenizers=["a"]), ["pretokenizers 0"]), (("pre_tokenizer",), sequence(dict(split(""), pattern="a"), False), ["pattern", "object"]),
+    (("pre_tokenizer", "type"), ["ByteLevel"], ["type"]), (("normalizer",), "NFC", ["normalizer", "object"]), (("added_tokens",), dict(a=1), ["added_tokens", "list"]),
+    (("added_tokens", 3), "<think>", ["added_tokens 3"]), (("added_tokens", 3), dict(id=9), ["added_tokens 3", "content is missing"]), (("added_tokens", 3, "id"), "9", ["id is '9'"]),
+    (("added_tokens", 3, "content"), ["<think>"], ["content"]), (("post_processor",), ["a"], ["post_processor", "object"])])
 def test_a_tokenizer_that_is_not_supported_is_one_line_that_names_why(path, value, words, merges, tmp_path):
     with refused("tokenizer.json", *words):
         load_tokenizer(save_json(tmp_path, edited(make_json(merges), path, value)))
+
+
+def test_a_real_unigram_tokenizer_is_one_line_that_says_so(tmp_path):
+    content = dict(added_tokens=[], normalizer=None, pre_tokenizer=dict(type="Metaspace"), model=dict(type="Unigram", unk_id=0, vocab=[["<unk>", 0.0], ["▁the", -3.2]]))
+    with refused("tokenizer.json", "Unigram"):
+        load_tokenizer(save_json(tmp_path, content))
+
+
+def before(*names, after=()):
+    """A post-processor as Llama 3's: these tokens before a text."""
+    piece = lambda name: dict(SpecialToken=dict(id=name, type_id=0))
+    text = lambda letter: [*map(piece, names), dict(Sequence=dict(id=letter, type_id=0)), *map(piece, after)]
+    tokens = {name: dict(id=name, ids=[SPECIAL.index(name)], tokens=[name]) for name in {*names, *after}}
+    return dict(type="Sequence", processors=[level(True), dict(type="TemplateProcessing", single=text("A"), pair=text("A") + text("B"), special_tokens=tokens)])
+
+
+@pytest.mark.parametrize("post, prefix", [(before("<|endoftext|>"), [0]), (before("<|im_start|>", "<|endoftext|>"), [1, 0]), (before(), []), (level(True), []),
+                                          (before("<|im_end|>")["processors"][1], [2]), (None, [])])
+def test_a_prompt_begins_with_what_the_post_processor_puts_before_a_text_and_a_chat_with_its_template(post, prefix, merges, tmp_path):
+    save_json(tmp_path, {**make_json(merges), "post_processor": post}, eos_token="<|im_end|>", chat_template="<|im_start|>{{ messages[0]['content'] }}\n")
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(dict(question=f"What is {i}?", answer=f"#### {i}")) + "\n" for i in range(99)))
+    assert load_tokenizer(tmp_path).prefix == prefix
+    ask = lambda chat: word_problems(tmp_path, str(tmp_path / "data.jsonl"), "Q: {question}", chat).prompt(("the <|im_end|>?", "1"))
+    plain, chat = ask(False), ask(True)
+    assert plain[:len(prefix)] == prefix and 2 in plain[len(prefix):] and chat[0] == 1
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    assert plain == theirs("Q: the <|im_end|>?").input_ids
+    assert chat == theirs.apply_chat_template([dict(role="user", content="Q: the <|im_end|>?")], add_generation_prompt=True, return_dict=False)
+
+
+@pytest.mark.parametrize("post, words", [
+    (before("<|im_start|>", after=["<|im_end|>"]), ["after the text"]), (dict(type="RobertaProcessing", sep=["</s>", 2], cls=["<s>", 0]), ["RobertaProcessing"]),
+    (dict(type="TemplateProcessing", single=[dict(SpecialToken=dict(id="<s>")), dict(Sequence=dict(id="A"))], special_tokens={}), ["<s> is missing"]),
+    (dict(type="TemplateProcessing", single=[dict(SpecialToken=dict(id="<s>")), dict(Sequence=dict(id="A"))], special_tokens={"<s>": dict(ids=[9999])}), ["without a token"]),
+    (dict(type="TemplateProcessing"), ["after the text"]), (dict(type="Sequence", processors="a"), ["processors"])])
+def test_what_a_post_processor_does_beside_is_one_line_that_names_it(post, words, merges, tmp_path):
+    with refused("tokenizer.json", *words):
+        load_tokenizer(save_json(tmp_path, {**make_json(merges), "post_processor": post}))
+
+
+MESSAGES = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+
+
+@pytest.mark.parametrize("template, expected", [
+    ("{% for m in messages %}{{ m | tojson }}{% endfor %}", '{"role": "user", "content": "1 < 2 & \'é\'?"}'), ("{{ messages | tojson(indent=1) }}", None),
+    ("{% if tools is not none %}TOOLS{% endif %}{% if documents is not none %}DOCUMENTS{% endif %}" + MESSAGES, "<user>1 < 2 & 'é'?"),
+    ("{% for m in messages %}{% generation %}{% set x = 1 %}{{ m.content }}{% endgeneration %}{{ x }}{% endfor %}!", "1 < 2 & 'é'?!"),
+    ("{{ bos_token }}|{{ eos_token }}|{{ pad_token }}|{{ unk_token }}|{{ sep_token }}", "<think>|<|im_end|>|<|endoftext|>||"), ("{{ strftime_now('%Y') }}", None),
+    ([dict(name="tool_use", template="T"), dict(name="default", template=MESSAGES)], "<user>1 < 2 & 'é'?"), ("{% for i in range(9) %}{% if i == 2 %}{% break %}{% endif %}{{ i }}{% endfor %}", "01"),
+    ("{% set n = namespace(x=0) %}{% for m in messages %}{% set n.x = n.x + 1 %}{% endfor %}{{ n.x }}{% if add_generation_prompt %}!{% endif %}", "1!")])
+def test_a_chat_template_renders_what_transformers_renders(template, expected, merges, tmp_path):
+    tokens = dict(eos_token="<|im_end|>", bos_token=dict(content="<think>", special=True), pad_token="<|endoftext|>")
+    save_json(tmp_path, make_json(merges), **tokens, chat_template=template, added_tokens_decoder={})
+    mine = load_chat_template(tmp_path)("1 < 2 & 'é'?")
+    assert expected is None or mine == expected
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(save_json(tmp_path / "b", make_json(merges), **{**tokens, "bos_token": "<think>"}, chat_template=template))
+    assert mine == theirs.apply_chat_template([dict(role="user", content="1 < 2 & 'é'?")], add_generation_prompt=True, tokenize=False)
+
+
+def test_special_tokens_of_older_folders_are_in_a_file_of_their_own(merges, tmp_path):
+    save_json(tmp_path, make_json(merges), chat_template="{{ bos_token }}{{ eos_token }}")
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps(dict(bos_token=dict(content="<think>"), eos_token="<|im_end|>")))
+    assert load_tokenizer(tmp_path).stop == [2] and load_chat_template(tmp_path)("") == "<think><|im_end|>"
+
+
+@pytest.mark.parametrize("template, words", [
+    ("{{ raise_exception('only to me') }}", ["fails", "only to me"]), ([dict(name="tool_use", template="T")], ["has a chat template"]), (None, ["has a chat template"]),
+    ([dict(name="default")], ["template is missing"]), ("{% generation %}", ["fails"]), (7, ["has a chat template"])])
+def test_a_chat_template_that_is_none_is_one_line_that_says_why(template, words, merges, tmp_path):
+    with refused(str(tmp_path), *words):
+        load_chat_template(save_json(tmp_path, make_json(merges), eos_token="<|im_end|>", chat_template=template))
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff\xfea")
+    with refused("chat_template.jinja", "UTF-8"):
+        load_chat_template(tmp_path)
+
+
+TURNS = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | trim }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+
+
+@pytest.mark.parametrize("template, chat, stop", [(TURNS, True, [2, 0]), (TURNS, False, [0]), ("{{ messages[0].content }}", True, [0]), (MESSAGES + "{{ eos_token }}", True, [0]),
+                                                  (MESSAGES + "</s>", True, [0])])
+def test_a_chat_ends_with_what_its_template_puts_after_an_answer(template, chat, stop, merges, tmp_path):
+    save_json(tmp_path, make_json(merges), eos_token="<|endoftext|>", chat_template=template)        # like a base Qwen2.5
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(dict(question=f"What is {i}?", answer=f"#### {i}")) + "\n" for i in range(99)))
+    tokenizer = word_problems(tmp_path, str(tmp_path / "data.jsonl"), "{question}", chat).tokenizer
+    assert tokenizer.stop == stop and tokenizer.eos == stop[0]
+
+
+@pytest.mark.parametrize("char", [" ", "\n", " \n", "\u3000"])
+def test_a_million_spaces_are_tokens_too(char, tokenizer_json, tmp_path):
+    tokenizer = load_tokenizer(save_json(tmp_path, tokenizer_json))
+    text = "x" + char * (10 ** 6 // len(char)) + "y x"
+    ids = tokenizer.encode(text, allowed_special="all")
+    assert tokenizer.decode(ids) == text
+    assert ids[-3:] == tokenizer.encode(char * 3 + "y x")[-3:]          # the last space still belongs to the word
+
+
+def test_half_a_surrogate_pair_is_replaced_in_every_tokenizer(tokenizer_json, tmp_path):
+    tokenizer = load_tokenizer(save_json(tmp_path, tokenizer_json))
+    assert tokenizer.encode("a\ud83d 1<think>", allowed_special="all") == tokenizer.encode("a\ufffd 1<think>", allowed_special="all")
 
 
 def test_merges_that_tiktoken_would_take_in_another_order_are_refused(merges, tmp_path):
@@ -460,7 +720,57 @@ def test_a_saved_model_takes_a_tokenizer_along(merges, tmp_path):
     like = save_json(tmp_path / "like", make_json(merges))
     GPT(GPTConfig(600, 16, 1, 2, 16)).save_pretrained(tmp_path / "b", like=like)
     assert load_tokenizer(tmp_path / "b").encode("the cat") == load_tokenizer(like).encode("the cat")
-    assert json.loads((tmp_path / "b/config.json").read_text())["eos_token_id"] == 2
+    assert json.loads((tmp_path / "b/config.json").read_text())["eos_token_id"] == [2]
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Word problems
+
+ROW = '{"question": "What is 1 plus %d?", "answer": "#### %d"}\n'
+ROWS = "".join(ROW % (i, i + 1) for i in range(60))
+
+
+def data(tmp_path, content):
+    (tmp_path / "x.jsonl").write_bytes(content if isinstance(content, bytes) else content.encode())
+    return str(tmp_path / "x.jsonl")
+
+
+@pytest.mark.parametrize("row, words", [
+    ('{"question": null, "answer": "#### 1"}', ["question is missing or null"]), ('{"question": 7, "answer": "#### 1"}', ["question is 7", "a text"]), ('{"question": "a", "answer": 5}', ["answer is 5", "a text"]),
+    ('{"question": "a", "answer": null}', ["answer is missing or null"]), ('{"question": "a"}', ["answer is missing"]), ('["a", "#### 1"]', ["no JSON object"]), ('{"question": "a", "answ', ["JSON", "Unterminated"]),
+    ('{"question": "a", "answer": "5"}', ["####"]), ('{"question": "a", "answer": "#### , that is 5"}', ["####"]), ('{"question": "a", "answer": "#### ... 5"}', ["####"]), ('{"question": "a", "answer": "#### -."}', ["####"]),
+    ("[" * 10 ** 5, ["JSON"]), ("9" * 10 ** 5, ["JSON"])])
+def test_a_row_that_cannot_be_used_is_one_line_with_its_number_and_the_cause(row, words, tmp_path):
+    with refused("--data", "x.jsonl", "row 62", *words):
+        load_problems(data(tmp_path, ROWS + "\n" + row))
+
+
+def test_a_file_that_cannot_be_used_is_one_line_with_the_cause(tmp_path):
+    for content, words in ((ROWS.encode("utf-16"), ["UTF-8"]), (ROWS.encode("utf-16-le"), ["row 1", "JSON"]), (json.dumps([dict(question="a", answer="#### 1")]), ["row 1", "no JSON object"]),
+                           ("[\n" + ROWS, ["row 1", "JSON"]), (b"", ["too few"]), (b"\xff", ["UTF-8"])):
+        with refused("--data", "x.jsonl", *words):
+            load_problems(data(tmp_path, content))
+    for name, words in ((tmp_path, "directory"), (tmp_path / ("a" * 300), "too long"), ("a" * 300, "too long"), (tmp_path / "none", "no such file"), (tmp_path / "x.jsonl" / "y", "directory"), (f"{tmp_path}/none.parquet", "none.parquet")):
+        with refused("--data", words):
+            load_problems(str(name))
+
+
+def test_a_byte_order_mark_a_lone_surrogate_and_a_final_dot_change_nothing(tmp_path):
+    expected = load_problems(data(tmp_path, ROWS))
+    assert load_problems(data(tmp_path, "\ufeff" + ROWS)) == expected
+    assert load_problems(data(tmp_path, ROWS.replace('"}', '."}').replace("\n", "\r\n"))) == expected
+    (question, answer), = [p for part in load_problems(data(tmp_path, ROWS + '{"question": "\\ud83d 1+1?", "answer": "#### 2."}')) for p in part if "+" in p[0]]
+    assert answer == "2"
+    tokenizer = load_tokenizer(save_json(tmp_path, make_json(merges_of(CORPUS, 20))))
+    assert tokenizer.decode(tokenizer.encode(question)) == "\ufffd 1+1?"
+    assert word_problems(tmp_path, str(tmp_path / "x.jsonl"), "{question}", False).judge((question, answer), "it is #### 2.", True) == 1
+
+
+def test_without_answers_a_row_may_lack_one_but_not_have_something_else_there(tmp_path):
+    rows = ROWS.replace(', "answer": "#### 3"', "").replace('"#### 4"', "null")
+    assert {a for part in load_problems(data(tmp_path, rows), answers=False) for _, a in part} >= {None, "5"}
+    with refused("row 61", "answer is 5"):
+        load_problems(data(tmp_path, rows + '{"question": "a", "answer": 5}'), answers=False)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
