@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -368,6 +369,46 @@ def tiles(monkeypatch):
     return set
 
 
+@pytest.fixture(params=["left", "right"])
+def fused(request, monkeypatch):
+    """The interpreter computes as a GPU does: a product of fp32 numbers goes unrounded into the sum or difference that follows, which is rounded once.
+    (In fp64 such a product is exact.) Where both sides are products a compiler takes either: the left or the right one. A GPU does all this by itself."""
+    if DEVICE == "cuda":
+        return
+    from triton.runtime.interpreter import InterpreterBuilder as Builder
+    multiply, select = Builder.create_fmul, Builder.create_select
+
+    def exact(x):
+        return x.attr.get("exact", x.data)
+
+    def create_fmul(self, a, b):
+        out = multiply(self, a, b)
+        if out.data.dtype == np.float32:
+            out.set_attr("exact", a.data.astype(np.float64) * b.data)
+        return out
+
+    def create_select(self, condition, a, b):
+        out = select(self, condition, a, b)
+        if "exact" in a.attr or "exact" in b.attr:
+            out.set_attr("exact", np.where(condition.data, exact(a), exact(b)))
+        return out
+
+    def fusing(plain, sign):
+        def create(self, a, b):
+            out = plain(self, a, b)
+            left, right = "exact" in a.attr, "exact" in b.attr
+            if left or right:
+                take_left = left and (request.param == "left" or not right)
+                x, y = (exact(a), b.data) if take_left else (a.data, exact(b))
+                out.data = np.add(x, sign * y, dtype=np.float64).astype(np.float32)
+            return out
+        return create
+
+    for name, f in dict(create_fmul=create_fmul, create_select=create_select, create_fadd=fusing(Builder.create_fadd, 1),
+                        create_fsub=fusing(Builder.create_fsub, -1)).items():
+        monkeypatch.setattr(Builder, name, f)
+
+
 def exact_attention(q, k, v, causal=True, window=None):
     T, S, G = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
     now, key = torch.arange(S - T, S)[:, None], torch.arange(S)
@@ -485,6 +526,26 @@ def test_triton_attention_survives_large_scores():
         true = out_and_gradients(exact_attention, scale * q.double(), k.double(), v.double(), upstream.double(), window=20)
         for a, b in zip(ours, true):
             assert a.isfinite().all() and (scale == 3000 or (a - b).norm() <= 1e-5 * b.norm())
+
+
+@needs_triton
+@pytest.mark.parametrize("D", [*range(2, 33, 2), 48, 64, 80, 96, 112, 128])
+def test_no_rounding_that_a_fused_multiply_add_leaves_out_is_trusted_by_attention(fused, D):
+    assert_triton_attention_is_exact(*attention_case(T=33, S=70, D=D), window=9)      # rows whose first tile is all hidden
+    assert_triton_attention_is_exact(*attention_case(T=3, S=40, D=D), window=20)
+
+
+@needs_triton
+@pytest.mark.parametrize("temperature", [1e-30, 1e-9, 1e-3, 0.7, 2, 1e6])
+def test_no_rounding_that_a_fused_multiply_add_leaves_out_is_trusted_by_logprobs(fused, monkeypatch, temperature):
+    monkeypatch.setattr(kernels, "BLOCK", 256)
+    hidden, weight, targets, upstream = (x if isinstance(x, list) else x.to(DEVICE) for x in problem(7, V=2500))
+    targets[3:] = (hidden @ weight.T).argmax(1)[3:]         # certain at a low temperature: its logp is 0, the others' far below
+    upstream = [g.to(DEVICE) * temperature for g in upstream]       # gradients of order 1
+    ours = values_and_gradients(impl("triton"), hidden, weight, targets, temperature, upstream)
+    true = values_and_gradients(exact, hidden, weight, targets, temperature, upstream)
+    for a, b in zip(ours, true):
+        torch.testing.assert_close(a.clamp_min(-1e30), b.clamp_min(-1e30), rtol=1e-4, atol=1e-4)
 
 
 @needs_triton
