@@ -818,9 +818,9 @@ def main():
     val_bytes = val_text.encode()
     bytes_per_token = len(val_bytes) / len(val_ids)
     gpt_config = GPTConfig(tokenizer.n_vocab, config.block_size, config.n_layer, config.n_head, config.n_embd, config.n_kv_head, qk_norm=True)
+    GPT(gpt_config)         # UserError if it is too large
     need_memory(16 * config.batch * config.block_size * config.n_layer * config.n_embd,      # two norms in a layer, each keeps its input and its output
                 f"what the backward pass needs of --batch {config.batch} x --block-size {config.block_size}", device)
-    GPT(gpt_config)         # UserError if it is too large
     # 2. Only now the folder: a mistake in the flags leaves the last run's alone
     data = hashlib.sha256(json.dumps(texts).encode()).hexdigest()
     with Run(config, also=("samples.txt",), inputs={f"the text of --data {config.data}".strip(): data}) as run:
