@@ -54,6 +54,8 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 
+from run import UserError, command, whole
+
 try:
     import triton
     import triton.language as tl
@@ -716,7 +718,8 @@ def plot_roofline(rows, peak, path):
     ax.set(xscale="log", yscale="log", xlabel="operations per byte that must be moved (FLOP/byte)", ylabel="achieved (FLOP/s)",
            title=f"Closest to the roof: {best['work']}, {best['impl']}, {best['dtype']}, {best['of_roof']:.0%}")
     ax.legend(labels.values(), labels, fontsize=8)
-    fig.savefig(path, dpi=110)
+    with whole(path) as f:
+        fig.savefig(f, dpi=110, format="png")
 
 
 def left_out(impl, dtype, device):
@@ -736,19 +739,40 @@ def apart(f, *args):
         return pool.apply(f, args)
 
 
+def make_folder(out):
+    """The folder for benchmark.json and kernels.png. UserError if it cannot be made, or holds files by these names that no benchmark wrote."""
+    ours = False
+    try:
+        os.makedirs(out, exist_ok=True)
+        names = {"benchmark.json", "kernels.png"} & set(os.listdir(out))
+        if "benchmark.json" in names:
+            with open(os.path.join(out, "benchmark.json")) as f:
+                ours = {"device", "threads", "torch", "rows"} == set(json.load(f))
+    except OSError as e:
+        raise UserError(f"cannot write to {out}: {e.strerror}") from None
+    except (ValueError, TypeError):     # no JSON, no object
+        pass
+    if names and not ours:
+        raise UserError(f"{out} holds {min(names)}, which no benchmark wrote: choose another --out")
+
+
 def main():
+    def fail(message):
+        raise UserError(message)
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--quick", action="store_true", help="small shapes, 20 s")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"), help="default: cuda where there is one")
     parser.add_argument("--against", default="", help="peers to add, with commas: " + ", ".join(PEERS))
     parser.add_argument("--out", default="out/kernels", help="folder for benchmark.json and kernels.png, default: %(default)s")
+    parser.error = fail
     args = parser.parse_args()
     peers, cuda = [p for p in args.against.split(",") if p], args.device == "cuda"
     if unknown := set(peers) - set(PEERS):
-        parser.error(f"--against: no peer is called {', '.join(sorted(unknown))}")
+        fail(f"--against: no peer is called {', '.join(sorted(unknown))}")
     if cuda and not torch.cuda.is_available():
-        parser.error("--device cuda: this machine has none")
-    os.makedirs(args.out, exist_ok=True)
+        fail("--device cuda: this machine has none")
+    make_folder(args.out)
     peak, rows = apart(roof, args.device), []
     print(f"{args.device}, {torch.get_num_threads()} threads, torch {torch.__version__}; matrix products reach "
           + ", ".join(f"{v / 1e9:.0f} GFLOP/s in {str(k)[6:]}" for k, v in peak.items() if k) + f"; a copy moves {peak[None] / 1e9:.0f} GB/s")
@@ -783,10 +807,10 @@ def main():
                 rows.append(row)
                 print(f"{name:<52} {seconds:>8.3f} {forward:>8.3f} {backward:>8.3f} {mib:>9.0f} {row['of_roof']:>8.0%} "
                       f"{'-' if err is None else format(err, '.0e'):>7} {row['time_ratio']:>6.2f}x {row['memory_ratio']:>6.2f}x", flush=True)
-    with open(os.path.join(args.out, "benchmark.json"), "w") as f:
-        json.dump(dict(device=args.device, threads=torch.get_num_threads(), torch=torch.__version__, rows=rows), f, indent=1)
+    with whole(os.path.join(args.out, "benchmark.json")) as f:
+        f.write(json.dumps(dict(device=args.device, threads=torch.get_num_threads(), torch=torch.__version__, rows=rows), indent=1).encode())
     plot_roofline(rows, peak, os.path.join(args.out, "kernels.png"))
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

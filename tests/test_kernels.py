@@ -13,6 +13,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from common import complain
+
 import kernels
 from kernels import attention, token_logprobs
 
@@ -749,6 +751,7 @@ def test_the_benchmark_counts_operations_bytes_and_ratios(monkeypatch, tmp_path)
     monkeypatch.setattr(kernels, "can_compile", lambda device: False)
     monkeypatch.setattr(sys, "argv", ["kernels.py", "--quick", "--device", "cpu", "--out", str(tmp_path)])
     kernels.main()
+    kernels.main()      # into its own folder again
     rows = json.loads((tmp_path / "benchmark.json").read_text())["rows"]
     assert [(r["work"], r["dtype"], r["impl"]) for r in rows] == [(work, dtype, impl) for work, fast in (("token_logprobs", "chunked"), ("attention", "sdpa"))
                                                                   for dtype in ("float32", "bfloat16") for impl in ("reference", fast)]
@@ -768,21 +771,21 @@ def test_the_benchmark_counts_operations_bytes_and_ratios(monkeypatch, tmp_path)
         assert (r["time_ratio"], r["memory_ratio"]) == ((0.25, 0.25) if fast else (1, 1))
 
 
-def mistake(monkeypatch, capsys, tmp_path, *flags):
-    monkeypatch.setattr(sys, "argv", ["kernels.py", *flags, "--out", str(tmp_path / "out")])
-    with pytest.raises(SystemExit) as stop:
-        kernels.main()
-    assert stop.value.code == 2 and not (tmp_path / "out").exists()
-    return capsys.readouterr().err
-
-
-def test_an_unknown_peer_is_one_line_and_exit_code_2(monkeypatch, capsys, tmp_path):
-    assert "no peer is called nobody" in mistake(monkeypatch, capsys, tmp_path, "--against", "nobody")
+def test_an_unknown_peer_is_one_line_and_exit_code_2(tmp_path):
+    assert "no peer is called nobody" in complain("kernels.py", "--against", "nobody", "--out", tmp_path / "out") and not list(tmp_path.iterdir())
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has one")
-def test_a_missing_gpu_is_one_line_and_exit_code_2(monkeypatch, capsys, tmp_path):
-    assert "--device cuda: this machine has none" in mistake(monkeypatch, capsys, tmp_path, "--device", "cuda")
+def test_a_missing_gpu_is_one_line_and_exit_code_2(tmp_path):
+    assert "--device cuda: this machine has none" in complain("kernels.py", "--device", "cuda", "--out", tmp_path / "out") and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name, text", [("kernels.png", "mine"), ("benchmark.json", "mine"), ("benchmark.json", "[]"), ("benchmark.json", '{"rows": []}')])
+def test_the_benchmark_overwrites_no_file_that_no_benchmark_wrote(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    assert name in complain("kernels.py", "--quick", "--out", tmp_path)
+    assert [p.read_text() for p in tmp_path.iterdir()] == [text]
+    assert "cannot write to" in complain("kernels.py", "--quick", "--out", tmp_path / name)
 
 
 COMPILE = """if True:
