@@ -54,6 +54,8 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 
+from run import UserError, command, whole
+
 try:
     import triton
     import triton.language as tl
@@ -383,9 +385,9 @@ def spans(first, last, before, after, n, TILE: tl.constexpr):
 
 @jit()
 def hide(s, query, key, before, after, S):
-    """Scores of pairs that must not meet become -1e30. Finite: a row that sees nothing in its first tile then gets exp2(0) = 1 there, which
-    its first true score rescales by 0; with -inf it would get nan."""
-    return tl.where((query - key <= before) & (key - query <= after) & (key < S), s, -1e30)
+    """Scores of pairs that must not meet become -inf: exp2(s * c - m) is then 0 whatever finite m is, fused or not. A large constant here
+    would be subtracted from its own rounded product, and one multiply-add of it leaves the rounding error of that product: 1e20 and more."""
+    return tl.where((query - key <= before) & (key - query <= after) & (key < S), s, -float("inf"))
 
 
 @autotuned((128, 128, 8, 2), (128, 64, 8, 3), (128, 64, 4, 3), (64, 64, 4, 3), (32, 32, 8, 2), (32, 32, 8, 1))
@@ -398,7 +400,8 @@ def forward_kernel(q, k, v, o, lse, q_s, k_s, v_s, o_s, H, G, T, S, before, afte
     rows, first = start + tl.arange(0, M), start + S - T                                    # in q; the first one's position
     lo, full, edge, hi = spans(first, tl.minimum(first + M, S) - 1, before, after, S, N)
     q, k, v = load_tile(head(q, q_s, b, h), start, T, M, D, DP, True), head(k, k_s, b, h // G), head(v, v_s, b, h // G)
-    acc, m, l = tl.zeros((M, DP), tl.float32), tl.full((M,), -float("inf"), tl.float32), tl.zeros((M,), tl.float32)
+    acc, l = tl.zeros((M, DP), tl.float32), tl.zeros((M,), tl.float32)
+    m = tl.full((M,), -1e30, tl.float32)        # finite: it stays where a row sees nothing in its first tiles, and -inf + inf is nan
     for EDGE in tl.static_range(2):         # unrolled: first the whole tiles, then those that need a mask
         for i in range(lo if EDGE else full, hi - (edge - full) if EDGE else edge, N):
             j = i + tl.where(i >= full, edge - full, 0) if EDGE else i
@@ -513,37 +516,48 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @jit()
+def bits_below(z, m, c):
+    """How far logits lie below m >= z, in bits: c (z - m) with c = log2(e) / temperature. The difference comes first: no product is ever rounded
+    before something is subtracted from it. Not below -200: 2^-200 is 0 already, and 0 * -inf would be nan."""
+    bits = (z - m) * c
+    return tl.where(bits < -200, -200.0, bits)
+
+
+@jit()
 def fold_kernel(z, y, m, s, s1, target, stride, first, width, c, COLS: tl.constexpr):
-    """Fold raw logits z (N, width), the vocabulary's [first, first + width), into each row's running max m of x = c z, sum s of 2^(x-m) and
-    sum s1 of (x-m) 2^(x-m). With c = log2(e) / temperature, x is the logit in bits. s1 is relative to m: large logits cancel nothing."""
+    """Fold raw logits z (N, width), the vocabulary's [first, first + width), into each row's running max m of z, sum s of 2^b and sum s1 of b 2^b,
+    where b = bits_below(z, m, c). All is relative to m: large logits cancel nothing."""
     row = tl.program_id(0).to(tl.int64)
     z += row * stride
     m_old, s_old, s1_old = tl.load(m + row), tl.load(s + row), tl.load(s1 + row)
     for start in range(0, width, COLS):
         cols = start + tl.arange(0, COLS)
-        x = tl.where(cols < width, tl.load(z + cols, mask=cols < width, other=0.0).to(tl.float32) * c, -1e30)
+        x = tl.load(z + cols, mask=cols < width, other=-float("inf")).to(tl.float32)
         m_new = tl.maximum(m_old, tl.max(x, 0))
-        e, rescale = tl.exp2(x - m_new), tl.exp2(m_old - m_new)
-        s1_old = rescale * (s1_old + (m_old - m_new) * s_old) + tl.sum(e * (x - m_new), 0)
+        bits, step = bits_below(x, m_new, c), bits_below(m_old, m_new, c)
+        e, rescale = tl.exp2(bits), tl.exp2(step)
+        s1_old = rescale * (s1_old + step * s_old) + tl.sum(e * bits, 0)
         s_old, m_old = rescale * s_old + tl.sum(e, 0), m_new
     tl.store(m + row, m_old)
     tl.store(s + row, s_old)
     tl.store(s1 + row, s1_old)
     col = tl.load(y + row) - first
     here = (col >= 0) & (col < width)
-    tl.store(target + row, tl.load(z + col, mask=here, other=0.0).to(tl.float32) * c, mask=here)
+    tl.store(target + row, tl.load(z + col, mask=here, other=0.0).to(tl.float32), mask=here)
 
 
 @jit()
-def slope_kernel(z, y, lse, entropy, g_logp, g_ent, stride, first, width, inv_t, COLS: tl.constexpr):
-    """Overwrite raw logits z (N, width) by dLoss/dz = (g_logp (onehot - p) - g_ent p (log p + H)) / temperature. lse in bits, the rest in nats."""
+def slope_kernel(z, y, m, log_sum, entropy, g_logp, g_ent, stride, first, width, c, inv_t, COLS: tl.constexpr):
+    """Overwrite raw logits z (N, width) by dLoss/dz = (g_logp (onehot - p) - g_ent p (log p + H)) / temperature. log_sum in bits, the rest in nats."""
     row = tl.program_id(0).to(tl.int64)
     z += row * stride
-    lse_row, entropy_row, g, g_h = tl.load(lse + row), tl.load(entropy + row), tl.load(g_logp + row), tl.load(g_ent + row)
+    m_row, log_sum_row = tl.load(m + row), tl.load(log_sum + row)
+    entropy_row, g, g_h = tl.load(entropy + row), tl.load(g_logp + row), tl.load(g_ent + row)
     col = tl.load(y + row) - first
     for start in range(0, width, COLS):
         cols = start + tl.arange(0, COLS)
-        logp = tl.load(z + cols, mask=cols < width, other=0.0).to(tl.float32) * (inv_t * LOG2_E) - lse_row     # in bits
+        x = tl.load(z + cols, mask=cols < width, other=-float("inf")).to(tl.float32)
+        logp = bits_below(x, m_row, c) - log_sum_row    # in bits; below 0, however it is rounded
         dz = tl.where(cols == col, g, 0.0) - tl.exp2(logp) * (g + g_h * (logp / LOG2_E + entropy_row))
         tl.store(z + cols, (dz * inv_t).to(z.dtype.element_ty), mask=cols < width)
 
@@ -562,28 +576,31 @@ class FusedLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h, weight, y, inv_t):
         N, V = h.shape[0], weight.shape[0]
-        m, (s, s1, target) = torch.full((N,), -1e30, device=h.device), torch.zeros(3, N, device=h.device)
+        m, target = torch.full((N,), -1e30, device=h.device), torch.full((N,), torch.nan, device=h.device)
+        s, s1 = torch.zeros(2, N, device=h.device)
+        c = inv_t * math.log2(math.e)
         buffer, bounds = FusedLogprobs.blocks(h, V)
         for a, b in bounds:
             z = buffer[:, :b - a]
             torch.mm(h, weight[a:b].T, out=z)
-            fold_kernel[(N,)](z, y, m, s, s1, target, z.stride(0), a, b - a, inv_t * math.log2(math.e), COLS=2048, **FMA)
-        lse, entropy = m + s.log2(), (s.log2() - s1 / s) * math.log(2)      # in bits; in nats
-        ctx.save_for_backward(h, weight, y, lse, entropy)
-        ctx.inv_t = inv_t
-        return (target - lse) * math.log(2), entropy
+            fold_kernel[(N,)](z, y, m, s, s1, target, z.stride(0), a, b - a, c, COLS=2048, **FMA)
+        log_sum = s.log2()                                                  # lse = c m + log_sum, in bits
+        entropy = (log_sum - s1 / s) * math.log(2)                          # in nats
+        ctx.save_for_backward(h, weight, y, m, log_sum, entropy)
+        ctx.scales = c, inv_t
+        return ((target - m) * c - log_sum) * math.log(2), entropy
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g_logp, g_ent):
-        h, weight, y, lse, entropy = ctx.saved_tensors
+        h, weight, y, m, log_sum, entropy = ctx.saved_tensors
         dh, dweight = torch.zeros(h.shape, dtype=torch.float32, device=h.device), torch.empty_like(weight)
         buffer, bounds = FusedLogprobs.blocks(h, weight.shape[0])
         g_logp, g_ent = g_logp.contiguous(), g_ent.contiguous()
         for a, b in bounds:
             z = buffer[:, :b - a]
             torch.mm(h, weight[a:b].T, out=z)
-            slope_kernel[(len(h),)](z, y, lse, entropy, g_logp, g_ent, z.stride(0), a, b - a, ctx.inv_t, COLS=2048, **FMA)
+            slope_kernel[(len(h),)](z, y, m, log_sum, entropy, g_logp, g_ent, z.stride(0), a, b - a, *ctx.scales, COLS=2048, **FMA)
             add_product(dh, z, weight[a:b])
             torch.mm(z.T, h, out=dweight[a:b])
         return dh.to(h.dtype), dweight, None, None
@@ -701,7 +718,8 @@ def plot_roofline(rows, peak, path):
     ax.set(xscale="log", yscale="log", xlabel="operations per byte that must be moved (FLOP/byte)", ylabel="achieved (FLOP/s)",
            title=f"Closest to the roof: {best['work']}, {best['impl']}, {best['dtype']}, {best['of_roof']:.0%}")
     ax.legend(labels.values(), labels, fontsize=8)
-    fig.savefig(path, dpi=110)
+    with whole(path) as f:
+        fig.savefig(f, dpi=110, format="png")
 
 
 def left_out(impl, dtype, device):
@@ -721,19 +739,40 @@ def apart(f, *args):
         return pool.apply(f, args)
 
 
+def make_folder(out):
+    """The folder for benchmark.json and kernels.png. UserError if it cannot be made, or holds files by these names that no benchmark wrote."""
+    ours = False
+    try:
+        os.makedirs(out, exist_ok=True)
+        names = {"benchmark.json", "kernels.png"} & set(os.listdir(out))
+        if "benchmark.json" in names:
+            with open(os.path.join(out, "benchmark.json")) as f:
+                ours = {"device", "threads", "torch", "rows"} == set(json.load(f))
+    except OSError as e:
+        raise UserError(f"cannot write to {out}: {e.strerror}") from None
+    except (ValueError, TypeError):     # no JSON, no object
+        pass
+    if names and not ours:
+        raise UserError(f"{out} holds {min(names)}, which no benchmark wrote: choose another --out")
+
+
 def main():
+    def fail(message):
+        raise UserError(message)
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--quick", action="store_true", help="small shapes, 20 s")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"), help="default: cuda where there is one")
     parser.add_argument("--against", default="", help="peers to add, with commas: " + ", ".join(PEERS))
     parser.add_argument("--out", default="out/kernels", help="folder for benchmark.json and kernels.png, default: %(default)s")
+    parser.error = fail
     args = parser.parse_args()
     peers, cuda = [p for p in args.against.split(",") if p], args.device == "cuda"
     if unknown := set(peers) - set(PEERS):
-        parser.error(f"--against: no peer is called {', '.join(sorted(unknown))}")
+        fail(f"--against: no peer is called {', '.join(sorted(unknown))}")
     if cuda and not torch.cuda.is_available():
-        parser.error("--device cuda: this machine has none")
-    os.makedirs(args.out, exist_ok=True)
+        fail("--device cuda: this machine has none")
+    make_folder(args.out)
     peak, rows = apart(roof, args.device), []
     print(f"{args.device}, {torch.get_num_threads()} threads, torch {torch.__version__}; matrix products reach "
           + ", ".join(f"{v / 1e9:.0f} GFLOP/s in {str(k)[6:]}" for k, v in peak.items() if k) + f"; a copy moves {peak[None] / 1e9:.0f} GB/s")
@@ -768,10 +807,10 @@ def main():
                 rows.append(row)
                 print(f"{name:<52} {seconds:>8.3f} {forward:>8.3f} {backward:>8.3f} {mib:>9.0f} {row['of_roof']:>8.0%} "
                       f"{'-' if err is None else format(err, '.0e'):>7} {row['time_ratio']:>6.2f}x {row['memory_ratio']:>6.2f}x", flush=True)
-    with open(os.path.join(args.out, "benchmark.json"), "w") as f:
-        json.dump(dict(device=args.device, threads=torch.get_num_threads(), torch=torch.__version__, rows=rows), f, indent=1)
+    with whole(os.path.join(args.out, "benchmark.json")) as f:
+        f.write(json.dumps(dict(device=args.device, threads=torch.get_num_threads(), torch=torch.__version__, rows=rows), indent=1).encode())
     plot_roofline(rows, peak, os.path.join(args.out, "kernels.png"))
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

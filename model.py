@@ -22,15 +22,18 @@ What to know before changing `generate`:
    on fixed shapes with all that changes in tensors, is captured once in a CUDA graph and replayed (`decode_static`).
 """
 import copy
+import hashlib
 import heapq
 import importlib.util
+import json
 import math
 import os
+import random
 import time
 import warnings
 import zlib
 from collections import Counter, defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -39,12 +42,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import torch.utils.checkpoint
-from tqdm import tqdm
 
 from kernels import attention, can_compile, gemm_dtype, say_once, token_logprobs, wide
 from pretrained import SPLIT, hf_config, hf_save, hf_state, hub_folder, load_tokenizer                    # noqa: F401
-from run import (Run, UserError, band, claim, command, flag, load_checkpoint, parse_args, pick_device, save_checkpoint,       # noqa: F401, one door
-                 seeds_of, series)
+from run import (NotFinite, Run, UserError, band, claim, command, descend, flag, load_checkpoint, need_memory, parse_args,        # noqa: F401, one door
+                 pick_device, save_checkpoint, seeds_of, series)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -79,6 +81,14 @@ class GPTConfig:
             raise UserError(f"window {self.window}: a token sees at least itself")
         if self.head_dim % 2:
             raise UserError(f"rotary positions turn pairs of channels: head_dim {self.head_dim} is odd")
+
+    @property
+    def parameters(self):
+        """How many numbers a GPT of this shape has to learn, without making it."""
+        C, D, H, K = self.n_embd, self.head_dim, self.n_head, self.n_kv_head
+        attention = (H + 2 * K) * D * (C + self.qkv_bias) + H * D * C + 2 * D * self.qk_norm
+        block = attention + 3 * C * self.n_hidden + 2 * C
+        return (1 if self.tie else 2) * self.vocab_size * C + self.n_layer * block + C
 
 
 def inverse_rms(x, eps):
@@ -171,8 +181,13 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
+    """UserError for one that this machine could not train: weights, gradient and AdamW's two moments, 16 bytes a parameter, and the rotary table."""
+
     def __init__(self, config):
         super().__init__()
+        if torch.get_default_device().type != "meta":
+            need_memory(16 * config.parameters + 4 * config.block_size * config.head_dim,
+                        f"a model of {config.parameters:,} parameters, its gradient, AdamW's two moments and {config.block_size:,} positions")
         self.config, self.checkpointing = config, False     # True: a block keeps its input only, and is computed again in the backward pass
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
@@ -370,8 +385,8 @@ class Rollout:
         return [row[p:p + n] for row, p, n in spans]
 
     def texts(self, tokenizer):
-        """The generated text of each row, without the tokenizer's eos."""
-        return [tokenizer.decode([t for t in row if t != tokenizer.eos]) for row in self.tokens()]
+        """The generated text of each row, without the ids that end a text."""
+        return [tokenizer.decode([t for t in row if t not in tokenizer.stop]) for row in self.tokens()]
 
     def __getitem__(self, rows):
         """The rows of an index or mask, the columns cut to the longest of them."""
@@ -408,8 +423,13 @@ def inverse_cdf(probs, u):
     return token.squeeze(1), place.squeeze(1).clamp(0, 1 - torch.finfo(u.dtype).eps)
 
 
-def decode_eager(model, cache, logits, draw, fresh, u, spent, stop):
-    """The second part of generate, one step at a time. fresh (R, max_new_tokens) decides its length."""
+def among(token, stops):
+    """Which of the tokens (R,) are one of the ids (n,), bool. torch.isin may sort, which a CUDA graph cannot hold."""
+    return (token[:, None] == stops).any(1)
+
+
+def decode_eager(model, cache, logits, draw, fresh, u, spent, stops):
+    """The second part of generate, one step at a time. fresh (R, max_new_tokens) decides its length; stops (n,) int64: the ids that end a row."""
     R, new = fresh.shape
     tokens, logps = torch.full((R, new), -1, device=fresh.device), torch.zeros(R, new, device=fresh.device)
     rows = torch.arange(R, device=fresh.device)                                             # the output row of each live row
@@ -418,8 +438,8 @@ def decode_eager(model, cache, logits, draw, fresh, u, spent, stop):
         tokens[rows, t], logps[rows, t] = token, logp
         if t + 1 == new:
             break
-        alive = token != stop if stop is not None else None
-        if alive is not None and not alive.all():
+        alive = ~among(token, stops)
+        if len(stops) and not alive.all():
             order = cache.keep(alive)
             rows, token, u, spent = rows[order], token[order], u[order], spent[order]
             if len(rows) == 0:
@@ -432,7 +452,7 @@ STATIC_ON = ("cuda",)   # where generate decodes with decode_static
 SPAN = 128              # steps between two looks at which rows have stopped, and two captures
 
 
-def decode_static(model, cache, logits, draw, fresh, u, spent, stop):
+def decode_static(model, cache, logits, draw, fresh, u, spent, stops):
     """decode_eager for a GPU: nothing comes back from the device for SPAN steps, of which all but the first are one CUDA graph's replays.
     Then rows that have stopped leave, and the graph is captured again for the rows left and the slots that they have come to need."""
     R, new = fresh.shape
@@ -441,8 +461,8 @@ def decode_static(model, cache, logits, draw, fresh, u, spent, stop):
     token, logps[:, 0], u, spent = draw(logits, fresh[:, 0], u, spent)
     tokens[:, 0] = token
     for start in range(1, new, SPAN):
-        if stop is not None:
-            order = cache.keep(token != stop)
+        if len(stops):
+            order = cache.keep(~among(token, stops))
             rows, token, u, spent = rows[order], token[order], u[order], spent[order]
             if len(rows) == 0:
                 break
@@ -455,7 +475,7 @@ def decode_static(model, cache, logits, draw, fresh, u, spent, stop):
             old = state[0]
             z = model.lm_head(model.hidden(old[:, None], static)[:, -1])                    # (live, V)
             token, logp, u, spent = draw(z, numbers.index_select(1, t).squeeze(1), *state[1:])
-            done = old == (-1 if stop is None else stop)            # a row that has stopped goes on drawing, unrecorded
+            done = among(old, stops)                                # a row that has stopped goes on drawing, unrecorded
             drawn.index_copy_(1, t, token.masked_fill(done, -1)[:, None]), scored.index_copy_(1, t, logp.masked_fill(done, 0)[:, None])
             for x, y in zip(state, (torch.where(done, old, token), u, spent)):
                 x.copy_(y)
@@ -493,11 +513,12 @@ def generate(model, prompts, n=1, max_new_tokens=128, temperature=1.0, top_k=Non
              uniforms=None):
     """n continuations of each prompt (a list of non-empty token lists of any lengths) -> Rollout with R = len(prompts) * n rows.
 
-    stop: token id that ends a row, or None. temperature 0 is greedy: then logp is 0, the choice being certain. uniforms (R,) in
+    stop: token id that ends a row, a list of them, or None. temperature 0 is greedy: then logp is 0, the choice being certain. uniforms (R,) in
     [0, 1): one number drives its whole row. A number of b bits pays -log2 p for each token; once half of the b are spent, the row
     goes on with fresh bits from `generator`: the low half of a uniform is independent of its high half, so the law stays exact,
     up to the 2^(-b/2) that the last number drawn with is rounded to.
-    Raises ValueError for an empty prompt, an argument out of its range, or more positions than the model's block_size.
+    Raises ValueError for an empty prompt, an argument out of its range, or more positions than the model's block_size; NotFinite for a
+    model whose logits are not all finite.
     """
     lens, device = [len(p) for p in prompts], model.lm_head.weight.device
     if not lens or min(lens) < 1:
@@ -505,7 +526,7 @@ def generate(model, prompts, n=1, max_new_tokens=128, temperature=1.0, top_k=Non
     if max(lens) + max_new_tokens - 1 > model.config.block_size:
         raise ValueError(f"prompt of {max(lens)} + {max_new_tokens} new tokens: past block_size {model.config.block_size}")
     for name, value, good in (("temperature", temperature, temperature == 0 or temperature >= 1e-30), ("n", n, n >= 1), ("max_new_tokens", max_new_tokens, max_new_tokens >= 1),
-                              ("top_k", top_k, top_k is None or top_k >= 1), ("top_p", top_p, top_p is None or 0 < top_p <= 1)):
+                              ("top_k", top_k, top_k is None or top_k >= 1), ("top_p", top_p, top_p is None or 1e-30 <= top_p <= 1)):
         if not good:
             raise ValueError(f"{name} is out of range: {value}")
     if gemm_dtype(model.lm_head.weight) != model.lm_head.weight.dtype:      # emulated bf16: the same weights in fp32 are twice as fast
@@ -514,6 +535,8 @@ def generate(model, prompts, n=1, max_new_tokens=128, temperature=1.0, top_k=Non
     real = torch.float32 if device.type == "mps" else torch.float64
     fresh = torch.rand(R, max_new_tokens, generator=generator, dtype=real, device=generator.device if generator else None).to(device)
     u, spent = fresh[:, 0], torch.zeros(R, device=device)       # both are for `uniforms` only
+    stops = torch.as_tensor([] if stop is None else stop, dtype=torch.long, device=device).flatten()
+    finite = torch.ones((), dtype=torch.bool, device=device)    # whether all logits were: looked at once, at the end
     if uniforms is not None:
         if uniforms.shape != (R,) or not (uniforms.is_floating_point() and 0 <= uniforms.min() <= uniforms.max() < 1):
             raise ValueError(f"{R} rows need {R} uniforms in [0, 1)")
@@ -533,6 +556,7 @@ def generate(model, prompts, n=1, max_new_tokens=128, temperature=1.0, top_k=Non
     # 2. Draw, retire the rows that stop, step the others.
     def draw(logits, number, u, spent):
         """logits (R, V), a fresh number, the row's own number and the bits it has paid, each (R,) -> token, logp, u, spent."""
+        finite.logical_and_(logits.isfinite().all())
         if temperature == 0:
             return logits.argmax(-1), torch.zeros_like(number, dtype=torch.float32), u, spent
         probs = truncate(logits.float() / temperature, top_k, top_p).softmax(-1)            # (R, V)
@@ -545,7 +569,9 @@ def generate(model, prompts, n=1, max_new_tokens=128, temperature=1.0, top_k=Non
         return token, logp, u, spent
 
     decode = decode_static if device.type in STATIC_ON and not torch.is_autocast_enabled(device.type) else decode_eager
-    tokens, logps = decode(model, cache, logits, draw, fresh, u, spent, stop)               # (R, max_new_tokens); token -1: never drawn
+    tokens, logps = decode(model, cache, logits, draw, fresh, u, spent, stops)              # (R, max_new_tokens); token -1: never drawn
+    if not finite:
+        raise NotFinite("generate: the model's logits are not all finite")
 
     # 3. Prompt and continuation of each row side by side.
     drawn = tokens >= 0
@@ -565,7 +591,7 @@ def skip_draws(rows, config, generator):
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
-# Tokenizers: each has encode, decode and the id `eos`
+# Tokenizers: each has encode, decode, `stop` (the ids that end a text) and `eos`, the first of them
 
 class CharTokenizer:
     """One id per character of the alphabet, in its order; `eos` comes after the last one and decodes to nothing."""
@@ -573,6 +599,7 @@ class CharTokenizer:
     def __init__(self, alphabet):
         assert len(set(alphabet)) == len(alphabet), "a character stands twice in the alphabet"
         self.alphabet, self.eos, self.n_vocab = alphabet, len(alphabet), len(alphabet) + 1
+        self.stop = [self.eos]
         self.index = {c: i for i, c in enumerate(alphabet)}
 
     def encode(self, text):
@@ -583,12 +610,23 @@ class CharTokenizer:
         return "".join(self.alphabet[i] for i in ids if i != self.eos)
 
 
+def next_pair(word, a, b, start):
+    """Where in word, from start on, a is followed by b; len(word) if nowhere."""
+    try:
+        while word[(start := word.index(a, start)) + 1] != b:
+            start += 1
+        return start
+    except (ValueError, IndexError):
+        return len(word)
+
+
 def bpe_merges(text, n_merges):
     """Byte-pair encoding (Sennrich et al., arXiv 1508.07909) over the bytes of GPT-2's pre-tokens -> merged byte strings, in order.
 
     Each step merges the most frequent adjacent pair; of equally frequent ones, the lexicographically greater pair of byte
-    strings. Counts are kept up to date: a merge visits only the words that hold the pair, and a heap finds the next one (an
-    entry whose count is out of date is put back with the right one).
+    strings. Counts are kept up to date: a merge visits only the words that hold the pair, and a heap finds the next one. Only pairs with
+    the merged token become more frequent, so only they are pushed; an entry whose count is out of date is put back with the right one.
+    So there are a few heap operations for each pair that a merge replaces, of which a text has no more than bytes.
     """
     import regex    # \p{L}: the standard library's re does not know Unicode classes; comes with tiktoken
     words = Counter(regex.findall(SPLIT, text))
@@ -608,29 +646,30 @@ def bpe_merges(text, n_merges):
             if pairs[pair] > 0:
                 heapq.heappush(heap, entry(pair))
             continue
-        merged = pair[0] + pair[1]
+        a, b = pair
+        merged = a + b
         if merged not in known:     # two pairs can spell the same bytes: one token, one rank
             known.add(merged)
             merges.append(merged)
-        touched = set()
+        grown = set()
         for i in where.pop(pair):
             old, new, j = words[i], [], 0
-            while j < len(old):
-                if j + 1 < len(old) and (old[j], old[j + 1]) == pair:
-                    new.append(merged)
-                    j += 2
-                else:
-                    new.append(old[j])
-                    j += 1
-            for p in zip(old, old[1:]):
-                pairs[p] -= counts[i]
-            for p in zip(new, new[1:]):
-                pairs[p] += counts[i]
-                where[p].add(i)
-                touched.add(p)
-            words[i] = new
-        for p in touched:
-            heapq.heappush(heap, entry(p))
+            while (k := next_pair(old, a, b, j)) < len(old):
+                new += old[j:k]
+                j = k + 2
+                pairs[pair] -= counts[i]
+                beside = [((new[-1], a), (new[-1], merged))] if new else []     # what was a pair with a or b, and is one with merged now
+                beside += [((b, old[j]), (merged, old[j]))] if j < len(old) else []
+                for before, after in beside:
+                    pairs[before] -= counts[i]
+                    pairs[after] += counts[i]
+                    where[after].add(i)
+                    grown.add(after)
+                new.append(merged)
+            words[i] = new + old[j:]
+        for p in grown:
+            if pairs[p] > 0:        # not merged again by the next site
+                heapq.heappush(heap, entry(p))
     return merges
 
 
@@ -641,10 +680,15 @@ def train_bpe(text, vocab_size):
     """
     if vocab_size < 257:
         raise ValueError(f"a byte-level BPE needs 256 bytes and <|endoftext|>: vocab_size {vocab_size} < 257")
-    vocab = [bytes([b]) for b in range(256)] + bpe_merges(text, vocab_size - 257)
+    return byte_level(bpe_merges(text, vocab_size - 257))
+
+
+def byte_level(merges):
+    """The tiktoken.Encoding that these merged byte strings make, in their order."""
+    vocab = [bytes([b]) for b in range(256)] + merges
     encoding = tiktoken.Encoding("rollout", pat_str=SPLIT, mergeable_ranks={b: i for i, b in enumerate(vocab)},
                                  special_tokens={"<|endoftext|>": len(vocab)})
-    encoding.eos = encoding.eot_token
+    encoding.eos, encoding.stop = encoding.eot_token, [encoding.eot_token]
     return encoding
 
 
@@ -676,24 +720,45 @@ class Config:
     compile: bool = flag(False, "torch.compile the model: a minute to compile, then faster steps")
     eval_every: int = flag(50, "steps between evaluations", quick=5, low=1)
 
+    def idle(self):
+        if self.bench:
+            return dict.fromkeys({f.name for f in fields(self)} - {"bench", "nanogpt"}, "--bench trains nothing")
+        return {"nanogpt": "only --bench compares"}
+
 
 def load_documents(data):
     """'' -> the standard library's modules; a text file -> [text]; a folder -> its text files, or if it has none what `datasets`
     makes of it; any other name -> the texts of that Hugging Face dataset."""
-    path = Path(data) if data else Path(os.__file__).parent
-    if path.is_file():
-        return [path.read_text("utf-8", errors="replace")]
-    files = path.glob("*.py") if not data else (p for p in path.rglob("*") if p.suffix in (".txt", ".md", ".py", ".rst") and p.is_file())
-    texts = [f.read_text("utf-8", errors="replace") for f in sorted(files)]
+    path, suffixes = Path(data) if data else Path(os.__file__).parent, (".txt", ".md", ".py", ".rst")
+    read = lambda file: file.read_text("utf-8", errors="replace")
+    try:
+        if path.is_file():
+            texts = [read(path)]
+        else:
+            files = (p for p in path.rglob("*") if p.suffix in suffixes and p.is_file()) if data else path.glob("*.py")
+            texts = [read(file) for file in sorted(files)]
+    except OSError as e:        # of a name that is too long, too
+        raise UserError(f"--data {data}: cannot read {e.filename or path} ({e.strerror})") from None
     if not texts:
         try:
             import datasets
             texts = list(datasets.load_dataset(data, split="train")["text"])
         except Exception as e:
             raise UserError(f"--data {data}: no text file, no folder of texts, no dataset with a text column ({type(e).__name__})") from None
+    for i, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise UserError(f"--data {data}: row {i + 1} is no text but {text!r:.40}")
     if not "".join(texts).strip():
         raise UserError(f"--data {data}: no text in it")
     return texts
+
+
+def split(texts):
+    """Training and held-out documents: every tenth is held out; where there are no more than ten, the last tenth of each."""
+    if len(texts) > 10:
+        return [t for i, t in enumerate(texts) if i % 10], texts[::10]
+    cuts = [len(t) * 9 // 10 for t in texts]
+    return [t[:n] for t, n in zip(texts, cuts)], [t[n:] for t, n in zip(texts, cuts)]
 
 
 def lr_at(step, steps, peak, warmup=20):
@@ -706,62 +771,51 @@ def pretrain(config, run, seed, device, gpt_config, train_ids, val_ids, bytes_pe
 
     train_ids, val_ids (N,) int64 on the CPU; bytes_per_token turns nats per held-out token into bits per byte of its text.
     """
-    phase, generator = f"gpt {seed}", torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
     model = GPT(gpt_config).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), config.lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     hidden = torch.compile(model.hidden) if config.compile else model.hidden
-    state, first, T = run.state.get(phase), 0, config.block_size
-    if state:
-        model.load_state_dict(state["model"]), optimizer.load_state_dict(state["optimizer"]), generator.set_state(state["generator"])
-        first = state["step"]
+    T = config.block_size
 
     def loss_on(ids, starts):
         x = torch.stack([ids[i:i + T + 1] for i in starts]).to(device)          # (B, T + 1)
         with torch.autocast(device, torch.bfloat16, enabled=config.dtype == "bfloat16"):
             return -token_logprobs(hidden(x[:, :-1]), model.lm_head.weight, x[:, 1:])[0].mean()
 
-    bar = tqdm(range(first, config.steps), f"seed {seed}", initial=first, total=config.steps)
-    for step in bar:
+    for step in run.loop(f"gpt {seed}", config.steps, model, optimizer, random.Random(seed), generator):
         started = time.time()
         for g in optimizer.param_groups:
             g["lr"] = lr_at(step, config.steps, config.lr)
         loss = loss_on(train_ids, torch.randint(len(train_ids) - T, (config.batch,), generator=generator))
         optimizer.zero_grad()
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        row = dict(seed=seed, step=step + 1, tokens=(step + 1) * config.batch * T, loss=loss.item(), grad_norm=norm.item(), seconds=time.time() - started)
+        value = loss.item()
+        norm = descend(optimizer, value)
+        row = dict(seed=seed, step=step + 1, tokens=(step + 1) * config.batch * T, loss=value, grad_norm=norm, seconds=time.time() - started)
         if (step + 1) % config.eval_every == 0 or step + 1 == config.steps:
             with torch.no_grad():
                 starts = torch.arange(0, len(val_ids) - T, T)           # every window at the end, about 64 of them on the way
                 starts = starts if step + 1 == config.steps else starts[::max(1, len(starts) // 64)]
                 row["val_loss"] = sum(loss_on(val_ids, part).item() * len(part) for part in starts.split(16)) / len(starts)
             row["val_bits_per_byte"] = row["val_loss"] / math.log(2) / bytes_per_token
-            bar.set_postfix_str(f"loss {loss.item():.3f}, held out {row['val_loss']:.3f} nats/token = {row['val_bits_per_byte']:.3f} bits/byte")
+            run.bar.set_postfix_str(f"loss {value:.3f}, held out {row['val_loss']:.3f} nats/token = {row['val_bits_per_byte']:.3f} bits/byte")
         run.log(**row)
-        if run.due or step + 1 == config.steps:
-            run.save(phase, step=step + 1, model=model.state_dict(), optimizer=optimizer.state_dict(), generator=generator.get_state())
     return model
 
 
 def main():
     config = parse_args(Config, __doc__)
-    device = pick_device(config.device)
     if config.bench:
         return bench(config.nanogpt)
+    device = pick_device(config.device)
     if config.compile and not can_compile(device):
         raise UserError("--compile: torch.compile does not work on this machine")
-    texts = load_documents(config.data)
-    # 1. Hold out every tenth document; of a single text, its last tenth
-    if len(texts) > 1:
-        train_docs, val_docs = [t for i, t in enumerate(texts) if i % 10], texts[::10]
-    else:
-        cut = len(texts[0]) * 9 // 10
-        train_docs, val_docs = [texts[0][:cut]], [texts[0][cut:]]
-    # 2. Train the BPE on the training text, encode both
-    started = time.time()
-    tokenizer = train_bpe("".join(train_docs), config.vocab_size)
+    texts, started = load_documents(config.data), time.time()
+    train_docs, val_docs = split(texts)
+    # 1. Train the BPE on the training text, encode both; a run that goes on has its BPE in the checkpoint
+    saved = load_checkpoint(Path(config.out) / "model.pt")["state"].get("tokenizer") if config.resume else None
+    tokenizer = byte_level(saved["merges"]) if saved else train_bpe("".join(train_docs), config.vocab_size)
     train_ids, val_ids = (torch.tensor([i for ids in tokenizer.encode_ordinary_batch(docs) for i in [*ids, tokenizer.eos]])
                           for docs in (train_docs, val_docs))
     val_text = "".join(val_docs)
@@ -770,23 +824,31 @@ def main():
     val_bytes = val_text.encode()
     bytes_per_token = len(val_bytes) / len(val_ids)
     gpt_config = GPTConfig(tokenizer.n_vocab, config.block_size, config.n_layer, config.n_head, config.n_embd, config.n_kv_head, qk_norm=True)
-    run = Run(config)       # only now: a mistake in the flags leaves the last run's folder alone
-    run.introduce(device, sum(p.numel() for p in GPT(gpt_config).parameters()))
-    print(f"{len(train_ids):,} tokens to train on, {len(val_ids):,} held out, {tokenizer.n_vocab} ids, {bytes_per_token:.2f} bytes per token, "
-          f"BPE and encoding {time.time() - started:.0f} s")
-    # 3. Train, sample
-    for seed in seeds_of(config):
-        model = pretrain(config, run, seed, device, gpt_config, train_ids, val_ids, bytes_per_token)
-    prompt = "def " if not config.data else val_text[:20]
-    start = tokenizer.encode_ordinary(prompt)[:config.block_size]
-    sample = generate(model, [start], max_new_tokens=min(120, config.block_size + 1 - len(start)), temperature=0.8,
-                      stop=tokenizer.eos, generator=torch.Generator().manual_seed(config.seed))
-    print(f"\nA sample at temperature 0.8:\n{prompt}{sample.texts(tokenizer)[0]}\n")
-    # 4. Figure and claim
-    final = series(run, "val_bits_per_byte")[1][:, -1]          # (seeds,)
-    gzip = 8 * len(zlib.compress(val_bytes, 9)) / len(val_bytes)
-    run.finish(plot_loss(run, config, gzip, final.mean()),
-               [claim("compression", "held-out bits per byte; threshold: gzip -9", "-", "-", final, "<=", gzip, config.seeds)])
+    GPT(gpt_config)         # UserError if it is too large
+    need_memory(16 * config.batch * config.block_size * config.n_layer * config.n_embd,      # two norms in a layer, each keeps its input and its output
+                f"what the backward pass needs of --batch {config.batch} x --block-size {config.block_size}", device)
+    # 2. Only now the folder: a mistake in the flags leaves the last run's alone
+    data = hashlib.sha256(json.dumps(texts).encode()).hexdigest()
+    with Run(config, also=("samples.txt",), inputs={f"the text of --data {config.data}".strip(): data}) as run:
+        run.keep("tokenizer", merges=[tokenizer.decode_single_token_bytes(i) for i in range(256, tokenizer.eos)])
+        run.introduce(device, gpt_config.parameters)
+        print(f"{len(train_ids):,} tokens to train on, {len(val_ids):,} held out, {tokenizer.n_vocab} ids, {bytes_per_token:.2f} bytes per token, "
+              f"BPE and encoding {time.time() - started:.0f} s")
+        # 3. Train, sample
+        for seed in seeds_of(config):
+            model = pretrain(config, run, seed, device, gpt_config, train_ids, val_ids, bytes_per_token)
+        prompt = "def " if not config.data else val_text[:20]
+        start = tokenizer.encode_ordinary(prompt)[:config.block_size]
+        sample = generate(model, [start], max_new_tokens=min(120, config.block_size + 1 - len(start)), temperature=0.8,
+                          stop=tokenizer.stop, generator=torch.Generator().manual_seed(config.seed))
+        written = prompt + sample.texts(tokenizer)[0]
+        run.write("samples.txt", written + "\n")
+        print(f"\nA sample at temperature 0.8:\n{written}\n")
+        # 4. Figure and claim
+        final = series(run, "val_bits_per_byte")[1][:, -1]          # (seeds,)
+        gzip = 8 * len(zlib.compress(val_bytes, 9)) / len(val_bytes)
+        run.finish(plot_loss(run, config, gzip, final.mean()),
+                   [claim("compression", "held-out bits per byte; threshold: gzip -9", "-", "-", final, "<=", gzip, config.seeds)])
 
 
 def plot_loss(run, config, gzip, final):
@@ -808,6 +870,8 @@ def plot_loss(run, config, gzip, final):
 def bench(nanogpt, rounds=2):
     """Our speed beside the peers', interleaved in one run: Hugging Face generate (if transformers is installed), nanoGPT's step."""
     warnings.simplefilter("ignore")
+    if nanogpt and not (Path(nanogpt) / "model.py").is_file():
+        raise UserError(f"--nanogpt {nanogpt}: no checkout of nanoGPT, it has no model.py")
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}; medians of {rounds} interleaved rounds\n")
     generator = torch.Generator().manual_seed(0)
     toy = GPTConfig(64, 256, 4, 4, 128, tie=False)

@@ -8,9 +8,12 @@ from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from common import complain
 
 import kernels
 from kernels import attention, token_logprobs
@@ -368,6 +371,46 @@ def tiles(monkeypatch):
     return set
 
 
+@pytest.fixture(params=["left", "right"])
+def fused(request, monkeypatch):
+    """The interpreter computes as a GPU does: a product of fp32 numbers goes unrounded into the sum or difference that follows, which is rounded once.
+    (In fp64 such a product is exact.) Where both sides are products a compiler takes either: the left or the right one. A GPU does all this by itself."""
+    if DEVICE == "cuda":
+        return
+    from triton.runtime.interpreter import InterpreterBuilder as Builder
+    multiply, select = Builder.create_fmul, Builder.create_select
+
+    def exact(x):
+        return x.attr.get("exact", x.data)
+
+    def create_fmul(self, a, b):
+        out = multiply(self, a, b)
+        if out.data.dtype == np.float32:
+            out.set_attr("exact", a.data.astype(np.float64) * b.data)
+        return out
+
+    def create_select(self, condition, a, b):
+        out = select(self, condition, a, b)
+        if "exact" in a.attr or "exact" in b.attr:
+            out.set_attr("exact", np.where(condition.data, exact(a), exact(b)))
+        return out
+
+    def fusing(plain, sign):
+        def create(self, a, b):
+            out = plain(self, a, b)
+            left, right = "exact" in a.attr, "exact" in b.attr
+            if left or right:
+                take_left = left and (request.param == "left" or not right)
+                x, y = (exact(a), b.data) if take_left else (a.data, exact(b))
+                out.data = np.add(x, sign * y, dtype=np.float64).astype(np.float32)
+            return out
+        return create
+
+    for name, f in dict(create_fmul=create_fmul, create_select=create_select, create_fadd=fusing(Builder.create_fadd, 1),
+                        create_fsub=fusing(Builder.create_fsub, -1)).items():
+        monkeypatch.setattr(Builder, name, f)
+
+
 def exact_attention(q, k, v, causal=True, window=None):
     T, S, G = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
     now, key = torch.arange(S - T, S)[:, None], torch.arange(S)
@@ -485,6 +528,26 @@ def test_triton_attention_survives_large_scores():
         true = out_and_gradients(exact_attention, scale * q.double(), k.double(), v.double(), upstream.double(), window=20)
         for a, b in zip(ours, true):
             assert a.isfinite().all() and (scale == 3000 or (a - b).norm() <= 1e-5 * b.norm())
+
+
+@needs_triton
+@pytest.mark.parametrize("D", [*range(2, 33, 2), 48, 64, 80, 96, 112, 128])
+def test_no_rounding_that_a_fused_multiply_add_leaves_out_is_trusted_by_attention(fused, D):
+    assert_triton_attention_is_exact(*attention_case(T=33, S=70, D=D), window=9)      # rows whose first tile is all hidden
+    assert_triton_attention_is_exact(*attention_case(T=3, S=40, D=D), window=20)
+
+
+@needs_triton
+@pytest.mark.parametrize("temperature", [1e-30, 1e-9, 1e-3, 0.7, 2, 1e6])
+def test_no_rounding_that_a_fused_multiply_add_leaves_out_is_trusted_by_logprobs(fused, monkeypatch, temperature):
+    monkeypatch.setattr(kernels, "BLOCK", 256)
+    hidden, weight, targets, upstream = (x if isinstance(x, list) else x.to(DEVICE) for x in problem(7, V=2500))
+    targets[3:] = (hidden @ weight.T).argmax(1)[3:]         # certain at a low temperature: its logp is 0, the others' far below
+    upstream = [g.to(DEVICE) * temperature for g in upstream]       # gradients of order 1
+    ours = values_and_gradients(impl("triton"), hidden, weight, targets, temperature, upstream)
+    true = values_and_gradients(exact, hidden, weight, targets, temperature, upstream)
+    for a, b in zip(ours, true):
+        torch.testing.assert_close(a.clamp_min(-1e30), b.clamp_min(-1e30), rtol=1e-4, atol=1e-4)
 
 
 @needs_triton
@@ -688,6 +751,7 @@ def test_the_benchmark_counts_operations_bytes_and_ratios(monkeypatch, tmp_path)
     monkeypatch.setattr(kernels, "can_compile", lambda device: False)
     monkeypatch.setattr(sys, "argv", ["kernels.py", "--quick", "--device", "cpu", "--out", str(tmp_path)])
     kernels.main()
+    kernels.main()      # into its own folder again
     rows = json.loads((tmp_path / "benchmark.json").read_text())["rows"]
     assert [(r["work"], r["dtype"], r["impl"]) for r in rows] == [(work, dtype, impl) for work, fast in (("token_logprobs", "chunked"), ("attention", "sdpa"))
                                                                   for dtype in ("float32", "bfloat16") for impl in ("reference", fast)]
@@ -707,21 +771,21 @@ def test_the_benchmark_counts_operations_bytes_and_ratios(monkeypatch, tmp_path)
         assert (r["time_ratio"], r["memory_ratio"]) == ((0.25, 0.25) if fast else (1, 1))
 
 
-def mistake(monkeypatch, capsys, tmp_path, *flags):
-    monkeypatch.setattr(sys, "argv", ["kernels.py", *flags, "--out", str(tmp_path / "out")])
-    with pytest.raises(SystemExit) as stop:
-        kernels.main()
-    assert stop.value.code == 2 and not (tmp_path / "out").exists()
-    return capsys.readouterr().err
-
-
-def test_an_unknown_peer_is_one_line_and_exit_code_2(monkeypatch, capsys, tmp_path):
-    assert "no peer is called nobody" in mistake(monkeypatch, capsys, tmp_path, "--against", "nobody")
+def test_an_unknown_peer_is_one_line_and_exit_code_2(tmp_path):
+    assert "no peer is called nobody" in complain("kernels.py", "--against", "nobody", "--out", tmp_path / "out") and not list(tmp_path.iterdir())
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has one")
-def test_a_missing_gpu_is_one_line_and_exit_code_2(monkeypatch, capsys, tmp_path):
-    assert "--device cuda: this machine has none" in mistake(monkeypatch, capsys, tmp_path, "--device", "cuda")
+def test_a_missing_gpu_is_one_line_and_exit_code_2(tmp_path):
+    assert "--device cuda: this machine has none" in complain("kernels.py", "--device", "cuda", "--out", tmp_path / "out") and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name, text", [("kernels.png", "mine"), ("benchmark.json", "mine"), ("benchmark.json", "[]"), ("benchmark.json", '{"rows": []}')])
+def test_the_benchmark_overwrites_no_file_that_no_benchmark_wrote(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    assert name in complain("kernels.py", "--quick", "--out", tmp_path)
+    assert [p.read_text() for p in tmp_path.iterdir()] == [text]
+    assert "cannot write to" in complain("kernels.py", "--quick", "--out", tmp_path / name)
 
 
 COMPILE = """if True:

@@ -1,23 +1,29 @@
 """model.py: the cache changes nothing, samples follow the model's law, tokenizers lose nothing."""
 import itertools
 import json
+import os
 import random
 import re
+import signal
+import subprocess
 import sys
+import time
 import zlib
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import regex
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from common import Memory, check_help, check_resume, check_whole, complain, finish, metrics
+from common import ROOT, Memory, check_help, check_resume, check_whole, complain, finish, launch, metrics
 
 import model
 from kernels import token_logprobs
-from model import SPLIT, GPT, CharTokenizer, GPTConfig, KVCache, Rollout, UserError, bpe_merges, generate, inverse_cdf, load_checkpoint, train_bpe, truncate
+from model import SPLIT, GPT, CharTokenizer, GPTConfig, KVCache, NotFinite, Rollout, UserError, bpe_merges, generate, inverse_cdf, load_checkpoint, train_bpe, truncate
 
 V = 11
 PROMPTS = [[3], [1, 4, 1, 5, 9, 2, 6], [5, 3, 5], [8, 9, 7, 9]]
@@ -134,6 +140,26 @@ def test_at_the_start_biases_are_zero_and_what_writes_into_the_stream_is_smaller
 def test_a_shape_that_cannot_be_is_a_user_error(wrong):
     with pytest.raises(UserError):
         GPTConfig(**{**dict(vocab_size=V, block_size=8, n_layer=1, n_head=4, n_embd=32), **wrong})
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_count_of_parameters_is_that_of_the_model(variant):
+    config = GPTConfig(**{**dict(vocab_size=V, block_size=8, n_layer=3, n_head=4, n_embd=48, head_dim=10, tie=False), **VARIANTS[variant]})
+    assert config.parameters == sum(p.numel() for p in GPT(config).parameters())
+
+
+@pytest.mark.parametrize("huge", [dict(n_layer=4_000_000_000), dict(n_embd=100_000_000), dict(vocab_size=10 ** 11), dict(block_size=10 ** 12), dict(head_dim=10 ** 10)])
+def test_a_model_that_the_machine_cannot_hold_is_a_user_error_before_anything_is_allocated(huge, monkeypatch):
+    config = GPTConfig(**{**dict(vocab_size=V, block_size=8, n_layer=1, n_head=4, n_embd=32), **huge})
+    for part in ("Embedding", "Linear"):
+        monkeypatch.setattr(model.nn, part, lambda *_, **__: pytest.fail("allocates"))
+    with pytest.raises(UserError, match=f"{config.parameters:,} parameters.*GiB"):
+        GPT(config)
+
+
+def test_shapes_without_memory_may_be_of_any_size():
+    with torch.device("meta"):
+        assert GPT(GPTConfig(V, 8, 1, 4, 1_000_000)).wte.weight.shape == (V, 1_000_000)
 
 
 def test_more_positions_than_the_block_are_an_error_with_a_cache_and_without():
@@ -267,7 +293,7 @@ def test_a_row_of_a_batch_is_the_row_alone(variant):
         torch.testing.assert_close(batch.logp[r][batch.mask[r] > 0], alone.logp[alone.mask > 0], rtol=0, atol=1e-5)
 
 
-SETTINGS = {"sampled": dict(), "greedy": dict(temperature=0), "stop": dict(stop=1), "truncated": dict(top_k=9, top_p=0.8, temperature=0.7, stop=2),
+SETTINGS = {"sampled": dict(), "greedy": dict(temperature=0), "stop": dict(stop=1), "stops": dict(stop=[4, 1]), "truncated": dict(top_k=9, top_p=0.8, temperature=0.7, stop=2),
             "uniforms": dict(uniforms=torch.rand(24, generator=seeded(), dtype=torch.float64), stop=3)}
 
 
@@ -313,6 +339,55 @@ def test_stopping_cuts_rows_and_changes_nothing_else(gpt, length, uniforms, stop
         assert stopped.logp[r, :p].eq(0).all() and stopped.logp[r, p + n:].eq(0).all()
 
 
+@pytest.mark.parametrize("where", [(), ("cpu",)])
+def test_a_row_ends_at_whichever_of_several_ids_comes_first(monkeypatch, where):
+    monkeypatch.setattr(model, "STATIC_ON", where), monkeypatch.setattr(model, "SPAN", 5)
+    sample = lambda stop: generate(known([0.4, 0.3, 0.2, 0.1]), [[0, 0, 1], [2]], n=8, max_new_tokens=40, stop=stop, generator=seeded())
+    free = sample(None).tokens()
+    for stop in ([], [3], [0], [3, 2], [1, 2, 3], [7]):
+        ends = [[t for t, token in enumerate(row) if token in stop] for row in free]
+        rows = sample(stop)
+        assert rows.tokens() == [row[:end[0] + 1] if end else row for row, end in zip(free, ends)]
+        assert rows.lengths.tolist() == [len(row) for row in rows.tokens()] and rows.mask.sum() == rows.lengths.sum()
+    assert sample([3]).tokens() == sample(3).tokens() == sample(torch.tensor([3])).tokens() and sample([]).tokens() == free
+
+
+@pytest.mark.parametrize("where", [(), ("cpu",)])
+@pytest.mark.parametrize("temperature", [0, 1])
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("bad_step", [0, 1, 6])
+def test_a_logit_that_is_not_finite_is_an_error_at_whatever_step(monkeypatch, where, temperature, wrong, bad_step):
+    monkeypatch.setattr(model, "STATIC_ON", where)
+    gpt, steps = make(), itertools.count()
+
+    def spoil(_, inputs, out):
+        if next(steps) == bad_step:
+            out[-1, 3] = wrong
+        return out
+    gpt.lm_head.register_forward_hook(spoil)
+    with pytest.raises(NotFinite, match="finite"):
+        generate(gpt, PROMPTS, max_new_tokens=7, temperature=temperature, generator=seeded())
+
+
+class Looks(TorchDispatchMode):
+    """How often a value is fetched from the device."""
+    n = 0
+
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        self.n += f is torch.ops.aten._local_scalar_dense.default
+        return f(*args, **(kwargs or {}))
+
+
+def test_nothing_is_fetched_from_the_device_between_two_looks_at_who_has_stopped(monkeypatch):
+    monkeypatch.setattr(model, "STATIC_ON", ("cpu",))
+    fetched = []
+    for new in (5, 50):
+        with Looks() as looks:
+            generate(make(), PROMPTS, max_new_tokens=new, stop=[1, 2], generator=seeded())
+        fetched.append(looks.n)
+    assert 0 < fetched[0] == fetched[1]
+
+
 def test_memory_that_was_never_written_is_never_felt():
     gpt = make()
     wanted = generate(gpt, PROMPTS, max_new_tokens=8, temperature=0).tokens()
@@ -356,7 +431,7 @@ def test_a_step_that_cannot_be_captured_runs_eagerly_from_then_on_and_on_the_str
 
 @pytest.mark.parametrize("prompts, kwargs", [([[1], []], {}), ([], {}), ([[1] * 60], dict(max_new_tokens=6)), ([[1] * 65], dict(max_new_tokens=1)),
                                              *(([[1]], wrong) for wrong in (
-                                                 dict(temperature=-0.5), dict(temperature=1e-39), dict(uniforms=torch.tensor([float("nan")])), dict(uniforms=torch.tensor([0])), dict(n=0), dict(max_new_tokens=0), dict(top_k=0), dict(top_p=0), dict(top_p=1.5),
+                                                 dict(temperature=-0.5), dict(temperature=1e-39), dict(uniforms=torch.tensor([float("nan")])), dict(uniforms=torch.tensor([0])), dict(n=0), dict(max_new_tokens=0), dict(top_k=0), dict(top_p=0), dict(top_p=1e-46), dict(top_p=float("nan")), dict(top_p=1.5),
                                                  dict(uniforms=torch.tensor([1.0])), dict(uniforms=torch.tensor([-0.1])), dict(n=2, uniforms=torch.rand(1))))])
 def test_bad_requests_are_value_errors(prompts, kwargs):
     with pytest.raises(ValueError):
@@ -521,7 +596,10 @@ def test_the_texts_are_what_was_generated_without_the_stop_token():
     tokenizer = train_bpe(TEXT, 257)
     rows = torch.tensor([[*b"ab", *b"cd", 256, 0], [*b"a", *b"efg", *b"xx"]])
     mask = torch.tensor([[0., 0, 1, 1, 1, 0], [0, 1, 1, 1, 0, 0]])
-    assert Rollout(rows, mask, mask, torch.tensor([2, 1])).texts(tokenizer) == ["cd", "efg"]
+    rollout = Rollout(rows, mask, mask, torch.tensor([2, 1]))
+    assert rollout.texts(tokenizer) == ["cd", "efg"]
+    tokenizer.stop = [256, ord("g")]
+    assert rollout.texts(tokenizer) == ["cd", "ef"]
 
 
 def test_indexing_and_joining_rollouts_keep_every_row():
@@ -550,10 +628,10 @@ TEXT += " ".join("".join(random.Random(i).choices("aabé", k=i % 9)) for i in ra
 def naive_bpe(text, n):
     """Count every pair again at each step -> merges, and the words as they end up."""
     words, merges = [[bytes([b]) for b in w.encode()] for w in regex.findall(SPLIT, text)], []
-    while len(merges) < n:
-        pairs = Counter(p for w in words for p in zip(w, w[1:]))
+    while len(merges) < n and (pairs := Counter(p for w in words for p in zip(w, w[1:]))):
         best = max(pairs, key=lambda p: (pairs[p], p))
-        merges.append(best[0] + best[1])
+        if best[0] + best[1] not in merges:
+            merges.append(best[0] + best[1])
         for w in words:
             j = 0
             while j < len(w) - 1:
@@ -577,6 +655,28 @@ def test_bpe_with_kept_counts_is_bpe_with_fresh_counts():
     assert bpe_merges(TEXT, 120) == naive_bpe(TEXT, 120)[0]
 
 
+@pytest.mark.parametrize("alphabet", ["a", "ab", "acgt", "ab é", "東京都タ ", "abc  \n1"])
+def test_bpe_merges_of_random_texts_are_those_of_brute_force_to_the_last_pair(alphabet):
+    for seed in range(60):
+        text = "".join(random.Random(seed).choices(alphabet, k=2 * seed))
+        for n in (3, 1000):
+            assert bpe_merges(text, n) == naive_bpe(text, n)[0]
+
+
+@pytest.mark.parametrize("characters", ["acgt", "".join(map(chr, range(0x4e00, 0x5200)))])
+def test_text_without_spaces_takes_a_few_heap_operations_for_each_byte_however_many_merges(monkeypatch, characters):
+    text = "".join(random.Random(0).choices(characters, k=4000))
+    operations = Counter()
+
+    def counted(name):
+        original = getattr(model.heapq, name)
+        return lambda heap, *item: operations.update([name]) or original(heap, *item)
+    for name in ("heappush", "heappop"):
+        monkeypatch.setattr(model.heapq, name, counted(name))
+    assert len(bpe_merges(text, 700)) == 700
+    assert operations.total() <= 4 * len(text.encode())
+
+
 def test_tiktoken_cuts_the_training_text_as_training_did():
     encoding = train_bpe(TEXT, 256 + 120 + 1)
     assert [encoding.decode_single_token_bytes(t) for t in encoding.encode(TEXT)] == list(itertools.chain(*naive_bpe(TEXT, 120)[1]))
@@ -590,7 +690,7 @@ def test_a_trained_bpe_gives_any_text_back(text):
 
 def test_the_end_of_text_is_the_last_id():
     encoding = train_bpe(TEXT, 300)
-    assert encoding.eos == 299 == encoding.n_vocab - 1
+    assert encoding.eos == 299 == encoding.n_vocab - 1 and encoding.stop == [299]
     assert train_bpe(TEXT, 257).eos == 256
 
 
@@ -602,7 +702,7 @@ def test_a_vocabulary_too_small_for_bytes_is_a_value_error():
 def test_characters_come_back_and_eos_decodes_to_nothing():
     tokenizer = CharTokenizer("abc =é")
     assert tokenizer.decode(tokenizer.encode("a = bé") + [tokenizer.eos]) == "a = bé"
-    assert tokenizer.eos == 6 == tokenizer.n_vocab - 1
+    assert tokenizer.eos == 6 == tokenizer.n_vocab - 1 and tokenizer.stop == [6]
     with pytest.raises(AssertionError):
         CharTokenizer("abca")
 
@@ -621,6 +721,47 @@ def test_documents_come_from_the_standard_library_a_file_a_folder_or_a_dataset(t
     assert model.load_documents(str(tmp_path / "rows")) == ["row 0", "row 1", "row 2"]      # through datasets
     with pytest.raises(UserError, match="empty"):
         model.load_documents(str(tmp_path / "empty"))
+
+
+@pytest.mark.parametrize("rows, words", [([{"text": "a"}, {"text": None}], "row 2 is no text but None"), ([{"text": 5}] * 3, "row 1 is no text but 5")])
+def test_a_dataset_row_that_is_no_text_is_one_line_with_its_number(tmp_path, rows, words):
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UserError, match=words):
+        model.load_documents(str(tmp_path))
+
+
+@pytest.mark.parametrize("inside", ["", "a.txt"])
+def test_a_text_that_cannot_be_read_is_one_line_that_names_it(tmp_path, monkeypatch, inside):
+    (tmp_path / "a.txt").write_text("text")
+
+    def denied(path, *_, **__):
+        raise PermissionError(13, "Permission denied", str(path))
+    monkeypatch.setattr(Path, "read_text", denied)
+    error = complain("model.py", "--quick", "--data", tmp_path / inside, "--out", tmp_path / "out")
+    assert "a.txt" in error and "Permission denied" in error
+
+
+def test_a_name_that_no_file_can_have_is_one_line():
+    assert "name too long" in complain("model.py", "--quick", "--data", "x" * 300).lower()
+
+
+@pytest.mark.parametrize("flags, words", [(["--bench", "--nanogpt", "/nonexistent"], "/nonexistent"), (["--nanogpt", "/nonexistent"], "--nanogpt does nothing"),
+                                          (["--bench", "--steps", 3], "--steps does nothing")])
+def test_the_benchmark_refuses_at_once_what_it_cannot_do(flags, words):
+    started = time.time()
+    assert words in complain("model.py", *flags) and time.time() - started < 5
+
+
+@pytest.mark.parametrize("sizes", [[200], [10, 990], [5000, *[10] * 9]])
+def test_of_ten_documents_or_fewer_a_tenth_is_held_out_by_size(sizes):
+    texts = ["".join(random.Random(n).choices("abc", k=n)) for n in sizes]
+    train, held_out = model.split(texts)
+    assert [a + b for a, b in zip(train, held_out)] == texts
+    assert sum(map(len, held_out)) == pytest.approx(sum(sizes) / 10, abs=len(sizes))
+
+
+def test_of_more_than_ten_documents_every_tenth_is_held_out():
+    assert model.split([str(i) for i in range(12)]) == (["1", "2", "3", "4", "5", "6", "7", "8", "9", "11"], ["0", "10"])
 
 
 TINY = ["--quick", "--device", "cpu", "--steps", 10, "--eval-every", 4, "--seeds", 2, "--batch", 2, "--block-size", 16]
@@ -642,7 +783,7 @@ def test_pretraining_is_measured_on_all_of_the_held_out_text_and_none_of_it_is_t
     seen = []
     monkeypatch.setattr(model, "train_bpe", lambda text, size: seen.append(text) or train_bpe(text, size))
     finish("model.py", *TINY, "--data", data, "--out", tmp_path / "out")
-    assert check_whole(tmp_path / "out") == "loss"
+    assert check_whole(tmp_path / "out", also=("samples.txt",)) == "loss"
     cut = len(texts[0]) * 9 // 10
     train, held_out = (texts[1:10] + texts[11:], [texts[0], texts[10]]) if documents > 1 else ([texts[0][:cut]], [texts[0][cut:]])
     assert seen == ["".join(train)]
@@ -702,11 +843,98 @@ def test_interrupt_and_resume_give_the_metrics_of_an_uninterrupted_pretraining_t
     check_resume("model.py", tmp_path, (dict(seed=0, step=3), dict(seed=1, step=7)), *TINY, "--data", written(tmp_path, 1)[1])
 
 
+def interrupted_at(step, monkeypatch, *flags):
+    """A pretraining that SIGTERM ends at a step of seed 0."""
+    log = model.Run.log
+
+    def stopping(self, **row):
+        log(self, **row)
+        if row["step"] == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+    with monkeypatch.context() as patch:
+        patch.setattr(model.Run, "log", stopping)
+        assert launch("model.py", *flags)[0] == 143
+
+
+def test_a_resumed_run_has_its_tokenizer_in_the_checkpoint_and_refuses_other_data(tmp_path, monkeypatch):
+    texts, data = written(tmp_path, 1)
+    flags, out = [*TINY, "--data", data, "--out"], tmp_path / "out"
+    finish("model.py", *flags, tmp_path / "whole")
+    interrupted_at(3, monkeypatch, *flags, out)
+    before = {p.name: p.read_bytes() for p in out.iterdir()}
+    data.write_text(texts[0] + "one more", "utf-8")
+    assert "--data" in complain("model.py", "--resume", "--out", out)
+    assert before == {p.name: p.read_bytes() for p in out.iterdir()}
+    data.write_text(texts[0], "utf-8")
+    monkeypatch.setattr(model, "train_bpe", lambda *_: pytest.fail("trains the tokenizer again"))
+    finish("model.py", "--resume", "--out", out)
+    assert metrics(out) == metrics(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("given", ["", "folder", "a/hub/id"])
+def test_a_resumed_run_refuses_other_data_wherever_they_come_from(tmp_path, monkeypatch, given):
+    texts = written(tmp_path, 12)[0]
+    data = tmp_path / "texts" if given == "folder" else given
+    if given != "folder":
+        monkeypatch.setattr(model, "load_documents", lambda data: [*texts])
+    interrupted_at(2, monkeypatch, *TINY, "--data", data, "--out", tmp_path / "out")
+    texts.append("a new file")
+    (tmp_path / "texts" / "new.txt").write_text(texts[-1])
+    assert "is no longer what the run" in complain("model.py", "--resume", "--out", tmp_path / "out")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_during_a_long_evaluation_is_heeded_at_once_and_nothing_is_lost(tmp_path, monkeypatch, number):
+    flags = [*TINY, "--data", written(tmp_path, 1)[1], "--out"]
+    finish("model.py", *flags, tmp_path / "whole")
+    scored, sent = model.token_logprobs, []
+
+    def slow(*args):
+        if not torch.is_grad_enabled():
+            if not sent:
+                sent.append(time.time())
+                os.kill(os.getpid(), number)
+            time.sleep(2)
+        return scored(*args)
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "token_logprobs", slow)
+        code, out, _ = launch("model.py", *flags, tmp_path / "out")
+    assert code == 128 + number and "--resume" in out and time.time() - sent[0] < 2
+    assert [row["step"] for row in metrics(tmp_path / "out")] == [1, 2, 3]       # the evaluation is at the end of step 4
+    finish("model.py", "--resume", "--out", tmp_path / "out")
+    assert metrics(tmp_path / "out") == metrics(tmp_path / "whole")
+    assert (tmp_path / "out" / "claims.json").read_text() == (tmp_path / "whole" / "claims.json").read_text()
+
+
+def test_a_learning_rate_that_ruins_the_weights_is_one_line_and_the_last_finite_checkpoint_stays(tmp_path):
+    code, _, err = launch("model.py", *TINY, "--lr", 1e30, "--data", written(tmp_path, 1)[1], "--out", tmp_path / "out")
+    assert code == 2 and re.search(r"model.py: error: the (loss|gradient norm) is (nan|inf) at step \d+ of gpt 0; .*model.pt holds what was finite\n$", err)
+    assert all(np.isfinite(row["loss"]) for row in metrics(tmp_path / "out"))
+    assert all(p.isfinite().all() for p in load_checkpoint(tmp_path / "out" / "model.pt")["state"]["gpt 0"]["model"].values())
+    assert not (tmp_path / "out" / "claims.json").exists()
+
+
+def test_results_are_written_whatever_the_terminal_can_print_and_a_closed_pipe_is_no_traceback(tmp_path):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "cp1252"}
+    command = [sys.executable, ROOT / "model.py", *map(str, TINY), "--seeds", "1", "--data", written(tmp_path, 1)[1], "--out"]
+    done = subprocess.run([*command, tmp_path / "out"], env=environment, capture_output=True, timeout=120)
+    assert done.returncode == 0, done.stderr.decode("cp1252")
+    check_whole(tmp_path / "out", also=("samples.txt",))
+    sample = (tmp_path / "out" / "samples.txt").read_text("utf-8")
+    assert re.search("[東京]", sample) and "?" in done.stdout.decode("cp1252")
+    piped = subprocess.Popen([*command, tmp_path / "piped"], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    piped.stdout.readline()
+    piped.stdout.close()
+    assert "Traceback" not in piped.stderr.read().decode("cp1252") and piped.wait(120) in (0, 141)
+    assert all("step" in row for row in metrics(tmp_path / "piped"))
+
+
 def test_help_names_every_flag():
     check_help("model.py")
 
 
-@pytest.mark.parametrize("flags, words", [(["--block-size", 9999], "too few"), (["--n-head", 5], "n_head 5"), (["--dtype", "int8"], "int8")])
+@pytest.mark.parametrize("flags, words", [(["--block-size", 9999], "too few"), (["--n-head", 5], "n_head 5"), (["--dtype", "int8"], "int8"),
+                                          (["--n-layer", 100000000000], "--n-layer"), (["--n-layer", 4000000000], "parameters"), (["--n-embd", 100000000], "GiB"), (["--batch", 1000000000], "--batch")])
 def test_a_mistake_is_one_line_and_harms_nothing(flags, words, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "model.pt").write_text("another run's")
