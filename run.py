@@ -293,8 +293,9 @@ def descend(optimizer, loss, clip=1.0):
 
     loss: the step's, a number. NotFinite, and no step, if it or the norm is none: the weights are then as they were.
     """
+    loss = loss.item() if isinstance(loss, torch.Tensor) else loss
     norm = torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], clip).item()
-    for name, value in (("loss", float(loss)), ("gradient norm", norm)):
+    for name, value in (("loss", loss), ("gradient norm", norm)):
         if not math.isfinite(value):
             raise NotFinite(f"the {name} is {value}")
     optimizer.step()
@@ -371,11 +372,13 @@ class Run:
         try:
             self.dir.mkdir(parents=True, exist_ok=True)
             mine = {"config.json", "metrics.jsonl", "claims.json", "model.pt", f"{self.config['figure']}.png", *also}
-            before = self.owned() | set(also)
+            owned = self.owned()
             if not config.resume:
-                if foreign := sorted(name for name in mine - before if os.path.lexists(self.dir / name)):
-                    raise UserError(f"{self.dir} holds {foreign[0]}, which no run wrote: choose another --out")
-                for name in before - {"config.json"} - set(also):       # another run's: nothing of it goes with this one's rows
+                foreign = mine - owned - set(also if owned else ())
+                for name in sorted(foreign):
+                    if os.path.lexists(self.dir / name):
+                        raise UserError(f"{self.dir} holds {name}, which no run wrote: choose another --out")
+                for name in owned - {"config.json"}:       # another run's: nothing of it goes with this one's rows
                     (self.dir / name).unlink(missing_ok=True)
         except OSError as e:
             raise UserError(f"cannot write to {self.dir}: {e.strerror}") from None
@@ -548,7 +551,8 @@ def claim(id, text, source, paper, value, op, threshold, seeds, beside=""):
     there a tie must not hold. `beside` is printed next to it."""
     assert op in ((">", "<") if threshold == 0 else (">=", "<=", ">", "<")), f"{id}: {op} {threshold} would hold on a tie"
     value = np.asarray(value, dtype=float)
-    mean, spread = value.mean(), f" ± {value.std(ddof=1):.2g}" if value.size > 1 else ""
+    with np.errstate(invalid="ignore"):     # the spread of what is not finite is nan
+        mean, spread = value.mean(), f" ± {value.std(ddof=1):.2g}" if value.size > 1 else ""
     holds = {">=": mean >= threshold, "<=": mean <= threshold, ">": mean > threshold, "<": mean < threshold}[op] and np.isfinite(value).all()
     return dict(id=id, claim=text, source=source, paper=paper, ours=f"{mean:.3g}{spread}{beside}", threshold=f"{op} {threshold:.3g}", holds=bool(holds), seeds=seeds)
 

@@ -3,9 +3,11 @@ import copy
 import dataclasses
 import importlib
 import json
+import math
 import os
 import random
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -21,8 +23,8 @@ from common import ROOT, check_whole, torchrun
 from kernels import token_logprobs
 from model import GPT, GPTConfig
 import run as run_module
-from run import (Run, UserError, all_sum, band, claim, command, flag, gathered, join, load_checkpoint, parse_args, pick_device, restore, same_weights,
-                 save_checkpoint, seeds_of, series, share, snapshot)
+from run import (LostProcess, NotFinite, Run, UserError, all_sum, band, claim, command, descend, fingerprint, flag, gathered, join, load_checkpoint, need_memory,
+                 parse_args, pick_device, restore, same_weights, save_checkpoint, seeds_of, series, share, snapshot)
 
 SCRIPTS = ["model.py", "grpo.py", "opd.py", "curriculum.py", "coverage.py", "ttt.py"]
 
@@ -90,7 +92,7 @@ def test_an_interrupted_save_leaves_the_old_checkpoint_whole(tmp_path, monkeypat
     with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
         m.setattr(torch, "save", interrupted)
         save_checkpoint(tmp_path / "model.pt", step=2)
-    assert load_checkpoint(tmp_path / "model.pt") == {"step": 1}
+    assert load_checkpoint(tmp_path / "model.pt") == {"step": 1} and [p.name for p in tmp_path.iterdir()] == ["model.pt"]
 
 
 @pytest.mark.parametrize("damage", [lambda b: None, lambda b: b[:-100], lambda b: b[:10], lambda b: b"", lambda b: b"not a checkpoint"])
@@ -367,30 +369,292 @@ def test_a_series_has_the_steps_of_every_seed_and_a_band_their_mean_and_spread()
     plt.close("all")
 
 
+def losses(run, steps, fresh, surprise=lambda step: None, **flags):
+    """A small training through run.loop -> its weights. surprise(step) is called as an evaluation would be: after the step, before the row."""
+    gpt, optimizer, generator = fresh
+    kept = dict(seen=0)
+    for step in run.loop("train", steps, gpt, optimizer, random.Random(0), generator, kept, **flags):
+        ids = torch.randint(11, (4, 8), generator=generator)
+        loss = -token_logprobs(gpt.hidden(ids[:, :-1]), gpt.lm_head.weight, ids[:, 1:])[0].mean()
+        optimizer.zero_grad()
+        loss.backward()
+        descend(optimizer, loss)
+        kept["seen"] += 1
+        surprise(step)
+        run.log(step=step + 1, loss=loss.item(), seen=kept["seen"])
+    return gpt
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_first_then_ends_the_process_with_its_code(tmp_path, handlers, number):
-    run = Run(Config(out=str(tmp_path)))
-    assert not run.due
-    os.kill(os.getpid(), number)
-    assert run.due and signal.getsignal(number) == signal.SIG_DFL      # a second one does not ask
+def test_a_signal_in_the_middle_of_a_step_ends_the_run_at_once_and_a_resumed_run_is_the_whole_one_to_the_bit(tmp_path, number, capsys):
+    with Run(Config(out=str(tmp_path / "whole"))) as whole:
+        weights = losses(whole, 6, fresh_training())
+    after = []
+
+    def surprise(step):
+        if step == 3:
+            os.kill(os.getpid(), number)
+            after.append("an evaluation that went on")
+
+    before = signal.getsignal(number)
+    with pytest.raises(SystemExit) as stopped, Run(Config(out=str(tmp_path / "run"))) as run:
+        losses(run, 6, fresh_training(), surprise)
+    assert stopped.value.code == 128 + number and not after and "--resume" in capsys.readouterr().out
+    assert signal.getsignal(number) == before
+    with Run(Config(out=str(tmp_path / "run"), resume=True)) as again:
+        assert 0 < len(again.rows) == again.state["train"]["step"] <= 3 and again.rows == whole.rows[:len(again.rows)]
+        resumed = losses(again, 6, fresh_training())
+    assert again.rows == whole.rows and all(map(torch.equal, weights.parameters(), resumed.parameters()))
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == (tmp_path / "whole" / "metrics.jsonl").read_text()
+
+
+def test_a_signal_while_a_row_is_written_waits_for_its_end(tmp_path, monkeypatch):
+    with pytest.raises(SystemExit) as stopped, Run(Config(out=str(tmp_path))) as run:
+        seek = run.metrics.seek
+        run.metrics = SimpleNamespace(seekable=lambda: True, write=run.metrics.write, close=run.metrics.close,
+                                      seek=lambda *at: (os.kill(os.getpid(), signal.SIGTERM), seek(*at))[1])
+        run.log(step=1)
+    assert stopped.value.code == 143 and (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n'
+
+
+@pytest.mark.parametrize("mark", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_before_there_is_a_run_is_no_traceback(mark, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["script.py"])
     with pytest.raises(SystemExit) as stopped:
-        run.save("train", step=7)
-    assert stopped.value.code == 128 + number
-    assert load_checkpoint(tmp_path / "model.pt")["state"] == {"train": {"step": 7}}
+        command(lambda: os.kill(os.getpid(), mark))
+    assert stopped.value.code == 128 + mark and capsys.readouterr().err == ""
 
 
-def test_a_signal_after_the_last_loop_saves_first_too_and_loses_no_row(tmp_path, handlers):
-    run = Run(Config(out=str(tmp_path)))
-    run.save("train", step=7)
-    for number, last in ((signal.SIGINT, lambda: run.log_once(lambda: {"reward": os.kill(os.getpid(), signal.SIGINT)}, step=7)),
-                         (signal.SIGTERM, lambda: (os.kill(os.getpid(), signal.SIGTERM), run.finish(plt.figure(), [])))):
-        with pytest.raises(SystemExit) as stopped:
-            last()
-        assert stopped.value.code == 128 + number
-        run = Run(Config(out=str(tmp_path), resume=True))
-        assert run.rows == [dict(step=7, reward=None)] and run.state["train"] == {"step": 7}
-    assert (tmp_path / "train.png").exists() and (tmp_path / "claims.json").exists()
+def test_a_resumed_run_that_is_interrupted_at_once_loses_nothing(tmp_path):
+    with Run(Config(out=str(tmp_path))) as run:
+        losses(run, 2, fresh_training())
+    for _ in range(2):
+        with pytest.raises(SystemExit), Run(Config(out=str(tmp_path), resume=True)) as again:
+            assert again.rows == run.rows
+            raise SystemExit(130)
+
+
+def test_until_ends_a_loop_and_what_it_carries_comes_back(tmp_path):
+    with Run(Config(out=str(tmp_path))) as run:
+        kept = dict(seen=0)
+        for step in run.loop("train", 10 ** 9, *fresh_training()[:2], random.Random(0), kept=kept, until=lambda: kept["seen"] >= 5):
+            kept["seen"] += 2
+    with Run(Config(out=str(tmp_path), resume=True)) as run:
+        assert run.state["train"]["step"] == 3
+        kept = dict(seen=0)
+        assert not list(run.loop("train", 10 ** 9, *fresh_training()[:2], random.Random(0), kept=kept, until=lambda: kept["seen"] >= 5))
+        assert kept == dict(seen=6)
+
+
+def test_rows_logged_outside_of_loops_survive_and_rows_inside_go_with_their_state(tmp_path):
+    with pytest.raises(SystemExit), Run(Config(out=str(tmp_path))) as run:
+        run.log_once(lambda: dict(x=1), step=0)
+        for step in run.loop("train", 3, *fresh_training()[:2], random.Random(0)):
+            run.kept, run.keep_cost = time.time(), 1000     # too dear to keep again
+            run.log_once(lambda: dict(x=2), step=step + 1)
+            if step == 1:
+                raise SystemExit(130)
+    with Run(Config(out=str(tmp_path), resume=True)) as again:
+        assert again.rows == [dict(step=0, x=1)] and "train" not in again.state
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Numbers that are none
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+def test_a_loss_or_gradient_that_is_no_number_ends_the_run_before_the_step_and_keeps_the_last_finite_state(tmp_path, number):
+    gpt, optimizer, generator = fresh_training()
+
+    def spoil(step):
+        if step == 2:
+            next(gpt.parameters()).data.view(-1)[0] = number      # found in the next loss, or when the state is kept
+
+    with pytest.raises(NotFinite, match=f"at step [34] of train; {re.escape(str(tmp_path / 'model.pt'))} holds what was finite"), Run(Config(out=str(tmp_path))) as run:
+        losses(run, 6, (gpt, optimizer, generator), spoil)
+    saved = load_checkpoint(tmp_path / "model.pt")
+    assert saved["state"]["train"]["step"] in (1, 2) and all(p.isfinite().all() for p in saved["state"]["train"]["model"].values())
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3]
+    for loss, gradient in ((number, 1.0), (1.0, number)):
+        weight = torch.nn.Parameter(torch.ones(3))
+        weight.grad = torch.full((3,), gradient)
+        with pytest.raises(NotFinite, match="loss|gradient norm"):
+            descend(torch.optim.SGD([weight], 1.0), loss)
+        assert weight.tolist() == [1, 1, 1]
+
+
+def test_weights_that_are_no_numbers_are_never_saved(tmp_path):
+    gpt, optimizer, _ = fresh_training()
+    with pytest.raises(NotFinite, match="a weight is no longer finite at step 2"), Run(Config(out=str(tmp_path))) as run:
+        for step in run.loop("train", 2, gpt, optimizer, random.Random(0)):
+            if step == 1:
+                next(gpt.parameters()).data.view(-1)[0] = math.inf      # a step so long that fp32 ends
+    assert load_checkpoint(tmp_path / "model.pt")["state"]["train"]["step"] == 1
+
+
+def test_a_step_cuts_the_gradient_and_tells_the_norm_before_the_cut():
+    weight = torch.nn.Parameter(torch.zeros(2))
+    weight.grad = torch.tensor([3.0, 4.0])
+    assert descend(torch.optim.SGD([weight], 1.0), torch.tensor(0.5)) == pytest.approx(5)
+    assert weight.tolist() == pytest.approx([-0.6, -0.8], abs=1e-5)
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+def test_metrics_are_strict_json(tmp_path, number):
+    with pytest.raises(NotFinite, match="reward is"), Run(Config(out=str(tmp_path))) as run:
+        run.log(step=1, reward=None)
+        run.log(step=2, reward=number)
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "reward": null}\n'
+
+
+def test_no_claim_holds_of_what_is_no_number_or_on_a_tie_with_0():
+    assert not any(claim("x", "", "", "", value, op, 1, 1)["holds"] for value in (math.nan, [math.nan, 5], [5, math.inf], -math.inf) for op in (">=", "<=", ">", "<"))
+    assert [claim("x", "", "", "", v, op, 0, 1)["holds"] for op in (">", "<") for v in (-1, 0, 1)] == [False, False, True, True, False, False]
+    for op in (">=", "<="):
+        with pytest.raises(AssertionError, match="tie"):
+            claim("x", "", "", "", 1, op, 0, 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Whose folder, whole files
+
+MINE = ("model.pt", "claims.json", "metrics.jsonl", "train.png", "base.pt")
+
+
+@pytest.mark.parametrize("name", MINE)
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_file_that_no_run_wrote_is_never_deleted_or_overwritten(tmp_path, name, resume):
+    (tmp_path / name).write_text("mine"), (tmp_path / "model.tmp").write_text("mine"), (tmp_path / "other.png").write_text("mine")
+    with pytest.raises(UserError, match=re.escape(f"{tmp_path} holds {name}, which no run wrote") if not resume else "checkpoint|not a run's"):
+        if resume:
+            parse_args(Config, "", ["--resume", "--out", str(tmp_path)])
+        Run(Config(out=str(tmp_path)), also=("base.pt",))
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == dict.fromkeys([name, "model.tmp", "other.png"], "mine")
+
+
+def test_a_runs_folder_may_hold_files_of_yours_under_other_names(tmp_path):
+    for name in ("model.tmp", "other.png", "notes"):
+        (tmp_path / name).write_text("mine")
+    for figure in ("train", "train"):
+        with Run(Config(out=str(tmp_path), figure=figure)) as run:
+            run.log(step=1)
+            run.save("train", step=1)
+            run.finish(plt.figure(), [])
+    assert all((tmp_path / name).read_text() == "mine" for name in ("model.tmp", "other.png", "notes"))
+    with pytest.raises(UserError, match="other.png"):       # the figure of this one
+        Run(Config(out=str(tmp_path), figure="other"))
     plt.close("all")
+
+
+@pytest.fixture
+def full_disk():
+    """Call it: from then on a file can hold no more than `size` bytes, as if the disk were full."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_on_a_full_disk_a_file_is_whole_or_as_it_was_and_nothing_else_is_left(tmp_path, full_disk):
+    with Run(Config(out=str(tmp_path))) as run:
+        run.log(step=1)
+        run.save("train", weight=torch.ones(10))
+        run.claims([])
+        before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+        full_disk(30)
+        for write in (lambda: run.save("train", weight=torch.ones(100_000)), lambda: run.write("claims.json", "x" * 100), lambda: run.finish(plt.figure(), []),
+                      lambda: run.log(step=2, text="x" * 100), lambda: save_checkpoint(tmp_path / "new.pt", weight=torch.ones(100_000))):
+            with pytest.raises(UserError, match="cannot write"):
+                write()
+        full_disk(2 ** 40)
+        assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+        run.log(step=2)
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'
+    plt.close("all")
+
+
+def test_resume_refuses_inputs_that_have_changed(tmp_path):
+    data, out = tmp_path / "data", str(tmp_path / "run")
+    data.mkdir(), (data / "a.txt").write_text("one")
+    first = fingerprint(data)
+    with Run(Config(out=out), inputs={"--data": first}) as run:
+        run.save("train", step=1)
+    with Run(Config(out=out, resume=True), inputs={"--data": fingerprint(data)}) as run:
+        assert run.state["train"] == {"step": 1}
+    (data / "a.txt").write_text("two")
+    assert fingerprint(data) != first and fingerprint(data / "a.txt") != first and fingerprint("some/hub-id") == "some/hub-id"
+    with pytest.raises(UserError, match="--data is no longer what"):
+        Run(Config(out=out, resume=True), inputs={"--data": fingerprint(data)})
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# The terminal
+
+PRINTS = """import sys
+sys.path.insert(0, {root!r})
+import run, test_run as t
+def main():
+    with run.Run(t.Config(out=sys.argv[1])) as r:
+        for step in range(3):
+            print("pass@1 .3 \u2192 .9")
+            r.log(step=step)
+        r.claims([])
+run.command(main)
+"""
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
+def test_results_are_written_whatever_the_terminal_can_print(tmp_path, encoding):
+    done = subprocess.run([sys.executable, "-c", PRINTS.format(root=str(ROOT)), tmp_path / "run"], capture_output=True,
+                          env={**os.environ, "PYTHONIOENCODING": encoding, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"})
+    assert done.returncode == 0 and done.stderr == b"" and b"pass@1 .3 ? .9" in done.stdout
+    assert (tmp_path / "run" / "claims.json").read_text() == "[]"
+
+
+def test_a_closed_pipe_ends_the_run_without_a_traceback_and_saves_first(tmp_path):
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, "-uc", PRINTS.format(root=str(ROOT)), tmp_path / "run"], stdout=write, stderr=subprocess.PIPE,
+                          env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"})
+    os.close(write)
+    assert done.returncode == 141 and done.stderr == b"" and (tmp_path / "run" / "model.pt").exists()
+
+
+def test_more_memory_than_the_machine_has_is_one_line(monkeypatch, capsys):
+    need_memory(2 ** 20, "a model")
+    with pytest.raises(UserError, match=r"a model: 1,048,576\.0 GiB, of which this machine has"):
+        need_memory(2 ** 50, "a model")
+    monkeypatch.setattr(sys, "argv", ["script.py"])
+    for work in (lambda: torch.empty(2 ** 60), lambda: bytearray(2 ** 62)):
+        with pytest.raises(SystemExit) as stopped:
+            command(work)
+        assert stopped.value.code == 2 and re.fullmatch("script.py: error: out of memory .*\n", capsys.readouterr().err)
+
+
+def test_a_number_that_no_arithmetic_holds_is_a_user_error():
+    for flags in (["--beta", "1e300"], ["--steps", str(10 ** 30)]):
+        with pytest.raises(UserError, match="must be at most"):
+            parse_args(Config, "", flags)
+
+
+def test_a_flag_that_does_nothing_beside_the_others_is_a_user_error_that_says_why():
+    class Idle(Config):
+        def idle(self):
+            return {"beta": "there are no --steps"} if self.steps == 0 else {}
+
+    assert parse_args(Idle, "", ["--steps", "0"]).steps == 0 and parse_args(Idle, "", ["--beta", "0.5"]).beta == 0.5
+    with pytest.raises(UserError, match="--beta does nothing here: there are no --steps"):
+        parse_args(Idle, "", ["--beta", "0.5", "--steps", "0"])
+
+
+@pytest.mark.parametrize("rank, lines", [("0", 1), ("1", 0)])
+def test_a_mistake_in_several_processes_is_said_by_rank_0_alone(monkeypatch, capsys, rank, lines):
+    def fails(error):
+        raise error
+
+    monkeypatch.setattr(sys, "argv", ["script.py"]), monkeypatch.setenv("RANK", rank)
+    for error, said in ((UserError("no"), lines), (LostProcess("rank 1 lost another"), 1)):
+        with pytest.raises(SystemExit) as stopped:
+            command(lambda: fails(error))
+        assert stopped.value.code == 2 and capsys.readouterr().err.count("\n") == said
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
