@@ -566,7 +566,7 @@ def test_the_claims_of_horizon_compare_what_they_say(monkeypatch):
     monkeypatch.setattr(cov, "coin", lambda n, seed: (n / 100, (1 + seed) / n))
     ours, titles = claimed(cov.figure_horizon, small(seeds=2), Memory())
     assert ours == pytest.approx({"coverage": 90, "draws": 1 / 16}, rel=5e-3)
-    assert "8.0 times the KL, 1.20 times the Cov_16" in titles and "1.20 times at 64 tokens, 90.0 at 256" in titles and "KL infinite in 20%, Cov_2 0.075" in titles
+    assert "8.0 times the KL, 1.20 times the Cov_16" in titles and "Cov_16: from 8 to 64 tokens x 1.20, to 256 x 90.0" in titles and "KL infinite in 20%, Cov_2 0.075" in titles
 
 
 def test_the_claims_of_optimizers_compare_what_they_say(monkeypatch):
@@ -675,6 +675,9 @@ def test_a_signal_in_the_middle_of_an_evaluation_is_heeded_at_once_and_nothing_i
         patch.setattr(cov, name, struck)
         code, written, _ = launch("coverage.py", *flags, "--out", tmp_path / "cut")
     assert code == 128 + number and "--resume" in written and not after and len(calls) == call
+    done, measured, linear = len(metrics(tmp_path / "cut")), [], cov.linear
+    monkeypatch.setattr(cov, "linear", lambda *args: measured.append(args) or linear(*args))
     finish("coverage.py", "--resume", "--out", tmp_path / "cut")
+    assert name != "exact_coverage" or done == 4 and len(measured) == 55 - 4, "what was measured is not measured again"
     assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
     assert (tmp_path / "cut" / "claims.json").read_text() == (tmp_path / "whole" / "claims.json").read_text()
