@@ -1,18 +1,23 @@
 """coverage.py: the profile and its bounds by enumeration, the tournaments by hand, the graphs, the linear model, the trainer, and the command."""
 import copy
+import dataclasses
 import itertools
+import json
 import math
+import os
+import signal
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
 
-from common import Memory, check_help, check_mistake, check_quick, check_resume
+from common import Memory, check_help, check_mistake, check_quick, check_resume, check_whole, finish, launch, metrics
 
 import coverage as cov
-from coverage import (ANSWER, FIGURES, PAD, PROMPT, SECRET, Config, best_of_n, best_of_n_loss, build, coverage, dco_loss, exact_coverage, gradient, graphs, hard_reward,
+from coverage import (ANSWER, FIGURES, PAD, PROMPT, SECRET, Config, best, best_of_n, best_of_n_loss, build, coverage, dco_loss, exact_coverage, gradient, graphs, hard_reward,
                       kl_bound, log_probs, offset_tournament, pass_at, project, ranks, score, score_all, spearman, teacher_forced, token_step, tournament, truncated_weights)
+from run import NotFinite, load_checkpoint
 
 
 def two_distributions(seed, outcomes=50, spread=2.0):
@@ -108,6 +113,55 @@ def test_the_offset_tournament_forgives_what_a_checkpoint_says_of_itself():
             rivals = [np.mean(logp[j] - logp[i] >= math.log(N)) - 2 * N ** a * np.mean(own[i, j] - own[i, i] >= math.log(N)) for j in range(3)]
             scores.append(max(rivals))
         assert offset_tournament(logp, own, N, a) == pytest.approx(scores) and min(scores) > 0
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+def test_what_is_no_number_is_never_the_best_of_anything(broken):
+    assert coverage([math.nan, math.nan], 4) == 1 and coverage([math.nan, 0.0], 4) == 0.5
+    assert best_of_n_loss(lambda M: math.nan, 8) == 1 and math.isnan(pass_at(np.array([math.nan]), 8)[0])
+    assert math.isnan(best_of_n(np.array([0.5, 0.5]), np.array([math.nan, 1.0]), 2))
+    x = np.array([1.0, 2.0, 3.0])
+    assert math.isnan(spearman(x, np.array([1.0, math.nan, 3.0]))) and math.isnan(spearman(np.array([math.nan] * 3), x))
+    assert exact_coverage(np.array([[math.nan] * 3, cov.TRUTH]), 16, 16) == pytest.approx([1, 0], abs=1e-3)
+    rng = np.random.default_rng(0)
+    logp, own = np.log(rng.random((3, 40))), np.log(rng.random((3, 3, 40)))
+    for place in range(4):                                  # a checkpoint more, anywhere, that is no number
+        more, theirs = np.insert(logp, place, broken, 0), np.insert(np.insert(own, place, -1.0, 0), place, broken, 1)
+        for scores, without in ((tournament(more, 2), tournament(logp, 2)), (offset_tournament(more, theirs, 2), offset_tournament(logp, own, 2))):
+            assert scores[place] == math.inf and np.delete(scores, place).tolist() == without.tolist(), "it wins nothing, and nobody loses to it"
+        for score in (-more.mean(1), tournament(more, 2), np.full(4, broken), np.zeros(4)):
+            assert best(score, more) != place
+    one = more.copy()
+    one[3] = logp[0]
+    one[3, 7] = broken
+    assert tournament(one, 2)[3] == math.inf and best(-one.mean(1), one) != 3, "one answer is enough"
+    with pytest.raises(NotFinite):
+        best(np.zeros(2), np.full((2, 3), broken))
+
+
+def test_an_answer_to_which_a_checkpoint_gives_nothing_is_one_that_it_misses():
+    logp = np.log(np.array([[0.5, 0.5], [0.5, 1e-300]]))
+    logp[1, 1] = -np.inf
+    assert tournament(logp, 4).tolist() == [0, 0.5] and best(tournament(logp, 4), logp) == 0
+
+
+@pytest.mark.parametrize("wrong", [0, 4, 8])
+def test_a_checkpoint_that_is_no_number_is_not_selected(wrong, monkeypatch):
+    model, config = build(small(), "cpu"), small(eval_prompts=16)
+    valid = {step: torch.full((32,), -1.0 - step, dtype=torch.float64) for step in (0, 4, 8)}
+    valid[wrong] = valid[wrong] * math.nan
+    weights = {step: {k: v + step for k, v in model.state_dict().items()} for step in (0, 4, 8)}
+    monkeypatch.setattr(cov, "generate", lambda m, asked, n, max_new_tokens, generator: type("Rollout", (), dict(ids=torch.zeros(16, PROMPT + ANSWER, dtype=int))))
+    monkeypatch.setattr(cov, "score_all", lambda m, ids: np.full(16, math.nan if torch.equal(m.lm_head.weight, weights[wrong]["lm_head.weight"]) else -1.0))
+    picks = cov.select(config, model, valid, weights, 0)
+    assert len(picks) == 4 and wrong not in picks.values()
+
+
+def test_a_score_that_is_no_number_ends_the_run():
+    model = build(small(), "cpu")
+    model.lm_head.weight.data[3, 0] = math.nan
+    with pytest.raises(NotFinite):
+        score_all(model, graphs(np.random.default_rng(0), np.array([0, 1])))
 
 
 def test_dco_switches_confident_answers_off_by_its_factor():
@@ -390,7 +444,7 @@ def test_selection_takes_the_best_loss_the_tournaments_winner_and_of_equals_the_
     monkeypatch.setattr(cov, "generate", generate)
     monkeypatch.setattr(cov, "score_all", lambda m, ids: np.array(prompts[name(m)] if ids.size > 1 else own[ids.item(), name(m)]))
     picks = cov.select(small(eval_prompts=400), model, valid, weights, 0)
-    assert logp[2].mean() > logp[1].mean() and picks == {"best validation loss": 8, "tournament": 4, "offset": 8}
+    assert logp[2].mean() > logp[1].mean() and picks == {"best validation loss": 8, "validation Pass@8": 4, "tournament": 4, "offset": 8}
     assert len(drawn) == 1 and abs(np.mean(drawn[0][0] == 1) - 0.1) < 0.04 and set(drawn[0][0]) == {0, 1}
 
 
@@ -428,9 +482,9 @@ def interrupted(training):
     """training(run), broken off after two steps and begun again with what was saved."""
     first, second = Memory(), Memory()
 
-    def save(phase, **state):
-        second.state[phase] = copy.deepcopy(state)
-        if state["step"] == 2:
+    def save(phase=None, **state):
+        if any(s["step"] == 2 for s in first.state.values()):
+            second.state.update(copy.deepcopy(first.state))
             raise KeyboardInterrupt
     first.due, first.save = True, save
     with pytest.raises(KeyboardInterrupt):
@@ -460,9 +514,11 @@ def test_an_interrupted_fine_tuning_keeps_its_checkpoints():
 # The claims, of rows that were made up
 
 def claimed(figure, config, run):
+    """-> each claim's number, and all titles of the figure."""
     fig, claims = figure(config, run, "cpu")
+    titles = [fig.get_suptitle(), *(ax.get_title() for ax in fig.axes)]
     plt.close(fig)
-    return {c["id"]: float(c["ours"].split()[0]) for c in claims}
+    return {c["id"]: float(c["ours"].split()[0]) for c in claims}, "; ".join(titles)
 
 
 def test_the_claims_of_principle_compare_what_they_say(monkeypatch):
@@ -470,7 +526,8 @@ def test_the_claims_of_principle_compare_what_they_say(monkeypatch):
               ("cross-entropy", 1): dict(kl=(1.0, 0.5, 0.55), cov=(0.01, 0.05, 0.02), pass8=(0.90, 0.97, 0.89), pass16=(0.99, 0.97, 0.96)),
               ("DCO, N = 8", 0): dict(kl=(1.0, 0.9, 0.8), cov=(0.0, 0.0, 0.0), pass8=(0.90, 0.99, 0.96), pass16=(0.99, 0.99, 0.99)),
               ("DCO, N = 8", 1): dict(kl=(1.0, 0.9, 0.8), cov=(0.0, 0.0, 0.0), pass8=(0.90, 0.99, 0.97), pass16=(0.99, 0.99, 0.99))}
-    picks = [{"best validation loss": 40, "tournament": 20, "offset": 40}, {"best validation loss": 40, "tournament": 0, "offset": 20}]
+    picks = [{"best validation loss": 40, "tournament": 20, "offset": 40, "validation Pass@8": 20},
+             {"best validation loss": 40, "tournament": 0, "offset": 20, "validation Pass@8": 20}]
     checks = [dict(sampled=[0.5, 0.9], exact=[0.51, 0.93], floor=[0.1, 0.7]), dict(sampled=[0.5, 0.8], exact=[0.5, 0.8], floor=[0.4, 0.75])]
     seen = []
 
@@ -485,19 +542,31 @@ def test_the_claims_of_principle_compare_what_they_say(monkeypatch):
     monkeypatch.setattr(cov, "fine_tune", fine_tune)
     monkeypatch.setattr(cov, "select", lambda config, *which: {("cross-entropy", "valid cross-entropy", "weights cross-entropy", seed): picks[seed] for seed in (0, 1)}[which])
     monkeypatch.setattr(cov, "best_of_n_check", lambda *which: {("cross-entropy", seed): checks[seed] for seed in (0, 1)}[which])
-    ours = claimed(cov.figure_principle, small(steps=40, seeds=2, sft_steps=9), Memory())
+    ours, titles = claimed(cov.figure_principle, small(steps=40, seeds=2, sft_steps=9), Memory())
     assert seen == [(arm, seed, (f"base {seed}", seed, (1 / 3, 1 / 3, 1 / 3), 9, 4e-3, True), {"cross-entropy": None, "DCO, N = 8": round(-math.log(1 - 0.5 ** 8), 4)}[arm])
                     for seed in (0, 1) for arm in ("cross-entropy", "DCO, N = 8")]
-    assert ours == pytest.approx({"kl": 0.55, "kl steady": 0.05, "pass falls": 0.09, "pass@16 falls": 0.035, "by coverage": -0.75, "by kl": 0.75, "tournament": 0.055,
-                                  "near best": 0.07, "offset": 0.04, "dco": 0.095, "bound": 0.05, "sampled": 0.03})
+    assert ours == pytest.approx({"kl": 0.55, "kl steady": 1 / 9, "pass falls": 0.09, "pass@16 falls": 0.035, "by coverage": -0.75, "by kl": 0.75, "tournament": 0.055,
+                                  "near best": 0.875, "rival": -0.035, "offset": 0.04, "dco": 0.095}, rel=2e-3)
+    assert "the KL falls from 1.000 to 0.535" in titles and "Pass@16 falls from 0.990 to 0.955" in titles and "Pass@8 falls from 0.900 to 0.870; at its best 0.960" in titles
+    for c in curves.values():                               # the other way round
+        c.update({k: v[::-1] for k, v in c.items()})
+    ours, titles = claimed(cov.figure_principle, small(steps=40, seeds=2, sft_steps=9), Memory())
+    assert "the KL rises from 0.535 to 1.000" in titles and "Pass@16 rises from 0.955 to 0.990" in titles and "falls" not in titles
+    assert math.isnan(ours["kl steady"]), "what does not fall does not fall steadily"
+    for c in curves.values():                               # a model that never answers
+        c.update(kl=(50.0,) * 3, cov=(1.0,) * 3, pass8=(0.0,) * 3, pass16=(0.0,) * 3)
+    fig, claims = cov.figure_principle(small(steps=40, seeds=2, sft_steps=9), Memory(), "cpu")
+    plt.close(fig)
+    assert not any(c["holds"] for c in claims), "nothing holds of a model that never answers"
 
 
 def test_the_claims_of_horizon_compare_what_they_say(monkeypatch):
     of_length = {8: 0.10, 16: 0.13, 32: 0.11, 64: 0.12, 128: 9.0, 256: 9.0}
     monkeypatch.setattr(cov, "table", lambda H, n, seed: (H ** (2000 / n) * (1 + seed), of_length[H] * (2000 / n) ** (H / 64)))
     monkeypatch.setattr(cov, "coin", lambda n, seed: (n / 100, (1 + seed) / n))
-    ours = claimed(cov.figure_horizon, small(seeds=2), Memory())
-    assert ours == pytest.approx({"kl": 8, "kl at most": 8, "coverage": 1.3, "draws": 1 / 16, "coin": 0.075})
+    ours, titles = claimed(cov.figure_horizon, small(seeds=2), Memory())
+    assert ours == pytest.approx({"coverage": 90, "draws": 1 / 16}, rel=5e-3)
+    assert "8.0 times the KL, 1.20 times the Cov_16" in titles and "Cov_16: from 8 to 64 tokens x 1.20, to 256 x 90.0" in titles and "KL infinite in 20%, Cov_2 0.075" in titles
 
 
 def test_the_claims_of_optimizers_compare_what_they_say(monkeypatch):
@@ -506,10 +575,18 @@ def test_the_claims_of_optimizers_compare_what_they_say(monkeypatch):
                         base[kind] + (eta * H * 35 / 100 if kind == "sgd" else eta) + np.array([0, 2 * H]) / 1e5)
     monkeypatch.setattr(cov, "ttt_coverage", lambda eta, H, steps, seeds, seed: calls.append((steps, seeds, seed)) or 0.7 + eta + np.array([0, 2 * H]) / 1e5)
     run = Memory()
-    ours = claimed(cov.figure_optimizers, small(steps=800, seeds=2, seed=3), run)
-    assert ours == pytest.approx({"sgd": 0.01 + 0.01024, "bounces": 0.025 + 0.00016, "normalised": 0.5 + 0.04096, "distilled": 0.502 + 0.04096, "ttt": 0.703 + 0.01024}, rel=2e-2)
-    assert calls == [(800, 2, 3)] * 30 + [(300, 2, 3)] * 4 and {r["seed"] for r in run.rows} == {3, 4}
-    assert len(run.rows) == 68 and claimed(cov.figure_optimizers, small(steps=800, seeds=2, seed=3), run) == ours and len(calls) == 34, "a resumed run measures nothing twice"
+    ours, titles = claimed(cov.figure_optimizers, small(steps=800, seeds=2, seed=3), run)
+    assert ours == pytest.approx({"one eta": -0.48, "sgd": 0.0025 - 0.5, "bounces": 0.025 + 0.00016, "normalised": 0.5 + 0.04096, "distilled": 0.502 + 0.04096,
+                                  "ttt": 0.703 + 0.01024}, rel=2e-2)
+    assert calls == [(800, 2, 3)] * 55 + [(300, 2, 3)] * 4 and {r["seed"] for r in run.rows} == {3, 4}
+    assert "SGD 0.061, normalised 0.54, distilled 0.54, TTT 0.71" in titles and "for 4,096 tokens: 0.043" in titles
+    assert len(run.rows) == 118 and all(r["sequences"] == (300 if "TTT" in r["arm"] else 800) for r in run.rows), "rows say what was done"
+    assert claimed(cov.figure_optimizers, small(steps=800, seeds=2, seed=3), run)[0] == ours and len(calls) == 59, "a resumed run measures nothing twice"
+
+
+def test_the_log_likelihood_of_what_is_no_number_is_missed_by_ttt_too(monkeypatch):
+    monkeypatch.setattr(cov, "teacher_forced", lambda theta, prompt, tokens, eta: np.full(theta.shape[:-1], math.nan))
+    assert cov.ttt_coverage(0.003, 4, 4, 2).tolist() == pytest.approx([1, 1])
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -524,11 +601,83 @@ def test_help_lists_every_flag():
     check_help("coverage.py")
 
 
-@pytest.mark.parametrize("flags", ["--bogus", "--steps 0", "--dco 0", "--figure none", "--lr nan", "--eval-prompts 4", "--n-embd 65", "--resume"])
-def test_a_mistake_in_the_flags_is_one_line_and_exit_code_2(flags, tmp_path):
+HUGE = "1" + 24 * "0"
+
+
+@pytest.mark.parametrize("flags", [
+    "--bogus", "--steps 0", "--dco 0", "--figure none", "--lr nan", "--eval-prompts 4", "--n-embd 65", "--resume", "--dco 1e24", f"--dco {HUGE}", "--dco 4294967295",
+    "--lr 1e300", "--sft-lr inf", "--lr -1", f"--n-layer {HUGE}", "--n-layer 4000000000", "--n-embd 100000000", "--n-head 7", "--batch 4000000000", "--eval-prompts 4000000000",
+    "--steps 4000000000", "--figure optimizers --seeds 4000000000", "--seed -1", "--steps", "--figure horizon horizon", "--quick=3"])
+def test_a_mistake_in_the_flags_is_one_line_and_exit_code_2_at_once(flags, tmp_path):
     check_mistake("coverage.py", flags, tmp_path)
+
+
+SHORT = "--quick --n-layer 1 --sft-steps 2 --steps 3 --batch 2 --eval-prompts 8 "
+
+
+@pytest.mark.parametrize("flags", [
+    SHORT + "--lr 0 --sft-lr 0", SHORT + "--eval-every 1000000", SHORT + "--dco 1 --batch 1", SHORT + "--dco 1000000 --seed 4294967295", SHORT + "--seeds 2 --dtype bfloat16",
+    SHORT + "--n-embd 8 --n-head 4 --eval-every 1", "--figure horizon --seeds 1 --seed 4294967295", "--quick --figure optimizers --steps 2 --seeds 2 --device cpu"])
+def test_an_odd_command_line_that_makes_sense_gives_a_whole_folder(flags, tmp_path, monkeypatch):
+    monkeypatch.setattr(plt.Figure, "savefig", lambda self, f, **_: f.write(b"\x89PNG"))       # the quick runs draw it
+    finish("coverage.py", "--out", tmp_path, *flags.split())
+    check_whole(tmp_path)
+
+
+@pytest.mark.parametrize("figure", FIGURES)
+def test_a_flag_that_a_figure_does_not_read_is_refused(figure, tmp_path, monkeypatch):
+    read = set()
+
+    class Watched(Config):
+        def __getattribute__(self, name):
+            read.add(name)
+            return super().__getattribute__(name)
+    config = Watched(figure=figure, quick=True, steps=2, seeds=1, sft_steps=1, batch=2, n_layer=1, n_embd=16, eval_prompts=8)
+    plt.close(getattr(cov, f"figure_{figure}")(config, Memory(), "cpu")[0])
+    fields = {f.name for f in dataclasses.fields(Config)} - {"out", "resume", "quick", "figure", "device"}       # those say where and what
+    assert set(config.idle()) == fields - read
+    for name in config.idle():
+        check_mistake("coverage.py", f"--figure {figure} --{name.replace('_', '-')} {'float32' if name == 'dtype' else 9}", tmp_path)
+
+
+@pytest.mark.parametrize("flags, phase", [(("--lr", 1e20), "cross-entropy 0"), (("--sft-lr", 1e20), "base 0")])
+def test_numbers_that_are_none_end_the_run_in_one_line_and_leave_what_was_finite(flags, phase, tmp_path):
+    for again in ((), ("--resume",)):
+        code, _, err = launch("coverage.py", "--quick", "--out", tmp_path, *flags, *again)
+        last = err.splitlines()[-1]
+        assert code == 2 and last.startswith("coverage.py: error: the ") and f"of {phase}; " in last and "Traceback" not in err
+        state = load_checkpoint(tmp_path / "model.pt")["state"]
+        assert all(v.isfinite().all() for phase in state.values() for v in phase["model"].values())
+        assert not (tmp_path / "claims.json").exists(), "nothing is claimed"
+    for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
 
 
 def test_interrupt_and_resume_give_the_metrics_of_an_uninterrupted_run_to_the_bit(tmp_path, monkeypatch):
     monkeypatch.setattr(plt.Figure, "savefig", lambda *_, **__: None)           # the quick run draws it
     check_resume("coverage.py", tmp_path, (dict(phase="pretrain"), dict(phase="finetune", step=10)), "--quick", "--steps", 20, "--eval-every", 5, "--n-layer", 1)
+
+
+@pytest.mark.parametrize("name, call, number", [("score_all", 3, signal.SIGTERM), ("score_all", 6, signal.SIGINT), ("generate", 1, signal.SIGTERM), ("exact_coverage", 9, signal.SIGTERM)])
+def test_a_signal_in_the_middle_of_an_evaluation_is_heeded_at_once_and_nothing_is_lost(name, call, number, tmp_path, monkeypatch):
+    monkeypatch.setattr(plt.Figure, "savefig", lambda *_, **__: None)
+    flags = ("--quick", "--n-layer", 1) if name != "exact_coverage" else ("--quick", "--figure", "optimizers")
+    finish("coverage.py", *flags, "--out", tmp_path / "whole")
+    original, calls, after = getattr(cov, name), [], []
+
+    def struck(*args, **more):
+        calls.append(args)
+        if len(calls) == call:
+            os.kill(os.getpid(), number)
+            after.append("went on")
+        return original(*args, **more)
+    with monkeypatch.context() as patch:
+        patch.setattr(cov, name, struck)
+        code, written, _ = launch("coverage.py", *flags, "--out", tmp_path / "cut")
+    assert code == 128 + number and "--resume" in written and not after and len(calls) == call
+    done, measured, linear = len(metrics(tmp_path / "cut")), [], cov.linear
+    monkeypatch.setattr(cov, "linear", lambda *args: measured.append(args) or linear(*args))
+    finish("coverage.py", "--resume", "--out", tmp_path / "cut")
+    assert name != "exact_coverage" or done == 4 and len(measured) == 55 - 4, "what was measured is not measured again"
+    assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
+    assert (tmp_path / "cut" / "claims.json").read_text() == (tmp_path / "whole" / "claims.json").read_text()
