@@ -47,6 +47,7 @@ import functools
 import inspect
 import itertools
 import math
+import os
 import random
 import time
 import zlib
@@ -59,13 +60,12 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from torch.utils.checkpoint import checkpoint
-from tqdm import tqdm
 
 from kernels import token_logprobs
 from model import GPT, GPTConfig, KVCache, checkpoint_for, generate, inverse_cdf, skip_draws
 from pretrained import load_tokenizer, word_problems
-from run import (Run, UserError, all_sum, band, claim, command, flag, join, load_checkpoint, parse_args, pick_device, restore,
-                 save_checkpoint, seeds_of, series, share, snapshot, sum_gradients, world)
+from run import (NotFinite, Run, UserError, all_sum, band, claim, command, descend, fingerprint, flag, join, load_checkpoint,
+                 need_memory, parse_args, pick_device, save_checkpoint, seeds_of, series, share, sum_gradients, world)
 
 FIGURES = {"family": "nine methods: success, leak of the password, drift of style (within 5 minutes)",
            "cold": "a base model without any success; what TRB's blended prefixes are worth (about 7 minutes)",
@@ -73,6 +73,8 @@ FIGURES = {"family": "nine methods: success, leak of the password, drift of styl
            "few": "24 training prompts (about 5 minutes)",
            "selfteach": "self-distillation with a rule and with a password; RMSD; Pedagogical RL (about 8 minutes)",
            "fastslow": "a prompt that evolves and weights that learn, over three stages (about 3 minutes)"}
+NEEDS = {"family": ("base", "expert"), "cold": ("base", "cold base", "expert"), "estimators": ("base", "expert"), "few": ("base", "expert"),
+         "selfteach": ("base",), "fastslow": ("base",)}      # the models that a figure begins with, trained from scratch
 #  name:            rollout, teacher, divergence, mask, weight
 METHODS = {
     "sft":          ("teacher", "expert", "token", "all", "one"),
@@ -528,13 +530,20 @@ def answer_logprobs(model, ids, config):
     return logits.float().log_softmax(-1)
 
 
-def step_of(optimizer, model, loss):
+def step_of(optimizer, loss):
     """A step along the loss's gradient, clipped to norm 1 -> the norm before that."""
     optimizer.zero_grad()
     loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
-    optimizer.step()
-    return norm
+    return descend(optimizer, loss)
+
+
+def trained_before(config, name):
+    """The file in --out of the model `name`, and what is in it: {} without such a file. UserError for one that no run wrote."""
+    path = Path(config.out) / f"{name.replace(' ', '_')}{'_slips' * (config.slips > 0)}.pt"
+    saved = load_checkpoint(path) if os.path.lexists(path) else {}
+    if not isinstance(saved, dict) or saved and not {"made_by", "model"} <= set(saved):
+        raise UserError(f"{path} is not a model that this script trained: choose another --out")
+    return path, saved
 
 
 def from_scratch(config, run, name, device):
@@ -543,20 +552,17 @@ def from_scratch(config, run, name, device):
                                 "cold base": (lambda rng, n: base_documents(rng, n, longest_plain=1), config.n_embd, config.sft_steps),
                                 "expert": (expert_documents, config.expert_embd, config.expert_steps)}[name]
     torch.manual_seed(0)
-    model, rng, path = build(config, n_embd, device), random.Random(0), run.dir / f"{name.replace(' ', '_')}{'_slips' * (config.slips > 0)}.pt"
+    model, rng, (path, saved) = build(config, n_embd, device), random.Random(0), trained_before(config, name)
     code = "".join(map(inspect.getsource, (make_map, distances, random_walks, walk_on, tokens_of, write, base_documents, expert_documents, with_slips,
-                                           divergence, answer_logprobs, step_of, build, from_scratch, inspect.getmodule(GPT))))
-    made_by = dict(n_layer=config.n_layer, n_head=config.n_head, n_embd=n_embd, steps=steps, batch=config.sft_batch, lr=config.sft_lr,
-                   slips=config.slips, dtype=config.dtype, code=zlib.crc32(f"{code} {NEIGHBOURS} {RENAMED} {FAR} {LONGEST}".encode()))
-    if path.exists():
-        saved = load_checkpoint(path)
-        if saved.get("made_by") == made_by:
-            model.load_state_dict(saved["model"])
-            return model
+                                           divergence, answer_logprobs, descend, step_of, build, from_scratch, inspect.getmodule(GPT))))
+    kept = dict(made_by=dict(
+        n_layer=config.n_layer, n_head=config.n_head, n_embd=n_embd, steps=steps, batch=config.sft_batch, lr=config.sft_lr, slips=config.slips,
+        dtype=config.dtype, code=zlib.crc32(f"{code} {NEIGHBOURS} {RENAMED} {FAR} {LONGEST}".encode())))
+    if saved.get("made_by") == kept["made_by"]:
+        model.load_state_dict(saved["model"])
+        return model
     optimizer = torch.optim.AdamW(model.parameters(), config.sft_lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
-    start = restore(run.state.get(name) or None, model, optimizer, rng)
-    bar = tqdm(range(start, steps), f"training the {name}", initial=start, total=steps)
-    for step in bar:
+    for step in run.loop(name, steps, model, optimizer, rng, kept=kept):
         for g in optimizer.param_groups:
             g["lr"] = config.sft_lr * min((step + 1) / 50, 1 - step / steps)
         draws = np.random.default_rng(rng.getrandbits(32))
@@ -564,14 +570,11 @@ def from_scratch(config, run, name, device):
         ids, mask = (torch.as_tensor(a, device=device) for a in read)
         y, mask = ids[:, PROMPT:], mask[:, PROMPT:].float()
         loss = (divergence(answer_logprobs(model, ids, config), None, y, "token") * mask).sum() / mask.sum()
-        step_of(optimizer, model, loss)
+        step_of(optimizer, loss)
         if step % 50 == 0 or step + 1 == steps:
             run.log(phase="pretrain", model=name, step=step, loss=loss.item())
-            bar.set_postfix_str(f"loss {loss.item():.3f}")
-        if run.due:
-            run.save(name, **snapshot(step + 1, model, optimizer, rng))
-    save_checkpoint(path, made_by=made_by, model=model.state_dict())
-    run.save(name)
+            run.bar.set_postfix_str(f"loss {loss.item():.3f}")
+    save_checkpoint(path, model=model.state_dict(), **kept)     # an interrupted run's: made by the code that began it
     return model
 
 
@@ -655,14 +658,12 @@ def train(config, run, arm, seed, base, task, method=None, expert=None, pedagogu
     teacher = {"expert": expert, "self": base, "live": model, "pedagogue": pedagogue, None: None}[who]
     teacher_prompt = plain if who == "expert" else task.hinted
     optimizer = torch.optim.AdamW(model.parameters(), config.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
-    rng, generator, state = random.Random(seed), torch.Generator().manual_seed(seed), run.state.get(phase)
+    rng, generator, kept = random.Random(seed), torch.Generator().manual_seed(seed), dict(sampled=0)
     fresh = 10_000 + 1000 * seed         # the evaluations' own random numbers, the same for every arm
-    start = restore(state, model, optimizer, rng, generator)
-    sampled, group = state["sampled"] if state else 0, config.group if weight == "advantage" else 1
-    if state is None:
+    group = config.group if weight == "advantage" else 1
+    if phase not in run.state:
         run.log(phase="train", arm=arm, seed=seed, step=0, sampled_tokens=0, **evaluate(model, task, config, fresh, prompt, greedy))
-    bar = tqdm(range(start, config.steps), f"{arm}, seed {seed}", initial=start, total=config.steps)
-    for step in bar:
+    for step in run.loop(phase, config.steps, model, optimizer, rng, generator, kept):
         for g in optimizer.param_groups:
             g["lr"] = config.lr * min(1, (step + 1) / 5)
         # 2. Pairs, answers, rewards
@@ -678,15 +679,13 @@ def train(config, run, arm, seed, base, task, method=None, expert=None, pedagogu
                 near = proximity(read(meter, [plain(p) for p in pairs]), y, mask)
         # 3. The loss, a step
         loss = loss_of(method, read(model, prompts), lq, y, mask, rewards * near if meter else rewards, task, config)
-        norm, sampled = step_of(optimizer, model, loss), sampled + int(mask.sum())
+        norm = step_of(optimizer, loss)
+        kept["sampled"] += int(mask.sum())
         if (step + 1) % config.eval_every == 0 or step + 1 == config.steps:
             row = evaluate(model, task, config, fresh + step + 1, prompt, greedy) | ({"proximity": near.mean().item()} if meter else {})
-            run.log(phase="train", arm=arm, seed=seed, step=step + 1, sampled_tokens=sampled, loss=loss.item(), grad_norm=norm,
+            run.log(phase="train", arm=arm, seed=seed, step=step + 1, sampled_tokens=kept["sampled"], loss=loss.item(), grad_norm=norm,
                     reward=rewards.mean().item(), changed=changed, **row)
-            bar.set_postfix_str(f"pass@1 {row['pass@1']:.3f}, passwords {row['password_rate']:.2f}")
-        if run.due:
-            run.save(phase, **snapshot(step + 1, model, optimizer, rng, generator, sampled=sampled))
-    run.save(phase, **snapshot(config.steps, model, optimizer, rng, generator, sampled=sampled))
+            run.bar.set_postfix_str(f"pass@1 {row['pass@1']:.3f}, passwords {row['password_rate']:.2f}")
     return model
 
 
@@ -704,38 +703,32 @@ def fast_and_slow(config, run, arm, seed, base, stage_steps):
     """
     phase, model, device = f"{arm} {seed}", copy.deepcopy(base), base.lm_head.weight.device
     optimizer = torch.optim.AdamW(model.parameters(), config.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
-    rng, generator, state = random.Random(seed), torch.Generator().manual_seed(seed), run.state.get(phase)
-    population, sampled = (state["population"], state["sampled"]) if state else ([NOHINT], 0)
-    start = restore(state, model, optimizer, rng, generator)
-    bar = tqdm(range(start, 3 * stage_steps), f"{arm}, seed {seed}", initial=start, total=3 * stage_steps)
-    for step in bar:
-        rule = step // stage_steps
+    rng, generator, kept = random.Random(seed), torch.Generator().manual_seed(seed), dict(population=[NOHINT], sampled=0)
+    for step in run.loop(phase, 3 * stage_steps, model, optimizer, rng, generator, kept):
+        rule, population = step // stage_steps, kept["population"]
         train_pairs, test_pairs = crossing(rule)
 
         def attempt(pairs, words):
             """One answer to each pair with its word in the hint slot -> the rollout, rewards (B,)."""
             rollout = generate(model, [plain(p, w) for p, w in zip(pairs, words)], 1, ANSWER, stop=EOS, generator=generator)
+            kept["sampled"] += int(rollout.mask.sum())
             return rollout, torch.tensor([reward(p, t) * renames(t, rule) for p, t in zip(pairs, rollout.tokens())], device=device)
 
         if "fast" in arm and step % 6 == 0:
             trial = population + rng.sample([w for w in SLOTS if w not in population], 4)
-            rollout, rewards = attempt(rng.choices(train_pairs, k=8) * len(trial), [w for w in trial for _ in range(8)])
-            scores, sampled = rewards.view(-1, 8).mean(1).tolist(), sampled + int(rollout.mask.sum())
-            ranked = sorted(zip(scores, trial), key=lambda x: -x[0])
-            population = [w for s, w in ranked if s >= ranked[0][0] / 2][:4]
+            _, rewards = attempt(rng.choices(train_pairs, k=8) * len(trial), [w for w in trial for _ in range(8)])
+            ranked = sorted(zip(rewards.view(-1, 8).mean(1).tolist(), trial), key=lambda x: -x[0])
+            population = kept["population"] = [w for s, w in ranked if s >= ranked[0][0] / 2][:4]
         if "slow" in arm:
             pairs = [p for p in rng.choices(train_pairs, k=config.batch // config.group) for _ in range(config.group)]
             rollout, rewards = attempt(pairs, [population[i % len(population)] for i in range(config.batch)])
-            y, mask, sampled = rollout.ids[:, PROMPT:], rollout.mask[:, PROMPT:], sampled + int(rollout.mask.sum())
-            step_of(optimizer, model, loss_of("grpo", answer_logprobs(model, rollout.ids, config), None, y, mask, rewards, rule_task(rule), config))
+            y, mask = rollout.ids[:, PROMPT:], rollout.mask[:, PROMPT:]
+            step_of(optimizer, loss_of("grpo", answer_logprobs(model, rollout.ids, config), None, y, mask, rewards, rule_task(rule), config))
         if (step + 1) % 5 == 0 or (step + 1) % stage_steps == 0:
             answers = answer(model, test_pairs, lambda p: plain(p, population[0]), 4, 10_000 + 1000 * seed + step)
             success = sum(reward(p, t) * renames(t, rule) for p, t in answers) / len(answers)
-            run.log(phase="train", arm=arm, seed=seed, step=step + 1, stage=rule, sampled_tokens=sampled, **{"pass@1": success}, word=population[0])
-            bar.set_postfix_str(f"stage {rule}, pass@1 {success:.2f}, word {population[0]}")
-        if run.due:
-            run.save(phase, **snapshot(step + 1, model, optimizer, rng, generator, population=population, sampled=sampled))
-    run.save(phase, **snapshot(3 * stage_steps, model, optimizer, rng, generator, population=population, sampled=sampled))
+            run.log(phase="train", arm=arm, seed=seed, step=step + 1, stage=rule, sampled_tokens=kept["sampled"], **{"pass@1": success}, word=population[0])
+            run.bar.set_postfix_str(f"stage {rule}, pass@1 {success:.2f}, word {population[0]}")
 
 
 @torch.no_grad()
@@ -816,9 +809,8 @@ def distil(model, teacher, optimizer, rollout, kind, config):
         loss.backward()
         total += loss.item()
     sum_gradients(model)
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
-    optimizer.step()
-    return all_sum(torch.tensor(total, dtype=torch.float64)).item(), norm
+    total = all_sum(torch.tensor(total, dtype=torch.float64)).item()
+    return total, descend(optimizer, total)
 
 
 @torch.no_grad()
@@ -844,12 +836,10 @@ def train_checkpoint(config, run, arm, seed, base, teacher):
     writer, _, kind, _, _ = METHODS[arm]
     phase, model, rng, generator = f"{arm} {seed}", copy.deepcopy(base), random.Random(seed), torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), config.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
-    fresh, state = 10_000 + 1000 * seed, run.state.get(phase)
-    start, sampled = restore(state, model, optimizer, rng, generator), state["sampled"] if state else 0
-    if state is None:
+    fresh, kept = 10_000 + 1000 * seed, dict(sampled=0)
+    if phase not in run.state:
         run.log(phase="train", arm=arm, seed=seed, step=0, sampled_tokens=0, **held_out(model, teacher, config, fresh))
-    bar = tqdm(range(start, config.steps), phase, initial=start, total=config.steps, disable=world()[0] > 0)
-    for step in bar:
+    for step in run.loop(phase, config.steps, model, optimizer, rng, generator, kept):
         started = time.time()
         for g in optimizer.param_groups:
             g["lr"] = config.lr * min(1, (step + 1) / 5)
@@ -858,16 +848,13 @@ def train_checkpoint(config, run, arm, seed, base, teacher):
         rollout = sample(teacher if writer == "teacher" else model, problems, config, generator, share(config.batch))
         loss, norm = distil(model, teacher, optimizer, rollout, kind, config)
         tokens, seconds = int(all_sum(rollout.mask.sum())), time.time() - started
-        sampled += tokens
-        # 3. Log, save
-        row = dict(loss=loss, grad_norm=norm, sampled_tokens=sampled, seconds=seconds, tokens_per_s=tokens / seconds)
+        kept["sampled"] += tokens
+        # 3. Log
+        row = dict(loss=loss, grad_norm=norm, sampled_tokens=kept["sampled"], seconds=seconds, tokens_per_s=tokens / seconds)
         if (step + 1) % config.eval_every == 0 or step + 1 == config.steps:
             row |= held_out(model, teacher, config, fresh + step + 1)
-            bar.set_postfix_str(", ".join(f"{k} {row[k]:.3f}" for k in ("loss", "kl", "pass@1") if k in row))
+            run.bar.set_postfix_str(", ".join(f"{k} {row[k]:.3f}" for k in ("loss", "kl", "pass@1") if k in row))
         run.log(phase="train", arm=arm, seed=seed, step=step + 1, **row)
-        if run.due:
-            run.save(phase, **snapshot(step + 1, model, optimizer, rng, generator, sampled=sampled))
-    run.save(phase, **snapshot(config.steps, model, optimizer, rng, generator, sampled=sampled))
     return model
 
 
@@ -974,8 +961,6 @@ def figure_cold(config, run, device):
     run_arms(config, run, arms, cold, expert, task)
     for seed, length, eps in itertools.product(seeds_of(config), lengths, budgets):
         run.log_once(lambda: {"pass@1": continuation(base, expert, task, eps, length, config, seed)}, phase="probe", seed=seed, step=0, length=length, eps=eps)
-        if run.due:
-            run.save("probe")
     probe = np.array([r["pass@1"] for r in run.rows if r["phase"] == "probe"]).reshape(-1, len(lengths), len(budgets))      # (seeds, lengths, budgets)
     fig, axes = plt.subplots(1, 2, figsize=(13, 5), layout="constrained")
     curves(axes[0], run, arms, "pass@1", "From a base that never succeeds", "held-out pass@1", unit="step")
@@ -1121,11 +1106,16 @@ def main():
             raise UserError(f"{world()[1]} processes: no more than there are answers in a --batch")
     # what is impossible ends here, before anything is written
     models = load_pair(config, device) if config.init else [build(config, n_embd, device) for n_embd in (config.n_embd, config.expert_embd)]
+    if config.init:
+        also, inputs = [f"{arm} {seed}" for arm in config.methods for seed in seeds_of(config)], {
+            f"--{name}": fingerprint(getattr(config, name)) for name in ("init", "teacher", "data")}
+    else:
+        also, inputs = [trained_before(config, name)[0].name for name in NEEDS[config.figure]], {}
     size = sum(p.numel() for p in models[0].parameters())
-    run = Run(config)
-    run.introduce(device, size)
-    fig, claims = figure_checkpoints(config, run, *models) if config.init else globals()[f"figure_{config.figure}"](config, run, device)
-    run.finish(fig, claims)
+    with Run(config, also, inputs) as run:
+        run.introduce(device, size)
+        fig, claims = figure_checkpoints(config, run, *models) if config.init else globals()[f"figure_{config.figure}"](config, run, device)
+        run.finish(fig, claims)
 
 
 if __name__ == "__main__":
