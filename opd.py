@@ -63,7 +63,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels import token_logprobs
 from model import GPT, GPTConfig, KVCache, checkpoint_for, generate, inverse_cdf, skip_draws
-from pretrained import load_tokenizer, word_problems
+from pretrained import load_tokenizer, saved_files, word_problems
 from run import (NotFinite, Run, UserError, all_sum, band, claim, command, descend, fingerprint, flag, join, load_checkpoint,
                  need_memory, parse_args, pick_device, save_checkpoint, seeds_of, series, share, sum_gradients, world)
 
@@ -553,8 +553,8 @@ def need_room(config, device):
     widest, rows = max(config.n_embd, config.expert_embd), max(config.batch, config.sft_batch)
     weights = 16 * (16 * config.n_layer * widest ** 2 + 2 * VOCAB * widest)                      # fp32: weight, gradient, two moments
     step = 4 * rows * (PROMPT + ANSWER) * (32 * config.n_layer * widest + 5 * VOCAB)             # numbers per token, roughly
-    need_memory(weights, f"--n-layer {config.n_layer}, --n-embd {config.n_embd}, --expert-embd {config.expert_embd}", device)
-    need_memory(step, f"--batch {config.batch}, --sft-batch {config.sft_batch}: a step's {rows} answers", device)
+    flags = ("n_layer", "n_embd", "expert_embd", "batch", "sft_batch")
+    need_memory(weights + step, ", ".join(f"--{name.replace('_', '-')} {getattr(config, name)}" for name in flags), device)
 
 
 def answer_logprobs(model, ids, config):
@@ -835,7 +835,7 @@ def sample(model, problems, config, generator, mine=slice(None)):
     sampling = model if model.lm_head.weight.dtype == dtype else copy.deepcopy(model).to(dtype)
     first, end, _ = mine.indices(len(problems))
     skip_draws(first, config, generator)
-    rollout = generate(sampling, [task.prompt(p) for p in problems[mine]], 1, config.max_new_tokens, stop=task.tokenizer.eos, generator=generator)
+    rollout = generate(sampling, [task.prompt(p) for p in problems[mine]], 1, config.max_new_tokens, stop=task.tokenizer.stop, generator=generator)
     skip_draws(len(problems) - end, config, generator)
     return rollout
 
@@ -1020,7 +1020,7 @@ def figure_checkpoints(config, run, student, teacher):
         for arm in config.methods:
             trained = train_checkpoint(config, run, arm, seed, student, teacher)
             if world()[0] == 0:
-                trained.save_pretrained(run.dir / f"{arm} {seed}", like=config.init)
+                trained.save_pretrained(run.dir / f"{arm} {seed}", like=config.init, stop=task_of(config).tokenizer.stop)
     fig, axes = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
     for ax, (key, label) in zip(axes, {"kl": "reverse KL to the teacher (nats per token)", "pass@1" if task_of(config).judged else "length": ""}.items()):
         for arm in config.methods:
@@ -1199,9 +1199,9 @@ def main():
         models = load_pair(config, device)
         also = [f"{arm} {seed}" for arm in config.methods for seed in seeds_of(config)]
         inputs = {f"--{name}": fingerprint(getattr(config, name)) for name in ("init", "teacher", "data")}
-        for folder in also:
-            if os.path.lexists(Path(config.out) / folder) and not (Path(config.out) / folder).is_dir():
-                raise UserError(f"{Path(config.out) / folder} is no folder: the trained model goes there")
+        for path in (Path(config.out) / name for name in also):
+            if os.path.lexists(path) and (not path.is_dir() or {file.name for file in path.iterdir()} - saved_files(path)):
+                raise UserError(f"{path} is not what a run of this script saved: choose another --out")
     else:
         need_room(config, device)
         models = [build(config, config.expert_embd if name == "expert" else config.n_embd, device) for name in NEEDS[config.figure]]

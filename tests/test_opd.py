@@ -934,7 +934,7 @@ def test_a_mistake_in_the_flags_is_one_line_and_exit_code_2(flags, untrained, tm
 
 
 @pytest.mark.parametrize("flags, word", [
-    ("--n-layer 100000000000", "n-layer"), ("--n-layer 4000000000", "n-layer"), ("--n-embd 100000000", "n-embd"), ("--expert-embd 100000000", "expert-embd"), ("--n-head 4294967295", "n_head"),
+    ("--n-layer 100000000000", "n-layer"), ("--n-layer 4000000000", "--n-layer 4000000000"), ("--n-embd 100000000", "--n-embd 100000000"), ("--expert-embd 100000000", "--expert-embd 100000000"), ("--n-head 4294967295", "n_head"),
     ("--n-embd 4294967288 --n-head 4", "GiB"), ("--batch 4294967288", "GiB"), ("--sft-batch 4294967295", "GiB"), ("--batch 99999999999999999999", "batch"), ("--group 4294967295", "group"),
     ("--seeds 4294967295", "seeds"), ("--eval-prompts 257", "eval-prompts"), ("--arms opd_top4 --top 100", "top"), ("--skd-top 4294967295", "skd-top"), ("--lr 1e20", "lr"), ("--lr 1e300", "lr"),
     ("--sft-lr 1e6", "sft-lr"), ("--lr inf", "finite"), ("--lr -1e-9", "lr"), ("--clip 1e300", "clip"), ("--clip -1", "clip"), ("--trb-eps 1e31", "trb-eps"), ("--trb-eps nan", "finite"),
@@ -962,7 +962,7 @@ def test_a_flag_that_does_something_is_taken(flags):
 def test_a_flag_that_is_called_idle_changes_no_number_and_one_that_is_not_does():
     """What idle() says, against what training makes of the flag."""
     def rows(name, **choices):
-        config, run = small(arms=name, steps=3, eval_prompts=4, **choices), Memory()
+        config, run = small(arms=name, steps=3, eval_prompts=1, eval_every=9, **choices), Memory()
         opd.train(config, run, name, 0, policy(0), far_task(), expert=policy(1))
         return run.rows, set(config.idle())
     for name in ("opd", "opd_top4_renormalised", "skd", "trb", "opsd_clip"):
@@ -1223,6 +1223,79 @@ def test_a_run_between_checkpoints_ends_with_students_that_can_be_opened_and_res
     assert metrics(tmp_path / "again") == rows
 
 
+def test_answers_end_at_each_of_the_checkpoints_stop_ids_and_the_student_is_saved_with_them(real, tmp_path, monkeypatch):
+    folder = shutil.copytree(real, tmp_path / "real")
+    config = json.loads((folder / "student" / "config.json").read_text())
+    stops = [*dict.fromkeys([load_tokenizer(folder / "student").eos, *range(32, 122)])]        # most letters: they are likely
+    (folder / "student" / "generation_config.json").write_text(json.dumps(dict(eos_token_id=stops)))
+    assert config["eos_token_id"] != stops
+    config = real_config(folder, max_new_tokens=32, batch=64)
+    student, teacher, rollout = pair_and_rollout(config)
+    for tokens in rollout.tokens():
+        assert not set(tokens[:-1]) & set(stops) and (tokens[-1] in stops or len(tokens) == 32)
+    assert len({tokens[-1] for tokens in rollout.tokens()} & set(stops)) > 3
+    finish("opd.py", *REAL_RUN, *real_flags(folder), "--out", tmp_path / "run")
+    assert load_tokenizer(tmp_path / "run" / "opd 0").stop == stops
+
+
+def test_a_resume_refuses_models_or_data_that_have_changed(real, tmp_path):
+    folder = shutil.copytree(real, tmp_path / "real")
+    finish("opd.py", *REAL_RUN, *real_flags(folder), "--out", tmp_path / "run")
+    before = {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir() if p.is_file()}
+    for flag, file in (("--data", "sums.jsonl"), ("--teacher", "teacher/config.json"), ("--init", "student/tokenizer_config.json")):
+        was = (folder / file).read_bytes()
+        (folder / file).write_bytes(was + b"\n")
+        assert f"{flag} is no longer what the run" in complain("opd.py", "--resume", "--out", tmp_path / "run")
+        (folder / file).write_bytes(was)
+    assert before == {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir() if p.is_file()}
+
+
+@pytest.mark.parametrize("owned", [True, False])
+@pytest.mark.parametrize("what", ["file", "model"])
+def test_a_trained_student_never_takes_the_place_of_what_no_run_saved(what, owned, real, tmp_path):
+    if owned:
+        (tmp_path / "config.json").write_text(json.dumps(dict(config=dict(figure="family"), revision="1")))
+    if what == "file":
+        (tmp_path / "opd 0").write_text("mine")
+    else:
+        (tmp_path / "opd 0").mkdir()
+        (tmp_path / "opd 0" / "model.safetensors").write_text("mine")
+    refused((*REAL_RUN, *real_flags(real)), tmp_path, "opd 0")
+
+
+def test_a_signal_while_a_checkpoint_is_measured_ends_the_run_at_once_and_loses_nothing(real, finished, monkeypatch, tmp_path):
+    measure, calls = opd.token_divergence, []
+
+    def cut(model, teacher, rollout, kind, config):
+        calls.append(kind)
+        if calls.count("reverse") == 12:      # in the middle of a measurement: the student is trained by the forward KL
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise AssertionError("the signal was not heeded")
+        return measure(model, teacher, rollout, kind, config)
+    flags = *REAL_RUN, *real_flags(real), "--arms", "kd", "--micro-batch", 1, "--eval-prompts", 5
+    finish("opd.py", *flags, "--out", tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(opd, "token_divergence", cut)
+        code, out, _ = launch("opd.py", *flags, "--out", tmp_path / "cut")
+    assert code == 143 and "--resume" in out
+    finish("opd.py", "--resume", "--out", tmp_path / "cut")
+    assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
+
+
+def test_a_number_that_is_none_ends_the_training_of_a_checkpoint_before_its_weights_are_spoilt(real, monkeypatch, tmp_path):
+    measure, steps = opd.token_divergence, []
+
+    def spoilt(model, *more):
+        d = measure(model, *more)
+        steps.append(d.requires_grad)
+        return d * math.nan if sum(steps) == 2 and d.requires_grad else d
+    monkeypatch.setattr(opd, "token_divergence", spoilt)
+    code, _, err = launch("opd.py", *REAL_RUN, *real_flags(real), "--steps", 4, "--micro-batch", 64, "--out", tmp_path)
+    assert code == 2 and "the loss is nan at step 2 of opd 0" in err.splitlines()[-1]
+    phase, = opd.load_checkpoint(tmp_path / "model.pt")["state"].values()
+    assert phase["step"] == 1 and all(torch.isfinite(w).all() for w in phase["model"].values()) and not (tmp_path / "opd 0").exists()
+
+
 def test_questions_without_answers_are_enough_in_bf16(real, tmp_path):
     check_quick("opd.py", tmp_path, *REAL_RUN[1:], *real_flags(real, "questions.jsonl"), "--dtype", "bfloat16", "--checkpointing", also=["opd 0"])
     assert not any("pass@1" in row for row in metrics(tmp_path)) and len(metrics(tmp_path)) == 3
@@ -1245,7 +1318,10 @@ def test_interrupting_a_run_between_checkpoints_changes_nothing(real):
     ("--init STUDENT --teacher INSIDE --data DATA", "a run writes its models there"), ("--init STUDENT --teacher SHORT --data DATA --max-new-tokens 50", "40 positions"), ("--init STUDENT --teacher /no/such --data DATA", "/no/such: no such folder"),
     ("--init /no/such --teacher TEACHER --data DATA", "/no/such: no such folder"), ("--init STUDENT --teacher TEACHER --data /no/such.jsonl", "no such file"),
     ("--init STUDENT --teacher TEACHER --data BROKEN", "no column 'question'"), ("--init STUDENT --teacher TEACHER --data DATA --chat", "chat template"),
-    ("--init STUDENT --teacher TEACHER --data EMPTY --template {question}", "empty prompt")])
+    ("--init STUDENT --teacher TEACHER --data EMPTY --template {question}", "empty prompt"), ("--init STUDENT --teacher TEACHER --data DATA --batch 4294967295", "GiB"),
+    ("--init STUDENT --teacher TEACHER --data DATA --max-new-tokens 4294967295", "positions"), ("--init STUDENT --teacher TEACHER --data DATA --arms opd,opd", "twice"),
+    *((f"--init STUDENT --teacher TEACHER --data DATA {flag}", "does nothing here") for flag in (
+        "--group 4", "--n-layer 9", "--n-embd 64", "--expert-embd 64", "--sft-steps 5", "--sft-lr 0.01", "--slips 0.1", "--clip 0.3", "--skd-top 3", "--trb-eps 0.1", "--top 3"))])
 def test_a_mistake_about_checkpoints_is_one_line_and_nothing_is_written(flags, words, real, tmp_path):
     (real / "broken.jsonl").write_text('{"prompt": "a"}\n')
     (real / "empty.jsonl").write_text('{"question": ""}\n{"question": "a"}\n')
