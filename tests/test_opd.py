@@ -1319,17 +1319,21 @@ def test_interrupting_a_run_between_checkpoints_changes_nothing(real):
     ("--init STUDENT --teacher FOREIGN --data DATA", "vocabulary is not that of"), ("--init STUDENT --teacher NARROW --data DATA", "290 ids"),
     ("--init STUDENT --teacher INSIDE --data DATA", "a run writes its models there"), ("--init STUDENT --teacher SHORT --data DATA --max-new-tokens 50", "40 positions"), ("--init STUDENT --teacher /no/such --data DATA", "/no/such: no such folder"),
     ("--init /no/such --teacher TEACHER --data DATA", "/no/such: no such folder"), ("--init STUDENT --teacher TEACHER --data /no/such.jsonl", "no such file"),
-    ("--init STUDENT --teacher TEACHER --data BROKEN", "question is missing"), ("--init STUDENT --teacher TEACHER --data DATA --chat", "chat template"),
-    ("--init STUDENT --teacher TEACHER --data EMPTY --template {question}", "empty prompt"), ("--init STUDENT --teacher TEACHER --data DATA --batch 4294967295", "GiB"),
-    ("--init STUDENT --teacher TEACHER --data DATA --max-new-tokens 4294967295", "positions"), ("--init STUDENT --teacher TEACHER --data DATA --arms opd,opd", "twice"),
-    *((f"--init STUDENT --teacher TEACHER --data DATA {flag}", "does nothing here") for flag in (
-        "--group 4", "--n-layer 9", "--n-embd 64", "--expert-embd 64", "--sft-steps 5", "--sft-lr 0.01", "--slips 0.1", "--clip 0.3", "--skd-top 3", "--trb-eps 0.1", "--top 3"))])
+    ("--init STUDENT --teacher TEACHER --data BROKEN", "no column 'question'"), ("--init STUDENT --teacher TEACHER --data DATA --chat", "chat template"),
+    ("--init STUDENT --teacher TEACHER --data EMPTY --template {question}", "empty prompt")])
 def test_a_mistake_about_checkpoints_is_one_line_and_nothing_is_written(flags, words, real, tmp_path):
     (real / "broken.jsonl").write_text('{"prompt": "a"}\n')
     (real / "empty.jsonl").write_text('{"question": ""}\n{"question": "a"}\n')
     names = dict({k.upper(): real / k for k in ("student", "teacher", "foreign", "narrow", "short")}, DATA=real / "questions.jsonl", INSIDE=tmp_path / "run" / "opd", BROKEN=real / "broken.jsonl", EMPTY=real / "empty.jsonl")
     flags = " ".join(str(names.get(f, f)) for f in flags.split())
     assert words in complain("opd.py", "--quick", "--out", tmp_path / "run", *flags.split()) and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("flags, words", [
+    ("--batch 4294967295", "GiB"), ("--max-new-tokens 4294967295", "positions"), ("--arms opd,opd", "twice"), *((flag, "does nothing here") for flag in (
+        "--group 4", "--n-layer 9", "--n-embd 64", "--expert-embd 64", "--sft-steps 5", "--sft-lr 0.01", "--slips 0.1", "--clip 0.3", "--skd-top 3", "--trb-eps 0.1", "--top 3"))])
+def test_a_flag_that_asks_a_checkpoint_for_too_much_or_for_nothing_is_refused(flags, words, real, untrained, tmp_path):
+    refused((*REAL_RUN[1:], *real_flags(real), *flags.split()), tmp_path, flags.split()[0], words)
 
 
 def distilled(folder):
