@@ -52,13 +52,12 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from kernels import token_logprobs
 from model import GPT, CharTokenizer, GPTConfig, Rollout, checkpoint_for, generate, skip_draws
 from pretrained import word_problems
-from run import (Run, UserError, all_sum, band, claim, command, flag, gathered, join, parse_args, pick_device, restore, same_weights,
-                 seeds_of, series, share, snapshot, sum_gradients, world)
+from run import (Run, UserError, all_sum, band, claim, command, descend, flag, gathered, join, parse_args, pick_device, same_weights,
+                 seeds_of, series, share, sum_gradients, world)
 
 FIGURES = {"train": "one run: reward, pass@1, entropy, lengths, pass@k against the base (under 3 minutes)",
            "variants": "every loss at the same number of sampled tokens, 3 seeds (about half an hour)",
@@ -325,9 +324,7 @@ def warm_up(config, run, seed, device, draw=draw_demonstration):
     if config.init:         # somebody else has warmed it up
         return model
     optimizer = torch.optim.AdamW(model.parameters(), config.sft_lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
-    start = restore(run.state.get(phase), model, optimizer, rng)
-    bar = tqdm(range(start, config.sft_steps), f"warm-up, seed {seed}", initial=start, total=config.sft_steps, disable=world()[0] > 0)
-    for step in bar:
+    for step in run.loop(phase, config.sft_steps, model, optimizer, rng):
         for g in optimizer.param_groups:
             g["lr"] = config.sft_lr * min((step + 1) / 50, 1 - step / config.sft_steps)
         texts = [draw(rng, config.digits) for _ in range(config.sft_batch)]
@@ -345,14 +342,10 @@ def warm_up(config, run, seed, device, draw=draw_demonstration):
             loss = -(logp * mask[:, 1:]).sum() / count
             loss.backward()
             total += loss.item()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        descend(optimizer, total)
         if step % 50 == 0 or step + 1 == config.sft_steps:
             run.log(phase="sft", seed=seed, step=step, loss=total)
-            bar.set_postfix_str(f"loss {total:.3f}")
-        if run.due:
-            run.save(phase, **snapshot(step + 1, model, optimizer, rng))
-    run.save(phase, **snapshot(config.sft_steps, model, None, rng))
+            run.bar.set_postfix_str(f"loss {total:.3f}")
     return same_weights(model)
 
 
@@ -457,8 +450,7 @@ def update(model, base, optimizer, rollout, rewards, config, generator):
             total["entropy"] += ((entropy * m).sum() / tokens).item()
             total["clip_fraction"] += (silenced.sum() / tokens).item()
         sum_gradients(model)
-        norm += torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item() / len(minibatches)
-        optimizer.step()
+        norm += descend(optimizer, all_sum(torch.tensor(total["loss"]))) / len(minibatches)
     return dict(zip(total, all_sum(torch.tensor(list(total.values()), dtype=torch.float64)).tolist()), grad_norm=norm)
 
 
@@ -495,33 +487,27 @@ def train(config, run, arm, seed, base, tokens=math.inf):
     phase, model = f"{arm} {seed}", copy.deepcopy(base)
     optimizer = torch.optim.AdamW(model.parameters(), config.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     rng, generator = random.Random(seed + 1), torch.Generator().manual_seed(seed + 1)
-    state = run.state.get(phase)
-    step = restore(state, model, optimizer, rng, generator)
-    sampled = state["sampled"] if state else 0
-    if state is None:
+    if phase not in run.state:
         run.log(phase="rl", arm=arm, seed=seed, step=0, sampled_tokens=0, **held_out(model, config))
     shown = [k for k in SHOWN if k != "guessed_carries" or not config.data]
     print("  ".join(shown))
-    while step < config.steps and sampled < tokens:
+    kept = dict(sampled=0)
+    for step in run.loop(phase, config.steps, model, optimizer, rng, generator, kept, until=lambda: kept["sampled"] >= tokens, bar=False):
         # 2. Sample, score with the verifier, take the gradient steps
         started = time.time()
         rollout, rewards, stats = collect(model, config, rng, generator)
         metrics = update(model, base, optimizer, rollout, rewards, config, generator)
         tokens_now, seconds = stats.pop("tokens"), time.time() - started
-        sampled, step = sampled + tokens_now, step + 1
+        kept["sampled"] += tokens_now
         # 3. Log
         lengths, right = gathered(rollout.lengths.float().cpu(), rollout.rows, rewards.numel()), rewards.flatten() > 0
-        row = dict(phase="rl", arm=arm, seed=seed, step=step, **stats, **metrics, length=mean(lengths), length_right=mean(lengths[right]),
-                   length_wrong=mean(lengths[~right]), sampled_tokens=sampled, seconds=seconds, tokens_per_s=tokens_now / seconds)
-        if step % config.eval_every == 0 or step == config.steps or sampled >= tokens:
+        row = dict(phase="rl", arm=arm, seed=seed, step=step + 1, **stats, **metrics, length=mean(lengths), length_right=mean(lengths[right]),
+                   length_wrong=mean(lengths[~right]), sampled_tokens=kept["sampled"], seconds=seconds, tokens_per_s=tokens_now / seconds)
+        if (step + 1) % config.eval_every == 0 or step + 1 == config.steps or kept["sampled"] >= tokens:
             row |= held_out(model, config)
         run.log(**row)
         cells = (f"{row[k]:.{3 if isinstance(row[k], float) and row[k] < 10 else 0}f}" if row.get(k) is not None else "" for k in shown)
         print("  ".join(f"{cell:>{len(k)}}" for k, cell in zip(shown, cells)), flush=True)
-        # 4. Save now and then, and at once when interrupted
-        if run.due:
-            run.save(phase, **snapshot(step, model, optimizer, rng, generator, sampled=sampled))
-    run.save(phase, **snapshot(step, model, optimizer, rng, generator, sampled=sampled))
     return model
 
 
@@ -559,7 +545,7 @@ def length_bias_gpt(config, run, arm, seed, base):
     model, rng, generator = copy.deepcopy(base), random.Random(seed), torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), config.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     phase = f"{arm} {seed}"
-    for step in range(restore(run.state.get(phase), model, optimizer, rng, generator), config.steps):
+    for step in run.loop(phase, config.steps, model, optimizer, rng, generator, bar=False):
         coins = torch.tensor([rng.randrange(2) for _ in range(config.prompts * config.group)])
         questions = [tokenizer.encode(f"{c}=") for c in coins.tolist()]
         rollout = answers(model, questions, 1, config, generator)
@@ -568,8 +554,6 @@ def length_bias_gpt(config, run, arm, seed, base):
         run.log(phase="rl", arm=arm, seed=seed, step=step + 1, length_right=right, length_wrong=wrong)
         if step + 1 == config.steps:
             print(f"{arm}, seed {seed}: wrong answers {wrong or math.nan:.1f} tokens, right answers {right or math.nan:.1f}")
-        if run.due or step + 1 == config.steps:
-            run.save(phase, **snapshot(step + 1, model, optimizer, rng, generator))
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -690,10 +674,10 @@ def main():
     if world()[1] > (1 if config.figure == "length" else config.prompts):
         raise UserError(f"{world()[1]} processes: --figure length takes one, the others no more than there are --prompts")
     size = sum(p.numel() for p in build(config, device).parameters())        # an impossible shape ends here, before anything is written
-    run = Run(config)
-    run.introduce(device, size)
-    fig, claims = globals()[f"figure_{config.figure}"](config, run, device)
-    run.finish(fig, claims)
+    with Run(config) as run:
+        run.introduce(device, size)
+        fig, claims = globals()[f"figure_{config.figure}"](config, run, device)
+        run.finish(fig, claims)
 
 
 if __name__ == "__main__":
