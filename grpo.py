@@ -523,6 +523,11 @@ def mean(x):
     return x.mean().item() if len(x) else None
 
 
+def told(x):
+    """The mean of x (seeds,) and its standard deviation, as text."""
+    return f"{x.mean():.3g}" + (f" ± {x.std(ddof=1):.2g}" if len(x) > 1 else "")
+
+
 SHOWN = ("step", "reward", "pass@1", "guessed_carries", "entropy", "length_right", "length_wrong", "zero_variance", "clip_fraction", "tokens_per_s")
 
 
@@ -638,12 +643,13 @@ def figure_train(config, run, device):
         for key, label in keys.items():
             band(ax, *series(run, key, phase="rl", arm=config.loss), label)
         ax.set(title=title, xlabel="RL step", ylabel=unit)
-        ax.legend()
+        if ax.lines:
+            ax.legend()
     curves = [np.stack([final(arm, f"pass@{k}") for k in ks], 1) for arm in arms]       # (seeds, len(ks)) each
     for curve, label in zip(curves, ("base", "after RL")):
         band(axes[1, 2], ks, curve, label, marker="o")
     last, trained_last = (curve[:, -1].mean() for curve in curves)
-    unseen = "\n(where both are at 1 no crossing can be seen)" if last == trained_last == 1 else ""
+    unseen = "\n(both at 1: a crossing can't be seen)" if last == trained_last == 1 else ""
     axes[1, 2].set(title=f"pass@{n}: base {last:.2f}, after RL {trained_last:.2f}{unseen}", xlabel="k (samples)", ylabel="held-out pass@k", xscale="log", ylim=(0, 1.02))
     axes[1, 2].set_xticks(ks, ks)
     axes[1, 2].minorticks_off()
@@ -669,24 +675,28 @@ def figure_variants(config, run, device):
     for loss in LOSSES:     # answers differ in length: put every seed's evaluations on one grid of sampled tokens
         evals = [[(r["sampled_tokens"], r["pass@1"]) for r in rs if "pass@1" in r] for rs in rows[loss]]
         y = np.array([np.interp(grid, *zip(*e)) for e in evals])
-        band(axes[0], grid / 1e3, y, loss)
+        if loss == "grpo":
+            band(axes[0], grid / 1e3, y, loss, color="k")
+        else:
+            axes[0].plot(grid / 1e3, y.mean(0), label=loss)
         final[loss], start = y[:, -1], y[:, 0]
         clip[loss] = np.array([np.mean([r["clip_fraction"] for r in rs if r["step"]] or [math.nan]) for rs in rows[loss]])
-    many, where = f"{config.seeds} seed{'s' if config.seeds > 1 else ''}", f"at {reach / 1000:.0f}k sampled tokens"
-    axes[0].set(xlabel="sampled tokens (thousands)", ylabel="held-out pass@1", title=f"Learning curves ({config.minibatches} gradient steps per batch, {many})")
+    many, where = f"{config.seeds} seed{'s' if config.seeds > 1 else ''}", f"at {reach / 1000:.3g}k sampled tokens"
+    axes[0].set(xlabel="sampled tokens (thousands)", ylabel="held-out pass@1", title=f"Means ({config.minibatches} gradient steps per batch); shaded: grpo's spread over {many}")
     axes[0].legend()
     # all losses start from the same base and meet the same problems, seed by seed: what differs between them is told by pairs
     paired = {loss: final[loss] - final["grpo"] for loss in LOSSES if loss != "grpo"}
     order = sorted(paired, key=lambda loss: paired[loss].mean())
     spread = [paired[loss].std(ddof=1) if config.seeds > 1 else 0 for loss in order]
+    colours = dict(zip([loss for loss in LOSSES if loss != "grpo"], (f"C{i}" for i in range(9))))      # those of the curves
     axes[1].errorbar(range(len(order)), [paired[loss].mean() for loss in order], spread, fmt="_", ms=20, capsize=4, color="k")
     for i, loss in enumerate(order):
-        axes[1].plot([i] * config.seeds, paired[loss], "o", color=f"C{list(LOSSES).index(loss)}", alpha=0.6)
+        axes[1].plot([i] * config.seeds, paired[loss], "o", color=colours[loss], alpha=0.6)
     axes[1].axhline(0, color="k", lw=1, ls=":")
     axes[1].set_xticks(range(len(order)), order)
-    axes[1].set(ylabel=f"held-out pass@1 {where}, minus grpo's on the same seed", title=f"A dot is a seed; mean and standard deviation of {many}")
-    low, high = ((order[i], paired[order[i]].mean(), spread[i]) for i in (0, -1))
-    fig.suptitle(f"Seven losses {where}, minus grpo on the same seed: from " + " to ".join(f"{d:+.3f} ± {sd:.3f} ({loss})" for loss, d, sd in (low, high)))
+    axes[1].set(ylabel="held-out pass@1 minus grpo's", title=f"{where.capitalize()}, minus grpo on the same seed; a dot is a seed")
+    low, high = (f"{told(paired[loss])} ({loss})" for loss in (order[0], order[-1]))
+    fig.suptitle(f"Held-out pass@1 of six losses {where}, minus grpo's on the same seed: from {low} to {high}")
     worst, furthest = order[0], max(order, key=lambda loss: abs(paired[loss].mean()))
     worst = worst if paired[worst].mean() < 0 else "grpo"
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -718,7 +728,8 @@ def figure_length(config, run, device):
     axes[0].set(title="Without a model: one stop probability per outcome (8 seeds)", xlabel="step", ylabel="expected length (tokens)")
     axes[1].set(title=f"With a GPT ({config.seeds} seeds)", xlabel="RL step", ylabel="mean length (tokens)")
     for ax in axes:
-        ax.legend()
+        if ax.lines:
+            ax.legend()
     ratio = {arm: p[:, -1, 0] / p[:, -1, 1] for arm, p in paths.items()}
     gpt = {}
     for arm in ("grpo", "dr_grpo"):
@@ -726,8 +737,8 @@ def figure_length(config, run, device):
         tails = [y[:, -10:].mean(1) if y.ndim == 2 else np.array([math.nan]) for y in (wrong, right)]       # (seeds,); --steps 0 has no rows
         gpt[arm] = np.where(tails[0] > 1, tails[0] / tails[1], math.nan)        # a wrong answer that is a stop alone has no length to speak of
     flat = lambda ratio: np.maximum(ratio, 1 / ratio)
-    fig.suptitle("A coin decides right or wrong, nothing rewards length. Wrong over right answers' length with a GPT: "
-                 f"{gpt['grpo'].mean():.1f} divided by its own length, {gpt['dr_grpo'].mean():.2f} by a constant")
+    fig.suptitle(f"Nothing rewards length. With a GPT wrong answers end {told(gpt['grpo'])} times as long as right ones "
+                 f"if a loss is divided by its answer's length, {told(gpt['dr_grpo'])} times if by a constant", fontsize="medium")
     source = "Liu et al., arXiv 2503.20783"
     return fig, [
         claim("grpo", "no model: wrong over right length, grpo", source, "wrong grow", ratio["grpo"], ">=", 5, 8),
