@@ -831,6 +831,18 @@ def test_the_claims_of_train_compare_the_base_with_the_trained_model_by_the_seed
     assert claims == dict(gain=("0.4 (0.33, 0.90)", False), trained=("0.85", False), order=("0.1 (0.60)", False))
 
 
+@pytest.mark.parametrize("base, trained", [(0.9, 1.0), (1.0, 1.0), (1.0, 0.9)])
+def test_the_panel_of_pass_at_k_says_whether_a_crossing_can_be_seen_at_all(base, trained, monkeypatch):
+    monkeypatch.setattr(grpo, "held_out", lambda model, *_: {f"pass@{2 ** i}": model for i in range(7)} | dict(guessed_carries=0.5))
+    monkeypatch.setattr(grpo, "train", lambda *_: trained)
+    monkeypatch.setattr(grpo, "warm_up", lambda *_: base)
+    fig, claims = grpo.figure_train(small(seeds=2, steps=0), Memory(), "cpu")
+    title = fig.axes[-1].get_title()
+    assert f"pass@64: base {base:.2f}, after RL {trained:.2f}" in title and ("can't be seen" in title) == (base == trained == 1)
+    assert {c["id"] for c in claims} == {"gain", "trained", "order"}        # none about a tie
+    grpo.plt.close(fig)
+
+
 def fake_arms(gain, clip, seen=None, last=300_000):
     """In place of grpo.train: an arm of each seed goes from .2 (a seed more: .1 more) to its gain above that, in two steps, and samples `last` tokens."""
     def train(config, run, arm, seed, base, tokens):
