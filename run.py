@@ -63,6 +63,8 @@ def command(main):
         if int(os.environ.get("RANK", 0)) == 0 or isinstance(e, LostProcess):
             text = str(e) if isinstance(e, UserError) else f"out of memory ({str(e).splitlines()[0] if str(e) else 'no more to be had'})"
             print(f"{Path(sys.argv[0]).name}: error: {' '.join(text.split())}", file=sys.stderr)
+        else:
+            time.sleep(10)      # torchrun ends all when the first one goes: rank 0 speaks before
         raise SystemExit(2) from None
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -364,7 +366,10 @@ class Run:
             raise UserError("this script, or what its flags ask for, runs in one process")
         self.handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
         if world()[0]:
-            all_sum(torch.zeros(1))     # wait for rank 0's folder
+            try:
+                all_sum(torch.zeros(1))     # wait for rank 0's folder
+            except LostProcess:
+                raise UserError("rank 0 says what is wrong with its folder") from None
             self.metrics, self.write, self.save, self.saved = open(os.devnull, "wb", buffering=0), lambda *_: None, lambda *_, **__: None, math.inf
             for s in self.handlers:
                 signal.signal(s, signal.SIG_IGN)

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +21,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from common import ROOT, Memory, check_help, check_mistake, check_resume, check_whole, complain, finish, metrics, torchrun
+from common import ROOT, Memory, check_help, check_mistake, check_resume, check_whole, complain, finish, launch, metrics, torchrun
 
 import grpo
 from test_pretrained import make_json, merges_of, save_json
@@ -75,10 +76,6 @@ def same_metrics(a, b):
     return a == pytest.approx(b, rel=1e-4, abs=1e-6)
 
 
-def silent_run():
-    return SimpleNamespace(state={}, due=0, log=lambda **_: None, save=lambda *_, **__: None)
-
-
 # ---------------------------------------------------------------------------------------------------------------------------
 # The task
 
@@ -121,6 +118,15 @@ def test_each_answer_is_judged_by_its_own_problem_and_earns_nothing_without_its_
     assert texts == [ANSWER] * 6 and rewards.tolist() == [[1, 1, 0], [0, 0, 0]]
 
 
+def test_an_answer_is_finished_at_each_stop_id_of_its_tokenizer(monkeypatch):
+    ids = torch.tensor([[0, 1, 7], [0, 1, 9], [0, 1, 5], [0, 7, 0]])        # the last one ends after its second token
+    mask = torch.tensor([[0.0, 1, 1]] * 3 + [[0, 1, 0]])
+    task = SimpleNamespace(tokenizer=SimpleNamespace(eos=7, stop=[7, 9], decode=str), prompt=lambda p: [0], judge=lambda p, text, finished: float(finished))
+    monkeypatch.setattr(grpo, "task_of", lambda _: task)
+    monkeypatch.setattr(grpo, "generate", lambda *_, **__: Rollout(ids, mask, mask, torch.ones(4, dtype=torch.long)))
+    assert grpo.sample(None, ["problem"], 4, small(), None)[2].tolist() == [[1, 1, 0, 1]]
+
+
 def test_demonstrations_are_whole_lines_of_right_arithmetic_and_only_a_wrong_guess_spoils_one():
     rng, spoilt = random.Random(0), 0
     for _ in range(1000):
@@ -139,10 +145,11 @@ def test_demonstrations_are_whole_lines_of_right_arithmetic_and_only_a_wrong_gue
     assert 0.60 < spoilt / 1000 < 0.85      # the base is right 15% to 40% of the time
 
 
-def test_guessed_carries_are_none_from_right_to_left_and_all_from_left_to_right():
+def test_guessed_carries_are_0_from_right_to_left_and_all_from_left_to_right():
     assert guessed_carries(solve(PROBLEM, [0, 1, 2])) == 0 and guessed_carries(solve(PROBLEM, [2, 1, 0])) == 1
     assert guessed_carries(solve(PROBLEM, [0, 2, 1])) == 0.5
-    assert guessed_carries("9999999") == guessed_carries("") == 0 and guessed_carries("9999999b000000") == 1      # what is no column is no guess
+    assert guessed_carries("9999999b000000") == 1      # what is no column is no guess
+    assert guessed_carries("9999999") is guessed_carries("") is guessed_carries("a1A6007") is None        # and where nothing could be guessed there is no rate
 
 
 def fake_sample(calls, rewards):
@@ -167,7 +174,7 @@ def test_held_out_problems_are_never_trained_on(monkeypatch):
     config, shown, sampled = small(prompts=1000, sft_steps=30, eval_prompts=300), [], []
     monkeypatch.setattr(grpo, "demonstrate", lambda rng, problem: shown.append(problem) or demonstrate(rng, problem))
     monkeypatch.setattr(grpo, "sample", fake_sample(sampled, lambda _, P, n: torch.zeros(P, n)))
-    grpo.warm_up(config, silent_run(), 0, "cpu")
+    grpo.warm_up(config, Memory(), 0, "cpu")
     grpo.collect(None, config, random.Random(0), None)
     grpo.evaluate(None, config, 1)
     warmed, trained, held_out = ({question(p) for p in problems} for problems in (shown, *sampled))
@@ -478,16 +485,17 @@ def test_the_gradient_and_the_metrics_are_the_same_for_any_micro_batch(loss, min
 @each_loss
 @pytest.mark.parametrize("minibatches", [1, 4, 7])      # 7 does not divide the 16 rows
 def test_the_logged_loss_is_that_of_the_full_batch(loss, minibatches):
-    config = small(loss=loss, minibatches=minibatches, beta=0.1, entropy_bonus=0.01, micro_batch=2)
+    config, rewards = small(loss=loss, prompts=2, group=8, minibatches=minibatches, beta=0.1, entropy_bonus=0.01, micro_batch=2), REWARDS.view(2, 8)
     model, base, method = policy(config), policy(config, seed=1), config.method
     rollout, losses = answers(model, config), []
     (logp, entropy), ref = (grpo.score(model, rollout, config, rollout.ids.shape[1])), grpo.score_all(base, rollout, config)
-    adv = advantages(REWARDS, method.advantage).view(-1, 1)
+    adv = advantages(rewards, method.advantage).view(-1, 1)
     L = -adv * (logp if method.ratio in ("none", "cispo") else 1) + 0.1 * kl_estimate(logp, ref, "k3") - 0.01 * entropy
     rows = torch.arange(16) if minibatches == 1 else torch.randperm(16, generator=torch.Generator().manual_seed(0))
-    for chunk in rows.chunk(minibatches):
+    for chunk in rows.tensor_split(minibatches):
         losses.append((L[chunk] * aggregation_weights(rollout.mask[chunk], method.aggregation, 16)).sum())
-    *_, metrics = one_update(config, rollout)
+    *_, metrics = one_update(config, rollout, rewards=rewards)
+    assert len(losses) == minibatches
     mean = lambda x: ((x * rollout.mask).sum() / rollout.mask.sum()).item()
     expected = dict(loss=sum(losses).item() / len(losses), entropy=mean(entropy), kl=mean(kl_estimate(logp, ref, "k3")))
     assert same_metrics({k: metrics[k] for k in expected}, expected)
@@ -497,7 +505,8 @@ def test_each_minibatch_takes_its_own_step_with_its_own_gradient_and_the_norm_is
     config, seen = small(loss="rloo", minibatches=2), []
     model, norms = policy(config), []
     rollout, adv = answers(model, config), advantages(REWARDS, "rloo").view(16, 1)
-    optimizer = SimpleNamespace(zero_grad=model.zero_grad, step=lambda: seen.append(flat(model, gradient=True)))
+    step = lambda: seen.append(flat(model, gradient=True))
+    optimizer = SimpleNamespace(zero_grad=model.zero_grad, step=step, param_groups=[dict(params=list(model.parameters()))])
     metrics = grpo.update(model, None, optimizer, rollout, REWARDS, config, torch.Generator().manual_seed(0))
     for rows, step in zip(torch.randperm(16, generator=torch.Generator().manual_seed(0)).chunk(2), seen, strict=True):
         model.zero_grad()
@@ -516,6 +525,31 @@ def test_a_kl_in_the_reward_lowers_each_answers_reward_and_stays_out_of_the_loss
     gradient, _, metrics = one_update(config, rollout)
     plain, _, without = one_update(dataclasses.replace(config, beta=0.0), rollout, rewards=REWARDS - 0.1 * k1)
     assert close(gradient, plain) and metrics["loss"] == pytest.approx(without["loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize("advantage", ["std", "mean", "rloo", "batch"])
+def test_a_kl_in_the_reward_pulls_as_strongly_as_beta_says_whatever_the_advantage(advantage):
+    pull = {}
+    for beta in (0.1, 0.001):
+        config = small(advantage=advantage, beta=beta, kl_in="reward")
+        pull[beta], *_ = one_update(config, answers(policy(config), config), rewards=torch.zeros(4, 4))     # groups all wrong: nothing but the KL
+    assert close(pull[0.1], 100 * pull[0.001], 1e-4) and pull[0.1].abs().max() > 0
+
+
+@pytest.mark.parametrize("prompts, group, minibatches", [(3, 2, 4), (3, 3, 4), (2, 8, 16), (4, 4, 1)])
+def test_a_batch_takes_as_many_gradient_steps_as_asked_for(prompts, group, minibatches):
+    config, steps = small(loss="grpo", prompts=prompts, group=group, minibatches=minibatches), []
+    model = policy(config)
+    optimizer = SimpleNamespace(zero_grad=model.zero_grad, step=lambda: steps.append(1), param_groups=[dict(params=list(model.parameters()))])
+    grpo.update(model, None, optimizer, answers(model, config), torch.arange(prompts * group).view(prompts, group) % 2.0, config, torch.Generator().manual_seed(0))
+    assert len(steps) == minibatches
+
+
+@pytest.mark.parametrize("choices, rows", [(dict(loss="grpo"), 16), (dict(loss="dapo"), 4), (dict(figure="variants"), 4)])
+def test_more_gradient_steps_than_a_batch_may_have_rows_are_refused(choices, rows):
+    small(minibatches=rows, **choices)
+    with pytest.raises(UserError, match=f"no more than {rows}"):
+        small(minibatches=rows + 1, **choices)
 
 
 @pytest.mark.parametrize("aggregation", ["sequence", "token", "constant", "sum"])
@@ -569,7 +603,7 @@ def test_positive_only_takes_no_gradient_from_answers_below_their_baseline():
 @each_loss
 def test_a_constant_reward_moves_no_weight(loss, monkeypatch):
     config, sample, norms = small(loss=loss, steps=2, minibatches=2, lr=0.01), grpo.sample, []
-    base, run = policy(config), silent_run()
+    base, run = policy(config), Memory()
 
     def all_right(*args):
         rollout, texts, rewards = sample(*args)
@@ -794,22 +828,53 @@ def test_the_claims_of_train_compare_the_base_with_the_trained_model_by_the_seed
         return arm, seed
 
     claims = claims_of("train", run, monkeypatch, config, held_out=held_out, train=train, warm_up=lambda c, r, seed, d: ("base", seed))
-    assert claims == dict(base=("0.45", False), trained=("0.85", False), order=("0.1 (0.60)", False), sharpening=("0.03 ± 0.014", True))
+    assert claims == dict(gain=("0.4 (0.33, 0.90)", False), trained=("0.85", False), order=("0.1 (0.60)", False))
 
 
-def test_the_claims_of_variants_are_gains_over_the_base_and_gspo_over_grpo(monkeypatch):
-    config, seen = small(seeds=2, figure="variants", lr=0.1), set()
-    gain = {loss: 0.05 + 0.1 * i for i, loss in enumerate(LOSSES)}
+@pytest.mark.parametrize("base, trained", [(0.9, 1.0), (1.0, 1.0), (1.0, 0.9)])
+def test_the_panel_of_pass_at_k_says_whether_a_crossing_can_be_seen_at_all(base, trained, monkeypatch):
+    monkeypatch.setattr(grpo, "held_out", lambda model, *_: {f"pass@{2 ** i}": model for i in range(7)} | dict(guessed_carries=0.5))
+    monkeypatch.setattr(grpo, "train", lambda *_: trained)
+    monkeypatch.setattr(grpo, "warm_up", lambda *_: base)
+    fig, claims = grpo.figure_train(small(seeds=2, steps=0), Memory(), "cpu")
+    title = fig.axes[-1].get_title()
+    assert f"pass@64: base {base:.2f}, after RL {trained:.2f}" in title and ("can't be seen" in title) == (base == trained == 1)
+    assert {c["id"] for c in claims} == {"gain", "trained", "order"}        # none about a tie
+    grpo.plt.close(fig)
 
+
+def fake_arms(gain, clip, seen=None, last=300_000):
+    """In place of grpo.train: an arm of each seed goes from .2 (a seed more: .1 more) to its gain above that, in two steps, and samples `last` tokens."""
     def train(config, run, arm, seed, base, tokens):
-        seen.add((config.loss, arm, config.minibatches, round(config.lr, 9), config.method.aggregation))
+        if seen is not None:
+            seen.add((config.loss, arm, config.minibatches, round(config.lr, 9), config.method.aggregation))
         for step in range(3):
-            run.log(phase="rl", arm=arm, seed=seed, step=step, sampled_tokens=step * tokens / 2, clip_fraction=0.1 if arm == "gspo" else 0.004,
-                    **{"pass@1": 0.2 + gain[arm] * step / 2 + 0.01 * seed})
+            run.log(phase="rl", arm=arm, seed=seed, step=step, sampled_tokens=step * last / 2, clip_fraction=clip.get(arm, [0, 0])[seed],
+                    **{"pass@1": 0.2 + 0.1 * seed + gain[arm][seed] * step / 2})
+    return train
 
-    claims = claims_of("variants", Memory(), monkeypatch, config, train=train, warm_up=lambda *_: None)
-    assert claims == {"all learn": ("0.05 ± 0", False), "gspo clips more": ("25 (0.1, 0.004)", True)}
+
+def test_the_claims_of_variants_compare_losses_on_the_same_seed(monkeypatch):
+    config, seen = small(seeds=2, figure="variants", lr=0.1), set()
+    gain = {loss: (0.35, 0.25) for loss in LOSSES} | dict(rloo=(0.29, 0.19), dapo=(0.30, 0.32))         # rloo: .06 behind grpo on each seed; dapo is so on one
+    clip = dict(gspo=(0.1, 0.3), grpo=(0.01, 0.01))
+    claims = claims_of("variants", Memory(), monkeypatch, config, train=fake_arms(gain, clip, seen), warm_up=lambda *_: None)
+    assert claims == {"all learn": ("0.24 ± 0.071", True), "similar": (claims["similar"][0], False), "gspo clips more": ("20 ± 14 (0.2, 0.01)", True)}
+    assert re.fullmatch(r"0\.06 ± \d(\.\d+)?e-1\d", claims["similar"][0])
     assert seen == {(loss, loss, 4, 0.1, LOSSES[loss][4]) for loss in LOSSES}
+
+
+@pytest.mark.parametrize("last", [300_000, 42_000])
+def test_the_figure_of_variants_says_how_much_was_sampled(last, monkeypatch):
+    config, figures = small(seeds=2, figure="variants"), []
+    for name, stub in dict(train=fake_arms(dict.fromkeys(LOSSES, (0.3, 0.4)), {}, last=last), warm_up=lambda *_: None).items():
+        monkeypatch.setattr(grpo, name, stub)
+    fig, claims = grpo.figure_variants(config, Memory(), "cpu")
+    curves, differences = fig.axes
+    assert f"{last // 1000}k sampled tokens" in fig._suptitle.get_text() and f"{last // 1000}k sampled tokens" in differences.get_title()
+    assert max(line.get_xdata().max() for line in curves.lines) == pytest.approx(last / 1000)
+    assert next(c for c in claims if c["id"] == "all learn")["ours"] == "0.35 ± 0.071"
+    grpo.plt.close(fig)
 
 
 def test_a_figure_has_its_own_defaults_and_takes_what_it_is_told():
@@ -822,21 +887,43 @@ def test_a_figure_has_its_own_defaults_and_takes_what_it_is_told():
         assert choices(figure=figure, **told) == list(told.values())
 
 
-def test_the_claims_of_length_are_wrong_over_right(monkeypatch):
-    path = {"sequence": [[10, 10], [60, 2]], "token": [[10, 10], [12, 8]], "constant": [[10, 10], [10, 10]]}
-    bias = lambda advantage, aggregation, seed: torch.tensor(path[aggregation]).numpy()
-
+def fake_lengths(wrong_of, right=5):
+    """In place of grpo.length_bias_gpt: answers of 5 tokens, in the last 10 steps wrong ones of wrong_of[loss][seed]."""
     def gpt(config, run, arm, seed, base):
-        wrong = {"grpo": 20, "dr_grpo": 5}[config.loss]
         for step in range(20):
-            run.log(phase="rl", arm=arm, seed=seed, step=step + 1, length_wrong=5 if step < 10 else wrong, length_right=5)
+            run.log(phase="rl", arm=arm, seed=seed, step=step + 1, length_wrong=5 if step < 10 else wrong_of[config.loss][seed], length_right=right)
+    return gpt
 
-    stubs = dict(length_bias=bias, length_bias_gpt=gpt, warm_up=lambda *_: None)
-    claims = claims_of("length", Memory(), monkeypatch, small(seeds=1), **stubs)
-    assert {k: v for k, (v, _) in claims.items()} == {"grpo": "30 ± 0", "token": "1.5 ± 0", "dr_grpo": "1 ± 0", "gpt grpo": "4", "gpt dr_grpo": "1"}
-    assert [holds for _, holds in claims.values()] == [True, True, True, False, True]
-    with pytest.warns(RuntimeWarning):      # --steps 0: the panel without a model alone
-        assert claims_of("length", Memory(), monkeypatch, small(seeds=1), **{**stubs, "length_bias_gpt": lambda *_: None})["gpt grpo"] == ("nan", False)
+
+def test_the_claims_of_length_are_wrong_over_right_seed_by_seed(monkeypatch):
+    path = {"sequence": [[10, 10], [60, 2]], "token": [[10, 10], [12, 8]], "constant": [[10, 10], [8, 10]]}
+    bias = lambda advantage, aggregation, seed: torch.tensor(path[aggregation]).numpy()
+    stubs = dict(length_bias=bias, length_bias_gpt=fake_lengths(dict(grpo=(20, 40), dr_grpo=(5, 3))), warm_up=lambda *_: None)
+    claims = claims_of("length", Memory(), monkeypatch, small(seeds=2, figure="length"), **stubs)
+    assert {k: v for k, (v, _) in claims.items()} == {"grpo": "30 ± 0", "token": "-28.5 ± 0", "dr_grpo": "1.25 ± 0", "gpt grpo": "6 ± 2.8", "gpt dr_grpo": "1.33 ± 0.47"}
+    assert [holds for _, holds in claims.values()] == [True, True, False, True, False]       # right answers that grow are a bias, too
+    stubs["length_bias_gpt"] = lambda *_: None       # --steps 0: the panel without a model alone
+    assert claims_of("length", Memory(), monkeypatch, small(seeds=1, figure="length"), **stubs)["gpt grpo"] == ("nan", False)
+
+
+def test_no_claim_of_a_model_that_writes_nothing_holds(monkeypatch):
+    nothing = {"guessed_carries": None}
+    log = lambda config, run, arm, seed, base: run.log(phase="rl", arm=arm, seed=seed, step=1, **{"pass@1": 0.0, "guessed_carries": None, "length_right": None},
+                                                       **dict.fromkeys(("reward", "entropy", "length_wrong", "zero_variance"), 1))
+    claims = claims_of("train", Memory(), monkeypatch, small(seeds=2, steps=1), held_out=lambda model, config, n, ks: nothing | {f"pass@{k}": 0.0 for k in ks},
+                       train=log, warm_up=lambda *_: None)
+    assert claims["order"] == ("nan (nan)", False) and not any(holds for _, holds in claims.values())
+    claims = claims_of("variants", Memory(), monkeypatch, small(seeds=2, figure="variants"), train=fake_arms(dict.fromkeys(LOSSES, (0, 0)), {}), warm_up=lambda *_: None)
+    assert not any(holds for _, holds in claims.values())
+    claims = claims_of("length", Memory(), monkeypatch, small(seeds=2, figure="length"), warm_up=lambda *_: None,
+                       length_bias_gpt=fake_lengths(dict.fromkeys(("grpo", "dr_grpo"), (1, 1)), right=1))
+    assert not claims["gpt grpo"][1] and not claims["gpt dr_grpo"][1]
+
+
+def test_an_evaluation_without_a_line_has_no_guessed_carries_and_one_without_lines_in_some_answers_counts_the_others(monkeypatch):
+    texts = ["", "", "a1A6007", solve(PROBLEM, [2, 1, 0])]
+    monkeypatch.setattr(grpo, "sample", lambda _, problems, n, *__, **___: (None, texts[:len(problems) * n], torch.zeros(len(problems), n)))
+    assert grpo.evaluate(None, small(eval_prompts=3), 1)[1] is None and grpo.evaluate(None, small(eval_prompts=4), 1)[1] == 1
 
 
 @pytest.fixture(scope="module")
@@ -866,6 +953,72 @@ def test_a_mistake_in_the_flags_is_one_line_and_exit_code_2(flags, tmp_path):
     check_mistake("grpo.py", "--quick " + flags, tmp_path)
 
 
+IDLE = [("--figure variants --loss grpo", "--loss"), ("--figure length --loss grpo", "--loss"), ("--figure variants --advantage std", "--advantage"),
+        ("--figure length --ratio none", "--ratio"), ("--figure length --aggregation sum", "--aggregation"), ("--figure length --eps-low 0.1", "--eps-low"),
+        ("--figure length --digits 3", "--digits"), ("--figure length --sampler lattice", "--sampler"), ("--figure length --eval-every 2", "--eval-every"),
+        ("--figure length --eval-prompts 2", "--eval-prompts"), ("--figure length --eval-samples 2", "--eval-samples"),
+        ("--ratio token", "--ratio"), ("--eps-high 0.3", "--eps-high"), ("--loss rloo --minibatches 2 --eps-low 0.3", "--eps-low"),
+        ("--minibatches 2 --ratio none --eps-high 1", "--eps-high"), ("--kl k3", "--kl"), ("--kl-in reward", "--kl-in"), ("--correction tis", "--correction"),
+        ("--template {question}", "--template"), ("--chat", "--chat"), ("--sft-steps 0 --sft-lr 1", "--sft-lr"), ("--sft-steps 0 --sft-batch 4", "--sft-batch"),
+        *((f"--steps 0 {flag}", flag.split()[0]) for flag in ("--loss grpo", "--beta 1", "--entropy-bonus 1", "--positive-only", "--sampler lattice",
+                                                             "--minibatches 2", "--micro-batch 2", "--lr 1", "--eval-every 2"))]
+
+
+@pytest.mark.parametrize("flags, idle", IDLE, ids=[f for f, _ in IDLE])
+def test_a_flag_that_does_nothing_beside_the_others_is_one_line(flags, idle, tmp_path):
+    assert f"{idle} does nothing here" in complain("grpo.py", "--quick", *flags.split(), "--out", tmp_path / "run") and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("flags", ["--n-layer 1", "--n-head 2", "--n-embd 32", "--sft-steps 5", "--sft-batch 8", "--sft-lr 0.1", "--digits 3"])
+def test_a_flag_of_the_toy_beside_a_checkpoint_is_one_line(flags, real, tmp_path):
+    err = complain("grpo.py", *REAL, "--init", real / "checkpoint", "--data", real / "sums.jsonl", *flags.split(), "--out", tmp_path / "run")
+    assert f"{flags.split()[0]} does nothing here" in err and not (tmp_path / "run").exists()
+
+
+ODD = ["--seed -1", "--seed 4294967296", "--seeds 0", "--seed 1.5", "--steps 1e3", "--steps 99999999999999999999", "--lr inf", "--lr -1", "--lr 1e31", "--lr x",
+       "--minibatches 2 --eps-high 1e300", "--minibatches 2 --eps-low -0.1", "--beta -1", "--beta 1e99", "--temperature 0", "--temperature nan", "--temperature 1e39",
+       "--entropy-bonus inf", "--prompts 0", "--prompts 4294967295", "--prompts 100000000000", "--group 1", "--group 4294967295", "--minibatches 0", "--minibatches 17",
+       "--micro-batch 0", "--prompts 2000000000 --micro-batch 4294967295", "--digits 0", "--digits 9", "--max-new-tokens 0", "--max-new-tokens 4294967295",
+       "--n-head 0", "--n-head 7", "--n-embd 7", "--n-embd 33", "--sft-batch 1", "--sft-batch 4294967295", "--sft-steps -1", "--eval-every 0", "--eval-prompts 0",
+       "--eval-prompts 4294967295", "--eval-samples 0", "--eval-samples 4294967295", "--eval-prompts 3000000 --eval-samples 3000000", "--device tpu", "--dtype float16",
+       "--figure none", "--loss GRPO", "--figure variants --eval-every 0", "--figure length --group 1", "--figure length --max-new-tokens 225", "--resum",
+       "--data x --figure length", "--init x", "--quick 1", "stray", "--out", "--beta 0.1 --kl k1", "--beta 0.1 --kl k2 --kl-in reward", "--loss dapo --minibatches 5",
+       "--out FILE", "--out FILE/deeper", "--out LONG", "--resume --out EMPTY", "--resume --out FILE", "--resume --out DIRECTORY", "--out FOREIGN", "--out STRANGE", "--out HOLDS"]
+
+
+@pytest.mark.parametrize("flags", ODD)
+def test_an_odd_command_line_is_one_line_before_anything_is_written(flags, tmp_path):
+    (tmp_path / "FILE").write_text("mine")
+    for folder in ("EMPTY", "DIRECTORY/model.pt", "FOREIGN", "STRANGE/config.json", "HOLDS/metrics.jsonl"):       # folders where files belong, and files of others
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "FOREIGN/claims.json").write_text("mine")
+    before = sorted(tmp_path.rglob("*"))
+    flags = [str(tmp_path / f) if f.split("/")[0].isupper() and f.split("/")[0] in ("FILE", "EMPTY", "DIRECTORY", "FOREIGN", "STRANGE", "HOLDS") else
+             str(tmp_path / ("x" * 300)) if f == "LONG" else f for f in flags.split()]
+    complain("grpo.py", "--quick", *(() if "--out" in flags else ("--out", tmp_path / "run")), *flags)
+    assert sorted(tmp_path.rglob("*")) == before and (tmp_path / "FILE").read_text() == (tmp_path / "FOREIGN/claims.json").read_text() == "mine"
+
+
+def test_a_pipe_that_is_closed_ends_the_run_without_a_traceback(tmp_path):
+    process = subprocess.Popen([sys.executable, ROOT / "grpo.py", "--quick", "--out", tmp_path], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    assert "Traceback" not in process.stderr.read() and process.wait(60) == 141
+
+
+@pytest.mark.parametrize("flags, where", [(["--lr", "1e20", "--entropy-bonus", "0.01", "--steps", "4"], "step 2 of dr_grpo 0"), (["--sft-lr", "1e20"], "of base 0"),
+                                          (["--figure", "length", "--lr", "1e20", "--steps", "4"], "of grpo 0")])
+def test_a_number_that_is_none_ends_the_run_in_one_line_and_the_last_finite_weights_stay(flags, where, tmp_path):
+    for again in ((), ("--resume",)):
+        code, _, err = launch("grpo.py", *(again or ("--quick", *flags)), "--out", tmp_path)
+        error = [line for line in err.splitlines() if "error:" in line]
+        assert code == 2 and len(error) == 1 and where in error[0] and re.search(r"the (loss|gradient norm) is (nan|inf)", error[0]) and "Traceback" not in err
+        state = torch.load(tmp_path / "model.pt", weights_only=True)["state"]
+        assert state and all(torch.isfinite(t).all() for phase in state.values() for t in phase["model"].values())
+        for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
+            json.loads(line, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+        assert not (tmp_path / "claims.json").exists()
+
+
 def test_resuming_with_a_contradicting_flag_or_a_damaged_checkpoint_is_refused_and_harms_nothing(quick, tmp_path):
     folder = shutil.copytree(quick, tmp_path / "run")
     before = (folder / "metrics.jsonl").read_bytes()
@@ -887,6 +1040,30 @@ LONGER = ("--quick", "--sft-steps", 150, "--sft-batch", 4, "--steps", 8, "--eval
 def test_interrupt_and_resume_give_the_metrics_of_an_uninterrupted_run_to_the_bit(tmp_path):
     check_resume("grpo.py", tmp_path, (dict(phase="sft"), dict(phase="rl", step=3)), *LONGER)
     assert all(row["grad_norm"] > 0 for row in metrics(tmp_path / "whole") if row["phase"] == "rl" and row["step"])
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_during_a_held_out_evaluation_is_heeded_within_two_seconds_and_nothing_is_lost(number, tmp_path, monkeypatch):
+    finish("grpo.py", *LONGER, "--out", tmp_path / "whole")
+    evaluate, calls, sent = grpo.evaluate, [], []
+
+    def long(*args):        # from the second evaluation on, after step 4, one takes half a minute, and the signal comes in its midst
+        calls.append(1)
+        if len(calls) == 2:
+            threading.Timer(0.3, lambda: (sent.append(time.time()), os.kill(os.getpid(), number))).start()
+        started = time.time()
+        while len(calls) >= 2 and time.time() - started < 30:
+            evaluate(*args)
+        return evaluate(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(grpo, "evaluate", long)
+        code, output, _ = launch("grpo.py", *LONGER, "--out", tmp_path / "run")
+    assert code == 128 + number and time.time() - sent[0] < 2 and "--resume goes on from here" in output
+    assert [r["step"] for r in metrics(tmp_path / "run") if r["phase"] == "rl"] == [0, 1, 2, 3]
+    finish("grpo.py", "--resume", "--out", tmp_path / "run")
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
+    assert (tmp_path / "run/claims.json").read_text() == (tmp_path / "whole/claims.json").read_text()
 
 
 def test_a_terminated_process_saves_and_ends_with_its_code(tmp_path):
@@ -1003,6 +1180,16 @@ def test_what_several_processes_cannot_do_is_refused_before_anything_is_written(
     monkeypatch.setattr(grpo, "world", lambda: (0, 2))
     assert "2 processes" in complain("grpo.py", "--quick", *flags, "--out", tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("flags, words", [("--beta 0.1 --kl k1", "gradient has mean zero"), ("--prompts 1", "2 processes"), ("--out FOREIGN", "which no run wrote"),
+                                          ("--lr 1e20 --entropy-bonus 1 --steps 4", "of dr_grpo 0")])
+def test_a_mistake_under_torchrun_is_one_line_by_rank_0(flags, words, tmp_path):
+    (tmp_path / "claims.json").write_text("mine")
+    out = () if "--out" in flags else ("--out", tmp_path / "run")
+    rc, output = torchrun(ROOT / "grpo.py", "--quick", *out, *(str(tmp_path) if f == "FOREIGN" else f for f in flags.split()))
+    errors = [line for line in output.splitlines() if "error: " in line and line.startswith("grpo.py")]
+    assert rc != 0 and len(errors) == 1 and words in errors[0], output
 
 
 def test_a_script_that_knows_of_one_process_only_refuses_several(tmp_path):
@@ -1123,6 +1310,43 @@ def test_a_real_run_ends_with_a_checkpoint_that_can_be_opened_and_resumes_to_its
     assert metrics(out) == before
 
 
+@pytest.mark.parametrize("what", ["data", "init"])
+def test_a_real_run_whose_data_or_checkpoint_has_changed_does_not_resume(what, real, tmp_path):
+    data, init = tmp_path / "sums.jsonl", shutil.copytree(real / "checkpoint", tmp_path / "checkpoint")
+    data.write_text((real / "sums.jsonl").read_text())
+    finish("grpo.py", *REAL, "--init", init, "--data", data, "--out", tmp_path / "run")
+    before = (tmp_path / "run/model.pt").read_bytes(), metrics(tmp_path / "run")
+    if what == "data":
+        data.write_text(data.read_text() + json.dumps(ROWS[0]) + "\n")
+    else:
+        shutil.copytree(real / "checkpoint", init, dirs_exist_ok=True)
+        torch.manual_seed(1)
+        GPT(GPTConfig(300, 256, 1, 2, 32, n_kv_head=1, qkv_bias=True)).save_pretrained(init, like=real / "like")
+    assert f"--{what} is no longer" in complain("grpo.py", "--resume", "--out", tmp_path / "run")
+    assert before == ((tmp_path / "run/model.pt").read_bytes(), metrics(tmp_path / "run"))
+
+
+def test_a_model_in_out_that_no_run_wrote_is_not_overwritten(real, tmp_path):
+    mine = tmp_path / "dr_grpo 0" / "model.safetensors"
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    assert "dr_grpo 0" in complain("grpo.py", *REAL, "--init", real / "checkpoint", "--data", real / "sums.jsonl", "--out", tmp_path)
+    assert mine.read_text() == "mine" and list(tmp_path.iterdir()) == [mine.parent]
+
+
+ODD_REAL = ["--init FILE", "--init FOLDER", "--init LONG", "--data FOLDER", "--data LONG", "--data /dev/null", "--data FILE", "--template x", "--max-new-tokens 4294967295",
+            "--data gsm9k", "--prompts 4294967295", "--eval-prompts 4294967295", "--micro-batch 4294967295 --prompts 500000000"]
+
+
+@pytest.mark.parametrize("flags", ODD_REAL)
+def test_an_odd_command_line_of_a_real_run_is_one_line_before_anything_is_written(flags, real, tmp_path):
+    (tmp_path / "FILE").write_text("mine")
+    (tmp_path / "FOLDER").mkdir()
+    flags = [str(tmp_path / f) if f in ("FILE", "FOLDER") else "x" * 300 if f == "LONG" else f for f in flags.split()]
+    complain("grpo.py", *REAL, "--init", real / "checkpoint", "--data", real / "sums.jsonl", "--out", tmp_path / "run", *flags)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["FILE", "FOLDER"] and (tmp_path / "FILE").read_text() == "mine"
+
+
 @pytest.mark.parametrize("data, words", [
     ("none.jsonl", ["no such file"]), ("gsm9k", ["no such file"]), ("[1]\n", ["row 1", "no JSON object"]), ("{", ["row 1", "JSON"]), ('{"question": "a", "solution": "#### 1"}', ["row 1", "answer is missing"]),
     ('{"answer": "#### 1"}', ["row 1", "question is missing"]), ('{"question": "a", "answer": "1"}', ["row 1", "####"]), ('{"question": "a", "answer": 1}', ["row 1", "answer is 1"]),
@@ -1141,8 +1365,7 @@ def test_data_that_cannot_be_used_is_one_line_that_says_why(data, words, real, t
     (["--init", "CHECKPOINT"], ["--init and --data"]), (["--data", "DATA"], ["--init and --data"]), (["--init", "CHECKPOINT", "--data", "DATA", "--figure", "variants"], ["--figure"]),
     (["--init", "CHECKPOINT", "--data", "DATA", "--template", "no"], ["{question}"]), (["--init", "/no/such", "--data", "DATA"], ["/no/such"]),
     (["--init", "CHECKPOINT", "--data", "DATA", "--max-new-tokens", "250"], ["256 positions", "--max-new-tokens"]), (["--max-new-tokens", "225"], ["224"]),
-    (["--init", "INSIDE", "--data", "DATA"], ["a run writes its model there"]), (["--chat"], ["--chat is for --data"]),
-    (["--figure", "length", "--eps-low", "0.1"], ["--eps-low is for --figure train"])])
+    (["--init", "INSIDE", "--data", "DATA"], ["a run writes its model there"]), (["--figure", "length", "--max-new-tokens", "225"], ["224"])])
 def test_a_mistake_in_the_flags_of_a_real_run_is_one_line(flags, words, real, tmp_path):
     flags = [dict(CHECKPOINT=real / "checkpoint", DATA=real / "sums.jsonl", INSIDE=tmp_path / "run" / "base").get(f, f) for f in flags]
     err = complain("grpo.py", *REAL[:1], *flags, "--out", tmp_path / "run")
