@@ -507,7 +507,7 @@ def pk_panels(axes, quick):
     risen = {arm: y[:, :, 2].max(1) - y[:, 0, 2] for arm, y in paths.items()}
     for arm, y in paths.items():
         band(axes[0], np.arange(steps), y[:, :, 1], f"{arm} (5 seeds)")
-    axes[0].set(title=f"p^k model: length x{longer['full'].mean():.1f} at its peak; masked takes {np.median(ratio):.1f} times as long",
+    axes[0].set(title=f"p^k model: x{longer['full'].mean():.1f} draws at the peak; masked takes {np.median(ratio):.1f} times as long",
                 xlabel="step", ylabel="draws per episode", ylim=(0, None))
     regimes = {"1 update": (1, 200, 10.0), "16 updates, clipped": (16, 80, 3.0), "16 updates, no clip": (16, 40, 3.0, math.inf)}
     apart = {}
@@ -518,8 +518,8 @@ def pk_panels(axes, quick):
         for arm, color in zip(arms, ("C0", "C1")):
             band(ax, levels, curves[arm][:, 0], arm if "no" not in regime else f"{arm}, no clip", color=color, ls=":" if "no" in regime else "-")
     one, clipped, free = apart.values()
-    axes[1].set(title=f"1 update a batch: full - masked = {told(one[0])} nats at .9")
-    axes[2].set(title=f"16 updates, clipped: {told(clipped[0])} nats; without the clip {told(free[0])}")
+    axes[1].set(title=f"One update a batch, at .9: full - masked = {told(one[0])} nats")
+    axes[2].set(title=f"16 under PPO's clip: {told(clipped[0])}; without it: {told(free[0])}")
     for ax in axes[1:]:
         ax.set(xlabel="success (exact, 8 seeds)", ylabel="entropy of a draw (nats, exact)", xlim=(0, 1), ylim=(0, None))
     within = lambda id, text, y: claim(id, text, "derived", "0", abs(y.mean()), "<=", 0.1, 8, f" ({told(y)})")
@@ -546,8 +546,9 @@ def figure_explore(config, run, device):
 
     fig, axes = plt.subplots(2, 3, figsize=(18, 9), layout="constrained")
     pk = pk_panels(axes[0], config.quick)
-    grown, rise = ({arm: change(of(run, arm, key), of(run, arm, key, False)) for arm in ("full", "no gap")}
-                   for key, change in (("attempts", np.divide), (f"pass@1 of {budget}", np.subtract)))
+    with np.errstate(divide="ignore"):      # a base without a single attempt
+        grown = {arm: of(run, arm, "attempts") / of(run, arm, "attempts", False) for arm in ("full", "no gap")}
+    rise = {arm: of(run, arm, f"pass@1 of {budget}") - of(run, arm, f"pass@1 of {budget}", False) for arm in ("full", "no gap")}
     for arm in ("full", "no gap"):
         band(axes[1, 0], *series(run, "attempts", phase="rl", arm=arm), "gap" if arm == "full" else arm)
     axes[1, 0].set(title=f"A base that checks its guesses: attempts x{grown['full'].mean():.1f}; one that cannot: x{grown['no gap'].mean():.1f}",
@@ -560,7 +561,7 @@ def figure_explore(config, run, device):
                    ylabel="balanced accuracy of the verdict", ylim=(0, 1.02))
     base, short = tested(run, "full", False).T, tested(run, "budget 16").T
     draw_budgets(axes[1, 2], {"base": base.T, "trained at 16": short.T, f"trained at {budget}": tested(run, "full"), f"no gap, trained at {budget}": tested(run, "no gap")},
-                 f"Trained at 16 tokens: {short[0].mean():.2f} at 16, {short[2].mean():.2f} at 64; the base {base[0].mean():.2f} and {base[2].mean():.2f}")
+                 f"From 16 to 64 tokens: {short[0].mean():.2f} to {short[2].mean():.2f} trained at 16; base {base[0].mean():.2f} to {base[2].mean():.2f}")
     for ax in axes.flat[:5]:
         ax.legend()
     fig.suptitle(f"What RL does to the number of attempts: in a table of logits (above) and in a GPT (below, {n} seed{'s' * (n > 1)})")
@@ -580,8 +581,6 @@ def figure_curriculum(config, run, device):
     tokens, easy, hard, first, n = config.stage_tokens, 4, 8, BUDGETS[0], config.seeds
     grid, tests = BUDGETS[:-1], (*BUDGETS, LONGEST)             # what the rule can pick, and up to 4 times that
     rivals, J, chosen = ["hard only", "data only", "budget only"], [], []
-    if tokens < config.prompts * config.group * grid[-1]:
-        raise UserError(f"--stage-tokens {tokens}: a batch may sample {config.prompts * config.group * grid[-1]}")
 
     def judge(model, seed):
         """J(B) on hard problems: pass@1, or, where a budget sees next to none, pass@16."""
@@ -718,6 +717,9 @@ def main():
     rows = max(config.prompts * config.group, config.eval_prompts)
     need_memory(4 * 4 * weights, f"{weights:,} parameters, their gradients and moments", device)
     need_memory(4 * 2 * rows * LONGEST * config.n_layer * config.n_embd, f"the keys and values of {rows:,} answers", device)
+    batch = config.prompts * config.group * BUDGETS[-2]
+    if config.figure == "curriculum" and config.stage_tokens < batch:
+        raise UserError(f"--stage-tokens {config.stage_tokens}: too few for a batch, which may sample {batch}")
     size = sum(p.numel() for p in build(config, device).parameters())        # an impossible shape ends here, before anything is written
     with Run(config) as run:
         run.introduce(device, size)
