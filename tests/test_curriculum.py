@@ -584,7 +584,7 @@ def measured(arm, key, seed=None, last=True):
 
 def make(figure, monkeypatch, seeds=2):
     """A figure whose models are names and whose metrics are `measured` -> its title, {claim: its value}, the claims with an upper bound,
-    {(arm, seed): base, stages, options}."""
+    {(arm, seed): base, stages, options}, the claims that hold."""
     arms, run = {}, Memory()
 
     def train(config, run, arm, seed, base, stages, budgets, **options):
@@ -598,7 +598,7 @@ def make(figure, monkeypatch, seeds=2):
     fig, claims = getattr(curriculum, f"figure_{figure}")(small(seeds=seeds), run, "cpu")
     title = fig.get_suptitle()
     plt.close(fig)
-    return title, {c["id"]: float(c["ours"].split()[0]) for c in claims}, {c["id"] for c in claims if c["threshold"].startswith("<=")}, arms
+    return title, {c["id"]: float(c["ours"].split()[0]) for c in claims}, {c["id"] for c in claims if c["threshold"].startswith("<=")}, arms, {c["id"] for c in claims if c["holds"]}
 
 
 def claimed(expected):
@@ -621,7 +621,7 @@ def test_explore_compares_arms_that_differ_in_one_thing(monkeypatch):
     monkeypatch.setattr(curriculum, "pk_train", pk_train)
     monkeypatch.setattr(curriculum, "pk_reuse", pk_reuse)
     monkeypatch.setattr(curriculum, "verdicts_by_place", lambda base, config, seed: [measured(base, "place", i) for i in range(56)])
-    _, claims, upper, arms = make("explore", monkeypatch)
+    _, claims, upper, arms, _ = make("explore", monkeypatch)
     for seed in (0, 1):
         assert {arm: how for (arm, s), how in arms.items() if s == seed} == {
             "full": (f"gap {seed}", [(6, 64, None)], {}), "no gap": (f"no gap {seed}", [(6, 64, None)], {}), "budget 16": (f"gap {seed}", [(6, 16, None)], {})}
@@ -649,7 +649,7 @@ def judged(monkeypatch, tables):
 
 def test_the_curriculum_and_its_rivals_have_the_same_tokens_and_train_what_the_rule_picks(monkeypatch):
     judged(monkeypatch, {("stage 1 0", 1): (1, 2, 2, 2, 2), ("stage 1 1", 1): (2, 2, 2, 2, 2), ("stage 1 2", 1): (1, 2, 3, 4, 4.1)})
-    title, claims, upper, arms = make("curriculum", monkeypatch, seeds=3)
+    title, claims, upper, arms, _ = make("curriculum", monkeypatch, seeds=3)
     T, chosen = 400_000, (32, 16, 128)
     for seed, b in enumerate(chosen):
         assert {arm: how for (arm, s), how in arms.items() if s == seed} == {
@@ -666,12 +666,12 @@ def test_the_curriculum_and_its_rivals_have_the_same_tokens_and_train_what_the_r
 
 def test_where_stage_1_solves_no_hard_problem_the_rule_looks_at_pass_at_16(monkeypatch):
     judged(monkeypatch, {("stage 1 0", 1): (0, 0, 0.3, 0.3, 0.3), ("stage 1 0", 16): (0.1, 0.3, 0.35, 0.6, 0.7), ("stage 1 1", 1): (0.1, 0.11, 0.3, 0.3, 0.3)})
-    *_, arms = make("curriculum", monkeypatch)
+    *_, arms, _ = make("curriculum", monkeypatch)
     assert [arms["hard only", seed][1][0][1] for seed in (0, 1)] == [32, 16]
 
 
 def test_budgets_differ_in_the_budget_alone(monkeypatch):
-    _, claims, upper, arms = make("budget", monkeypatch)
+    _, claims, upper, arms, _ = make("budget", monkeypatch)
     assert arms == {(f"budget {b}", seed): (f"gap {seed}", [(6, b, None)], {}) for b in (16, 32, 64, 128) for seed in (0, 1)}
     at = lambda trained, tested: measured(f"budget {trained}", f"pass@1 of {tested}")
     assert claims == claimed(dict(short=at(64, 64) - at(16, 64), flat=at(16, 256) - at(16, 64), gain=at(64, 256) - at(64, 64), long=at(16, 16) - at(128, 16))) and upper == {"flat"}
@@ -682,7 +682,7 @@ def test_designs_of_mask_differ_in_the_mask_alone(monkeypatch):
         assert success == "pass@1 of 64" and full.replace("full", "masked") == masked
         return np.array([measured(full, key, seed) - measured(masked, key, seed) for seed in (0, 1)])
     monkeypatch.setattr(curriculum, "equal_success", equal_success)
-    _, claims, upper, arms = make("mask", monkeypatch)
+    _, claims, upper, arms, _ = make("mask", monkeypatch)
     designs = {"1 update": 1, "16 updates": 16}
     assert arms == {(f"{design}, {arm}", seed): (f"gap {seed}", [(6, 64, None)], dict(masked=arm == "masked", updates=updates, single=True))
                     for design, updates in designs.items() for arm in ("full", "masked") for seed in (0, 1)}
@@ -690,6 +690,20 @@ def test_designs_of_mask_differ_in_the_mask_alone(monkeypatch):
     assert claims == claimed({"one entropy": abs(apart("1 update", "nats")), "reuse entropy": apart("16 updates", "nats"),
                               "reuse attempts": apart("16 updates", "unique_attempts"), **{f"accuracy {design}": apart(design, "pass@1 of 128") for design in designs}})
     assert upper == {"one entropy"}
+
+
+@pytest.mark.parametrize("figure", FIGURES)
+def test_where_all_arms_are_alike_no_claim_of_a_difference_holds(figure, monkeypatch):
+    import test_curriculum
+    success = np.linspace(0, 1, 9)
+    monkeypatch.setattr(test_curriculum, "measured", lambda *_: 0.5)
+    monkeypatch.setattr(curriculum, "pk_train", lambda masked, seed, steps: np.ones((steps, 3)))
+    monkeypatch.setattr(curriculum, "pk_reuse", lambda *_, **__: np.stack((success,) * 4, 1))
+    monkeypatch.setattr(curriculum, "verdicts_by_place", lambda *_: [0.5] * 56)
+    monkeypatch.setattr(curriculum, "equal_success", lambda *_: np.zeros(2))
+    monkeypatch.setattr(curriculum, "evaluate", lambda *_, **__: (dict.fromkeys(BUDGETS, 0.5), {}))
+    _, _, upper, _, held = make(figure, monkeypatch)
+    assert upper <= held <= upper | {"positions"}, "a fall that must not be there"
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
