@@ -52,7 +52,7 @@ from run import (Run, UserError, band, claim, command, descend, flag, need_memor
 FIGURES = {"explore": "asymmetry, negative gradient, the p^k model (within 5 minutes)",
            "curriculum": "the coupled curriculum against three rivals at equal tokens, tested to 4 times the budget (about 25 minutes)",
            "budget": "training budgets of 16 to 128 tokens, each tested at all budgets (about 15 minutes)",
-           "mask": "GRPO with and without its negative advantages, at one update a batch and at 16 (about 20 minutes)"}
+           "mask": "GRPO with and without its negative advantages, at one update a batch and at 16 (about 12 minutes)"}
 #  a base model: what is different about its demonstrations
 BASES = {"gap": dict(),
          "no gap": dict(honest=False)}              # the same format; sums and verdicts mean nothing
@@ -69,7 +69,7 @@ class Config:
     resume: bool = flag(False, "go on from the checkpoint in --out")
     quick: bool = flag(False, "a run of a few seconds that shows nothing but that it runs")
     figure: str = flag("explore", "which figure: " + "; ".join(f"{k}: {v}" for k, v in FIGURES.items()), choices=tuple(FIGURES))
-    steps: int = flag(None, "RL steps of an arm (default: 80; curriculum counts tokens)", quick=2, low=1)
+    steps: int = flag(None, "RL steps of an arm (default: 80, for mask 40; curriculum counts tokens)", quick=2, low=1)
     numbers: int = flag(6, "numbers in a problem (curriculum has its own)", choices=(3, 4, 6, 8))
     budget: int = flag(64, "tokens that an answer may have in training (budget and curriculum have their own)", choices=(16, 32, 64, 128))
     stage_tokens: int = flag(400_000, "curriculum: sampled tokens of each of its two stages, at most", quick=6_000, low=1)
@@ -84,7 +84,7 @@ class Config:
     sft_steps: int = flag(1200, "steps of training each base model", quick=10, low=1)
     sft_batch: int = flag(64, "traces per step", quick=8, low=1, high=100_000)
     sft_lr: float = flag(6e-3, "learning rate of the base models (up in 50 steps, then linear to 0)", low=0)
-    eval_every: int = flag(None, "RL steps between evaluations (default: 20, for mask 5)", low=1)
+    eval_every: int = flag(None, "RL steps between evaluations (default: 20, for mask 4)", low=1)
     eval_prompts: int = flag(1024, "held-out problems at the first and the last evaluation, a quarter of them on the way", quick=8, low=4, high=1_000_000)
 
     def idle(self):
@@ -710,8 +710,8 @@ def figure_mask(config, run, device):
 def main():
     config = parse_args(Config, __doc__)
     config.seeds = config.seeds or (1 if config.figure == "explore" or config.quick else 3)
-    config.steps = config.steps or 80
-    config.eval_every = config.eval_every or (5 if config.figure == "mask" else 20)
+    config.steps = config.steps or (40 if config.figure == "mask" else 80)
+    config.eval_every = config.eval_every or (4 if config.figure == "mask" else 20)
     device = pick_device(config.device)
     weights = 2 * VOCAB * config.n_embd + 16 * config.n_layer * config.n_embd ** 2
     rows = max(config.prompts * config.group, config.eval_prompts)

@@ -709,12 +709,12 @@ def test_where_all_arms_are_alike_no_claim_of_a_difference_holds(figure, monkeyp
 # ---------------------------------------------------------------------------------------------------------------------------
 # The command
 
-@pytest.mark.parametrize("figure, seeds, steps", [("explore", 1, 80), ("curriculum", 3, 80), ("budget", 3, 80), ("mask", 3, 80)])
+@pytest.mark.parametrize("figure, seeds, steps", [("explore", 1, 80), ("curriculum", 3, 80), ("budget", 3, 80), ("mask", 3, 40)])
 def test_a_figures_own_seeds_and_steps(figure, seeds, steps, monkeypatch, tmp_path):
     seen = []
     monkeypatch.setattr(curriculum, f"figure_{figure}", lambda config, run, device: seen.append((config.seeds, config.steps, config.eval_every)) or (plt.figure(), []))
     finish("curriculum.py", "--figure", figure, "--out", tmp_path)
-    assert seen == [(seeds, steps, 5 if figure == "mask" else 20)]
+    assert seen == [(seeds, steps, 4 if figure == "mask" else 20)]
 
 
 @pytest.mark.parametrize("figure", FIGURES)
