@@ -499,7 +499,7 @@ def draw_budgets(ax, curves, title, budgets=BUDGETS):
 
 
 def pk_panels(axes, quick):
-    """The negative gradient in a table of logits: three panels -> its claims."""
+    """The negative gradient in a table of logits: three panels -> what they show, their claims."""
     steps, arms, levels = 20 if quick else 800, ("full", "masked"), np.linspace(0.05, 0.95, 19)
     paths = {arm: np.array([pk_train(arm == "masked", seed, steps=steps) for seed in range(5)]) for arm in arms}        # (5, steps, 3)
     ratio = np.array([steps_to(m) / steps_to(f) for f, m in zip(paths["full"], paths["masked"])])
@@ -523,7 +523,7 @@ def pk_panels(axes, quick):
     for ax in axes[1:]:
         ax.set(xlabel="success (exact, 8 seeds)", ylabel="entropy of a draw (nats, exact)", xlim=(0, 1), ylim=(0, None))
     within = lambda id, text, y: claim(id, text, "derived", "0", abs(y.mean()), "<=", 0.1, 8, f" ({told(y)})")
-    return [
+    return f"{told(one[0])} nats at one update a batch, {told(clipped[0])} at 16 clipped ones", [
         claim("pk", "p^k: steps to 50%, masked over full (median of 5)", SOURCE, "masked is flat", np.median(ratio), ">=", 1.5, 5),
         claim("pk length", "p^k, full: length at its peak over the start", SOURCE, "3", longer["full"], ">=", 2.5, 5),
         claim("pk entropy", "p^k, full: rise of the entropy above its start (nats)", SOURCE, "rises", risen["full"], ">=", 0.05, 5),
@@ -545,7 +545,7 @@ def figure_explore(config, run, device):
             train(config, run, arm, seed, bases[kind], [(config.numbers, tokens, None)], BUDGETS)
 
     fig, axes = plt.subplots(2, 3, figsize=(18, 9), layout="constrained")
-    pk = pk_panels(axes[0], config.quick)
+    negatives, pk = pk_panels(axes[0], config.quick)
     with np.errstate(divide="ignore"):      # a base without a single attempt
         grown = {arm: of(run, arm, "attempts") / of(run, arm, "attempts", False) for arm in ("full", "no gap")}
     rise = {arm: of(run, arm, f"pass@1 of {budget}") - of(run, arm, f"pass@1 of {budget}", False) for arm in ("full", "no gap")}
@@ -564,7 +564,8 @@ def figure_explore(config, run, device):
                  f"From 16 to 64 tokens: {short[0].mean():.2f} to {short[2].mean():.2f} trained at 16; base {base[0].mean():.2f} to {base[2].mean():.2f}")
     for ax in axes.flat[:5]:
         ax.legend()
-    fig.suptitle(f"What RL does to the number of attempts: in a table of logits (above) and in a GPT (below, {n} seed{'s' * (n > 1)})")
+    fig.suptitle(f"Above, tables of logits: negatives change the entropy by {negatives}. "
+                 f"Below, GPTs: attempts x{grown['full'].mean():.1f} with verdicts to trust, x{grown['no gap'].mean():.1f} without ({n} seed{'s' * (n > 1)})")
     return fig, [
         *pk,
         claim("no gap", "verdict gap of the base without one, largest", SOURCE, "no gap", of(run, "no gap", "gap", False).max(), "<=", 0.5, n),
