@@ -3,7 +3,7 @@
     python curriculum.py                        `explore`: the asymmetry and the negative gradient, within 5 minutes on two cores
     python curriculum.py --figure curriculum    easy problems at a short budget, then hard ones at a longer one, against three rivals
     python curriculum.py --figure budget        four training budgets, each tested at all budgets
-    python curriculum.py --figure mask          what negative advantages are worth, in five designs
+    python curriculum.py --figure mask          what negative advantages are worth, at one update a batch and at 16
 
 A problem is a few numbers and the sum of two of them. An answer tries pairs, one attempt of four tokens after the other, then names one:
 
@@ -14,16 +14,23 @@ RL (GRPO, reward at the end only) can raise the success of an attempt, or the nu
 2. negative gradient: a wrong answer that stopped makes stopping less likely. Masked, max(A, 0), only right answers teach.
 3. coupled curriculum: easy problems at a short budget, then hard ones at B* = min {B >= B0: J(2B) <= kappa J(B)} (`budget_rule`).
 
-The p^k model is the smallest case: a table of logits over 30 guesses and `stop`, an episode that ends at the right guess. Raising p or k?
+Of 2: with rewards of 0 and 1 and advantages that sum to 0 in a group, a prompt of success p has E[masked gradient] = (1 - p) E[full gradient],
+because E[grad log pi] = 0. One on-policy update a batch follows the same path with and without negatives, at another speed. They part
+where a batch is used several times under PPO's clip.
+
+The p^k model is the smallest case: a table of logits over 30 guesses and `stop`, an episode that ends at a right guess. Raising p or k?
 
 How this differs from the paper:
-1. A model of 0.1 million parameters from scratch, sums for equations, budgets of 16 to 256 tokens for 1k to 32k.
-2. One gradient step per batch (rho = 1, no clipping; two designs of `mask` take four, each on a quarter of the answers), no KL term, temperature 1.
+1. A model of 0.1 million parameters from scratch, sums for equations, budgets of 16 to 512 tokens for 1k to 32k.
+2. One gradient step per batch (rho = 1, no clipping; an arm of `mask` takes 16, each on its share of the answers), no KL term, temperature 1.
 3. Positions: only four of eight pairs of channels turn (partial rotary, periods of 6 to 35 tokens, all seen in training), the
    others look for content alone. A longer trace then shows the model little that is new, and `verdicts_by_place` measures how little.
+4. The p^k model: 30 guesses and 60 draws for 100 and 100; logits start within .3 of 0 for 3, stop at 1.5 for 4, the right guess at -3 for -4 (with
+   the paper's an episode begins at 7 draws, in its figure at 15); 256 episodes a step at a rate of 30 for one at .01. Its second
+   task, with 5 right guesses of 30, group advantages and several updates a batch, is not the paper's.
 
 What to see: attempts per answer grow several times with the asymmetry, and fall without; accuracy goes on rising past the training budget.
-Negative advantages speed up the p^k model, by as much as a step twice as long. In the GPT they do not help in any design of `mask`.
+Negative advantages are worth nothing but speed at one update a batch. At 16 under the clip they keep the entropy of the p^k model up.
 """
 import copy
 import math
@@ -36,21 +43,19 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from kernels import token_logprobs
 from model import GPT, GPTConfig, generate
-from run import Run, UserError, band, claim, command, flag, parse_args, pick_device, restore, seeds_of, series, snapshot
+from run import (Run, UserError, band, claim, command, descend, flag, need_memory, parse_args,
+                 pick_device, restore, seeds_of, series)
 
 FIGURES = {"explore": "asymmetry, negative gradient, the p^k model (within 5 minutes)",
-           "curriculum": "the coupled curriculum against three rivals at equal tokens, tested to 4 times the budget (about 20 minutes)",
+           "curriculum": "the coupled curriculum against three rivals at equal tokens, tested to 4 times the budget (about 25 minutes)",
            "budget": "training budgets of 16 to 128 tokens, each tested at all budgets (about 15 minutes)",
-           "mask": "GRPO with and without its negative advantages, in five designs (about an hour)"}
+           "mask": "GRPO with and without its negative advantages, at one update a batch and at 16 (about 12 minutes)"}
 #  a base model: what is different about its demonstrations
 BASES = {"gap": dict(),
-         "no gap": dict(honest=False),              # the same format; sums and verdicts mean nothing
-         "careless": dict(wrong=0.1),               # a tenth of the verdicts are wrong
-         "impatient": dict(patience=(0.0, 0.4))}    # right answers are mostly first tries
+         "no gap": dict(honest=False)}              # the same format; sums and verdicts mean nothing
 SOURCE = "Setlur et al., arXiv 2506.09026"
 
 
@@ -64,56 +69,81 @@ class Config:
     resume: bool = flag(False, "go on from the checkpoint in --out")
     quick: bool = flag(False, "a run of a few seconds that shows nothing but that it runs")
     figure: str = flag("explore", "which figure: " + "; ".join(f"{k}: {v}" for k, v in FIGURES.items()), choices=tuple(FIGURES))
-    steps: int = flag(None, "RL steps of an arm (default: 80, for mask 200; curriculum counts tokens)", quick=2, low=1)
+    steps: int = flag(None, "RL steps of an arm (default: 80, for mask 40; curriculum counts tokens)", quick=2, low=1)
     numbers: int = flag(6, "numbers in a problem (curriculum has its own)", choices=(3, 4, 6, 8))
     budget: int = flag(64, "tokens that an answer may have in training (budget and curriculum have their own)", choices=(16, 32, 64, 128))
-    stage_tokens: int = flag(400_000, "curriculum: sampled tokens of each of its two stages", quick=2_000, low=1)
+    stage_tokens: int = flag(400_000, "curriculum: sampled tokens of each of its two stages, at most", quick=6_000, low=1)
     kappa: float = flag(1.2, "budget rule: doubling the budget must multiply the success by more than this", low=1)
-    prompts: int = flag(32, "problems per step", quick=4, low=1)
-    group: int = flag(8, "answers per problem", quick=4, low=2)
+    prompts: int = flag(32, "problems per step", quick=4, low=1, high=10_000)
+    group: int = flag(8, "answers per problem", quick=4, low=2, high=10_000)
     lr: float = flag(4e-4, "RL learning rate (AdamW, constant)", low=0)
-    entropy_bonus: float = flag(0.01, "coefficient of the entropy in the arm that has one", low=0)
     gate: float = flag(0.6, "verdict gap that a base needs before RL starts", quick=-1.0)
     n_layer: int = flag(2, "layers", low=1)
     n_head: int = flag(4, "heads", low=1)
     n_embd: int = flag(64, "channels", quick=32, low=8)
     sft_steps: int = flag(1200, "steps of training each base model", quick=10, low=1)
-    sft_batch: int = flag(64, "traces per step", quick=8, low=1)
+    sft_batch: int = flag(64, "traces per step", quick=8, low=1, high=100_000)
     sft_lr: float = flag(6e-3, "learning rate of the base models (up in 50 steps, then linear to 0)", low=0)
-    eval_every: int = flag(20, "RL steps between evaluations", low=1)
-    eval_prompts: int = flag(1024, "held-out problems at the first and the last evaluation, a quarter of them on the way", quick=8, low=4)
+    eval_every: int = flag(None, "RL steps between evaluations (default: 20, for mask 4)", low=1)
+    eval_prompts: int = flag(1024, "held-out problems at the first and the last evaluation, a quarter of them on the way", quick=8, low=4, high=1_000_000)
+
+    def idle(self):
+        """The flags that do nothing beside the others: name -> why."""
+        if self.figure == "curriculum":
+            why = "has its own problems and budgets, and counts tokens"
+            return dict.fromkeys(("numbers", "budget", "steps"), f"--figure curriculum {why}")
+        idle = dict.fromkeys(("stage_tokens", "kappa"), "it belongs to --figure curriculum")
+        return idle | (dict(budget="--figure budget has its own") if self.figure == "budget" else {})
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
-# The p^k model: a softmax table, actions 0 (right) to K - 1 (wrong) and K (stop)
+# The p^k model: a softmax table. Of its actions the first `right` are right, those up to K - 1 wrong, and K is stop
 
-def pk_start(K=30, stop=1.5, right=-3.0, seed=0):
-    """Logits (K + 1, K + 1) float64 of the next action given the last. Row K is the start: like any other."""
-    M = torch.as_tensor(np.random.default_rng(seed).uniform(-0.3, 0.3, (K + 1, K + 1)))
-    M[:, 0], M[:, K] = right, stop
+def pk_start(K=30, right=1, stop=1.5, low=-3.0, seed=0):
+    """Logits (K, K + 1) float64 of the next action given the last: stop has no row. The first action is nobody's choice (`pk_sample`)."""
+    M = torch.as_tensor(np.random.default_rng(seed).uniform(-0.3, 0.3, (K, K + 1)))
+    M[:, :right], M[:, K] = low, stop
     return M
 
 
-def pk_sample(M, budget, n, rng):
-    """n episodes -> how often each (last, next) was drawn in right and in wrong ones (2, K + 1, K + 1), right (n,), lengths (n,)."""
-    K, cdf = len(M) - 1, M.softmax(-1).cumsum(-1).numpy()
-    last, alive, right, lengths, draws = np.full(n, K), np.ones(n, bool), np.zeros(n, bool), np.zeros(n, int), []
-    for _ in range(budget):
-        rows = np.flatnonzero(alive)
-        action = np.minimum((rng.random(len(rows))[:, None] > cdf[last[rows]]).sum(1), K)
-        draws.append((rows, last[rows], action))
-        lengths[rows] += 1
-        last[rows], right[rows], alive[rows] = action, action == 0, (action != 0) & (action != K)
-    counts = np.zeros((2, K + 1, K + 1))
-    for rows, before, action in draws:
-        np.add.at(counts, (right[rows].astype(int), before, action), 1)
-    return counts, right, lengths
+def pk_sample(M, right, budget, n, rng):
+    """n episodes of at most `budget` draws, of which the first is uniform over the wrong actions whatever M is (the paper's pi_0)
+    -> draws (3, N): episode, last, next; success (n,); lengths (n,), the first draw included."""
+    K, cdf = len(M), M.softmax(-1).cumsum(-1).numpy()
+    last, alive, draws = rng.integers(right, K, n), np.arange(n), []
+    success, lengths = np.zeros(n, bool), np.ones(n, int)
+    for _ in range(budget - 1):
+        action = np.minimum((rng.random(len(alive))[:, None] > cdf[last[alive]]).sum(1), K)
+        draws.append(np.stack((alive, last[alive], action)))
+        lengths[alive] += 1
+        last[alive], success[alive] = action, action < right
+        alive = alive[(action >= right) & (action < K)]
+    return np.concatenate(draws, 1), success, lengths
 
 
-def pk_gradient(M, counts, adv):
-    """sum A grad log pi over the draws, by d log pi(a) / dM_b = 1[a = b] - pi_b. adv: the advantage of wrong and of right episodes."""
-    weight = torch.as_tensor(adv[0] * counts[0] + adv[1] * counts[1])
-    return weight - weight.sum(1, keepdim=True) * M.softmax(-1)
+def pk_sums(M, draws, weight):
+    """The weights (n,) of the episodes, summed over the draws of each (last, next): (K, K + 1). All that a table's gradient needs of them."""
+    sums = np.zeros(M.shape)
+    np.add.at(sums, (draws[1], draws[2]), weight[draws[0]])
+    return torch.as_tensor(sums)
+
+
+def pk_gradient(M, sums):
+    """sum A grad log pi over the draws, by d log pi(a) / dM_b = 1[a = b] - pi_b."""
+    return sums - sums.sum(1, keepdim=True) * M.softmax(-1)
+
+
+def pk_exact(M, right, budget):
+    """Success, entropy per draw of the table (nats), draws per episode, and exp of the entropy of which right action it was. No sampling."""
+    p, K = M.softmax(-1), len(M)
+    last, entropy = torch.full((K,), 1 / (K - right), dtype=M.dtype), torch.special.entr(p).sum(1)
+    draws, nats, found = 1.0, 0.0, torch.zeros(right, dtype=M.dtype)
+    for _ in range(budget - 1):
+        last[:right] = 0                            # found: the episode is over
+        draws, nats, found = draws + last.sum().item(), nats + (last @ entropy).item(), found + last @ p[:, :right]
+        last = last @ p[:, :K]
+    share = found / found.sum()
+    return found.sum().item(), nats / (draws - 1), draws, torch.special.entr(share).sum().exp().item()
 
 
 def pk_train(masked, seed, K=30, budget=60, lr=30.0, n=256, steps=1500):
@@ -123,12 +153,32 @@ def pk_train(masked, seed, K=30, budget=60, lr=30.0, n=256, steps=1500):
     """
     M, rng, path = pk_start(K, seed=seed), np.random.default_rng(seed), []
     for _ in range(steps):
-        counts, right, lengths = pk_sample(M, budget, n, rng)
-        p = M.softmax(-1)
-        visits = torch.as_tensor(counts.sum((0, 2)))
-        path.append((right.mean(), lengths.mean(), (-(p * p.log()).sum(1) @ visits / visits.sum()).item()))
-        M = M + lr * pk_gradient(M, counts, (0.0 if masked else -1.0, 1.0)) / counts.sum()
+        draws, right, lengths = pk_sample(M, 1, budget, n, rng)
+        p, visits = M.softmax(-1), torch.as_tensor(np.bincount(draws[1], minlength=K)).double()
+        path.append((right.mean(), lengths.mean(), (-(p * p.log()).sum(1) @ (visits / visits.sum())).item()))
+        M = M + lr * pk_gradient(M, pk_sums(M, draws, np.where(right, 1.0, 0.0 if masked else -1.0))) / draws.shape[1]
     return np.array(path)
+
+
+def pk_reuse(masked, seed, updates, batches, lr, eps=0.2, right=5, K=30, budget=40, groups=8, size=8):
+    """GRPO on one prompt with `right` right answers; each batch gives `updates` steps of gradient ascent, under PPO's clip (eps; inf: without)
+    -> `pk_exact` before each batch and at the end (batches + 1, 4).
+
+    A table's ratio is one number for each (last, next), so that PPO's gradient needs of a batch no more than two tables of summed advantages.
+    """
+    M, rng, path = pk_start(K, right, seed=seed), np.random.default_rng(seed), []
+    for _ in range(batches):
+        path.append(pk_exact(M, right, budget))
+        draws, success, _ = pk_sample(M, right, budget, groups * size, rng)
+        rewards = success.reshape(groups, size).astype(float)
+        adv = (rewards - rewards.mean(1, keepdims=True)).flatten()
+        good, bad = pk_sums(M, draws, adv.clip(0)), pk_sums(M, draws, adv.clip(max=0) * (not masked))
+        old = M.softmax(-1)
+        for _ in range(updates):
+            rho = M.softmax(-1) / old
+            sums = rho * (good * (rho <= 1 + eps) + bad * (rho >= 1 - eps))         # what is clipped has no gradient
+            M = M + lr * pk_gradient(M, sums) / len(adv)
+    return np.array([*path, pk_exact(M, right, budget)])
 
 
 def steps_to(path, level=0.5, window=10):
@@ -138,13 +188,20 @@ def steps_to(path, level=0.5, window=10):
     return int(reached[0]) + window - 1 if len(reached) else len(path)
 
 
+def at_success(success, y, levels):
+    """y (n,) where success (n,), step by step, first reaches each of the levels, between two steps linear; nan if it never does or starts above."""
+    best = np.maximum.accumulate(success)
+    first = np.unique(best, return_index=True)[1]           # the steps that set a record
+    return np.interp(levels, best[first], y[first], left=math.nan, right=math.nan)
+
+
 # ---------------------------------------------------------------------------------------------------------------------------
 # The task: which two numbers have this sum?
 
 HIGHEST = 12                                                # numbers 1 to 12 are tokens 1 to 12
 OK, NO, ANS, EOS, BOS = range(36, 41)
 VOCAB = 77
-LONGEST = 256                                               # tokens of the longest answer
+LONGEST = 512                                               # tokens of the longest answer
 
 
 def sum_token(s):
@@ -162,11 +219,16 @@ def second(b):
     return 64 + b
 
 
-def draw_problem(rng, numbers, held_out=False):
-    """Distinct numbers and the sum of two of them -> (numbers, target). A tenth of all problems, by a hash, is never trained on."""
+def draw_problem(rng, numbers, held_out=False, single=False):
+    """Distinct numbers and the sum of two of them -> (numbers, target). A tenth of all problems, by a hash, is never trained on.
+
+    single: one pair alone has the sum, so that all problems are equally hard to guess.
+    """
     while True:
         xs = rng.sample(range(1, HIGHEST + 1), numbers)
         target = sum(rng.sample(xs, 2))
+        if single and sum(target - x in xs for x in xs if 2 * x != target) > 2:
+            continue
         if (zlib.crc32(bytes([*sorted(xs), target])) % 10 == 0) == held_out:
             return xs, target
 
@@ -176,16 +238,17 @@ def prompt(problem):
     return [BOS, *xs, target_token(target)]
 
 
-def demonstrate(rng, problem, honest=True, wrong=0.0, patience=(0.4, 1.0), attempts=16):
+def demonstrate(rng, problem, honest=True, patience=(0.4, 1.0), attempts=16):
     """A trace of random attempts: after a NO it goes on with a probability drawn from `patience` once a trace. The last pair is the answer.
 
-    Honest verdicts are wrong with probability `wrong`. Others are coins, after a random sum: OK one time in ten, about as often as a pair of six numbers is right.
+    Verdicts that are not honest are coins, after a random sum: OK one time in ten, about as often as a pair of six numbers is right.
     """
     xs, target = problem
     trace, go_on = [], rng.uniform(*patience)
     for _ in range(attempts):
         a, b = rng.sample(xs, 2)
-        ok = (a + b == target) != (rng.random() < wrong) if honest else rng.random() < 0.1
+        coin = rng.random() < 0.1       # tossed for both kinds: their other draws are then alike
+        ok = a + b == target if honest else coin
         trace += [a, second(b), sum_token(a + b if honest else rng.randrange(3, 2 * HIGHEST)), OK if ok else NO]
         if ok or rng.random() > go_on:
             break
@@ -234,9 +297,12 @@ def verdict_gap(problems, answers):
 
 
 def budget_rule(success, kappa):
-    """{budget: J} -> the smallest budget whose double does not multiply J by more than kappa (Eq. 6.1); the largest if there is none."""
-    budgets = sorted(success)
-    return next((b for b in budgets if 2 * b in success and success[2 * b] <= kappa * success[b]), budgets[-1])
+    """{budget: J} -> the smallest budget whose double was measured and does not multiply J by more than kappa (Eq. 6.1); the largest of them if none.
+
+    Where J is 0 nothing was seen, no plateau either: measure pass@k instead, as the paper does.
+    """
+    budgets = [b for b in sorted(success) if 2 * b in success]
+    return next((b for b in budgets if 0 < success[2 * b] <= kappa * success[b]), budgets[-1])
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -255,21 +321,13 @@ def score(model, ids, config):
         return token_logprobs(model.hidden(ids[:, :-1]), model.lm_head.weight, ids[:, 1:])
 
 
-def clip_and_step(optimizer, model):
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
-    optimizer.step()
-    return norm
-
-
 def warm_up(config, run, seed, device, kind="gap"):
     """Supervised training on traces, from scratch -> a base model of a row of BASES. A gap between judging and guessing is measured, and is a condition."""
     phase, rng = f"base {kind} {seed}", random.Random(seed)
     torch.manual_seed(seed)
     model = build(config, device)
     optimizer = torch.optim.AdamW(model.parameters(), config.sft_lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
-    start = restore(run.state.get(phase), model, optimizer, rng)
-    bar = tqdm(range(start, config.sft_steps), phase, initial=start, total=config.sft_steps)
-    for step in bar:
+    for step in run.loop(phase, config.sft_steps, model, optimizer, rng):
         for g in optimizer.param_groups:
             g["lr"] = config.sft_lr * min((step + 1) / 50, 1 - step / config.sft_steps)
         problems = [draw_problem(rng, rng.choice((3, 4, 6, 8))) for _ in range(config.sft_batch)]
@@ -284,13 +342,10 @@ def warm_up(config, run, seed, device, kind="gap"):
             loss = -(score(model, ids.to(device), config)[0] * mask[:, 1:].to(device)).sum() / count
             loss.backward()
             total += loss.item()
-        clip_and_step(optimizer, model)
+        descend(optimizer, total)
         if step % 50 == 0 or step + 1 == config.sft_steps:
             run.log(phase="sft", arm=phase, seed=seed, step=step, loss=total)
-            bar.set_postfix_str(f"loss {total:.3f}")
-        if run.due:
-            run.save(phase, **snapshot(step + 1, model, optimizer, rng))
-    run.save(phase, **snapshot(config.sft_steps, model, None, rng))
+            run.bar.set_postfix_str(f"loss {total:.3f}")
     gap = evaluate(model, config, config.numbers, (64,), "gate")[1]["gap"]
     print(f"{phase}: the balanced accuracy of its verdicts is {gap:.2f} above the success of its attempts")
     if kind != "no gap" and gap < config.gate:
@@ -298,13 +353,10 @@ def warm_up(config, run, seed, device, kind="gap"):
     return model
 
 
-def advantages(rewards, masked, raw=False):
-    """rewards (P, G), 0 or 1 -> (P, G): minus the group's mean, over its standard deviation; exactly 0 in a group of equals.
-
-    Raw: 1 and -1, no baseline. Masked: then max(A, 0).
-    """
+def advantages(rewards, masked):
+    """rewards (P, G), 0 or 1 -> (P, G): minus the group's mean, over its standard deviation; exactly 0 in a group of equals. Masked: then max(A, 0)."""
     centred = torch.where((rewards == rewards[:, :1]).all(1, keepdim=True), 0.0, rewards - rewards.mean(1, keepdim=True))
-    a = 2 * rewards - 1 if raw else centred / (rewards.std(1, keepdim=True) + 1e-6)
+    a = centred / (rewards.std(1, keepdim=True) + 1e-6)
     return a.clamp_min(0) if masked else a
 
 
@@ -314,16 +366,18 @@ def answers_to(model, problems, n, budget, generator):
     return rollout, rollout.tokens(), [p for p in problems for _ in range(n)]
 
 
-def evaluate(model, config, numbers, budgets, seed=0, n=None, held_out=True):
-    """One answer to each of n held-out (or training) problems at the largest budget, cut to the smaller ones -> {budget: success}, behaviour at the largest."""
+def evaluate(model, config, numbers, budgets, seed=0, n=None, held_out=True, single=False, k=1):
+    """k answers to each of n held-out (or training) problems at the largest budget, cut to the smaller ones
+    -> {budget: share of the problems that one of the k solves}, behaviour at the largest, `nats` per token (of its log-probabilities) included."""
     rng, n = random.Random(f"{numbers} {seed}"), n or config.eval_prompts
-    problems = [draw_problem(rng, numbers, held_out) for _ in range(n)]
-    _, answers, _ = answers_to(model, problems, 1, max(budgets), torch.Generator().manual_seed(rng.getrandbits(32)))
-    success = {b: sum(reward(p, t[:b]) for p, t in zip(problems, answers)) / n for b in budgets}
-    return success, behaviour(problems, answers) | {"gap": verdict_gap(problems, answers)}
+    problems = [draw_problem(rng, numbers, held_out, single) for _ in range(n)]
+    rollout, answers, repeated = answers_to(model, problems, k, max(budgets), torch.Generator().manual_seed(rng.getrandbits(32)))
+    right = lambda b: np.array([reward(p, t[:b]) for p, t in zip(repeated, answers)]).reshape(n, k).max(1)
+    how = behaviour(repeated, answers) | {"gap": verdict_gap(repeated, answers), "nats": -(rollout.logp.sum() / rollout.mask.sum()).item()}
+    return {b: right(b).sum() / n for b in budgets}, how
 
 
-def update(model, optimizer, rollout, adv, config, generator, updates=1, entropy_bonus=0.0, eps=(0.2, 0.5)):
+def update(model, optimizer, rollout, adv, config, generator, updates=1, eps=(0.2, 0.5)):
     """The gradient steps of one batch -> metrics of the last. adv (R, 1). More than one: the ratio to the sampler is clipped (eps: the paper's).
 
     Each step has its own share of the answers; its loss is the mean over all their tokens.
@@ -337,54 +391,57 @@ def update(model, optimizer, rollout, adv, config, generator, updates=1, entropy
             mask, (logp, entropy) = part.mask[:, 1:], score(model, part.ids, config)
             rho = (logp - (logp.detach() if updates == 1 else part.logp[:, 1:])).exp()
             gain = torch.minimum(rho * adv[rows], rho.clamp(1 - eps[0], 1 + eps[1]) * adv[rows])
-            loss = -((gain + entropy_bonus * entropy) * mask).sum() / count
+            loss = -(gain * mask).sum() / count
             loss.backward()
             total["loss"] += loss.item()
             total["entropy"] += ((entropy * mask).sum() / count).item()
-        total["grad_norm"] = clip_and_step(optimizer, model)
+        total["grad_norm"] = descend(optimizer, total["loss"])
     return total
 
 
-def train(config, run, arm, seed, base, stages, budgets, masked=False, raw=False, updates=1, entropy_bonus=0.0):
+def train(config, run, arm, seed, base, stages, budgets, masked=False, updates=1, single=False, after=None):
     """GRPO from the base through stages of (numbers, budget, sampled tokens or None: config.steps steps) -> the trained model.
 
-    Logs the success at each of the budgets, on held-out problems of the last stage's size. masked, raw: see `advantages`; updates: see `update`.
+    A stage ends where its next batch might sample more than its tokens. after: an arm whose state this one goes on with, optimizer and random
+    streams included: its stages are the first of this arm's. Logs the success at each of the budgets, on held-out problems of the last stage's
+    size. masked: see `advantages`; updates: see `update`; single: see `draw_problem`.
     """
     phase, model, device = f"{arm} {seed}", copy.deepcopy(base), base.lm_head.weight.device
     optimizer = torch.optim.AdamW(model.parameters(), config.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    rng, generator, state = random.Random(seed + 1), torch.Generator().manual_seed(seed + 1), run.state.get(phase)
-    step, sampled = restore(state, model, optimizer, rng, generator), state["sampled"] if state else 0
-
-    def log(divisor, **row):
-        success, how = evaluate(model, config, stages[-1][0], budgets, f"{seed} {step}", config.eval_prompts // divisor)
-        run.log(phase="rl", arm=arm, seed=seed, step=step, sampled_tokens=sampled, **row, **{f"pass@1 of {b}": s for b, s in success.items()}, **how)
-        bar.set_postfix_str(f"success at {budgets[-1]} tokens {success[budgets[-1]]:.3f}, attempts {how['attempts']:.1f}")
-
+    rng, generator, kept = random.Random(seed + 1), torch.Generator().manual_seed(seed + 1), {"sampled": 0}
+    if after:
+        before = run.state[f"{after} {seed}"]
+        restore(before, model, optimizer, rng, generator)
+        kept.update(before["kept"])
     limits = np.cumsum([tokens or math.inf for *_, tokens in stages])       # sampled tokens at which each stage ends
     by_steps = math.isinf(limits[-1])
-    bar = tqdm(total=config.steps if by_steps else int(limits[-1]), desc=phase, initial=step if by_steps else sampled)
-    if state is None:
-        log(1)
-    done = lambda: step >= config.steps if by_steps else sampled >= limits[-1]
-    while not done():
-        numbers, budget, _ = stages[int(np.searchsorted(limits, sampled, "right"))]
-        problems = [draw_problem(rng, numbers) for _ in range(config.prompts)]
+
+    def stage():
+        """(numbers, budget) of the next batch; None at the end."""
+        return next(((n, b) for (n, b, _), limit in zip(stages, limits) if kept["sampled"] + config.prompts * config.group * b <= limit), None)
+
+    def log(step, divisor, **row):
+        name = step if by_steps else "the end" if step else "the start"     # arms that end at different steps are tested on the same problems
+        success, how = evaluate(model, config, stages[-1][0], budgets, f"{seed} {name}", config.eval_prompts // divisor, single=single)
+        run.log(phase="rl", arm=arm, seed=seed, step=step, sampled_tokens=kept["sampled"], **row, **{f"pass@1 of {b}": s for b, s in success.items()}, **how)
+        return f"success at {budgets[-1]} tokens {success[budgets[-1]]:.3f}, attempts {how['attempts']:.1f}"
+
+    if phase not in run.state:
+        log(0, 1)
+    for step in run.loop(phase, config.steps if by_steps else 10 ** 9, model, optimizer, rng, generator, kept, until=lambda: stage() is None):
+        numbers, budget = stage()
+        problems = [draw_problem(rng, numbers, single=single) for _ in range(config.prompts)]
         rollout, answers, repeated = answers_to(model, problems, config.group, budget, generator)
         rewards = torch.tensor([reward(p, t) for p, t in zip(repeated, answers)], device=device)
-        adv = advantages(rewards.view(-1, config.group), masked, raw).view(-1, 1)
-        metrics = update(model, optimizer, rollout, adv, config, generator, updates, entropy_bonus)
-        tokens, step = int(rollout.mask.sum()), step + 1
-        sampled += tokens
-        bar.update(1 if by_steps else tokens)
-        if step % config.eval_every == 0 or done():
+        adv = advantages(rewards.view(-1, config.group), masked).view(-1, 1)
+        metrics = update(model, optimizer, rollout, adv, config, generator, updates)
+        kept["sampled"] += int(rollout.mask.sum())
+        done = step + 1 == config.steps if by_steps else stage() is None
+        if (step + 1) % config.eval_every == 0 or done:
             lengths, right = rollout.lengths.float().cpu(), rewards.cpu() > 0
             mean = lambda x: x.mean().item() if len(x) else None
-            log(1 if done() else 4, **metrics, reward=rewards.mean().item(), length=lengths.mean().item(),
-                length_right=mean(lengths[right]), length_wrong=mean(lengths[~right]))
-        if run.due:
-            run.save(phase, **snapshot(step, model, optimizer, rng, generator, sampled=sampled))
-    run.save(phase, **snapshot(step, model, optimizer, rng, generator, sampled=sampled))        # all of it: --resume --steps goes on
-    bar.close()
+            run.bar.set_postfix_str(log(step + 1, 1 if done else 4, **metrics, reward=rewards.mean().item(), length=lengths.mean().item(),
+                                        length_right=mean(lengths[right]), length_wrong=mean(lengths[~right])))
     return model
 
 
@@ -422,124 +479,162 @@ def of(run, arm, key, last=True):
     return np.array([[r[key] for r in rows if r["seed"] == seed][-1 if last else 0] for seed in sorted({r["seed"] for r in rows})])
 
 
-def tested(run, arm, last=True):
-    """Success at each of BUDGETS (seeds, budgets)."""
-    return np.stack([of(run, arm, f"pass@1 of {b}", last) for b in BUDGETS], 1)
+def tested(run, arm, last=True, budgets=BUDGETS):
+    """Success at each of the budgets (seeds, budgets)."""
+    return np.stack([of(run, arm, f"pass@1 of {b}", last) for b in budgets], 1)
 
 
-def draw_budgets(ax, curves, title):
+def told(difference):
+    """A paired difference of each seed (seeds,) in words."""
+    return f"{difference.mean():+.2f}" + (f" ± {difference.std(ddof=1):.2f}" if len(difference) > 1 else "")
+
+
+def draw_budgets(ax, curves, title, budgets=BUDGETS):
     for label, y in curves.items():
-        band(ax, np.array(BUDGETS), y, label, marker="o")
+        band(ax, np.array(budgets), y, label, marker="o")
     ax.set(title=title, xlabel="test budget (tokens)", ylabel="held-out pass@1", xscale="log", ylim=(0, 1))
-    ax.set_xticks(BUDGETS, BUDGETS)
+    ax.set_xticks(budgets, budgets)
     ax.minorticks_off()
     ax.legend()
 
 
-def mask_claims(run, full, masked, budget, n, design=""):
-    """What negative advantages are worth: three claims on the pair of arms."""
-    mean = lambda arm, key: of(run, arm, key).mean()
-    prefix, twice = f"{design}: " if design else "", f"pass@1 of {2 * budget}"
-    return [
-        claim(f"mask entropy {design}".strip(), f"{prefix}entropy, full over masked", SOURCE, "0.11 / 0.015", mean(full, "entropy") / mean(masked, "entropy"), ">=", 1.5, n,
-              f" ({mean(full, 'entropy'):.2f}, {mean(masked, 'entropy'):.2f})"),
-        claim(f"mask unique {design}".strip(), f"{prefix}different attempts, full over masked", SOURCE, "more", mean(full, "unique_attempts") / mean(masked, "unique_attempts"), ">=",
-              1.2, n, f" ({mean(full, 'unique_attempts'):.1f}, {mean(masked, 'unique_attempts'):.1f})"),
-        claim(f"mask accuracy {design}".strip(), f"{prefix}pass@1 at twice the budget, full minus masked", SOURCE, "+0.23", mean(full, twice) - mean(masked, twice), ">=", 0.03, n,
-              f" ({mean(full, twice):.2f}, {mean(masked, twice):.2f})")]
+def pk_panels(axes, quick):
+    """The negative gradient in a table of logits: three panels -> what they show, their claims."""
+    steps, arms, levels = 20 if quick else 800, ("full", "masked"), np.linspace(0.05, 0.95, 19)
+    paths = {arm: np.array([pk_train(arm == "masked", seed, steps=steps) for seed in range(5)]) for arm in arms}        # (5, steps, 3)
+    ratio = np.array([steps_to(m) / steps_to(f) for f, m in zip(paths["full"], paths["masked"])])
+    longer = {arm: y[:, :, 1].max(1) / y[:, 0, 1] for arm, y in paths.items()}
+    risen = {arm: y[:, :, 2].max(1) - y[:, 0, 2] for arm, y in paths.items()}
+    for arm, y in paths.items():
+        band(axes[0], np.arange(steps), y[:, :, 1], f"{arm} (5 seeds)")
+    axes[0].set(title=f"p^k model: x{longer['full'].mean():.1f} draws at the peak; masked takes {np.median(ratio):.1f} times as long",
+                xlabel="step", ylabel="draws per episode", ylim=(0, None))
+    regimes = {"1 update": (1, 200, 10.0), "16 updates, clipped": (16, 80, 3.0), "16 updates, no clip": (16, 40, 3.0, math.inf)}
+    apart = {}
+    for ax, (regime, (updates, batches, *how)) in zip((*axes[1:], axes[2]), regimes.items()):
+        runs = {arm: [pk_reuse(arm == "masked", seed, updates, 2 if quick else batches, *how) for seed in range(8)] for arm in arms}
+        curves = {arm: np.array([[at_success(run[:, 0], run[:, i], levels) for i in (1, 2, 3)] for run in runs[arm]]) for arm in arms}      # (8, 3, levels)
+        apart[regime] = (curves["full"] - curves["masked"])[:, :, -2].T         # entropy, draws, different right answers at .9 success (3, 8)
+        for arm, color in zip(arms, ("C0", "C1")):
+            band(ax, levels, curves[arm][:, 0], arm if "no" not in regime else f"{arm}, no clip", color=color, ls=":" if "no" in regime else "-")
+    one, clipped, free = apart.values()
+    axes[1].set(title=f"One update a batch, at .9: full - masked = {told(one[0])} nats")
+    axes[2].set(title=f"16 under PPO's clip: {told(clipped[0])}; without it: {told(free[0])}")
+    for ax in axes[1:]:
+        ax.set(xlabel="success (exact, 8 seeds)", ylabel="entropy of a draw (nats, exact)", xlim=(0, 1), ylim=(0, None))
+    within = lambda id, text, y: claim(id, text, "derived", "0", abs(y.mean()), "<=", 0.1, 8, f" ({told(y)})")
+    return f"{told(one[0])} nats at one update a batch, {told(clipped[0])} at 16 clipped ones", [
+        claim("pk", "p^k: steps to 50%, masked over full (median of 5)", SOURCE, "masked is flat", np.median(ratio), ">=", 1.5, 5),
+        claim("pk length", "p^k, full: length at its peak over the start", SOURCE, "3", longer["full"], ">=", 2.5, 5),
+        claim("pk entropy", "p^k, full: rise of the entropy above its start (nats)", SOURCE, "rises", risen["full"], ">=", 0.05, 5),
+        claim("pk entropy masked", "p^k: that rise, full minus masked", SOURCE, "masked is flat", risen["full"] - risen["masked"], ">", 0, 5),
+        within("pk one update", "entropy at equal success, full minus masked: 1 update", one[0]),
+        claim("pk clip", "the same: 16 updates a batch, clipped (nats)", SOURCE, "0.095", clipped[0], ">=", 0.5, 8),
+        within("pk no clip", "the same: 16 updates a batch without the clip", free[0]),
+        claim("pk clip answers", "16 clipped updates: different right answers, the same", SOURCE, "more", clipped[2], ">=", 0.5, 8),
+        claim("pk clip draws", "16 clipped updates: draws per episode, the same", SOURCE, "more", clipped[1], ">", 0, 8)]
 
 
 def figure_explore(config, run, device):
     n, budget = config.seeds, config.budget
-    arms = {"full": ("gap", budget, {}), "no gap": ("no gap", budget, {}), "masked": ("gap", budget, dict(masked=True)),
-            "masked, entropy bonus": ("gap", budget, dict(masked=True, entropy_bonus=config.entropy_bonus)), "budget 16": ("gap", 16, {})}
+    arms = {"full": ("gap", budget), "no gap": ("no gap", budget), "budget 16": ("gap", 16)}
     for seed in seeds_of(config):
-        bases = {kind: warm_up(config, run, seed, device, kind) for kind in ("gap", "no gap")}
+        bases = {kind: warm_up(config, run, seed, device, kind) for kind in BASES}
         run.log_once(lambda: {"right": verdicts_by_place(bases["gap"], config, seed)}, phase="places", seed=seed, step=0)
-        for arm, (kind, tokens, options) in arms.items():
-            train(config, run, arm, seed, bases[kind], [(config.numbers, tokens, None)], BUDGETS, **options)
-    steps = 20 if config.quick else 1200
-    pk = {arm: np.array([pk_train(arm == "masked", seed, steps=steps) for seed in range(5)]) for arm in ("full", "masked")}     # (5, steps, 3)
-    ratio = np.median([steps_to(m) / steps_to(f) for f, m in zip(pk["full"], pk["masked"])])
+        for arm, (kind, tokens) in arms.items():
+            train(config, run, arm, seed, bases[kind], [(config.numbers, tokens, None)], BUDGETS)
 
-    fig, axes = plt.subplots(2, 3, figsize=(16, 9), layout="constrained")
-    for i, (title, ylabel) in enumerate((("p^k model: rewards 1 and -1 (full), 1 and 0 (masked)", "success"), ("p^k model: first more tries, then better ones", "draws per episode"))):
-        for arm, paths in pk.items():
-            band(axes[0, i], np.arange(steps), paths[:, :, i], f"{arm} (5 seeds)")
-        axes[0, i].set(title=title, xlabel="step", ylabel=ylabel, xlim=(0, min(steps, 400)), ylim=(0, None if i else 1.02))
+    fig, axes = plt.subplots(2, 3, figsize=(18, 9), layout="constrained")
+    negatives, pk = pk_panels(axes[0], config.quick)
+    with np.errstate(divide="ignore"):      # a base without a single attempt
+        grown = {arm: of(run, arm, "attempts") / of(run, arm, "attempts", False) for arm in ("full", "no gap")}
+    rise = {arm: of(run, arm, f"pass@1 of {budget}") - of(run, arm, f"pass@1 of {budget}", False) for arm in ("full", "no gap")}
+    for arm in ("full", "no gap"):
+        band(axes[1, 0], *series(run, "attempts", phase="rl", arm=arm), "gap" if arm == "full" else arm)
+    axes[1, 0].set(title=f"A base that checks its guesses: attempts x{grown['full'].mean():.1f}; one that cannot: x{grown['no gap'].mean():.1f}",
+                   xlabel="RL step", ylabel=f"attempts per answer (of {BUDGETS[-1]} tokens)", ylim=(0, None))
     right = np.array([r["right"] for r in run.rows if r["phase"] == "places"])
-    band(axes[0, 2], np.arange(1, right.shape[1] + 1), right, "the base, made to read on")
-    axes[0, 2].axvline(16, color="k", ls=":", lw=1, label="longest demonstration")
-    axes[0, 2].set(title="Reading far beyond the demonstrations", xlabel="attempt", ylabel="balanced accuracy of the verdict", ylim=(0, 1.02))
-    for arm in ("full", "no gap", "masked", "masked, entropy bonus"):
-        band(axes[1, 0], *series(run, "attempts", phase="rl", arm=arm), arm)
-        band(axes[1, 1], *series(run, "entropy", phase="rl", arm=arm), arm)
-    axes[1, 0].set(title=f"Attempts grow where verdicts can be trusted (of {BUDGETS[-1]} tokens)", xlabel="RL step", ylabel="attempts per answer")
-    axes[1, 1].set(title="Entropy", xlabel="RL step", ylabel="nats per token", ylim=(0, None))
-    draw_budgets(axes[1, 2], {"base": tested(run, "full", False), "trained at 16": tested(run, "budget 16"), f"trained at {budget}": tested(run, "full"),
-                              f"no gap, trained at {budget}": tested(run, "no gap")}, "Success beyond the training budget")
+    near, far = right[:, :16].mean(1), right[:, 16:].mean(1)
+    band(axes[1, 1], np.arange(1, right.shape[1] + 1), right, "the base, made to read on")
+    axes[1, 1].axvline(16, color="k", ls=":", lw=1, label="longest demonstration")
+    axes[1, 1].set(title=f"Verdicts of attempts 1 to 16: {near.mean():.2f} right, beyond: {far.mean():.2f}", xlabel="attempt",
+                   ylabel="balanced accuracy of the verdict", ylim=(0, 1.02))
+    base, short = tested(run, "full", False).T, tested(run, "budget 16").T
+    draw_budgets(axes[1, 2], {"base": base.T, "trained at 16": short.T, f"trained at {budget}": tested(run, "full"), f"no gap, trained at {budget}": tested(run, "no gap")},
+                 f"From 16 to 64 tokens: {short[0].mean():.2f} to {short[2].mean():.2f} trained at 16; base {base[0].mean():.2f} to {base[2].mean():.2f}")
     for ax in axes.flat[:5]:
         ax.legend()
-    grown = {arm: (of(run, arm, "attempts") / of(run, arm, "attempts", False)) for arm in ("full", "no gap")}
-    rise = {arm: (of(run, arm, f"pass@1 of {budget}") - of(run, arm, f"pass@1 of {budget}", False)) for arm in ("full", "no gap")}
-    fig.suptitle(f"A model that can check its guesses learns to make more of them: attempts x{grown['full'].mean():.1f}, without the gap x{grown['no gap'].mean():.1f} "
-                 f"({n} seed{'s' if n > 1 else ''})")
-    short, entropy = tested(run, "budget 16").T, pk["full"][:, :, 2]
+    fig.suptitle(f"Above, tables of logits: negatives change the entropy by {negatives}. "
+                 f"Below, GPTs: attempts x{grown['full'].mean():.1f} with verdicts to trust, x{grown['no gap'].mean():.1f} without ({n} seed{'s' * (n > 1)})")
     return fig, [
-        claim("pk", "p^k: steps to 50%, masked over full (median of 5)", SOURCE, "masked is flat", ratio, ">=", 1.5, 5),
-        claim("pk length", "p^k, full: length at its peak over the start", SOURCE, "3", pk["full"][:, :, 1].max(1) / pk["full"][:, 0, 1], ">=", 2.5, 5),
-        claim("pk entropy", "p^k, full: rise of the entropy above its start (nats)", SOURCE, "rises", entropy.max(1) - entropy[:, 0], ">=", 0.05, 5),
-        claim("gap", "verdict gap of the base, worst seed (a condition)", SOURCE, "a gap", of(run, "full", "gap", False).min(), ">=", config.gate, n),
-        claim("no gap", "the same of the base without a gap, largest", SOURCE, "no gap", of(run, "no gap", "gap", False).max(), "<=", 0.5, n),
-        claim("positions", "verdicts: mean of attempts 17 to 56 minus that of 1 to 16", "design of the task", "-", right[:, 16:].mean(1) - right[:, :16].mean(1), ">=", -0.05, n),
+        *pk,
+        claim("no gap", "verdict gap of the base without one, largest", SOURCE, "no gap", of(run, "no gap", "gap", False).max(), "<=", 0.5, n),
+        claim("positions", "verdicts: mean of attempts 17 to 56 minus that of 1 to 16", "design of the task", "-", far - near, ">=", -0.05, n),
         claim("attempts", "attempts (of 256 tokens), after over before, gap", SOURCE, "grow", grown["full"], ">=", 2.5, n),
         claim("attempts no gap", "the same without a gap", SOURCE, "flat", grown["no gap"], "<=", 1.15, n),
         claim("rise", "rise of pass@1 at the training budget, gap", SOURCE, "0.2 to 0.5", rise["full"], ">=", 0.30, n),
         claim("rise no gap", "the same without a gap", SOURCE, "about 0", rise["no gap"], "<=", 0.04, n),
-        claim("extrapolation", "trained at 16 tokens: pass@1 at 64 minus at 16", SOURCE, "+0.11", short[2] - short[0], ">=", 0.15, n, f" ({short[0].mean():.2f}, {short[2].mean():.2f})"),
-        *mask_claims(run, "full", "masked", budget, n),
-        claim("bonus", "entropy, masked with bonus over masked", SOURCE, "0.06 / 0.03", of(run, "masked, entropy bonus", "entropy").mean() / of(run, "masked", "entropy").mean(),
-              ">=", 1.5, n)]
+        claim("extrapolation", "pass@1 at 64 minus at 16 tokens: trained at 16 minus base", SOURCE, "+0.11", short[2] - short[0] - (base[2] - base[0]), ">=", 0.1, n,
+              f" ({(short[2] - short[0]).mean():.2f}, {(base[2] - base[0]).mean():.2f})")]
 
 
 def figure_curriculum(config, run, device):
-    tokens, easy, hard, first = config.stage_tokens, 4, 8, BUDGETS[0]
-    rivals, grid, J, chosen = ["hard only", "data only", "budget only"], [b for b in BUDGETS if 4 * b <= LONGEST], [], []
+    tokens, easy, hard, first, n = config.stage_tokens, 4, 8, BUDGETS[0], config.seeds
+    grid, tests = BUDGETS[:-1], (*BUDGETS, LONGEST)             # what the rule can pick, and up to 4 times that
+    rivals, J, chosen = ["hard only", "data only", "budget only"], [], []
+
+    def judge(model, seed):
+        """J(B) on hard problems: pass@1, or, where a budget sees next to none, pass@16."""
+        for k in (1, 16):
+            problems = config.eval_prompts // (4 if k > 1 else 1)
+            J = evaluate(model, config, hard, BUDGETS, f"rule {seed}", problems, held_out=False, k=k)[0]
+            if min(J.values()) >= 0.01:
+                break
+        return {"k": k} | {f"J of {b}": x for b, x in J.items()}
+
     for seed in seeds_of(config):
         base = warm_up(config, run, seed, device)
-        stage1 = train(config, run, "stage 1", seed, base, [(easy, first, tokens)], BUDGETS)
-        run.log_once(lambda: {f"J of {b}": s for b, s in evaluate(stage1, config, hard, BUDGETS, f"rule {seed}", held_out=False)[0].items()}, phase="rule", seed=seed, step=0)
-        J.append({b: next(r[f"J of {b}"] for r in run.rows if r["phase"] == "rule" and r["seed"] == seed) for b in BUDGETS})
-        chosen.append(min(budget_rule(J[-1], config.kappa), grid[-1]))          # 4 times the budget must be tested
-        print(f"\nseed {seed}: J(B) of stage 1 on hard problems: " + ", ".join(f"{b}: {x:.3f}" for b, x in J[-1].items()) + f" -> B* = {chosen[-1]}")
+        stage1 = train(config, run, "stage 1", seed, base, [(easy, first, tokens)], tests)
+        run.log_once(lambda: judge(stage1, seed), phase="rule", seed=seed, step=0)
+        rule = next(r for r in run.rows if r["phase"] == "rule" and r["seed"] == seed)
+        J.append({b: rule[f"J of {b}"] for b in BUDGETS})
+        chosen.append(budget_rule(J[-1], config.kappa))
+        print(f"\nseed {seed}: J(B) of stage 1 on hard problems (pass@{rule['k']}): " + ", ".join(f"{b}: {x:.3f}" for b, x in J[-1].items()) + f" -> B* = {chosen[-1]}")
         for b in grid:
-            train(config, run, f"stage 2 at {b}", seed, stage1, [(hard, b, tokens)], BUDGETS)
+            train(config, run, f"stage 2 at {b}", seed, base, [(easy, first, tokens), (hard, b, tokens)], tests, after="stage 1")
         b = chosen[-1]
         for arm, stages in zip(rivals, ([(hard, b, 2 * tokens)], [(easy, b, tokens), (hard, b, tokens)], [(hard, first, tokens), (hard, b, tokens)])):
-            train(config, run, arm, seed, base, stages, BUDGETS)
-    n = config.seeds
-    of_rule = lambda y, factor: np.array([row[BUDGETS.index(b * factor)] for row, b in zip(y, chosen)])        # at a multiple of each seed's B* (seeds,)
-    coupled = np.stack([tested(run, f"stage 2 at {b}")[i] for i, b in enumerate(chosen)])
-    curves = {"coupled": coupled} | {arm: tested(run, arm) for arm in rivals} | {"base": tested(run, "hard only", False)}
-    fig, axes = plt.subplots(1, 2, figsize=(13, 5), layout="constrained")
-    draw_budgets(axes[0], curves, f"Hard problems, {2 * tokens // 1000}k sampled tokens each ({n} seeds)")
-    trained = np.stack([tested(run, f"stage 2 at {b}") for b in grid], 1)                                       # (seeds, trained at, tested at)
-    draw_budgets(axes[1], {"after stage 1: J(B)": np.array([[x[b] for b in BUDGETS] for x in J])} | {f"stage 2 at {b}": trained[:, i] for i, b in enumerate(grid)},
-                 "Where the rule looks, and what training at each budget gives")
+            train(config, run, arm, seed, base, stages, tests)
+    at = lambda arm, last=True: tested(run, arm, last, tests)
+    trained = np.stack([at(f"stage 2 at {b}") for b in grid], 1)                                                # (seeds, trained at, tested at)
+    coupled = np.stack([trained[i, grid.index(b)] for i, b in enumerate(chosen)])
+    of_rule = lambda y, factor: np.array([row[tests.index(b * factor)] for row, b in zip(y, chosen)])          # at a multiple of each seed's B* (seeds,)
+    ahead = {arm: np.stack([of_rule(coupled, f) - of_rule(at(arm), f) for f in (1, 2, 4)], 1) for arm in rivals}        # paired (seeds, 3)
+    lost = trained[:, :, -1].max(1) - coupled[:, -1]
+    fig, axes = plt.subplots(1, 3, figsize=(18, 5), layout="constrained")
+    draw_budgets(axes[0], {"coupled": coupled} | {arm: at(arm) for arm in rivals} | {"base": at("hard only", False)},
+                 f"Hard problems, {2 * tokens // 1000}k sampled tokens each; B* = {', '.join(map(str, chosen))}", tests)
+    for arm, y in ahead.items():
+        band(axes[1], np.array([1, 2, 4]), y, f"coupled minus {arm}", marker="o")
+    axes[1].axhline(0, color="k", lw=1)
+    axes[1].set(title="Coupled minus each rival at 4x: " + ", ".join(told(y[:, 2]) for y in ahead.values()), xlabel="test budget over B*",
+                ylabel="difference of pass@1, seed by seed", xscale="log")
+    axes[1].set_xticks((1, 2, 4), (1, 2, 4))
+    axes[1].minorticks_off()
+    axes[1].legend()
+    draw_budgets(axes[2], {"after stage 1": np.pad(np.array([list(x.values()) for x in J]), ((0, 0), (0, 1)), constant_values=np.nan)}
+                 | {f"stage 2 at {b}": trained[:, i] for i, b in enumerate(grid)}, f"B* against the best of {len(grid)} budgets, at {LONGEST} tokens: {told(-lost)}", tests)
     for b in set(chosen):
-        axes[1].axvline(b, color="k", ls=":", lw=1)
-    one, two, four = (of_rule(coupled, factor) for factor in (1, 2, 4))
-    rival = max(of_rule(curves[arm], 4).mean() for arm in rivals)
-    fig.suptitle(f"Easy and short, then hard and long: {one.mean():.2f} at the training budget, {two.mean():.2f} at twice, {four.mean():.2f} at 4 times; the best rival {rival:.2f}")
-    lost = trained[:, :, -1].max(1) - np.array([trained[i, grid.index(b), -1] for i, b in enumerate(chosen)])
-    print("\ntrained at (B* = " + ", ".join(map(str, chosen)) + "), tested at " + " ".join(f"{b:>7}" for b in BUDGETS))
+        axes[2].axvline(b, color="k", ls=":", lw=1)
+    fig.suptitle("Easy problems and short answers, then hard ones and longer answers: " + ", ".join(f"{told(y[:, 2])} against {arm}" for arm, y in ahead.items())
+                 + f" ({n} seed{'s' * (n > 1)})")
+    print("\ntrained at (B* = " + ", ".join(map(str, chosen)) + "), tested at " + " ".join(f"{b:>7}" for b in tests))
     for b, row in zip(grid, trained.mean(0)):
         print(f"{b:>40} " + " ".join(f"{x:7.3f}" for x in row))
     return fig, [
-        claim("twice", "coupled: pass@1 at 2x the training budget minus at 1x", SOURCE, "grows", two - one, ">=", 0.05, n, f" ({one.mean():.2f}, {two.mean():.2f})"),
-        *[claim(f"over {arm}", f"coupled minus {arm}, at 4x", SOURCE, paper, four - of_rule(curves[arm], 4), ">=", 0.03, n)
+        *[claim(f"over {arm}", f"coupled minus {arm}, at 4x", SOURCE, paper, ahead[arm][:, 2], ">=", 0.03, n)
           for arm, paper in zip(rivals, ("+0.09", "more", "+0.07"))],
-        claim("rule", f"pass@1 at {LONGEST} tokens: best training budget minus B*'s (64 at most)", SOURCE, "at the plateau", lost, "<=", 0.03, n)]
+        claim("rule", f"pass@1 at {LONGEST} tokens: best training budget minus B*'s", SOURCE, "at the plateau", lost, "<=", 0.03, n)]
 
 
 def figure_budget(config, run, device):
@@ -559,53 +654,78 @@ def figure_budget(config, run, device):
         claim("short", "tested at 64 tokens: trained at 64 minus trained at 16", SOURCE, "positive", matrix[64][2] - matrix[16][2], ">=", 0.03, config.seeds),
         claim("flat", "trained at 16: pass@1 at 256 tokens minus at 64", SOURCE, "flat (4k)", matrix[16][4] - matrix[16][2], "<=", 0.05, config.seeds),
         claim("gain", "trained at 64: pass@1 at 256 tokens minus at 64", SOURCE, "+0.13", matrix[64][4] - matrix[64][2], ">=", 0.03, config.seeds),
-        claim("long", "tested at 16 tokens: trained at 16 minus trained at 128", SOURCE, "short is best", matrix[16][0] - matrix[128][0], ">=", 0, config.seeds)]
+        claim("long", "tested at 16 tokens: trained at 16 minus trained at 128", SOURCE, "short is best", matrix[16][0] - matrix[128][0], ">=", 0.03, config.seeds)]
 
 
-#  design of `mask`:    base, choices of train
-DESIGNS = {"four updates": ("gap", dict(updates=4)),
-           "no baseline": ("gap", dict(raw=True)),
-           "careless verifier": ("careless", {}),
-           "impatient base": ("impatient", {}),
-           "impatient, four updates": ("impatient", dict(updates=4))}
+def equal_success(run, full, masked, key, success):
+    """Full minus masked of a metric, at the successes that both pass through: the mean over these, of each seed (seeds,)."""
+    differences = []
+    for pair in zip(*(zip(series(run, success, phase="rl", arm=arm)[1], series(run, key, phase="rl", arm=arm)[1]) for arm in (full, masked))):
+        levels = np.linspace(max(s[0] for s, _ in pair), min(s.max() for s, _ in pair), 21)
+        a, b = (at_success(s, y, levels) for s, y in pair)
+        differences.append((a - b).mean() if levels[0] < levels[-1] else math.nan)
+    return np.array(differences)
 
 
 def figure_mask(config, run, device):
     arms, budget, n = ("full", "masked"), config.budget, config.seeds
+    designs = {"1 update": 1, "16 updates": 16}
     for seed in seeds_of(config):
-        bases = {kind: warm_up(config, run, seed, device, kind) for kind in dict.fromkeys(kind for kind, _ in DESIGNS.values())}
-        for design, (kind, choices) in DESIGNS.items():
+        base = warm_up(config, run, seed, device)
+        for design, updates in designs.items():
             for arm in arms:
-                train(config, run, f"{design}, {arm}", seed, bases[kind], [(config.numbers, budget, None)], BUDGETS, masked=arm == "masked", **choices)
-    keys = ("entropy", "unique_attempts", "gives_up", f"pass@1 of {2 * budget}")
-    fig, axes = plt.subplots(len(keys), len(DESIGNS), figsize=(18, 10), layout="constrained", sharex=True, sharey="row")
-    print(f"\n{'':<32}" + " ".join(f"{key:>16}" for key in ("attempts", *keys)))
-    for column, design in zip(axes.T, DESIGNS):
-        for arm in arms:
-            print(f"{design + ', ' + arm:<32}" + " ".join(f"{of(run, f'{design}, {arm}', key).mean():16.3f}" for key in ("attempts", *keys)))
-            for ax, key in zip(column, keys):
-                band(ax, *series(run, key, phase="rl", arm=f"{design}, {arm}"), arm)
-        column[0].set_title(design)
-        column[-1].set_xlabel("RL step")
-    for ax, label in zip(axes[:, 0], ("entropy (nats per token)", "different attempts", "P(stop | last verdict NO)", f"pass@1 at {2 * budget} tokens")):
-        ax.set_ylabel(label)
-        ax.set_ylim(0, None)
-    axes[0, 0].legend()
-    claims = [c for design in DESIGNS for c in mask_claims(run, f"{design}, full", f"{design}, masked", budget, n, design)]
-    fig.suptitle(f"With and without negative advantages: {sum(c['holds'] for c in claims)} of {len(claims)} predicted effects seen ({config.steps} steps, {n} seeds)")
-    return fig, claims
+                train(config, run, f"{design}, {arm}", seed, base, [(config.numbers, budget, None)], (budget, 2 * budget), masked=arm == "masked", updates=updates, single=True)
+    success, twice = f"pass@1 of {budget}", f"pass@1 of {2 * budget}"
+    names = {design: [f"{design}, {arm}" for arm in arms] for design in designs}
+    nats, tries = ({design: equal_success(run, *names[design], key, success) for design in designs} for key in ("nats", "unique_attempts"))
+    fig, axes = plt.subplots(2, 2, figsize=(13, 9), layout="constrained")
+    for design, color in zip(designs, ("C0", "C1")):
+        for arm, style in zip(names[design], ("-", "--")):
+            for ax, key in zip(axes[0], ("nats", "unique_attempts")):
+                curves = zip(series(run, success, phase="rl", arm=arm)[1], series(run, key, phase="rl", arm=arm)[1])
+                for i, (s, y) in enumerate(curves):
+                    ax.plot(np.maximum.accumulate(s), y, style, color=color, label=arm if i == 0 else None)
+            for ax, key in zip(axes[1], (twice, "gap")):
+                band(ax, *series(run, key, phase="rl", arm=arm), arm, color=color, ls=style)
+    both = lambda y: "; ".join(f"{design}: {told(x)}" for design, x in y.items())
+    axes[0, 0].set(title=f"At equal success, full - masked (nats): {both(nats)}", ylabel="entropy (nats per token)", ylim=(0, None))
+    axes[0, 1].set(title=f"The same of the attempts: {both(tries)}", ylabel="different attempts", ylim=(0, None))
+    higher = {design: of(run, names[design][0], twice) - of(run, names[design][1], twice) for design in designs}
+    axes[1, 0].set(title=f"At the end, full - masked: {both(higher)}", ylabel=f"held-out pass@1 at {2 * budget} tokens", ylim=(0, 1))
+    axes[1, 1].set(title="Does it still judge better than it guesses?", ylabel="verdict gap", ylim=(0, 1))
+    for ax in axes[0]:
+        ax.set_xlabel(f"held-out pass@1 at {budget} tokens (best so far; a line is a seed)")
+    for ax in axes[1]:
+        ax.set_xlabel("batches")
+    for ax in axes.flat:
+        ax.legend()
+    fig.suptitle(f"With and without negative advantages: entropy {both(nats)} nats ({config.steps} batches, {n} seed{'s' * (n > 1)})")
+    many, one = "16 updates", nats["1 update"]
+    return fig, [
+        claim("one entropy", "1 update a batch: size of the entropy's difference at equal success", "derived", "0", abs(one.mean()), "<=", 0.05, n, f" ({told(one)})"),
+        claim("reuse entropy", "16 updates: entropy at equal success, full minus masked", SOURCE, "0.095", nats[many], ">=", 0.05, n),
+        claim("reuse attempts", "16 updates: different attempts at equal success, the same", SOURCE, "more", tries[many], ">=", 0.5, n),
+        *[claim(f"accuracy {design}", f"{design}: pass@1 at twice the budget, full minus masked", SOURCE, "+0.23", higher[design], ">=", 0.03, n) for design in designs]]
 
 
 def main():
     config = parse_args(Config, __doc__)
     config.seeds = config.seeds or (1 if config.figure == "explore" or config.quick else 3)
-    config.steps = config.steps or (200 if config.figure == "mask" else 80)
+    config.steps = config.steps or (40 if config.figure == "mask" else 80)
+    config.eval_every = config.eval_every or (4 if config.figure == "mask" else 20)
     device = pick_device(config.device)
+    weights = 2 * VOCAB * config.n_embd + 16 * config.n_layer * config.n_embd ** 2
+    rows = max(config.prompts * config.group, config.eval_prompts)
+    need_memory(4 * 4 * weights, f"{weights:,} parameters, their gradients and moments", device)
+    need_memory(4 * 2 * rows * LONGEST * config.n_layer * config.n_embd, f"the keys and values of {rows:,} answers", device)
+    batch = config.prompts * config.group * BUDGETS[-2]
+    if config.figure == "curriculum" and config.stage_tokens < batch:
+        raise UserError(f"--stage-tokens {config.stage_tokens}: too few for a batch, which may sample {batch}")
     size = sum(p.numel() for p in build(config, device).parameters())        # an impossible shape ends here, before anything is written
-    run = Run(config)
-    run.introduce(device, size)
-    fig, claims = globals()[f"figure_{config.figure}"](config, run, device)
-    run.finish(fig, claims)
+    with Run(config) as run:
+        run.introduce(device, size)
+        fig, claims = globals()[f"figure_{config.figure}"](config, run, device)
+        run.finish(fig, claims)
 
 
 if __name__ == "__main__":

@@ -114,6 +114,7 @@ def replayed(script, figure, folder):
             patch.setattr(module, name, lambda *_, **__: Trained())
         if script == "curriculum":
             patch.setattr(module, "pk_train", lambda *_, steps, **__: np.tile(np.linspace(0.1, 1, steps)[:, None], 3))
+            patch.setattr(module, "pk_reuse", lambda *_, **__: np.tile(np.linspace(0.05, 1, 9)[:, None], 4))
         texts = ([], []) if (script, figure) == ("ttt", "context") else ()
         return getattr(module, f"figure_{config.figure}")(config, Replay(rows, folder), "cpu", *texts)
 
