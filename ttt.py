@@ -35,6 +35,9 @@ What to see: TTT falls nearly to the floor, as full attention does, in constant 
 from steps at test time on a map (classical dynamic evaluation, by plain SGD), whatever their size. On text it gains much.
 """
 import copy
+import ctypes
+import functools
+import hashlib
 import math
 import random
 import time
@@ -52,7 +55,8 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from model import GPT, Block, GPTConfig, KVCache, RMSNorm, load_documents, lr_at, train_bpe
-from run import Run, UserError, band, claim, command, flag, parse_args, pick_device, restore, seeds_of, series, snapshot
+from run import (Run, UserError, band, claim, command, descend, flag, need_memory, parse_args, pick_device, seeds_of,
+                 series)
 
 FIGURES = {"memory": "documents with a map of their own: loss against position (within 5 minutes)",
            "context": "real text: loss against the length of the context (about 40 minutes)",
@@ -309,9 +313,7 @@ def train(config, run, arm, seed, device, vocab, draw):
     torch.manual_seed(seed)
     model = build(config, vocab, arm == "full attention").to(device)
     optimizer = torch.optim.AdamW(model.parameters(), config.lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    start = restore(run.state.get(phase), model, optimizer, rng)
-    bar = tqdm(range(start, config.steps), phase, initial=start, total=config.steps)
-    for step in bar:
+    for step in run.loop(phase, config.steps, model, optimizer, rng):
         started = time.time()
         for g in optimizer.param_groups:
             g["lr"] = lr_at(step, config.steps, config.lr, 40)
@@ -321,13 +323,9 @@ def train(config, run, arm, seed, device, vocab, draw):
             loss = read(model, ids, eta, config.chunk, outer=True, checkpointing=config.checkpointing).mean()
         optimizer.zero_grad()
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        run.log(phase="train", arm=arm, seed=seed, step=step, loss=loss.item(), grad_norm=norm.item(), seconds=time.time() - started)
-        bar.set_postfix_str(f"loss {loss.item():.3f}")
-        if run.due:
-            run.save(phase, **snapshot(step + 1, model, optimizer, rng))
-    run.save(phase, **snapshot(config.steps, model, optimizer, rng))
+        norm = descend(optimizer, loss)
+        run.log(phase="train", arm=arm, seed=seed, step=step, loss=loss.item(), grad_norm=norm, seconds=time.time() - started)
+        run.bar.set_postfix_str(f"loss {loss.item():.3f}")
     return model
 
 
@@ -352,11 +350,9 @@ def figure_memory(config, run, device):
     by_sixteenth = lambda loss: loss.view(len(loss), 16, -1).mean((0, 2)).tolist()      # (docs, T) -> 16 numbers
 
     def log(arm, seed, measure, **more):
-        if not any(r["phase"] == "test" and (r["arm"], r["seed"], r["steps"]) == (arm, seed, config.steps) and more.items() <= r.items() for r in run.rows):
-            for x, value in zip(ends, by_sixteenth(measure())):
-                run.log(phase="test", arm=arm, seed=seed, steps=config.steps, step=x, loss=value, **more)
-            if run.due:
-                run.save("memory")
+        values = functools.cache(lambda: by_sixteenth(measure()))
+        for i, x in enumerate(ends):
+            run.log_once(lambda: {"loss": values()[i]}, phase="test", arm=arm, seed=seed, steps=config.steps, step=x, **more)
 
     for seed in seeds_of(config):
         draw = lambda rng: documents(rng, config.batch, T + 1)
@@ -369,7 +365,6 @@ def figure_memory(config, run, device):
         for arm, eta, decay in SWEEP:
             log(arm, seed, lambda: losses(plain, test, eta, config.chunk, 32) if arm == FAST else
                 torch.stack([dynamic_evaluation(plain, ids, eta, decay, config.chunk) for ids in test.to(device)]).cpu(), eta=eta, decay=decay)
-        run.save("memory")
     get = lambda arm, **more: series(run, "loss", phase="test", arm=arm, steps=config.steps, **more)[1]                # (seeds, 16)
     swept = {(arm, eta, decay): get(arm, eta=eta, decay=decay) for arm, eta, decay in SWEEP}
     best = {arm: min((k for k in swept if k[0] == arm), key=lambda k: swept[k].mean()) for arm in (FAST, ALL)}         # chosen on the test documents themselves
@@ -421,9 +416,6 @@ def figure_context(config, run, device, train_docs, test_docs):
             for name, eta in tests[arm].items():
                 for context in contexts:
                     run.log_once(lambda: measure(model, context, eta), phase="test", arm=name, seed=seed, steps=config.steps, step=context)
-                    if run.due:
-                        run.save("context")
-            run.save("context")
     get = lambda arm: series(run, "loss", phase="test", arm=arm, steps=config.steps)[1]                                 # (seeds, contexts)
     best = min((f"{FAST}, eta = {eta}" for eta in etas), key=lambda arm: get(arm)[:, -1].mean())
     curves = {arm: get(arm) for arm in ("TTT", "sliding window", "full attention", OFF, best)}
@@ -478,7 +470,6 @@ def figure_cost(config, run, device):
         for context in contexts:
             for arm, (model, eta) in models.items():
                 run.log_once(lambda: decode(model, context, eta, config, device, seed), phase="cost", arm=arm, seed=seed, step=context)
-        run.save("cost")
     get = lambda arm, key: series(run, key, phase="cost", arm=arm)[1]                                                   # (seeds, contexts)
     fig, axes = plt.subplots(1, 3, figsize=(16, 5), layout="constrained")
     for arm, style in zip(models, ("o-", "s--", "o-")):         # the window's memory lies on TTT's: they keep the same
@@ -517,10 +508,10 @@ def main():
     device = pick_device(config.device)
     size = sum(p.numel() for p in build(config, config.vocab_size if config.figure == "context" else V).parameters())        # an impossible shape ends here, before anything is written
     data = texts(config) if config.figure == "context" else ()
-    run = Run(config)
-    run.introduce(device, size)
-    fig, claims = globals()[f"figure_{config.figure}"](config, run, device, *data)
-    run.finish(fig, claims)
+    with Run(config) as run:
+        run.introduce(device, size)
+        fig, claims = globals()[f"figure_{config.figure}"](config, run, device, *data)
+        run.finish(fig, claims)
 
 
 if __name__ == "__main__":
