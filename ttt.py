@@ -433,8 +433,7 @@ def figure_context(config, run, device, train_docs, test_docs):
     print(f"{sum(map(len, train_docs)):,} tokens to train on; tested on the last {target} tokens of {len(test)} passages")
     sweep = {f"{arm}, eta = {eta:g}": (arm, eta) for arm, etas in TEXT_ETAS.items() for eta in etas}
     tests = {"TTT": {"TTT": ("TTT", config.eta), OFF: (OFF, 0)},
-             "sliding window": {"sliding window": ("sliding window", 0)} | sweep,
-             "full attention": {"full attention": ("full attention", 0)}}
+             "sliding window": {"sliding window": ("sliding window", 0)} | sweep}
     timed = ("TTT", "sliding window", *(f"{arm}, eta = {etas[0]:g}" for arm, etas in TEXT_ETAS.items()))
 
     def read_by(kind, model, ids, eta):
@@ -444,7 +443,7 @@ def figure_context(config, run, device, train_docs, test_docs):
 
     for seed in seeds_of(config):
         draw = lambda rng: stretches(rng, train_docs, config.batch, config.length + 1)
-        for arm in ARMS:
+        for arm in tests:
             model = train(config, run, arm, seed, device, config.vocab_size, draw)
             for name, (kind, eta) in tests[arm].items():
                 for c in contexts:      # the same targets: only what comes before them is cut
@@ -462,16 +461,16 @@ def figure_context(config, run, device, train_docs, test_docs):
     after = lambda c: lambda y: -y[:, contexts.index(c)]
     fall = lambda y: y[:, 0] - y[:, -1]
     best = {kind: rival(after(context), (kind,)) for kind in (FAST, ALL)}
-    curves = ["TTT", "sliding window", "full attention", OFF, *best.values()]
+    curves = ["TTT", "sliding window", OFF, *best.values()]
     fig, axes = plt.subplots(1, 2, figsize=(14, 5), layout="constrained")
-    for arm, style in zip(curves, ("o-", "o-", "o-", "o:", "o--", "s--")):
+    for arm, style in zip(curves, ("o-", "o-", "o:", "o--", "s--")):
         band(axes[0], contexts, get(arm), arm, marker=style[0], ls=style[1:])
     axes[0].set(title=f"Loss on the same {target} tokens", xscale="log", ylabel="loss (nats per token)",
                 xlabel=f"tokens before the first of them (before the last: {target - 1} more)")
     axes[0].set_xticks(contexts, contexts)
     axes[0].axvline(config.length, color="k", ls=":", lw=1, label="length in training")
     axes[0].legend()
-    for arm, kind, color in (("TTT", "TTT", "C0"), ("sliding window", "sliding window", "C1"), (best[FAST], FAST, "C4"), (best[ALL], ALL, "C5")):
+    for arm, kind, color in (("TTT", "TTT", "C0"), ("sliding window", "sliding window", "C1"), (best[FAST], FAST, "C3"), (best[ALL], ALL, "C4")):
         y = get(arm)[:, -1]
         axes[1].errorbar(cost(kind), y.mean(), y.std(ddof=1) if n > 1 else 0, fmt="o", color=color, capsize=4)
         axes[1].annotate(kind, (cost(kind), y.mean()), (0, 10), textcoords="offset points", ha="center", color=color)
