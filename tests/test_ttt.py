@@ -521,7 +521,7 @@ def test_decoding_counts_time_per_token_once_warm(monkeypatch):
             clock[0] += ids.shape[1] * (1 if written < 0 else (100, 2, 50, 2, 2)[written])
             return torch.zeros(1)
 
-    counts = iter((100, 107))
+    counts = iter((107, 100))
     monkeypatch.setattr(ttt, "Reader", Slow)
     monkeypatch.setattr(ttt, "allocated", lambda device: next(counts))
     monkeypatch.setattr(ttt, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
