@@ -479,7 +479,9 @@ class Run:
               f"{torch.get_num_threads()} threads, {parameters:,} parameters", flush=True)
 
     def finish(self, fig, claims):
-        """The last things that a run does: the figure, the claims, the time it took."""
+        """The last things that a run does: the checkpoint goes with all rows; the figure, the claims, the time it took."""
+        self.keep()
+        self.save()
         if world()[0] == 0:
             with whole(self.dir / f"{self.config['figure']}.png") as f:
                 fig.savefig(f, dpi=110, format="png")

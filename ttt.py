@@ -19,7 +19,8 @@ The task of `memory`: a document follows a random map of 32 tokens with probabil
     map  a->q  q->c  c->x  x->a ...     document  a q c x a q c | m f d m f ...         after some 100 tokens the map can be known
 
 The floor is the entropy of the next token for who knows the map. Three layers of windows of 4 reach 10 tokens; short cycles of the map
-come round within them, so that a rule written by hand gets 2.7 nats from 10 tokens, and about .7 from all of them at the end of a document.
+come round within them, so that a rule written by hand gets 3.2 nats from 4 tokens, 2.8 from 10, and .8 from all of them at the end of a
+document. (`test_a_rule_written_by_hand_says_what_windows_allow_and_what_documents_do`.)
 
 How this differs from the paper:
 1. 0.1 million parameters (`context`: 0.6) for 125 million to 3 billion. Windows of 4 and 32 tokens for 8,192.
@@ -28,13 +29,18 @@ How this differs from the paper:
 4. `memory` is synthetic; `context` trains for minutes, at the length of 1,024 only, and is then tested out to 16,384.
 5. All arms have the same weights; in the rivals W is an ordinary MLP. "Full attention" sees everything in its last layer only, without
    rotation there (or it would fail past the trained length for that reason alone), and below it through the same windows: with full
-   attention in all three layers it had not found the map after 1,000 steps. On text 200 steps are too few for it to learn to look back;
-   larger models, trained for longer, do. (In `cost` every layer sees everything.)
+   attention in all three layers it had not found the map after 1,000 steps. (In `cost` every layer sees everything.)
+   It is not in `context`: on text 200 steps are too few for it to learn to look back; larger models, trained for longer, do.
+6. In `memory` the window gets five times the steps of the others, which have stopped falling: slowly it learns what 10 tokens tell.
 
 What to see: TTT falls nearly to the floor, as full attention does, in constant memory. The same model trained without steps gains little
 from steps at test time on a map (classical dynamic evaluation, by plain SGD), whatever their size. On text it gains much.
 """
 import copy
+import ctypes
+import dataclasses
+import functools
+import hashlib
 import math
 import random
 import time
@@ -52,16 +58,17 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from model import GPT, Block, GPTConfig, KVCache, RMSNorm, load_documents, lr_at, train_bpe
-from run import Run, UserError, band, claim, command, flag, parse_args, pick_device, restore, seeds_of, series, snapshot
+from run import (Run, UserError, band, claim, command, descend, flag, need_memory, parse_args, pick_device, seeds_of,
+                 series)
 
 FIGURES = {"memory": "documents with a map of their own: loss against position (within 5 minutes)",
            "context": "real text: loss against the length of the context (about 40 minutes)",
            "cost": "time and memory per token against the length of the context (1 minute)"}
 SOURCE = "Tandon et al., arXiv 2512.23675"
 #  what a figure takes where no flag says otherwise
-SIZES = {"memory": dict(seeds=1, steps=300, lr=2e-3, batch=16, length=256, chunk=16, window=4, n_embd=64, n_fast=128, checkpointing=False, eval_docs=32),
-         "context": dict(seeds=3, steps=200, lr=4e-3, batch=4, length=1024, chunk=64, window=32, n_embd=128, n_fast=256, checkpointing=True, eval_docs=12),
-         "cost": dict(seeds=3, steps=1, lr=0.0, batch=1, length=1024, chunk=64, window=32, n_embd=128, n_fast=256, checkpointing=False, eval_docs=1)}
+SIZES = {"memory": dict(seeds=1, steps=300, lr=2e-3, batch=16, length=256, chunk=16, window=4, n_embd=64, n_fast=128, eval_docs=32),
+         "context": dict(seeds=3, steps=200, lr=4e-3, batch=4, length=1024, chunk=64, window=32, n_embd=128, n_fast=256, eval_docs=8),
+         "cost": dict(seeds=3, chunk=64, window=32, n_embd=128, n_fast=256)}
 
 
 @dataclass
@@ -80,16 +87,23 @@ class Config:
     chunk: int = flag(None, "tokens between two inner steps (default: 16, context and cost 64)", quick=16, low=1)
     window: int = flag(None, "tokens that attention sees (default: 4, context and cost 32)", quick=8, low=1)
     eta: float = flag(1.0, "step size of the inner loop (SGD, gradient clipped to norm 1 per document)", low=0)
-    checkpointing: bool = flag(None, "make a chunk's graph again in the backward pass: memory of one chunk at a time (default: in context only)")
+    checkpointing: bool = flag(False, "make a chunk's graph again in the backward pass: memory of one chunk at a time, twice the time")
     lr: float = flag(None, "learning rate of the outer loop (AdamW, warm-up then cosine to a tenth; default: 2e-3, context 4e-3)", low=0)
     n_layer: int = flag(3, "layers", low=1)
     n_head: int = flag(4, "heads", low=1)
-    n_embd: int = flag(None, "channels (default: 64, context and cost 128)", quick=32, low=8)
-    n_fast: int = flag(None, "width of the fast MLP (default: 128, context and cost 256)", quick=32, low=1)
-    eval_docs: int = flag(None, "documents to test on (default: 32, context 12 passages)", quick=2, low=1)
+    n_embd: int = flag(None, "channels (default: 64, context and cost 128)", quick=32, low=8, high=2 ** 16)
+    n_fast: int = flag(None, "width of the fast MLP (default: 128, context and cost 256)", quick=32, low=1, high=2 ** 16)
+    eval_docs: int = flag(None, "documents to test on (default: 32, context 8 passages)", quick=2, low=1)
     data: str = flag("", "context: a folder, a text file or a Hugging Face dataset with a text column (default: the standard library's sources)")
     vocab_size: int = flag(512, "context: size of the BPE vocabulary", quick=257, low=257)
     context: int = flag(16384, "context and cost: the longest context in tokens", quick=256, low=128)
+
+    def idle(self):
+        """The flags that do nothing in a figure -> why."""
+        idle = {"memory": ("data", "vocab_size", "context"), "context": (),
+                "cost": ("dtype", "steps", "batch", "length", "lr", "checkpointing", "eval_docs", "data", "vocab_size")}
+        why = "its documents are drawn from random maps" if self.figure == "memory" else "it trains nothing"
+        return {name: f"--figure {self.figure}: {why}" for name in idle[self.figure]}
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -117,7 +131,7 @@ class FastBlock(Block):
 class TTT(GPT):
     """`hidden` gives the states below the fast weights, `logits` what follows: decode with a Reader, not with model.generate.
 
-    full: the last layer sees the whole context.
+    Rotations are made for the positions at hand: no table of them grows with the text or ends it. full: the last layer sees the whole context.
     """
 
     def __init__(self, config, n_fast, full=False):
@@ -128,6 +142,18 @@ class TTT(GPT):
         self.final, self.norm = self.norm, nn.Identity()
         if full:        # and a cache, which goes by config.window, keeps it
             config.window = self.blocks[-1].attn.window = None
+
+    def hidden(self, ids, cache=None):
+        """ids (B, T) -> the states below the fast weights (B, T, C). With a cache, ids continue its rows, and are added to it."""
+        T, D = ids.shape[1], self.config.head_dim
+        start = 0 if cache is None else cache.extend(T)[0].start
+        theta = self.config.rope_theta ** (-torch.arange(0, D, 2, dtype=torch.float64) / D)
+        angle = torch.outer(torch.arange(start, start + T, dtype=torch.float64), theta)                 # (T, D/2)
+        rope = torch.polar(torch.ones_like(angle), angle).to(torch.complex64)[:, None].to(ids.device)
+        x = self.wte(ids)
+        for block in self.blocks:
+            x = block(x, rope, cache=cache)
+        return x
 
     def fast(self, B):
         """W_0 for B documents: a tuple of (B, C, F), (B, F, C)."""
@@ -141,8 +167,7 @@ class TTT(GPT):
 
 
 def build(config, vocab, full=False, window=True):
-    positions = max(config.length, config.context + max(config.length // 2, 5 * config.chunk))      # `cost` writes 5 chunks behind the context
-    model = TTT(GPTConfig(vocab, positions, config.n_layer, config.n_head, config.n_embd, n_hidden=2 * config.n_embd, qk_norm=True, tie=False,
+    model = TTT(GPTConfig(vocab, 1, config.n_layer, config.n_head, config.n_embd, n_hidden=2 * config.n_embd, qk_norm=True, tie=False,
                           window=config.window if window else None), config.n_fast, full)
     if config.figure == "memory":       # from smaller weights full attention finds the map after 300 steps, not 100; on text they are no help to any arm
         nn.init.normal_(model.blocks[-1].attn.proj.weight, std=0.05)
@@ -196,7 +221,7 @@ def read(model, ids, eta, chunk, outer=False, checkpointing=False):
 
 
 class Reader:
-    """Reads on and on at a constant cost: its state is a cache of the window, the fast weights and the unfinished chunk.
+    """Reads on and on at a constant cost, wherever the text ends: its state is a cache of the window, the fast weights and the unfinished chunk.
 
     The token that ends a chunk is the first one of the next: a step is taken when it comes in. A cache of full attention grows to `capacity`.
     """
@@ -222,10 +247,6 @@ class Reader:
             self.x, self.ids, ids = torch.cat((self.x, x), 1), torch.cat((self.ids, part), 1), ids[:, part.shape[1]:]
             out.append(self.model.logits(x, self.fast))
         return torch.cat(out, 1)
-
-    def bytes(self):
-        """Of all that it keeps between two tokens."""
-        return sum(t.numel() * t.element_size() for t in (*self.cache.k, *self.cache.v, *self.fast, self.x, self.ids))
 
 
 def dynamic_evaluation(model, ids, eta, decay, chunk):
@@ -301,33 +322,28 @@ def passages(docs, T, n):
 # Training
 
 ARMS = ("TTT", "sliding window", "full attention")
+LONGER = {"sliding window": 5}      # times the steps, in `memory`: after 300 the others fall no more, the window has hardly begun
 
 
-def train(config, run, arm, seed, device, vocab, draw):
-    """An arm from scratch, or from where its checkpoint stopped -> the model. draw: numpy generator -> ids (B, T + 1)."""
-    phase, rng = f"{arm} {seed}", random.Random(seed)
+def train(config, run, arm, seed, device, vocab, draw, longer=1):
+    """An arm from scratch, or from where its checkpoint stopped -> the model. draw: numpy generator -> ids (B, T + 1); longer: times the steps."""
+    steps, phase, rng = longer * config.steps, f"{arm} {seed}", random.Random(seed)
     torch.manual_seed(seed)
     model = build(config, vocab, arm == "full attention").to(device)
     optimizer = torch.optim.AdamW(model.parameters(), config.lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    start = restore(run.state.get(phase), model, optimizer, rng)
-    bar = tqdm(range(start, config.steps), phase, initial=start, total=config.steps)
-    for step in bar:
+    for step in run.loop(phase, steps, model, optimizer, rng):
         started = time.time()
         for g in optimizer.param_groups:
-            g["lr"] = lr_at(step, config.steps, config.lr, 40)
-        eta = config.eta * min(1.0, 0.1 + 9 * step / config.steps) if arm == "TTT" else 0        # grows over the first tenth
+            g["lr"] = lr_at(step, steps, config.lr, 40)
+        eta = config.eta * min(1.0, 0.1 + 9 * step / steps) if arm == "TTT" else 0        # grows over the first tenth
         ids = draw(np.random.default_rng(rng.getrandbits(64))).to(device)
         with torch.autocast(device, torch.bfloat16, enabled=config.dtype == "bfloat16"):
             loss = read(model, ids, eta, config.chunk, outer=True, checkpointing=config.checkpointing).mean()
         optimizer.zero_grad()
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        run.log(phase="train", arm=arm, seed=seed, step=step, loss=loss.item(), grad_norm=norm.item(), seconds=time.time() - started)
-        bar.set_postfix_str(f"loss {loss.item():.3f}")
-        if run.due:
-            run.save(phase, **snapshot(step + 1, model, optimizer, rng))
-    run.save(phase, **snapshot(config.steps, model, optimizer, rng))
+        norm = descend(optimizer, loss.item())
+        run.log(phase="train", arm=arm, seed=seed, step=step, loss=loss.item(), grad_norm=norm, seconds=time.time() - started)
+        run.bar.set_postfix_str(f"loss {loss.item():.3f}")
     return model
 
 
@@ -343,6 +359,7 @@ def losses(model, ids, eta, chunk, rows):
 
 ETAS, DECAYS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0), (0.0, 0.1)
 OFF, FAST, ALL = "TTT, updates off", "dynamic evaluation, fast MLP", "dynamic evaluation, all weights"
+TEXT_ETAS = {FAST: (3.0, 10.0, 30.0), ALL: (0.1, 0.3, 1.0, 3.0)}
 SWEEP = [(FAST, eta, 0.0) for eta in ETAS] + [(ALL, eta, decay) for eta in ETAS[:-1] for decay in DECAYS]
 
 
@@ -352,16 +369,14 @@ def figure_memory(config, run, device):
     by_sixteenth = lambda loss: loss.view(len(loss), 16, -1).mean((0, 2)).tolist()      # (docs, T) -> 16 numbers
 
     def log(arm, seed, measure, **more):
-        if not any(r["phase"] == "test" and (r["arm"], r["seed"], r["steps"]) == (arm, seed, config.steps) and more.items() <= r.items() for r in run.rows):
-            for x, value in zip(ends, by_sixteenth(measure())):
-                run.log(phase="test", arm=arm, seed=seed, steps=config.steps, step=x, loss=value, **more)
-            if run.due:
-                run.save("memory")
+        values = functools.cache(lambda: by_sixteenth(measure()))
+        for i, x in enumerate(ends):
+            run.log_once(lambda: {"loss": values()[i]}, phase="test", arm=arm, seed=seed, steps=config.steps, step=x, **more)
 
     for seed in seeds_of(config):
         draw = lambda rng: documents(rng, config.batch, T + 1)
         test = documents(np.random.default_rng([seed, 1]), config.eval_docs, T + 1)
-        models = {arm: train(config, run, arm, seed, device, V, draw) for arm in ARMS}
+        models = {arm: train(config, run, arm, seed, device, V, draw, LONGER.get(arm, 1)) for arm in ARMS}
         for arm, model in models.items():
             log(arm, seed, lambda: losses(model, test, config.eta if arm == "TTT" else 0, config.chunk, 32))
         log(OFF, seed, lambda: losses(models["TTT"], test, 0, config.chunk, 32))
@@ -369,7 +384,6 @@ def figure_memory(config, run, device):
         for arm, eta, decay in SWEEP:
             log(arm, seed, lambda: losses(plain, test, eta, config.chunk, 32) if arm == FAST else
                 torch.stack([dynamic_evaluation(plain, ids, eta, decay, config.chunk) for ids in test.to(device)]).cpu(), eta=eta, decay=decay)
-        run.save("memory")
     get = lambda arm, **more: series(run, "loss", phase="test", arm=arm, steps=config.steps, **more)[1]                # (seeds, 16)
     swept = {(arm, eta, decay): get(arm, eta=eta, decay=decay) for arm, eta, decay in SWEEP}
     best = {arm: min((k for k in swept if k[0] == arm), key=lambda k: swept[k].mean()) for arm in (FAST, ALL)}         # chosen on the test documents themselves
@@ -404,55 +418,118 @@ def figure_memory(config, run, device):
         claim("full", "full attention on the last quarter minus the floor, worst seed", "fair comparison", "-", (full - floor()).max(), "<=", 0.3, n)]
 
 
-def figure_context(config, run, device, train_docs, test_docs):
-    target, n, etas = config.length // 2, config.seeds, (0.3, 1.0, 3.0, 10.0, 30.0)
-    contexts = [c for c in (64, 256, 1024, 4096) if c < config.context] + [config.context]
-    test = passages(test_docs, config.context + target + 1, config.eval_docs)
-    print(f"{sum(map(len, train_docs)):,} tokens to train on; tested on the last {target} tokens of {len(test)} passages")
-    tests = {"TTT": {"TTT": config.eta, OFF: 0}, "sliding window": {"sliding window": 0} | {f"{FAST}, eta = {eta}": eta for eta in etas}, "full attention": {"full attention": 0}}
+def speed(measure, tokens, repeats=3):
+    """Tokens per second of measure(), which reads `tokens` of them: the fastest of a few, as others may be at work here."""
+    times = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        measure().sum().item()          # waits for a GPU
+        times.append(time.perf_counter() - started)
+    return tokens / min(times)
 
-    def measure(model, context, eta):
-        """The same targets whatever the context: only what comes before them is cut."""
-        return dict(loss=losses(model, test[:, -context - target - 1:], eta, config.chunk, 4)[:, -target:].mean().item())
+
+def figure_context(config, run, device, train_docs, test_docs):
+    target, n, context = config.length // 2, config.seeds, config.context
+    contexts = [c for c in (64, 256, 1024, 4096) if c < context] + [context]
+    test = passages(test_docs, context + target + 1, config.eval_docs)
+    print(f"{sum(map(len, train_docs)):,} tokens to train on; tested on the last {target} tokens of {len(test)} passages")
+    sweep = {f"{arm}, eta = {eta:g}": (arm, eta) for arm, etas in TEXT_ETAS.items() for eta in etas}
+    tests = {"TTT": {"TTT": ("TTT", config.eta), OFF: (OFF, 0)},
+             "sliding window": {"sliding window": ("sliding window", 0)} | sweep}
+    timed = ("TTT", "sliding window", *(f"{arm}, eta = {etas[0]:g}" for arm, etas in TEXT_ETAS.items()))
+
+    def read_by(kind, model, ids, eta):
+        if kind == ALL:
+            return torch.stack([dynamic_evaluation(model, row, eta, 0.0, config.chunk) for row in ids.to(device)]).cpu()
+        return losses(model, ids, eta, config.chunk, 4)
 
     for seed in seeds_of(config):
-        for arm in ARMS:
-            model = train(config, run, arm, seed, device, config.vocab_size, lambda rng: stretches(rng, train_docs, config.batch, config.length + 1))
-            for name, eta in tests[arm].items():
-                for context in contexts:
-                    run.log_once(lambda: measure(model, context, eta), phase="test", arm=name, seed=seed, steps=config.steps, step=context)
-                    if run.due:
-                        run.save("context")
-            run.save("context")
-    get = lambda arm: series(run, "loss", phase="test", arm=arm, steps=config.steps)[1]                                 # (seeds, contexts)
-    best = min((f"{FAST}, eta = {eta}" for eta in etas), key=lambda arm: get(arm)[:, -1].mean())
-    curves = {arm: get(arm) for arm in ("TTT", "sliding window", "full attention", OFF, best)}
+        draw = lambda rng: stretches(rng, train_docs, config.batch, config.length + 1)
+        for arm in tests:
+            model = train(config, run, arm, seed, device, config.vocab_size, draw)
+            for name, (kind, eta) in tests[arm].items():
+                for c in contexts:      # the same targets: only what comes before them is cut
+                    ids = test[:, -c - target - 1:]
+                    run.log_once(lambda: {"loss": read_by(kind, model, ids, eta)[:, -target:].mean().item()},
+                                 phase="test", arm=name, seed=seed, steps=config.steps, step=c)
+                if name in timed:
+                    ids = test[:1, :config.length + 1]
+                    run.log_once(lambda: {"tokens_per_s": speed(lambda: read_by(kind, model, ids, eta), config.length)},
+                                 phase="speed", arm=kind, seed=seed, step=config.length)
+    get = lambda arm: series(run, "loss", phase="test", arm=arm, steps=config.steps)[1]                # (seeds, contexts)
+    cost = lambda arm: 1e6 / series(run, "tokens_per_s", phase="speed", arm=arm)[1][:, -1].max()       # microseconds
+    # which step size dynamic evaluation takes is decided on the test passages themselves, in its favour, for each claim anew
+    rival = lambda merit, among=(FAST, ALL): max((k for k in sweep if sweep[k][0] in among), key=lambda k: merit(get(k)).mean())
+    after = lambda c: lambda y: -y[:, contexts.index(c)]
+    fall = lambda y: y[:, 0] - y[:, -1]
+    best = {kind: rival(after(context), (kind,)) for kind in (FAST, ALL)}
+    curves = ["TTT", "sliding window", OFF, *best.values()]
     fig, axes = plt.subplots(1, 2, figsize=(14, 5), layout="constrained")
-    for (arm, y), style in zip(curves.items(), ("o-", "o-", "o-", "o:", "o--")):
-        band(axes[0], contexts, y, arm, marker=style[0], ls=style[1:])
-        band(axes[1], contexts, y[:, :1] - y, arm, marker=style[0], ls=style[1:])
-    axes[0].set(title=f"Loss on the same {target} tokens", ylabel="loss (nats per token)")
-    axes[1].set(title=f"What more context than {contexts[0]} tokens is worth", ylabel="fall of the loss (nats per token)")
+    for arm, style in zip(curves, ("o-", "o-", "o:", "o--", "s--")):
+        band(axes[0], contexts, get(arm), arm, marker=style[0], ls=style[1:])
+    axes[0].set(title=f"Loss on the same {target} tokens", xscale="log", ylabel="loss (nats per token)",
+                xlabel=f"tokens before the first of them (before the last: {target - 1} more)")
+    axes[0].set_xticks(contexts, contexts)
+    axes[0].axvline(config.length, color="k", ls=":", lw=1, label="length in training")
+    axes[0].legend()
+    for arm, kind, color in (("TTT", "TTT", "C0"), ("sliding window", "sliding window", "C1"), (best[FAST], FAST, "C3"), (best[ALL], ALL, "C4")):
+        y = get(arm)[:, -1]
+        axes[1].errorbar(cost(kind), y.mean(), y.std(ddof=1) if n > 1 else 0, fmt="o", color=color, capsize=4)
+        axes[1].annotate(kind, (cost(kind), y.mean()), (0, -20 if kind == "TTT" else 10), textcoords="offset points", ha="center", color=color)
+    axes[1].set(title=f"After {context:,} tokens: loss against cost", xlabel="time to read a token (µs, one text, the fastest seed)",
+                ylabel="loss (nats per token)", xscale="log")
+    axes[1].margins(0.35, 0.15)
     for ax in axes:
-        ax.set(xlabel="tokens read before them", xscale="log")
-        ax.set_xticks(contexts, contexts)
-        ax.axvline(config.length, color="k", ls=":", lw=1, label="length in training")
         ax.minorticks_off()
-    axes[1].legend()
-    fall = {arm: y[:, 0] - y[:, -1] for arm, y in curves.items()}                                                       # (seeds,)
-    spread = lambda x: np.std(x, ddof=1) if n > 1 else 0.0
-    more = fall["TTT"] - fall["sliding window"]
-    fig.suptitle(f"{config.context:,} tokens of {Path(config.data).name if config.data else 'source code'}, seen through {config.window}: worth {fall['TTT'].mean():.3f} nats with test-time training, "
-                 f"{round(fall['sliding window'].mean(), 3) + 0.0:.3f} without ({n} seed{'s' if n > 1 else ''})")
-    name = f"loss at {contexts[0]} tokens of context minus at {config.context} (nats)"
+    print(f"\n{'loss (nats per token)':<50}" + "".join(f"{f'after {c:,}':>14}" for c in contexts) + "   us per token")
+    for arm in curves:
+        kind = sweep.get(arm, (arm,))[0]
+        print(f"{arm:<50}" + "".join(f"{v:14.3f}" for v in get(arm).mean(0)) + (f"{cost(kind):15.0f}" if kind in ("TTT", "sliding window", FAST, ALL) else ""))
+    strongest = rival(after(context))
+    ahead = get(strongest)[:, -1] - get("TTT")[:, -1]                                                   # (seeds,): of TTT
+    verdict = "level with" if ahead.min() < 0 < ahead.max() else "ahead of" if ahead.mean() > 0 else "behind"
+    text = Path(config.data).name if config.data else "source code"
+    fig.suptitle(f"After {context:,} tokens of {text}, seen through {config.window}, test-time training ({get('TTT')[:, -1].mean():.3f} nats) is {verdict} "
+                 f"{sweep[strongest][0]} ({get(strongest)[:, -1].mean():.3f}), at {cost('TTT') / cost(sweep[strongest][0]):.1g} of its time ({n} seed{'s' * (n > 1)})")
+
+    def over_dynamic(id, what, merit):
+        name = rival(merit)
+        gap = merit(get("TTT")) - merit(get(name))
+        return claim(id, f"dynamic evaluation minus TTT: {what}, worst seed", SOURCE, "-", gap.min(), ">", 0, n,
+                     f" ({gap.mean():.3g}{f' ± {gap.std(ddof=1):.2g}' if n > 1 else ''}; {name.removeprefix('dynamic evaluation, ')})")
+
+    trained = max(c for c in contexts if c <= max(config.length, contexts[0]))
+    deep = lambda c: f"{c:,} to {c + target - 1:,} tokens deep"
     return fig, [
-        claim("ttt", f"TTT: {name}; threshold: its spread over seeds", SOURCE, "falls", fall["TTT"], ">=", spread(fall["TTT"]), n),
-        claim("over window", "the same minus the sliding window's; threshold: its spread", SOURCE, "positive", more, ">=", spread(more), n, f" ({fall['sliding window'].mean():.3g})"),
-        claim("over dynamic", "the same minus dynamic evaluation's (fast MLP, best eta)", SOURCE, "positive", fall["TTT"] - fall[best], ">=", 0, n, f" ({fall[best].mean():.3g})")]
+        claim("ttt", f"TTT: loss {deep(contexts[0])} minus {deep(context)}, worst seed", SOURCE, "falls", fall(get("TTT")).min(), ">", 0, n),
+        over_dynamic("over dynamic, trained length", f"loss {deep(trained)}", after(trained)),
+        over_dynamic("over dynamic, longest", f"loss {deep(context)}", after(context)),
+        over_dynamic("over dynamic, fall", "how much less its loss falls between the first claim's depths", fall)]
+
+
+def allocated(device):
+    """Bytes in use, as the allocator counts them: torch's on a GPU, glibc's on a CPU. None where neither can be asked."""
+    if device == "cuda":
+        return torch.cuda.memory_allocated()
+    if device == "mps":
+        return torch.mps.current_allocated_memory()
+
+    class Counts(ctypes.Structure):
+        names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
+        _fields_ = [(name, ctypes.c_size_t) for name in names.split()]
+
+    try:
+        ask = ctypes.CDLL(None).mallinfo2
+    except (AttributeError, OSError, TypeError):
+        return None
+    ask.restype = Counts
+    counts = ask()
+    return counts.uordblks + counts.hblkhd
 
 
 def decode(model, context, eta, config, device, seed, chunks=5):
-    """Read `context` random tokens, then write chunks one token at a time -> microseconds per token of each, and the bytes that are kept in between.
+    """Read `context` random tokens, then write chunks one token at a time -> microseconds per token of each, and the bytes that the reader
+    kept in between, as the allocator has it: those that are free when the reader is gone.
 
     Every chunk has one inner step in it. The first warms up, of the others the median counts.
     """
@@ -464,7 +541,10 @@ def decode(model, context, eta, config, device, seed, chunks=5):
             logits = reader.feed(part)
         logits.sum().item()         # waits for a GPU
         seconds.append(time.perf_counter() - started)
-    return {"read_us_per_token": 1e6 * seconds[0] / context, "us_per_token": 1e6 * np.median(seconds[2:]).item() / config.chunk, "bytes": reader.bytes()}
+    logits, kept = None, allocated(device)
+    del reader
+    kept = None if kept is None else kept - allocated(device)
+    return {"read_us_per_token": 1e6 * seconds[0] / context, "us_per_token": 1e6 * np.median(seconds[2:]).item() / config.chunk, "bytes": kept}
 
 
 def figure_cost(config, run, device):
@@ -478,33 +558,54 @@ def figure_cost(config, run, device):
         for context in contexts:
             for arm, (model, eta) in models.items():
                 run.log_once(lambda: decode(model, context, eta, config, device, seed), phase="cost", arm=arm, seed=seed, step=context)
-        run.save("cost")
     get = lambda arm, key: series(run, key, phase="cost", arm=arm)[1]                                                   # (seeds, contexts)
     fig, axes = plt.subplots(1, 3, figsize=(16, 5), layout="constrained")
-    for arm, style in zip(models, ("o-", "s--", "o-")):         # the window's memory lies on TTT's: they keep the same
+    measured = get("TTT", "bytes").size > 0         # not on every system
+    for arm, style in zip(models, ("o-", "s--", "o-")):
         slope = np.polyfit(np.array(contexts) / 1000, np.median(get(arm, "us_per_token"), 0), 1)[0]
-        for ax, y, label in ((axes[0], get(arm, "us_per_token") / 1000, f"{arm}: {slope:+.0f} µs per 1,000 tokens"), (axes[1], get(arm, "read_us_per_token") / 1000, arm),
-                             (axes[2], get(arm, "bytes") / 2 ** 20, arm)):
+        panels = [(axes[0], get(arm, "us_per_token") / 1000, f"{arm}: {slope:+.0f} µs per 1,000 tokens"),
+                  (axes[1], get(arm, "read_us_per_token") / 1000, arm)]
+        for ax, y, label in panels + [(axes[2], get(arm, "bytes") / 2 ** 20, arm)] * measured:
             line, = ax.plot(contexts, np.median(y, 0), style, label=label)
             ax.fill_between(contexts, y.min(0), y.max(0), color=line.get_color(), alpha=0.15, lw=0)
     axes[0].set(title=f"Writing the next token (median and range of {config.seeds} rounds)", ylabel="time per token (ms)", ylim=(0, None))
     axes[1].set(title=f"Reading, {config.chunk} tokens at a time", ylabel="time per token (ms)", ylim=(0, None))
-    axes[2].set(title="What is kept", ylabel="memory (MiB)", yscale="log")
+    axes[2].set(title="What is kept between two tokens" if measured else "No allocator here that could be asked",
+                ylabel="allocated, beside the weights (MiB)", yscale="log")
     for ax in axes:
         ax.set(xlabel="length of the context (tokens)", xscale="log")
         ax.set_xticks(contexts, contexts)
         ax.minorticks_off()
         ax.legend()
-    ratio = lambda arm, key: np.median(get(arm, key)[:, -1]) / np.median(get(arm, key)[:, 0])
+    ratio = lambda arm, key: get(arm, key)[:, -1] / get(arm, key)[:, 0]                                                 # (rounds,)
     full = "full attention, every layer"
-    fig.suptitle(f"From {contexts[0]:,} to {contexts[-1]:,} tokens of context: a token takes {ratio('TTT', 'us_per_token'):.2f} times the time with test-time training, "
-                 f"{ratio(full, 'us_per_token'):.1f} times with full attention")
+    fig.suptitle(f"From {contexts[0]:,} to {contexts[-1]:,} tokens of context: a token takes {np.median(ratio('TTT', 'us_per_token')):.2f} times the time with test-time training, "
+                 f"{np.median(ratio(full, 'us_per_token')):.1f} times with full attention")
     name, n = f"{contexts[-1]:,} over {contexts[0]:,} tokens of context", config.seeds
     return fig, [
         claim("time", f"TTT, time per token: {name}", SOURCE, "constant", ratio("TTT", "us_per_token"), "<=", 1.15, n),
-        claim("memory", f"TTT, memory (counted): {name}", SOURCE, "constant", ratio("TTT", "bytes"), "<=", 1, n),
-        claim("full time", f"full attention, time per token: {name}", SOURCE, "grows", ratio(full, "us_per_token"), ">=", 1.5, n),
-        claim("full memory", f"full attention, memory (counted): {name}", SOURCE, "grows", ratio(full, "bytes"), ">=", 8, n)]
+        claim("memory", f"TTT, memory (allocated): {name}", SOURCE, "constant", ratio("TTT", "bytes") if measured else math.nan, "<=", 1.15, n),
+        claim("full time", f"full attention, time per token: {name}", SOURCE, "grows", ratio(full, "us_per_token"), ">=", 1.5, n)]
+
+
+def size(config, vocab):
+    """The number of parameters of an arm, from the shapes of one layer and of two."""
+    def count(n_layer):
+        with torch.device("meta"):
+            return sum(p.numel() for p in build(dataclasses.replace(config, n_layer=n_layer), vocab).parameters())
+
+    return count(1) + (config.n_layer - 1) * (count(2) - count(1))
+
+
+def least_memory(config, vocab, parameters):
+    """Bytes that a figure cannot do without: it may take more."""
+    if config.figure == "cost":             # weights, and the cache of the arm that keeps everything
+        tokens = max(config.context + 5 * config.chunk, 2 * (config.window + config.chunk))
+        return 4 * parameters + 8 * config.n_layer * config.n_embd * tokens
+    tokens = config.batch * config.length
+    states = config.n_layer * config.n_embd + vocab + 2 * config.n_embd * config.n_fast // config.chunk
+    test = config.eval_docs * (config.length if config.figure == "memory" else config.context)
+    return 16 * parameters + 4 * tokens * states + 8 * test         # weights, gradient, two moments; one number of each state; token ids
 
 
 def main():
@@ -515,12 +616,15 @@ def main():
     if config.figure != "cost" and (config.length % 16 or config.length % config.chunk):
         raise UserError(f"--length {config.length} must be a multiple of 16 and of --chunk {config.chunk}")
     device = pick_device(config.device)
-    size = sum(p.numel() for p in build(config, config.vocab_size if config.figure == "context" else V).parameters())        # an impossible shape ends here, before anything is written
+    vocab = config.vocab_size if config.figure == "context" else V
+    parameters = size(config, vocab)        # an impossible shape ends here, before anything is written
+    need_memory(least_memory(config, vocab, parameters), f"{parameters:,} parameters, and the least that their figure keeps beside them", device)
     data = texts(config) if config.figure == "context" else ()
-    run = Run(config)
-    run.introduce(device, size)
-    fig, claims = globals()[f"figure_{config.figure}"](config, run, device, *data)
-    run.finish(fig, claims)
+    digest = hashlib.sha256(b"".join(ids.numpy().tobytes() for part in data for ids in part)).hexdigest()
+    with Run(config, inputs={"the text that --data names": digest}) as run:
+        run.introduce(device, parameters)
+        fig, claims = globals()[f"figure_{config.figure}"](config, run, device, *data)
+        run.finish(fig, claims)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,14 @@
 """README.md says what results/ holds. `python tests/test_readme.py --write` puts the tables, the exercises and the line counts there."""
+import builtins
 import dataclasses
-import importlib
+import dis
+import importlib.util
 import itertools
 import json
 import re
+import shlex
 import sys
+import types
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +16,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
-from common import Memory
+from common import Memory, launch
+from run import parse_args
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results"
@@ -203,6 +208,141 @@ def test_an_exercise_quotes_the_file_and_tells_what_was_measured(script):
         assert any(q in source for q in quotes) or any(q.startswith("--") for q in quotes), e["exercise"]
         known = set(numbers_in([e["measured"], e["command"], e["exercise"]]))
         assert [n for n in told(e["expect"]) if not found(n, known)] == [], e["expect"]
+
+
+# What each exercise asks to change, (script, number) -> (old, new) in turn. Whoever changes a line that an exercise quotes changes it here and in exercises.json.
+EDITS = {
+    ("grpo", 2): [('return float(written == right and len(text) % LINE == 0)',
+                   'return float(all(right.get(c) == d for c, d in written.items()) and len(text) % LINE == 0)')],
+    ("grpo", 3): [('adv = adv.reshape(R, 1)[mine]', 'adv = adv.reshape(R, 1).roll(1, 0)[mine]')],
+    ("grpo", 4): [('kl = kl_estimate(logp, ref_logp[rows], config.kl or "k3")', 'kl = kl_estimate(logp, ref_logp[rows], "k1")')],
+    ("grpo", 5): [('rng.shuffle(order)', '')],
+    ("opd", 2): [('return PASSWORDS[zlib.crc32(repr(tuple(pair)).encode()) % len(PASSWORDS)]', 'return PASSWORDS[0]')],
+    ("opd", 3): [('return (logp - logq).detach() * logp', 'return logp - logq')],
+    ("opd", 4): [('return Task(pairs[256:][:train], pairs[:256], told, (*range(PLACES), EOS), recall=8, keep=4)',
+                  'return Task(pairs[256:][:train], pairs[:256], told, (*range(PLACES), *STYLES, EOS), recall=8, keep=4)')],
+    ("curriculum", 2): [('sum_token(a + b if honest else rng.randrange(3, 2 * HIGHEST))', 'sum_token(3)')],
+    ("curriculum", 3): [('reward(p, t) for p, t in zip(repeated, answers)', 'float(OK in t) for t in answers')],
+    ("curriculum", 4): [('(0.0 if masked else -1.0, 1.0)', '(0.0, 2.0) if masked else (-2.0, 0.0)')],
+    ("curriculum", 5): [('for _ in range(attempts):', 'pairs = [(a, b) for i, a in enumerate(xs) for b in xs[i + 1:]]\n    for _ in range(attempts):'),
+                        ('a, b = rng.sample(xs, 2)', 'a, b = pairs.pop(0)')],
+    ("coverage", 1): [('def table(H, n, seed, prompts=1000, V=4, a=0.01):', 'def table(H, n, seed, prompts=1000, V=4, a=0.1):')],
+    ("coverage", 2): [('def select(config, model, valid, weights, seed, N=4):', 'def select(config, model, valid, weights, seed, N=64):')],
+    ("coverage", 3): [('model = train(config, run, phase, seed, base, (0.9, 0.1, 0.0), config.steps, config.lr, loss, at=at, kept=kept)',
+                       'model = train(config, run, phase, seed, base, (0.5, 0.5, 0.0), config.steps, config.lr, loss, at=at, kept=kept)')],
+    ("coverage", 4): [('counts = counts * truncated_weights(np.broadcast_to(e, (seeds, H)), math.log(N)).mean(-1, keepdims=True)',
+                       'counts = counts * truncated_weights(np.broadcast_to(e, (seeds, H)), math.inf).mean(-1, keepdims=True)')],
+    ("coverage", 5): [('g = g / (1 + np.linalg.norm(g, axis=-1, keepdims=True))', 'g = np.sign(g)')],
+    ("ttt", 2): [('return tuple(w - scale[:, None, None] * g for w, g in zip(fast, grads))',
+                  'return tuple(w - scale[:, None, None] * g.mean(0) for w, g in zip(fast, grads))')],
+    ("ttt", 3): [('return (loss, *inner_update(fast, grads, eta))',
+                  'fast = inner_update(fast, grads, eta)\n    return (token_losses(model, x, y, fast), *fast)')],
+    ("ttt", 4): [('return (loss, *inner_update(fast, grads, eta))', 'return (loss, *inner_update(fast, [g.detach() for g in grads], eta))')],
+    ("ttt", 5): [('for t in range(1, T):', 'for t in range(1, T):\n        if t == T // 2: successor = rng.random((B, V)).argsort(1)')],
+    ("model", 1): [('temperature=0.8', 'temperature=0')],
+    ("model", 2): [('y = attention(*(t.transpose(1, 2) for t in (q, k, v)), window=self.window, mask=mask)',
+                    'y = attention(*(t.transpose(1, 2) for t in (q, k, v)), window=self.window, mask=mask, causal=False)')],
+    ("model", 3): [('cache.set_lens(lens)', '')],
+    ("model", 4): [('used_up = spent > budget', 'used_up = spent > math.inf')],
+    ("kernels", 1): [('BLOCK = 2 ** 24', 'BLOCK = 2 ** 20')],
+    ("kernels", 2): [('m_new = torch.maximum(m, z.amax(-1))', 'm_new = torch.zeros_like(m)')],
+    ("kernels", 3): [('dh = torch.zeros(h.shape, dtype=torch.float32, device=h.device)', 'dh = torch.zeros(h.shape, dtype=h.dtype, device=h.device)')],
+    ("kernels", 4): [('acc = dot((p * (dp - sums[:, None])).to(q.dtype), k_tile, acc)', 'acc = dot((p * dp).to(q.dtype), k_tile, acc)')],
+}
+TASKS = [(script, i) for script in read("exercises.json")["about"] for i in range(1, 6)]
+
+
+def fragments(old, new):
+    """What differs in each line of the two."""
+    for a, b in itertools.zip_longest(old.split("\n"), new.split("\n"), fillvalue=""):
+        start = len(commonprefix(a, b))
+        end = len(commonprefix(a[start:][::-1], b[start:][::-1]))
+        yield from (a[start:len(a) - end].strip(), b[start:len(b) - end].strip())
+
+
+def commonprefix(a, b):
+    return "".join(x for x, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(a, b)))
+
+
+def changed(script, number, folder):
+    """The module of a script with an exercise's edits, from a file of its own in a folder (Triton reads its source)."""
+    source = (ROOT / f"{script}.py").read_text()
+    for old, new in EDITS.get((script, number), []):
+        assert source.count(old) == 1, f"{source.count(old)} times in {script}.py: {old}"
+        source = source.replace(old, new)
+    path = folder / f"{script}.py"
+    path.write_text(source)
+    spec = importlib.util.spec_from_file_location(script, path)
+    module = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, script, module)
+        spec.loader.exec_module(module)
+    return module, compile(source, path, "exec")
+
+
+def unknown_names(code, module):
+    """The global names that a code object and all inside it ask for and nobody has."""
+    asked = {i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
+    inside = [unknown_names(c, module) for c in code.co_consts if isinstance(c, types.CodeType)]
+    local = set(code.co_names) if "__qualname__" in code.co_names else set()        # a class body sets names of its own
+    return {name for name in asked - local if name not in vars(module) and not hasattr(builtins, name)}.union(*inside)
+
+
+@pytest.mark.parametrize("script, number", TASKS)
+def test_an_exercise_asks_for_the_changes_that_the_tests_make(script, number):
+    text = read("exercises.json")[script][number - 1]["exercise"]
+    for old, new in EDITS.get((script, number), []):
+        assert [f for f in fragments(old, new) if f.strip(", ") not in text] == []
+    asks = re.search(r"(?i)\breplace\b|\bchange `|\bdelete the line\b|\binsert\b|\bput `|\bgets `|\badd the argument\b", text)
+    assert (script, number) in EDITS or number == 5 or asks is None, text
+
+
+@pytest.mark.parametrize("script, number", list(EDITS))
+def test_the_change_of_an_exercise_can_be_made_in_one_place_and_leaves_no_name_unknown(script, number, tmp_path):
+    module, code = changed(script, number, tmp_path)
+    assert unknown_names(code, module) == set()
+
+
+SCRIPTS = [(script, number) for script, number in TASKS for line in read("exercises.json")[script][number - 1]["command"].splitlines()
+           if line.startswith(f"python {script}.py")]
+
+
+@pytest.mark.parametrize("script, number", dict.fromkeys(SCRIPTS))
+def test_the_command_of_an_exercise_is_one_and_runs_quickly_after_the_change(script, number, tmp_path, monkeypatch):
+    """All flags are read as they are; then the run has only those whose value --quick does not choose."""
+    monkeypatch.setattr(sys, "argv", ["pytest"])
+    module, _ = changed(script, number, tmp_path)
+    monkeypatch.setitem(sys.modules, script, module)
+    quick = {"--" + f.name.replace("_", "-") for f in dataclasses.fields(module.Config) if f.metadata["quick"] is not None}
+    for line in read("exercises.json")[script][number - 1]["command"].splitlines():
+        if not line.startswith(f"python {script}.py"):
+            continue
+        given = shlex.split(line, comments=True)[2:]
+        if "--resume" not in given:
+            parse_args(module.Config, "", given)
+        if (script, number) not in EDITS or "# before the change" in line:
+            continue
+        kept, i = [], 0
+        while i < len(given):
+            width = 1 if i + 1 == len(given) or given[i + 1].startswith("--") else 2
+            if given[i] not in quick | {"--out"}:
+                kept += given[i:i + width]
+            i += width
+        code, _, err = launch(f"{script}.py", *kept, *([] if "--resume" in kept else ["--quick"]), "--out", tmp_path / "out")
+        assert code == 0, err
+        assert (tmp_path / "out" / "claims.json").exists()
+
+
+PIECES = {("curriculum", 4), ("model", 4), ("kernels", 2), ("kernels", 3), ("kernels", 4)}     # python -c "..." that takes seconds
+
+
+@pytest.mark.parametrize("script, number", sorted(PIECES))
+def test_a_piece_of_code_in_an_exercise_runs_after_the_change(script, number, tmp_path, monkeypatch, capsys):
+    command = read("exercises.json")[script][number - 1]["command"]
+    piece = re.search(r'python -c "(.*?)"$', command, re.S | re.M)[1]
+    monkeypatch.setitem(sys.modules, script, changed(script, number, tmp_path)[0])
+    exec(compile(piece, "exercise", "exec"), {"__name__": "exercise"})
+    assert capsys.readouterr().out
 
 
 def test_every_test_that_the_readme_names_exists():
