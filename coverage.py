@@ -37,15 +37,16 @@ import random
 from dataclasses import dataclass
 
 import matplotlib
+
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
+from engine import generate
+from experiment import NotFinite, Run, band, claim, command, descend, flag, need_memory, parse_args, pick_device, seeds_of, series
 from kernels import token_logprobs
-from model import GPT, GPTConfig, generate
-from run import (NotFinite, Run, band, claim, command, descend, flag, need_memory, parse_args,
-                 pick_device, seeds_of, series)
+from model import GPT, GPTConfig
 
 FIGURES = {"principle": "fine-tuning on the graph task: KL, coverage, Pass@N, the tournament, DCO (within 5 minutes)",
            "horizon": "a table learnt by counting; a coin (seconds)",
@@ -85,6 +86,10 @@ class Config:
         if self.figure == "horizon":
             idle["steps"] = "a table is learnt by counting"
         return idle
+
+    @property
+    def name(self):
+        return self.figure
 
 
 # ---------------------------------------------------------------------------------------------------------------------------

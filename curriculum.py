@@ -39,15 +39,16 @@ import zlib
 from dataclasses import dataclass
 
 import matplotlib
+
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
+from engine import generate
+from experiment import Run, UserError, band, claim, command, descend, flag, need_memory, parse_args, pick_device, restore, seeds_of, series
 from kernels import token_logprobs
-from model import GPT, GPTConfig, generate
-from run import (Run, UserError, band, claim, command, descend, flag, need_memory, parse_args,
-                 pick_device, restore, seeds_of, series)
+from model import GPT, GPTConfig
 
 FIGURES = {"explore": "asymmetry, negative gradient, the p^k model (within 5 minutes)",
            "curriculum": "the coupled curriculum against three rivals at equal tokens, tested to 4 times the budget (about 25 minutes)",
@@ -94,6 +95,10 @@ class Config:
             return dict.fromkeys(("numbers", "budget", "steps"), f"--figure curriculum {why}")
         idle = dict.fromkeys(("stage_tokens", "kappa"), "it belongs to --figure curriculum")
         return idle | (dict(budget="--figure budget has its own") if self.figure == "budget" else {})
+
+    @property
+    def name(self):
+        return self.figure
 
 
 # ---------------------------------------------------------------------------------------------------------------------------

@@ -47,17 +47,40 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import matplotlib
+
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+from engine import Rollout, generate, skip_draws
+from experiment import (
+    Run,
+    UserError,
+    all_sum,
+    band,
+    claim,
+    command,
+    descend,
+    fingerprint,
+    flag,
+    gathered,
+    join,
+    need_memory,
+    parse_args,
+    pick_device,
+    same_weights,
+    seeds_of,
+    series,
+    share,
+    sum_gradients,
+    world,
+)
+from huggingface import word_problems
 from kernels import token_logprobs
-from model import GPT, CharTokenizer, GPTConfig, Rollout, checkpoint_for, generate, skip_draws
-from pretrained import word_problems
-from run import (Run, UserError, all_sum, band, claim, command, descend, fingerprint, flag, gathered, join, need_memory, parse_args, pick_device,
-                 same_weights, seeds_of, series, share, sum_gradients, world)
+from model import GPT, GPTConfig, checkpoint_for
+from tokenizer import CharTokenizer
 
 FIGURES = {"train": "one run: reward, pass@1, entropy, lengths, pass@k against the base (under 3 minutes)",
            "variants": "every loss at the same number of sampled tokens, 3 seeds (about half an hour)",
@@ -180,6 +203,10 @@ class Config:
         names = "advantage", "ratio", "eps_low", "eps_high", "aggregation", "dynamic"
         chosen = {n: v if getattr(self, n, None) is None else getattr(self, n) for n, v in zip(names, LOSSES[self.loss])}
         return SimpleNamespace(**chosen)
+
+    @property
+    def name(self):
+        return self.figure
 
 
 # ---------------------------------------------------------------------------------------------------------------------------

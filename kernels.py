@@ -35,26 +35,18 @@
    exp2 of a score takes as long as its 4 D = 256 operations. Hence scale and log2(e) in one multiply-add before it, tiles that nobody
    sees skipped, and masks only in tiles at an edge.
 
-`python kernels.py` prints forward and backward time, peak memory, the fraction of the measured roof (FLOP/s and bytes/s) and the error
-against fp64 for every impl, and draws the roofline, kernels.png: about 5 minutes on two cores, half of it in the naive rows;
-`--quick` takes 20 s on a smaller problem; `--against liger,cce,flash` adds rows of peers that are installed (GPU only).
+3. `RMSNormFunction`: the norm whose backward pass torch leaves in pieces.
+
+`python bench.py kernels` measures all of them.
 """
-import argparse
 import functools
-import importlib.util
-import json
 import math
-import multiprocessing
 import os
 import shutil
-import sys
-import time
 from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
-
-from run import UserError, command, whole
 
 try:
     import triton
@@ -281,6 +273,35 @@ def visible(T, S, causal, window, device):
     if window is not None:
         seen &= distance < window
     return seen[None, None]
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Norms
+
+def inverse_rms(x, eps):
+    return (torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.shape[-1] + eps).rsqrt()
+
+
+class RMSNormFunction(torch.autograd.Function):
+    """y = w x r with r = 1 / rms(x), and by the chain rule dx = r (g w) - x (g w . x) r^3 / C.
+
+    torch's own is a chain of small operations on a CPU, three times slower than its layer norm: a tenth of a training step.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        ctx.save_for_backward(x, weight)
+        ctx.eps = eps
+        return (wide(x) * inverse_rms(wide(x), eps)).mul_(weight).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, g):
+        saved, eps = ctx.saved_tensors, ctx.eps
+        x, weight, g = wide(saved[0]), wide(saved[1]), wide(g)
+        r, gx = inverse_rms(x, eps), g * x                              # (..., 1), (..., C)
+        slope = (gx @ weight)[..., None] * r ** 3 / x.shape[-1]         # (..., 1)
+        dx = (g * weight).mul_(r).addcmul_(x, slope, value=-1)
+        return dx.to(saved[0].dtype), (r.flatten() @ gx.flatten(0, -2)).to(saved[1].dtype), None
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -604,213 +625,3 @@ class FusedLogprobs(torch.autograd.Function):
             add_product(dh, z, weight[a:b])
             torch.mm(z.T, h, out=dweight[a:b])
         return dh.to(h.dtype), dweight, None, None
-
-
-# ---------------------------------------------------------------------------------------------------------------------------
-# python kernels.py: the benchmark
-
-PEERS = {"liger": ("liger_kernel", "token_logprobs"), "cce": ("cut_cross_entropy", "token_logprobs"), "flash": ("flash_attn", "attention")}
-MARKERS = dict(reference="o", chunked="s", compiled="D", sdpa="^", triton="*", liger="<", cce=">", flash="v")
-
-
-def problem(work, shape, dtype, device):
-    """The leaves, the rest of the arguments, and an upstream gradient for each output. shape (N, C, V) or (B, H, T, D)."""
-    torch.manual_seed(0)
-    if work == "token_logprobs":
-        N, C, V = shape
-        leaves = [torch.randn(n, C, dtype=dtype, device=device).mul_(0.5).requires_grad_() for n in (N, V)]
-        g = torch.randn(N, device=device)
-        return leaves, [torch.randint(V, (N,), device=device)], [g, 0.01 * g]
-    *leaves, g = (torch.randn(shape, dtype=dtype, device=device, requires_grad=i < 3) for i in range(4))
-    return leaves, [], [g]
-
-
-def run(work, impl, args):
-    """The outputs of an impl or a peer, a tuple. Liger gives the sum of -logp only, CCE no entropy."""
-    if impl == "liger":
-        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
-        return LigerFusedLinearCrossEntropyLoss(reduction="sum")(args[1], args[0], args[2]),
-    if impl == "cce":
-        from cut_cross_entropy import linear_cross_entropy
-        return -linear_cross_entropy(*args, reduction="none"),
-    if impl == "flash":
-        from flash_attn import flash_attn_func
-        return flash_attn_func(*(x.transpose(1, 2) for x in args), causal=True).transpose(1, 2),
-    return token_logprobs(*args, impl=impl) if work == "token_logprobs" else (attention(*args, impl=impl),)
-
-
-def error(work, dtype, impl, device):
-    """Largest error of an output or gradient on a small problem, relative to the same in fp64, in norm."""
-    leaves, rest, upstream = problem(work, (64, 64, 1000) if work == "token_logprobs" else (1, 2, 128, 64), dtype, device)
-    results = []
-    for name, x in ((impl, leaves), ("reference", [leaf.detach().double().requires_grad_() for leaf in leaves])):
-        outputs = run(work, name, (*x, *rest))
-        results.append([*outputs, *torch.autograd.grad(outputs, x, [g.to(o.dtype) for g, o in zip(upstream, outputs)])])
-    return max(((a.double() - b).norm() / b.norm()).item() for a, b in zip(*results))
-
-
-def measure(work, shape, dtype, impl, device, repeats=3):
-    """Seconds of a forward and of a backward pass (medians), peak MiB over the inputs, error."""
-    cuda = device == "cuda"
-    if impl == "compiled":      # compiles in error, in this process: inductor's own memory is not the kernel's
-        torch._inductor.config.compile_threads = 1
-    err = None if impl in PEERS else error(work, dtype, impl, device)
-    leaves, rest, upstream = problem(work, shape, dtype, device)
-    if not cuda:
-        import resource     # not on Windows
-    memory = torch.cuda.max_memory_allocated if cuda else lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-    def clock():
-        if cuda:
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-    def step():
-        started = clock()
-        outputs = run(work, impl, (*leaves, *rest))
-        middle = clock()
-        torch.autograd.backward(outputs, [torch.ones_like(o) if impl == "liger" else g for g, o in zip(upstream, outputs)])
-        ended = clock()
-        for leaf in leaves:
-            leaf.grad = None
-        return middle - started, ended - middle
-
-    if cuda:
-        step()      # Triton tunes and compiles
-        torch.cuda.reset_peak_memory_stats()
-    start, _, peak = memory(), step(), memory()
-    times = [step() for _ in range(repeats)]
-    forward, backward = (sorted(t[i] for t in times)[repeats // 2] for i in (0, 1))
-    unit = 2 ** 20 if cuda or sys.platform == "darwin" else 2 ** 10     # Linux counts ru_maxrss in KiB, macOS in bytes
-    return forward, backward, (peak - start) / unit, err
-
-
-def roof(device):
-    """What this machine can do: {dtype: FLOP/s of the fastest matrix product (where bf16 is emulated, fp32's), None: bytes/s of a copy}."""
-    best, n = {}, 8192 if device == "cuda" else 2048
-    for dtype in (torch.float32, torch.bfloat16, None):
-        a, times = torch.randn(n, n if dtype else 16 * n, dtype=dtype, device=device), []
-        b = torch.empty_like(a)
-        for _ in range(6):
-            started = time.perf_counter()
-            (torch.mm(a, a, out=b) if dtype else b.copy_(a)).flatten()[0].item()        # waits for a GPU
-            times.append(time.perf_counter() - started)
-        best[dtype] = (2 * n ** 3 if dtype else 2 * a.nbytes) / min(times)
-    best[torch.bfloat16] = max(best[torch.float32], best[torch.bfloat16])
-    return best
-
-
-def plot_roofline(rows, peak, path):
-    """Useful operations per byte that any impl must move, against operations per second: the distance to the line is what an impl wastes."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    fig, ax = plt.subplots(figsize=(7.5, 5), layout="constrained")
-    x, labels = torch.logspace(0, 5, 200).tolist(), {}
-    for dtype, color in ((torch.float32, "tab:blue"), (torch.bfloat16, "tab:orange")):
-        name = str(dtype)[6:]
-        labels[f"roof, {name}"], = ax.plot(x, [min(peak[dtype], peak[None] * i) for i in x], color=color)
-        for row in (r for r in rows if r["dtype"] == name):
-            fill = None if row["work"] == "attention" else "none"
-            ax.plot(row["intensity"], row["flops"], MARKERS[row["impl"]], color=color, mfc=fill)
-            labels[f"{row['impl']}, {row['work']}"], = ax.plot([], [], MARKERS[row["impl"]], color="k", mfc=fill)      # the legend's: of both colours
-    best = max(rows, key=lambda r: r["of_roof"])
-    ax.set(xscale="log", yscale="log", xlabel="operations per byte that must be moved (FLOP/byte)", ylabel="achieved (FLOP/s)",
-           title=f"Closest to the roof: {best['work']}, {best['impl']}, {best['dtype']}, {best['of_roof']:.0%}")
-    ax.legend(labels.values(), labels, fontsize=8)
-    with whole(path) as f:
-        fig.savefig(f, dpi=110, format="png")
-
-
-def left_out(impl, dtype, device):
-    """Why this machine cannot run this row, or None."""
-    if impl == "compiled":
-        return None if can_compile(device) else "no C++ compiler found"
-    if impl == "triton":
-        return no_triton(torch.empty(0, device=device))
-    if impl in PEERS:
-        found = importlib.util.find_spec(PEERS[impl][0])
-        return "needs a GPU" if device != "cuda" else "not installed" if not found else "bf16 only" if dtype == torch.float32 else None
-
-
-def apart(f, *args):
-    """f(*args) in a process of its own, so that its peak memory is its own."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(f, args)
-
-
-def make_folder(out):
-    """The folder for benchmark.json and kernels.png. UserError if it cannot be made, or holds files by these names that no benchmark wrote."""
-    ours = False
-    try:
-        os.makedirs(out, exist_ok=True)
-        names = {"benchmark.json", "kernels.png"} & set(os.listdir(out))
-        if "benchmark.json" in names:
-            with open(os.path.join(out, "benchmark.json")) as f:
-                ours = {"device", "threads", "torch", "rows"} == set(json.load(f))
-    except OSError as e:
-        raise UserError(f"cannot write to {out}: {e.strerror}") from None
-    except (ValueError, TypeError):     # no JSON, no object
-        pass
-    if names and not ours:
-        raise UserError(f"{out} holds {min(names)}, which no benchmark wrote: choose another --out")
-
-
-def main():
-    def fail(message):
-        raise UserError(message)
-
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--quick", action="store_true", help="small shapes, 20 s")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"), help="default: cuda where there is one")
-    parser.add_argument("--against", default="", help="peers to add, with commas: " + ", ".join(PEERS))
-    parser.add_argument("--out", default="out/kernels", help="folder for benchmark.json and kernels.png, default: %(default)s")
-    parser.error = fail
-    args = parser.parse_args()
-    peers, cuda = [p for p in args.against.split(",") if p], args.device == "cuda"
-    if unknown := set(peers) - set(PEERS):
-        fail(f"--against: no peer is called {', '.join(sorted(unknown))}")
-    if cuda and not torch.cuda.is_available():
-        fail("--device cuda: this machine has none")
-    make_folder(args.out)
-    peak, rows = apart(roof, args.device), []
-    print(f"{args.device}, {torch.get_num_threads()} threads, torch {torch.__version__}; matrix products reach "
-          + ", ".join(f"{v / 1e9:.0f} GFLOP/s in {str(k)[6:]}" for k, v in peak.items() if k) + f"; a copy moves {peak[None] / 1e9:.0f} GB/s")
-    print(f"\n{'':<52} {'seconds':>8} {'forward':>8} {'backward':>8} {'peak MiB':>9} {'of roof':>8} {'error':>7} {'time':>7} {'memory':>7}"
-          "  (ratios to reference)")
-    heads = (512, 256, 8192) if args.quick else (16384, 4096, 128256) if cuda else (4096, 768, 50257)
-    squares = [(1, 4, 256, 64)] if args.quick else [(8, 16, 4096, 64), (8, 16, 4096, 128)] if cuda else [(4, 12, 1024, 64)]
-    jobs = [("token_logprobs", heads, ["reference", "chunked", "compiled"])] + [("attention", shape, ["reference", "sdpa"]) for shape in squares]
-    for work, shape, impls in jobs:
-        impls = impls + ["triton"] * cuda + [p for p in peers if PEERS[p][1] == work]
-        for dtype in (torch.float32, torch.bfloat16):
-            if work == "token_logprobs":    # useful work: 3 products; h and W move three times: read, read again, and their gradients
-                flops, elements = 6 * math.prod(shape), 3 * (shape[0] + shape[2]) * shape[1]
-            else:                           # causal: 7 half squares; q, k, v, o move, then the same with do, dq, dk, dv
-                flops, elements = 7 * math.prod(shape) * shape[2], 12 * math.prod(shape)
-            intensity, first = flops / (elements * dtype.itemsize), None
-            for impl in impls:
-                name, why_not = f"{work} {'x'.join(map(str, shape))} {str(dtype)[6:]} {impl}", left_out(impl, dtype, args.device)
-                try:
-                    forward, backward, mib, err = (None,) * 4 if why_not else apart(measure, work, shape, dtype, impl, args.device)
-                except torch.OutOfMemoryError:
-                    why_not = "out of memory"
-                if why_not:
-                    print(f"{name}: {why_not}, row left out")
-                    continue
-                seconds = forward + backward
-                row = dict(work=work, shape=shape, dtype=str(dtype)[6:], impl=impl, seconds=seconds, forward_seconds=forward,
-                           backward_seconds=backward, peak_mib=mib, error=err, intensity=intensity, flops=flops / seconds,
-                           of_roof=flops / seconds / min(peak[dtype], peak[None] * intensity))
-                first = first or row
-                row |= dict(time_ratio=seconds / first["seconds"], memory_ratio=mib / max(first["peak_mib"], 1e-9))
-                rows.append(row)
-                print(f"{name:<52} {seconds:>8.3f} {forward:>8.3f} {backward:>8.3f} {mib:>9.0f} {row['of_roof']:>8.0%} "
-                      f"{'-' if err is None else format(err, '.0e'):>7} {row['time_ratio']:>6.2f}x {row['memory_ratio']:>6.2f}x", flush=True)
-    with whole(os.path.join(args.out, "benchmark.json")) as f:
-        f.write(json.dumps(dict(device=args.device, threads=torch.get_num_threads(), torch=torch.__version__, rows=rows), indent=1).encode())
-    plot_roofline(rows, peak, os.path.join(args.out, "kernels.png"))
-
-
-if __name__ == "__main__":
-    command(main)

@@ -55,17 +55,40 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import matplotlib
+
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from engine import KVCache, generate, inverse_cdf, skip_draws
+from experiment import (
+    NotFinite,
+    Run,
+    UserError,
+    all_sum,
+    band,
+    claim,
+    command,
+    descend,
+    fingerprint,
+    flag,
+    join,
+    load_checkpoint,
+    need_memory,
+    parse_args,
+    pick_device,
+    save_checkpoint,
+    seeds_of,
+    series,
+    share,
+    sum_gradients,
+    world,
+)
+from huggingface import load_tokenizer, saved_files, word_problems
 from kernels import token_logprobs
-from model import GPT, GPTConfig, KVCache, checkpoint_for, generate, inverse_cdf, skip_draws
-from pretrained import load_tokenizer, saved_files, word_problems
-from run import (NotFinite, Run, UserError, all_sum, band, claim, command, descend, fingerprint, flag, join, load_checkpoint,
-                 need_memory, parse_args, pick_device, save_checkpoint, seeds_of, series, share, sum_gradients, world)
+from model import GPT, GPTConfig, checkpoint_for
 
 FIGURES = {"family": "nine methods: success, leak of the password, drift of style (within 5 minutes)",
            "cold": "a base model without any success; what TRB's blended prefixes are worth (about 7 minutes)",
@@ -189,6 +212,10 @@ class Config:
             ("draft" in rollouts, arms, "skd_top"),
             (any(kind.startswith("top") for kind in divergences), arms, "top")]
         return {name: why for used, why, names in only_if if not used for name in names.split()}
+
+    @property
+    def name(self):
+        return self.figure
 
 
 # ---------------------------------------------------------------------------------------------------------------------------

@@ -48,6 +48,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
+
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
@@ -57,9 +58,11 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from model import GPT, Block, GPTConfig, KVCache, RMSNorm, load_documents, lr_at, train_bpe
-from run import (Run, UserError, band, claim, command, descend, flag, need_memory, parse_args, pick_device, seeds_of,
-                 series)
+from engine import KVCache
+from experiment import Run, UserError, band, claim, command, descend, flag, lr_at, need_memory, parse_args, pick_device, seeds_of, series
+from model import GPT, Block, GPTConfig, RMSNorm
+from pretrain import load_documents
+from tokenizer import train_bpe
 
 FIGURES = {"memory": "documents with a map of their own: loss against position (within 5 minutes)",
            "context": "real text: loss against the length of the context (about 40 minutes)",
@@ -104,6 +107,10 @@ class Config:
                 "cost": ("dtype", "steps", "batch", "length", "lr", "checkpointing", "eval_docs", "data", "vocab_size")}
         why = "its documents are drawn from random maps" if self.figure == "memory" else "it trains nothing"
         return {name: f"--figure {self.figure}: {why}" for name in idle[self.figure]}
+
+    @property
+    def name(self):
+        return self.figure
 
 
 # ---------------------------------------------------------------------------------------------------------------------------

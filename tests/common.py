@@ -18,10 +18,39 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import run
+import experiment
+from model import GPT, GPTConfig
+
+V = 11
+PROMPTS = [[3], [1, 4, 1, 5, 9, 2, 6], [5, 3, 5], [8, 9, 7, 9]]
+VARIANTS = {"multi-head": {}, "grouped-query": dict(n_kv_head=2), "multi-query": dict(n_kv_head=1), "window": dict(window=4, n_kv_head=2),
+            "qk_norm": dict(qk_norm=True), "qkv_bias": dict(qkv_bias=True), "tied": dict(tie=True)}
 
 
-class Memory(run.Run):
+
+def make(seed=0, **kwargs):
+    """A small GPT whose every weight, norm and bias is random and large: at init nothing depends on much."""
+    gpt = GPT(GPTConfig(**{**dict(vocab_size=V, block_size=64, n_layer=2, n_head=4, n_embd=32, tie=False), **kwargs})).requires_grad_(False)
+    g = torch.Generator().manual_seed(seed)
+    for p in gpt.parameters():
+        p.copy_(torch.randn(p.shape, generator=g) * 0.2 + (p.dim() == 1))
+    return gpt
+
+
+
+def known(probs):
+    """A GPT that gives every token these probabilities, whatever came before."""
+    gpt = make(vocab_size=len(probs), n_layer=1, n_head=1, n_embd=2)
+    gpt.lm_head.register_forward_hook(lambda _, inputs, out: torch.tensor(probs).log().expand_as(out))
+    return gpt
+
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+class Memory(experiment.Run):
     """A Run without a folder: it keeps rows and state, and is never due."""
     due = False
 
@@ -109,7 +138,7 @@ def check_mistake(script, flags, folder):
 def check_resume(script, folder, marks, *flags):
     """Interrupt a run when a row with each mark is logged, resume it: its rows and claims are those of a run that nothing interrupted, to the bit."""
     finish(script, *flags, "--out", folder / "whole")
-    log = run.Run.log
+    log = experiment.Run.log
     for mark, number in zip(marks, (signal.SIGINT, signal.SIGTERM), strict=True):
         out, seen = folder / number.name, []
 
@@ -120,7 +149,7 @@ def check_resume(script, folder, marks, *flags):
                 os.kill(os.getpid(), number)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(run.Run, "log", interrupted)
+            patch.setattr(experiment.Run, "log", interrupted)
             code, written, _ = launch(script, *flags, "--out", out)
         assert code == 128 + number and "--resume" in written and seen
         assert 0 < len(metrics(out)) < len(metrics(folder / "whole"))

@@ -11,13 +11,41 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
-
 from common import Memory, check_help, check_mistake, check_quick, check_resume, check_whole, finish, launch, metrics
 
 import coverage as cov
-from coverage import (ANSWER, FIGURES, PAD, PROMPT, SECRET, Config, best, best_of_n, best_of_n_loss, build, coverage, dco_loss, exact_coverage, gradient, graphs, hard_reward,
-                      kl_bound, log_probs, offset_tournament, pass_at, project, ranks, score, score_all, spearman, teacher_forced, token_step, tournament, truncated_weights)
-from run import NotFinite, load_checkpoint
+from coverage import (
+    ANSWER,
+    FIGURES,
+    PAD,
+    PROMPT,
+    SECRET,
+    Config,
+    best,
+    best_of_n,
+    best_of_n_loss,
+    build,
+    coverage,
+    dco_loss,
+    exact_coverage,
+    gradient,
+    graphs,
+    hard_reward,
+    kl_bound,
+    log_probs,
+    offset_tournament,
+    pass_at,
+    project,
+    ranks,
+    score,
+    score_all,
+    spearman,
+    teacher_forced,
+    token_step,
+    tournament,
+    truncated_weights,
+)
+from experiment import NotFinite, load_checkpoint
 
 
 def two_distributions(seed, outcomes=50, spread=2.0):

@@ -10,14 +10,46 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
-
 from common import Memory, check_help, check_mistake, check_quick, check_resume, check_whole, complain, finish, launch, metrics
 
 import curriculum
-from curriculum import (ANS, BASES, BOS, BUDGETS, EOS, FIGURES, NO, OK, Config, advantages, at_success, behaviour,
-                        budget_rule, build, demonstrate, draw_problem, evaluate, generate, hits, parse, pk_exact, pk_gradient,
-                        pk_reuse, pk_sample, pk_start, pk_sums, pk_train, prompt, reward, second, steps_to, sum_token,
-                        target_token, verdict_gap, verdicts_by_place)
+from curriculum import (
+    ANS,
+    BASES,
+    BOS,
+    BUDGETS,
+    EOS,
+    FIGURES,
+    NO,
+    OK,
+    Config,
+    advantages,
+    at_success,
+    behaviour,
+    budget_rule,
+    build,
+    demonstrate,
+    draw_problem,
+    evaluate,
+    generate,
+    hits,
+    parse,
+    pk_exact,
+    pk_gradient,
+    pk_reuse,
+    pk_sample,
+    pk_start,
+    pk_sums,
+    pk_train,
+    prompt,
+    reward,
+    second,
+    steps_to,
+    sum_token,
+    target_token,
+    verdict_gap,
+    verdicts_by_place,
+)
 
 PROBLEM = [3, 11, 8, 2, 6, 12], 14
 TRIES = [3, second(6), sum_token(9), NO, 11, second(2), sum_token(13), NO]

@@ -20,16 +20,36 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-
 from common import ROOT, Memory, check_help, check_mistake, check_resume, check_whole, complain, finish, launch, metrics, torchrun
+from test_huggingface import make_json, merges_of, save_json
 
 import grpo
-from test_pretrained import make_json, merges_of, save_json
+from experiment import Run
+from grpo import (
+    COLUMNS,
+    LINE,
+    LOSSES,
+    Config,
+    Rollout,
+    UserError,
+    advantages,
+    aggregation_weights,
+    correction_weights,
+    demonstrate,
+    draw_problem,
+    generate,
+    group_uniforms,
+    guessed_carries,
+    kl_estimate,
+    length_bias,
+    pass_at_k,
+    question,
+    reward,
+    surrogate,
+    tokenizer,
+)
+from huggingface import extract_answer, load_chat_template, load_problems, load_tokenizer
 from model import GPT, GPTConfig
-from pretrained import extract_answer, load_chat_template, load_problems, load_tokenizer
-from run import Run
-from grpo import (COLUMNS, LINE, LOSSES, Config, Rollout, UserError, advantages, aggregation_weights, correction_weights, demonstrate, draw_problem,
-                  generate, group_uniforms, guessed_carries, kl_estimate, length_bias, pass_at_k, question, reward, surrogate, tokenizer)
 
 REWARDS = torch.tensor([[1, 0, 0, 1], [0, 1, 1, 1], [0, 0, 0, 1], [1, 1, 0, 0.]])      # every group has right and wrong answers
 each_loss = pytest.mark.parametrize("loss", LOSSES)
@@ -1140,7 +1160,7 @@ def test_a_shared_stream_gives_each_process_its_own_numbers():
 
 
 def test_only_rank_0_writes(quick, tmp_path, monkeypatch):
-    monkeypatch.setattr("run.world", lambda: (1, 2))
+    monkeypatch.setattr("experiment.world", lambda: (1, 2))
     monkeypatch.setenv("WORLD_SIZE", "2")
     handlers = [(s, signal.getsignal(s)) for s in (signal.SIGINT, signal.SIGTERM)]
     try:

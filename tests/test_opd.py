@@ -13,18 +13,65 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-
 from common import ROOT, Memory, check_help, check_quick, check_resume, complain, finish, launch, metrics, torchrun
+from test_grpo import ROWS
+from test_huggingface import make_json, merges_of, save_json
 
 import opd
-from model import GPT, Rollout
-from pretrained import load_tokenizer
-from test_grpo import ROWS
-from test_pretrained import make_json, merges_of, save_json
-from opd import (ALIASES, ANSWER, BOS, DEGREE, DISTANCE, EOS, FIGURES, GO, METHODS, NEIGHBOURS, NOHINT, PAD, PASSWORDS, PLACES, PROMPT, PW,
-                 RENAMED, RULES, STYLES, VOCAB, Config, advantages, answer_logprobs, base_documents, choose_mask, choose_weight, collect, crossing,
-                 divergence, draft, expert_documents, far_task, generate, largest, loss_of, password, plain, proximity, random_walks, renames, reward,
-                 rule_task, ruled, told, trust_region, walk_of, walk_on, with_slips, write_together)
+from engine import Rollout
+from huggingface import load_tokenizer
+from model import GPT
+from opd import (
+    ALIASES,
+    ANSWER,
+    BOS,
+    DEGREE,
+    DISTANCE,
+    EOS,
+    FIGURES,
+    GO,
+    METHODS,
+    NEIGHBOURS,
+    NOHINT,
+    PAD,
+    PASSWORDS,
+    PLACES,
+    PROMPT,
+    PW,
+    RENAMED,
+    RULES,
+    STYLES,
+    VOCAB,
+    Config,
+    advantages,
+    answer_logprobs,
+    base_documents,
+    choose_mask,
+    choose_weight,
+    collect,
+    crossing,
+    divergence,
+    draft,
+    expert_documents,
+    far_task,
+    generate,
+    largest,
+    loss_of,
+    password,
+    plain,
+    proximity,
+    random_walks,
+    renames,
+    reward,
+    rule_task,
+    ruled,
+    told,
+    trust_region,
+    walk_of,
+    walk_on,
+    with_slips,
+    write_together,
+)
 
 KINDS = ["forward", "reverse", "jsd", "sampled", "top_raw", "top_renormalised", "top_stopgrad"]
 

@@ -15,9 +15,9 @@ from types import SimpleNamespace
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
-
 from common import Memory, launch
-from run import parse_args
+
+from experiment import parse_args
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results"

@@ -12,13 +12,28 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
-
 from common import Memory, check_help, check_mistake, check_quick, check_resume, complain, finish, launch, metrics
 
 import ttt
+from experiment import UserError, load_checkpoint
 from model import GPT, GPTConfig
-from run import UserError, load_checkpoint
-from ttt import ARMS, FIGURES, V, Config, Reader, build, documents, dynamic_evaluation, floor, inner_update, passages, read, token_losses, score_then_step, stretches
+from ttt import (
+    ARMS,
+    FIGURES,
+    Config,
+    Reader,
+    V,
+    build,
+    documents,
+    dynamic_evaluation,
+    floor,
+    inner_update,
+    passages,
+    read,
+    score_then_step,
+    stretches,
+    token_losses,
+)
 
 
 def small(**choices):

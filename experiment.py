@@ -1,4 +1,4 @@
-"""run.py: what every script needs and none should say twice: flags, the folder of a run, checkpoints, several processes, claims.
+"""experiment.py: what every script needs and none should say twice: flags, the folder of a run, checkpoints, several processes, claims.
 
 A script is a `Config` whose fields are flags, and a `main` that hands it to a `Run`. The run writes config.json, metrics.jsonl, claims.json
 and the figure to --out, saves what a loop needs to go on, and survives an interrupt: `--resume` goes on to the bit on a CPU.
@@ -17,13 +17,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import field
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
+
+matplotlib.use("Agg")       # figures are files: no display is needed
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -84,6 +87,22 @@ def flag(default, help, quick=None, choices=None, low=None, high=None):
     return field(default=default, metadata=dict(help=help, quick=quick, choices=choices, low=low, high=high))
 
 
+@dataclass
+class Flags:
+    """What every script takes. A script's Config adds its own, and may give these other defaults."""
+    seed: int = flag(0, "random seed; with --seeds K: the first of K", low=0, high=2 ** 32 - 1)
+    seeds: int = flag(1, "repeat over this many seeds", quick=1, low=1)
+    device: str = flag("auto", "where to run", choices=("auto", "cpu", "cuda", "mps"))
+    out: str = flag("", "folder for figure, samples, metrics, claims and checkpoint (default out/ and the script's name)")
+    resume: bool = flag(False, "go on from the checkpoint in --out")
+    quick: bool = flag(False, "a run of a few seconds that shows nothing but that it runs")
+
+    @property
+    def name(self):
+        """A run is named for the file that its Config stands in."""
+        return Path(sys.modules[type(self).__module__].__file__).stem
+
+
 def parse_args(Config, doc, argv=None):
     """A Config from the command line. Every field is a flag; --quick sets the fields' quick values, explicit flags win.
 
@@ -109,7 +128,7 @@ def parse_args(Config, doc, argv=None):
     if given.get("quick"):
         values = {f.name: f.metadata["quick"] for f in dataclasses.fields(Config) if f.metadata["quick"] is not None}
     if given.get("resume"):
-        out = given.get("out", Config.out)
+        out = given.get("out") or f"out/{Config().name}"
         saved = load_checkpoint(Path(out) / "model.pt")
         if not isinstance(saved, dict) or not {"config", "state", "rows", "revision"} <= set(saved):
             fail(f"--resume: {Path(out) / 'model.pt'} is not a run's")
@@ -122,6 +141,7 @@ def parse_args(Config, doc, argv=None):
         if given.get("steps", math.inf) < (values["steps"] or 0):
             fail(f"--resume goes on with a run of {values['steps']} steps: {given['steps']} are fewer")
     config = Config(**{**values, **given})
+    config.out = config.out or f"out/{config.name}"
     for f in dataclasses.fields(Config):
         value, low, high = getattr(config, f.name), f.metadata["low"], f.metadata["high"]
         if isinstance(value, float) and not math.isfinite(value):
@@ -345,7 +365,7 @@ class Run:
     """
 
     def __init__(self, config, also=(), inputs=None):
-        self.config, self.dir, self.rows, self.state = dataclasses.asdict(config), Path(config.out), [], {}
+        self.config, self.name, self.dir, self.rows, self.state = dataclasses.asdict(config), config.name, Path(config.out), [], {}
         self.inputs, self.kept_rows, self.place, self.bar = inputs or {}, 0, "", None
         self.started = self.saved = self.kept = time.time()
         self.signal, self.busy, self.cost, self.keep_cost = 0, False, 0, 0      # the signal that came while busy; the seconds that the last save took
@@ -376,7 +396,7 @@ class Run:
             return
         try:
             self.dir.mkdir(parents=True, exist_ok=True)
-            mine = {"config.json", "metrics.jsonl", "claims.json", "model.pt", f"{self.config['figure']}.png", *also}
+            mine = {*self.files(self.name), *also}
             owned = self.owned()
             if not config.resume:
                 foreign = mine - owned - set(also if owned else ())
@@ -396,7 +416,7 @@ class Run:
             before = checkpoint["revision"]
             self.revision = before if before.endswith(self.revision) else f"{before}, resumed at {self.revision}"
         self.write("config.json", json.dumps({       # first of all: it says whose folder this is
-            "config": self.config, "torch": torch.__version__, "python": platform.python_version(),
+            "name": self.name, "config": self.config, "torch": torch.__version__, "python": platform.python_version(),
             "threads": torch.get_num_threads(), "revision": self.revision}, indent=1))
         self.write("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows))
         self.metrics = open(self.dir / "metrics.jsonl", "ab", buffering=0)
@@ -404,11 +424,15 @@ class Run:
         for s in self.handlers:
             signal.signal(s, self.interrupt)
 
+    def files(self, name):
+        """What the run of a script writes."""
+        return {"config.json", "metrics.jsonl", "claims.json", "samples.txt", "model.pt", f"{name}.png"}
+
     def owned(self):
         """The names in the folder that the run whose config.json is there has written: none if there is no config.json. UserError if it is not a run's."""
         try:
             past = json.loads((self.dir / "config.json").read_text())
-            return {"config.json", "metrics.jsonl", "claims.json", "model.pt", f"{past['config']['figure']}.png"} if past["revision"] else set()
+            return self.files(past["name"]) if past["config"] and past["revision"] else set()
         except FileNotFoundError:
             return set()
         except (ValueError, LookupError, TypeError):
@@ -474,19 +498,32 @@ class Run:
 
     def introduce(self, device, parameters):
         """The first line that a run prints."""
-        c = self.config
-        print(f"{Path(sys.argv[0]).name}: figure {c['figure']}, seed {c['seed']}, {c['seeds']} seed{'s' * (c['seeds'] > 1)}, {device}, {c['dtype']}, "
-              f"{torch.get_num_threads()} threads, {parameters:,} parameters", flush=True)
+        seed, seeds = self.config["seed"], self.config["seeds"]
+        print(f"{self.name}: seed {seed}, {seeds} seed{'s' * (seeds > 1)}, {device}, {torch.get_num_threads()} threads, {parameters:,} parameters", flush=True)
+
+    def say(self, **numbers):
+        """Put some numbers beside the progress bar."""
+        self.bar.set_postfix_str(", ".join(f"{name} {value:.3f}" for name, value in numbers.items()))
+
+    def samples(self, prompts, **answers):
+        """Print, and write to samples.txt, what each model answers to some prompts. answers: model's name -> [(text, reward)], one for each prompt."""
+        lines = []
+        for i, prompt in enumerate(prompts):
+            lines.append(prompt)
+            for name, written in answers.items():
+                text, reward = written[i]
+                lines.append(f"    {name:<12} {'right' if reward else 'wrong'}   {text}")
+        text = "\n".join(lines) + "\n"
+        self.write("samples.txt", text)
+        print(f"\nHeld-out problems, and what the models answer:\n{text}")
 
     def finish(self, fig, claims):
-        """The last things that a run does: the checkpoint goes with all rows; the figure, the claims, the time it took."""
-        self.keep()
-        self.save()
+        """The last things that a run does: the figure, the claims, the time it took."""
         if world()[0] == 0:
-            with whole(self.dir / f"{self.config['figure']}.png") as f:
+            with whole(self.dir / f"{self.name}.png") as f:
                 fig.savefig(f, dpi=110, format="png")
         self.claims(claims)
-        print(f"\n{self.dir / self.config['figure']}.png, metrics.jsonl, claims.json, model.pt: {time.time() - self.started:.0f} s")
+        print(f"\n{self.dir / self.name}.png, metrics.jsonl, claims.json, model.pt: {time.time() - self.started:.0f} s")
 
     def log_once(self, measure, **where):
         """Log measure() -> {name: value} as the row `where`, and save if that is due. A resumed run that has the row does not measure again."""
@@ -582,3 +619,8 @@ def band(ax, x, y, label, **style):
         line, = ax.plot(x, y.mean(0), label=label, **style)
         spread = y.std(0, ddof=1) if len(y) > 1 else 0 * y[0]
         ax.fill_between(x, y.mean(0) - spread, y.mean(0) + spread, color=line.get_color(), alpha=0.15, lw=0)
+
+
+def lr_at(step, steps, peak, warmup=20):
+    """The learning rate of a step: up to `peak` in a line over `warmup` steps, then down in a cosine to a tenth of it."""
+    return peak * min((step + 1) / warmup, 0.55 + 0.45 * math.cos(math.pi * step / steps))

@@ -1,4 +1,4 @@
-"""run.py: a checkpoint loses nothing, flags are typed and checked, a mistake is one line, an interrupt saves first."""
+"""experiment.py: a checkpoint loses nothing, flags are typed and checked, a mistake is one line, an interrupt saves first."""
 import copy
 import dataclasses
 import importlib
@@ -18,15 +18,40 @@ import matplotlib.pyplot as plt
 import pytest
 import torch
 import torch.distributed as dist
-
 from common import ROOT, check_whole, torchrun
+
+import experiment
+from experiment import (
+    Flags,
+    LostProcess,
+    NotFinite,
+    Run,
+    UserError,
+    all_sum,
+    band,
+    claim,
+    command,
+    descend,
+    fingerprint,
+    flag,
+    gathered,
+    join,
+    load_checkpoint,
+    need_memory,
+    parse_args,
+    pick_device,
+    restore,
+    same_weights,
+    save_checkpoint,
+    seeds_of,
+    series,
+    share,
+    snapshot,
+)
 from kernels import token_logprobs
 from model import GPT, GPTConfig
-import run as run_module
-from run import (LostProcess, NotFinite, Run, UserError, all_sum, band, claim, command, descend, fingerprint, flag, gathered, join, load_checkpoint, need_memory,
-                 parse_args, pick_device, restore, same_weights, save_checkpoint, seeds_of, series, share, snapshot)
 
-SCRIPTS = ["model.py", "grpo.py", "opd.py", "curriculum.py", "coverage.py", "ttt.py"]
+SCRIPTS = ["reinforce.py", "pretrain.py", "grpo.py", "opd.py", "curriculum.py", "coverage.py", "ttt.py"]
 
 
 def fresh_training():
@@ -106,11 +131,7 @@ def test_a_missing_or_damaged_checkpoint_is_a_user_error_that_names_it(tmp_path,
 
 
 @dataclasses.dataclass
-class Config:
-    out: str = flag("out/test", "folder")
-    resume: bool = flag(False, "go on")
-    quick: bool = flag(False, "seconds")
-    figure: str = flag("train", "figure", choices=("train", "other"))
+class Config(Flags):
     steps: int = flag(100, "steps", quick=2, low=0)
     lr: float = flag(1e-3, "learning rate", low=0, high=1)
     beta: float = flag(0.0, "coefficient", low=0)
@@ -119,8 +140,13 @@ class Config:
     two_words: int = flag(1, "a name of two words")
 
 
+@dataclasses.dataclass
+class Other(Config):
+    name = "other"
+
+
 def test_flags_have_the_types_and_defaults_of_the_fields():
-    assert parse_args(Config, "", []) == Config()
+    assert parse_args(Config, "", []) == Config(out="out/test_experiment")
     config = parse_args(Config, "", "--steps 7 --lr 0.5 --loss dapo --window 3 --out x --quick".split())
     assert config == Config(out="x", quick=True, steps=7, lr=0.5, loss="dapo", window=3)
 
@@ -133,7 +159,7 @@ def test_a_mistaken_flag_is_a_user_error(flags):
 
 
 def test_a_value_may_be_its_bound_and_two_words_are_joined_by_a_dash():
-    assert parse_args(Config, "", "--lr 1 --steps 0 --two-words 3".split()) == Config(lr=1, steps=0, two_words=3)
+    assert parse_args(Config, "", "--lr 1 --steps 0 --two-words 3 --out x".split()) == Config(out="x", lr=1, steps=0, two_words=3)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -192,7 +218,7 @@ def test_the_shares_of_all_processes_are_everything_once(processes, monkeypatch)
     for n in (0, 2, 7, 8):
         parts = []
         for rank in range(processes):
-            monkeypatch.setattr(run_module, "world", lambda: (rank, processes))
+            monkeypatch.setattr(experiment, "world", lambda: (rank, processes))
             parts.append(list(range(n))[share(n)])
         assert sum(parts, []) == list(range(n)) and max(map(len, parts)) - min(map(len, parts)) <= 1
 
@@ -212,7 +238,7 @@ def test_a_sum_leaves_its_argument_alone_and_tells_a_lost_process_from_a_lack_of
         raise error
 
     monkeypatch.setattr(dist, "is_initialized", lambda: True), monkeypatch.setattr(dist, "get_backend", lambda: "gloo")
-    monkeypatch.setattr(run_module, "world", lambda: (1, 2))
+    monkeypatch.setattr(experiment, "world", lambda: (1, 2))
     monkeypatch.setattr(dist, "all_reduce", lambda x: x.add_(5))
     x = torch.ones(3)
     assert all_sum(x).tolist() == [6, 6, 6] and x.tolist() == [1, 1, 1]
@@ -224,7 +250,7 @@ def test_a_sum_leaves_its_argument_alone_and_tells_a_lost_process_from_a_lack_of
 
 
 def test_every_process_gets_the_weights_of_rank_0_and_none_trains_where_rank_0_cannot_write(tmp_path):
-    (tmp_path / "file").touch(), (tmp_path / "worker.py").write_text("""import sys, torch, test_run as t, run
+    (tmp_path / "file").touch(), (tmp_path / "worker.py").write_text("""import sys, torch, test_experiment as t, experiment as run
 def main():
     run.join("cpu")
     torch.manual_seed(run.world()[0])
@@ -241,9 +267,9 @@ run.command(main)
 
 
 def test_a_mistake_on_the_command_line_is_one_line_and_exit_code_2(tmp_path):
-    done = subprocess.run([sys.executable, ROOT / "model.py", "--nonsense"], capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run([sys.executable, ROOT / "reinforce.py", "--nonsense"], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2 and done.stdout == ""
-    assert re.fullmatch("model.py: .*--nonsense.*\n", done.stderr)
+    assert re.fullmatch("reinforce.py: .*--nonsense.*\n", done.stderr)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -288,7 +314,7 @@ def test_a_resumed_run_goes_on_from_the_checkpoints_rows(tmp_path, handlers):
 
 
 def test_a_new_run_in_an_old_folder_forgets_all_of_the_old_one_and_a_resumed_one_nothing(tmp_path, handlers):
-    run, whole = Run(Config(out=str(tmp_path))), {"config.json", "metrics.jsonl", "model.pt", "claims.json", "train.png", "mine.png"}
+    run, whole = Run(Config(out=str(tmp_path))), {"config.json", "metrics.jsonl", "model.pt", "claims.json", "test_experiment.png", "mine.png"}
     run.log(step=1)
     run.save("base", step=1)
     run.save("train", step=2)
@@ -297,9 +323,9 @@ def test_a_new_run_in_an_old_folder_forgets_all_of_the_old_one_and_a_resumed_one
     (tmp_path / "mine.png").touch()
     Run(Config(out=str(tmp_path), resume=True))
     assert {p.name for p in tmp_path.iterdir()} == whole
-    again = Run(Config(out=str(tmp_path), figure="other"))
+    again = Run(Other(out=str(tmp_path)))
     assert again.rows == [] and again.state == {} and (tmp_path / "metrics.jsonl").read_text() == ""
-    assert {p.name for p in tmp_path.iterdir()} == whole - {"model.pt", "claims.json", "train.png"}
+    assert {p.name for p in tmp_path.iterdir()} == whole - {"model.pt", "claims.json", "test_experiment.png"}
 
 
 @pytest.mark.parametrize("theirs", ['{"model_type": "llama"}', '{"config": 3}', "[1]", "7", "{", ""])
@@ -517,7 +543,7 @@ def test_no_claim_holds_of_what_is_no_number_or_on_a_tie_with_0():
 # ---------------------------------------------------------------------------------------------------------------------------
 # Whose folder, whole files
 
-MINE = ("model.pt", "claims.json", "metrics.jsonl", "train.png", "base.pt")
+MINE = ("model.pt", "claims.json", "metrics.jsonl", "test_experiment.png", "base.pt")
 
 
 @pytest.mark.parametrize("name", MINE)
@@ -534,14 +560,14 @@ def test_a_file_that_no_run_wrote_is_never_deleted_or_overwritten(tmp_path, name
 def test_a_runs_folder_may_hold_files_of_yours_under_other_names(tmp_path):
     for name in ("model.tmp", "other.png", "notes"):
         (tmp_path / name).write_text("mine")
-    for figure in ("train", "train"):
-        with Run(Config(out=str(tmp_path), figure=figure)) as run:
+    for _ in range(2):
+        with Run(Config(out=str(tmp_path))) as run:
             run.log(step=1)
             run.save("train", step=1)
             run.finish(plt.figure(), [])
     assert all((tmp_path / name).read_text() == "mine" for name in ("model.tmp", "other.png", "notes"))
     with pytest.raises(UserError, match="other.png"):       # the figure of this one
-        Run(Config(out=str(tmp_path), figure="other"))
+        Run(Other(out=str(tmp_path)))
     plt.close("all")
 
 
@@ -590,7 +616,7 @@ def test_resume_refuses_inputs_that_have_changed(tmp_path):
 
 PRINTS = """import sys
 sys.path.insert(0, {root!r})
-import run, test_run as t
+import experiment as run, test_experiment as t
 def main():
     with run.Run(t.Config(out=sys.argv[1])) as r:
         for step in range(3):
@@ -681,5 +707,5 @@ def test_a_run_without_triton_compiler_display_or_network(tmp_path):
         grpo.command(grpo.main)"""
     env = {k: v for k, v in os.environ.items() if k not in ("DISPLAY", "WAYLAND_DISPLAY", "CXX")} | {"PATH": str(tmp_path), "MPLBACKEND": "TkAgg", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", code, "--quick", "--out", tmp_path / "run"], cwd=ROOT, env=env, capture_output=True, text=True)
-    assert done.returncode == 0 and "cpu, float32" in done.stdout.splitlines()[0], done.stderr
+    assert done.returncode == 0 and "seed, cpu, 1 threads" in done.stdout.splitlines()[0], done.stderr
     assert check_whole(tmp_path / "run") == "train"

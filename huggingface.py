@@ -1,4 +1,4 @@
-"""pretrained.py: Hugging Face folders, their names for our tensors, their tokenizers and chat templates; word problems for them to answer.
+"""huggingface.py: Hugging Face folders, their names for our tensors, their tokenizers and chat templates; word problems for them to answer.
 
 `GPT.from_pretrained` and `save_pretrained` (model.py) stand on it: Llama, SmolLM2, Qwen2, Qwen2.5, Qwen3, strictly: what is not supported, missing
 or left over is an error that names it.
@@ -19,8 +19,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 
-from run import UserError, need_memory, whole
-
+from experiment import UserError, need_memory, whole
+from tokenizer import SPLIT
 
 # ---------------------------------------------------------------------------------------------------------------------------
 # Hugging Face's names for all this
@@ -35,7 +35,7 @@ def hub_folder(name):
     if os.path.isdir(name):
         return Path(name)
     try:
-        from huggingface_hub import snapshot_download       # comes with datasets
+        from huggingface_hub import snapshot_download  # comes with datasets
         return Path(snapshot_download(str(name), allow_patterns=["*.json", "*.jinja", "*.safetensors"]))
     except Exception as e:
         raise UserError(f"{name}: no such folder, and no such model within reach on the hub ({type(e).__name__})") from None
@@ -274,9 +274,6 @@ def hf_save(model, folder, like=None, stop=None):
 # ---------------------------------------------------------------------------------------------------------------------------
 # Tokenizers
 
-# GPT-2's split: contractions, then runs of letters, of digits, of anything else, each with the space before it, then space
-SPLIT = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
-
 
 RUN = 2 ** 16       # so many spaces in a row tiktoken's regular expression can take; at a million it overflows its stack
 
@@ -444,7 +441,7 @@ def chat_environment():
     """What transformers lets a chat template, which is a program, use."""
     import jinja2
     import jinja2.ext
-    from jinja2.sandbox import ImmutableSandboxedEnvironment        # comes with torch
+    from jinja2.sandbox import ImmutableSandboxedEnvironment  # comes with torch
 
     class Generation(jinja2.ext.Extension):
         """{% generation %} marks what an assistant wrote, and changes nothing."""
@@ -518,7 +515,7 @@ def read_rows(data):
             import datasets
             splits = [datasets.load_dataset("openai/gsm8k", "main", split=s) for s in ("train", "test")]
         elif data.endswith(".parquet"):
-            import pyarrow.parquet          # comes with datasets
+            import pyarrow.parquet  # comes with datasets
             splits = [pyarrow.parquet.read_table(data).to_pylist()]
         else:
             lines = enumerate(read_text(data, f"--data {data}").split("\n"), 1)

@@ -5,7 +5,6 @@ import os
 import random
 import re
 import resource
-import shutil
 import subprocess
 import sys
 import unicodedata
@@ -21,8 +20,11 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from model import GPT, GPTConfig, UserError, bpe_merges, generate
-from pretrained import SPLIT, hf_config, load_chat_template, load_problems, load_tokenizer, word_problems
+from engine import generate
+from experiment import UserError
+from huggingface import hf_config, load_chat_template, load_problems, load_tokenizer, word_problems
+from model import GPT, GPTConfig
+from tokenizer import SPLIT, bpe_merges
 
 PROMPTS = [[3], [1, 4, 1, 5, 9, 2, 6], [5, 3, 5], [8, 9, 7, 9] * 5]
 BASE = dict(hidden_act="silu", vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
@@ -278,10 +280,12 @@ def test_a_missing_or_damaged_file_is_one_line_that_names_it(tmp_path):
 def test_a_hub_name_while_offline_is_one_line_and_exit_code_2(tmp_path):
     names = ["no/such-model", "nothing", "/no/such/folder", "not a name!"]
     code = """
-import sys, model
+import sys
+from experiment import command
+from model import GPT
 for name in sys.argv[1:]:
     try:
-        model.command(lambda: model.GPT.from_pretrained(name))
+        command(lambda: GPT.from_pretrained(name))
     except SystemExit as stopped:
         assert stopped.code == 2
 """
@@ -305,7 +309,7 @@ def test_an_interrupted_save_leaves_the_old_checkpoint_whole(tmp_path, monkeypat
     def dies(_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("run.os.fsync", dies)
+    monkeypatch.setattr("experiment.os.fsync", dies)
     with pytest.raises(KeyboardInterrupt):
         GPT(GPTConfig(11, 16, 2, 2, 16)).save_pretrained(tmp_path)
     assert contents(tmp_path) == before
@@ -446,7 +450,7 @@ def reference_ids(content, text):
 def strings(n, seed=0):
     """Code, Unicode from everywhere, words between all kinds of space, special tokens whole and torn, digits and contractions."""
     r = random.Random(seed)
-    code = "".join((ROOT / f).read_text() for f in ("model.py", "kernels.py"))
+    code = "".join((ROOT / f).read_text() for f in ("model.py", "kernels.py", "engine.py"))
     spaces, words = " \t\n\r\xa0\u2003\u3000\x0b\x0c\x85\u200b\u2028\ufeff", ("the cat don't I'LL WE'VE naïve cafe\u0301 A\u030a 北京 हिन्दी العربية 한국어 한 🙂 👨‍👩‍👧 "
         "½ ² Ⅷ ٣ 12 3.14 1,234 007 x=1 -> != #### </s> _a __init__ é\u0338 >\u0338 \x04 !\x13! \U00045678a").split(" ")
     any_char = lambda: chr(r.choice((r.randrange(0x80), r.randrange(0xa0, 0x3000), r.randrange(0x3000, 0xd800), r.randrange(0xe000, 0x110000))))

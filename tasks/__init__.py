@@ -1,0 +1,56 @@
+"""tasks: what is asked, and how an answer is judged. A task is a module with the same few names, whatever it asks:
+
+    tokenizer                               text to ids and back, with the id `eos` that ends an answer
+    SIZE                                    how large a problem is unless a flag says otherwise
+    budget(size)                            tokens that an answer may take
+    draw(rng, size=SIZE, held_out=False)    a problem; a tenth of all problems is held out, never trained on
+    prompt(problem)                         its text
+    demonstrate(rng, problem)               an answer by somebody who knows the steps but does not take care
+    reward(problem, text)                   1.0 if the answer is right, else 0.0
+
+"Train on your own task" is: write such a file, then `--task path/to/mytask.py`.
+"""
+import importlib
+import importlib.util
+import zlib
+from pathlib import Path
+
+import torch
+
+from experiment import UserError
+
+NAMES = ("tokenizer", "SIZE", "budget", "draw", "prompt", "demonstrate", "reward")
+
+
+def load(name):
+    """The task of that name in this folder, or of a .py file -> the module. UserError if there is none, or if it lacks a name."""
+    path = Path(name) if name.endswith(".py") else Path(__file__).parent / f"{name}.py"
+    if not path.is_file() or path.stem.startswith("_"):
+        known = sorted(p.stem for p in Path(__file__).parent.glob("[a-z]*.py"))
+        raise UserError(f"--task {name}: no such file, and not one of {', '.join(known)}")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    task = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(task)
+    except Exception as e:
+        raise UserError(f"--task {name}: {type(e).__name__}: {e}") from None
+    if missing := [n for n in NAMES if not hasattr(task, n)]:
+        raise UserError(f"--task {name}: has no {', '.join(missing)}")
+    return task
+
+
+def held_out(text):
+    """Whether the problem with this text is held out: a tenth of all texts, by a hash, the same on every machine."""
+    return zlib.crc32(text.encode()) % 10 == 0
+
+
+def padded(pairs, tokenizer):
+    """(prompt, answer) texts -> ids (B, T) int64, each answer ended by eos and padded on the right, and mask (B, T), 1 on the answer's tokens."""
+    encoded = [(tokenizer.encode(q), tokenizer.encode(a) + [tokenizer.eos]) for q, a in pairs]
+    T = max(len(q) + len(a) for q, a in encoded)
+    ids = torch.zeros(len(pairs), T, dtype=torch.long)
+    mask = torch.zeros(len(pairs), T)
+    for i, (q, a) in enumerate(encoded):
+        ids[i, :len(q) + len(a)] = torch.tensor(q + a)
+        mask[i, len(q):len(q) + len(a)] = 1
+    return ids, mask
