@@ -44,7 +44,7 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 
 from kernels import attention, can_compile, gemm_dtype, say_once, token_logprobs, wide
-from pretrained import SPLIT, hf_config, hf_save, hf_state, hub_folder, load_tokenizer                    # noqa: F401
+from pretrained import SPLIT, hf_config, hf_save, hf_state, hub_folder, load_tokenizer, short_runs                    # noqa: F401
 from run import (NotFinite, Run, UserError, band, claim, command, descend, flag, load_checkpoint, need_memory, parse_args,        # noqa: F401, one door
                  pick_device, save_checkpoint, seeds_of, series)
 
@@ -682,11 +682,20 @@ def train_bpe(text, vocab_size):
     return byte_level(bpe_merges(text, vocab_size - 257))
 
 
+class BPE(tiktoken.Encoding):
+    def encode_ordinary(self, text):
+        """The ids of a text. Its longest runs of spaces are cut: tiktoken's regular expression cannot take them."""
+        ids = []
+        for part in short_runs(text):
+            ids += super().encode_ordinary(part)
+        return ids
+
+
 def byte_level(merges):
     """The tiktoken.Encoding that these merged byte strings make, in their order."""
     vocab = [bytes([b]) for b in range(256)] + merges
-    encoding = tiktoken.Encoding("rollout", pat_str=SPLIT, mergeable_ranks={b: i for i, b in enumerate(vocab)},
-                                 special_tokens={"<|endoftext|>": len(vocab)})
+    encoding = BPE("rollout", pat_str=SPLIT, mergeable_ranks={b: i for i, b in enumerate(vocab)},
+                   special_tokens={"<|endoftext|>": len(vocab)})
     encoding.eos, encoding.stop = encoding.eot_token, [encoding.eot_token]
     return encoding
 

@@ -688,6 +688,14 @@ def test_a_trained_bpe_gives_any_text_back(text):
     assert encoding.decode(encoding.encode(text)) == text
 
 
+@pytest.mark.parametrize("space", [" ", "\n"])
+def test_a_million_spaces_are_text_like_any_other(space):
+    text = "a b" + 10 ** 6 * space + "c"
+    encoding = train_bpe(text, 300)
+    assert encoding.decode(encoding.encode_ordinary(text)) == text
+    assert encoding.encode_ordinary_batch([text, "a b"]) == [encoding.encode_ordinary(text), encoding.encode("a b")]
+
+
 def test_the_end_of_text_is_the_last_id():
     encoding = train_bpe(TEXT, 300)
     assert encoding.eos == 299 == encoding.n_vocab - 1 and encoding.stop == [299]
