@@ -378,7 +378,7 @@ def hf_save(model, folder, like=None, stop=None):
     before = saved_files(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with contextlib.ExitStack() as stack:  # all are on disk before the first takes its name
+        with contextlib.ExitStack() as stack:  # all are written before the first takes its name
             for name, content in files.items():
                 f = stack.enter_context(whole(folder / name))
                 f.write(content)
