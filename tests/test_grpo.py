@@ -831,7 +831,7 @@ def test_the_claims_of_train_compare_the_base_with_the_trained_model_by_the_seed
     assert claims == dict(gain=("0.4 (0.33, 0.90)", False), trained=("0.85", False), order=("0.1 (0.60)", False))
 
 
-@pytest.mark.parametrize("base, trained", [(0.9, 1.0), (1.0, 1.0), (1.0, 0.9)])
+@pytest.mark.parametrize("base, trained", [(0.9, 1.0), (1.0, 1.0), (1.0, 0.9), (0.9, 0.9)])
 def test_the_panel_of_pass_at_k_says_whether_a_crossing_can_be_seen_at_all(base, trained, monkeypatch):
     monkeypatch.setattr(grpo, "held_out", lambda model, *_: {f"pass@{2 ** i}": model for i in range(7)} | dict(guessed_carries=0.5))
     monkeypatch.setattr(grpo, "train", lambda *_: trained)
@@ -856,10 +856,10 @@ def fake_arms(gain, clip, seen=None, last=300_000):
 
 def test_the_claims_of_variants_compare_losses_on_the_same_seed(monkeypatch):
     config, seen = small(seeds=2, figure="variants", lr=0.1), set()
-    gain = {loss: (0.35, 0.25) for loss in LOSSES} | dict(rloo=(0.29, 0.19), dapo=(0.30, 0.32))         # rloo: .06 behind grpo on each seed; dapo is so on one
+    gain = {loss: (0.35, 0.30) for loss in LOSSES} | dict(rloo=(0.29, 0.24), dapo=(0.30, 0.37))         # rloo: .06 behind grpo on each seed; dapo is so on one
     clip = dict(gspo=(0.1, 0.3), grpo=(0.01, 0.01))
     claims = claims_of("variants", Memory(), monkeypatch, config, train=fake_arms(gain, clip, seen), warm_up=lambda *_: None)
-    assert claims == {"all learn": ("0.24 ± 0.071", True), "similar": (claims["similar"][0], False), "gspo clips more": ("20 ± 14 (0.2, 0.01)", True)}
+    assert claims == {"all learn": ("0.265 ± 0.035", True), "similar": (claims["similar"][0], False), "gspo clips more": ("20 ± 14 (0.2, 0.01)", True)}
     assert re.fullmatch(r"0\.06 ± \d(\.\d+)?e-1\d", claims["similar"][0])
     assert seen == {(loss, loss, 4, 0.1, LOSSES[loss][4]) for loss in LOSSES}
 
@@ -960,6 +960,7 @@ IDLE = [("--figure variants --loss grpo", "--loss"), ("--figure length --loss gr
         ("--ratio token", "--ratio"), ("--eps-high 0.3", "--eps-high"), ("--loss rloo --minibatches 2 --eps-low 0.3", "--eps-low"),
         ("--minibatches 2 --ratio none --eps-high 1", "--eps-high"), ("--kl k3", "--kl"), ("--kl-in reward", "--kl-in"), ("--correction tis", "--correction"),
         ("--template {question}", "--template"), ("--chat", "--chat"), ("--sft-steps 0 --sft-lr 1", "--sft-lr"), ("--sft-steps 0 --sft-batch 4", "--sft-batch"),
+        ("--steps 0 --sft-steps 0 --checkpointing", "--checkpointing"),
         *((f"--steps 0 {flag}", flag.split()[0]) for flag in ("--loss grpo", "--beta 1", "--entropy-bonus 1", "--positive-only", "--sampler lattice",
                                                              "--minibatches 2", "--micro-batch 2", "--lr 1", "--eval-every 2"))]
 
