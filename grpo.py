@@ -405,7 +405,7 @@ def score(model, rollout, config, T):
 def answers(model, prompts, n, config, generator, uniforms=None):
     """generate with the flags' temperature, budget and dtype, which `score` uses, too."""
     sampling = copy.deepcopy(model).bfloat16() if config.dtype == "bfloat16" else model
-    return generate(sampling, prompts, n, config.max_new_tokens, config.temperature, stop=task_of(config).tokenizer.eos, generator=generator, uniforms=uniforms)
+    return generate(sampling, prompts, n, config.max_new_tokens, config.temperature, stop=task_of(config).tokenizer.stop, generator=generator, uniforms=uniforms)
 
 
 def sample(model, problems, n, config, generator, sampler="iid", mine=slice(None)):
@@ -417,7 +417,7 @@ def sample(model, problems, n, config, generator, sampler="iid", mine=slice(None
     skip_draws((len(problems) - end) * n, config, generator)
     texts = rollout.texts(task.tokenizer)
     last = rollout.ids.gather(1, (rollout.prompt_lens + rollout.lengths - 1)[:, None]).squeeze(1)
-    finished = torch.isin(last, torch.tensor(getattr(task.tokenizer, "stop", [task.tokenizer.eos]), device=last.device)).tolist()
+    finished = torch.isin(last, torch.tensor(task.tokenizer.stop, device=last.device)).tolist()
     rewards = torch.tensor([task.judge(problems[first + i // n], t, finished[i]) for i, t in enumerate(texts)])
     return rollout, texts, rewards.view(-1, n)
 
@@ -621,7 +621,7 @@ def figure_train(config, run, device):
         for arm, model in zip(arms, (base, trained)):
             run.log_once(lambda: held_out(model, config, n, ks), phase="pass@k", arm=arm, seed=seed, step=config.steps)
         if real and world()[0] == 0:
-            trained.save_pretrained(run.dir / f"{config.loss} {seed}", like=config.init)
+            trained.save_pretrained(run.dir / f"{config.loss} {seed}", like=config.init, stop=task_of(config).tokenizer.stop)
 
     def final(arm, key):
         """(seeds,); nan for a seed that has no such number."""

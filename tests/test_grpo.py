@@ -980,7 +980,7 @@ ODD = ["--seed -1", "--seed 4294967296", "--seeds 0", "--seed 1.5", "--steps 1e3
        "--minibatches 2 --eps-high 1e300", "--minibatches 2 --eps-low -0.1", "--beta -1", "--beta 1e99", "--temperature 0", "--temperature nan", "--temperature 1e39",
        "--entropy-bonus inf", "--prompts 0", "--prompts 4294967295", "--prompts 100000000000", "--group 1", "--group 4294967295", "--minibatches 0", "--minibatches 17",
        "--micro-batch 0", "--prompts 2000000000 --micro-batch 4294967295", "--digits 0", "--digits 9", "--max-new-tokens 0", "--max-new-tokens 4294967295",
-       "--n-head 0", "--n-head 7", "--n-embd 7", "--n-embd 33", "--sft-batch 1", "--sft-batch 4294967295", "--sft-steps -1", "--eval-every 0", "--eval-prompts 0",
+       "--n-layer 4294967295", "--n-embd 4294967288", "--n-head 0", "--n-head 7", "--n-embd 7", "--n-embd 33", "--sft-batch 1", "--sft-batch 4294967295", "--sft-steps -1", "--eval-every 0", "--eval-prompts 0",
        "--eval-prompts 4294967295", "--eval-samples 0", "--eval-samples 4294967295", "--eval-prompts 3000000 --eval-samples 3000000", "--device tpu", "--dtype float16",
        "--figure none", "--loss GRPO", "--figure variants --eval-every 0", "--figure length --group 1", "--figure length --max-new-tokens 225", "--resum",
        "--data x --figure length", "--init x", "--quick 1", "stray", "--out", "--beta 0.1 --kl k1", "--beta 0.1 --kl k2 --kl-in reward", "--loss dapo --minibatches 5",
@@ -1305,9 +1305,20 @@ def test_a_real_run_ends_with_a_checkpoint_that_can_be_opened_and_resumes_to_its
     before = metrics(out)
     assert [r["phase"] for r in before] == ["rl"] * 3 + ["pass@k"] * 2 and not any("guessed_carries" in r for r in before)
     assert GPT.from_pretrained(out / trained).config == GPT.from_pretrained(real / "checkpoint").config
-    assert load_tokenizer(out / trained).eos == load_tokenizer(real / "checkpoint").eos == 2
+    assert load_tokenizer(out / trained).stop == load_tokenizer(real / "checkpoint").stop == [2]
     finish("grpo.py", "--resume", "--out", out)
     assert metrics(out) == before
+
+
+def test_a_real_run_stops_at_each_end_that_its_checkpoint_names_and_saves_them(real, tmp_path):
+    init = shutil.copytree(real / "checkpoint", tmp_path / "checkpoint")
+    (init / "generation_config.json").write_text(json.dumps(dict(eos_token_id=[2, 5])))
+    finish("grpo.py", *REAL, "--init", init, "--data", real / "sums.jsonl", "--out", tmp_path / "run")
+    assert load_tokenizer(tmp_path / "run/dr_grpo 0").stop == [2, 5] and json.loads((tmp_path / "run/dr_grpo 0/config.json").read_text())["eos_token_id"] == [2, 5]
+    config = small(init=str(init), data=str(real / "sums.jsonl"), group=64)
+    rollout, *_ = grpo.collect(grpo.build(config, "cpu"), config, random.Random(0), torch.Generator().manual_seed(0))
+    ends = [(row[n - 1].item(), (row[:n - 1] == 5).any().item()) for row, n in zip([r[p:] for r, p in zip(rollout.ids, rollout.prompt_lens)], rollout.lengths)]
+    assert any(last == 5 for last, _ in ends) and not any(passed for _, passed in ends)
 
 
 @pytest.mark.parametrize("what", ["data", "init"])
