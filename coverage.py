@@ -169,10 +169,13 @@ def offset_tournament(logp, own, N, a=0.0):
 
 
 def best(score, logp):
-    """The checkpoint (an index) with the lowest score (C,), of equals the one with the better loss; logp (C, n). NotFinite if none is sound."""
-    fit = np.flatnonzero(sound(logp))
+    """The checkpoint (an index) with the lowest score (C,), of equals the one with the better loss; logp (C, n).
+
+    NotFinite if there is none whose score and log-probabilities are numbers.
+    """
+    fit = np.flatnonzero(sound(logp) & ~np.isnan(score))
     if not len(fit):
-        raise NotFinite("no checkpoint has log-probabilities that are numbers")
+        raise NotFinite("no checkpoint has a score that is a number")
     return int(min(fit, key=lambda i: (score[i], -logp[i].mean())))
 
 
@@ -578,7 +581,7 @@ def figure_principle(config, run, device):
         claim("by coverage", "rank correlation of Pass@16 with Cov_8", SOURCE, "strong", correlation(covs[8]), "<=", -0.7, n),
         claim("by kl", "rank correlation of Pass@16 with KL", SOURCE, "wrong sign", correlation(kl), ">=", 0.2, n),
         claim("tournament", "Pass@8, tournament minus best validation loss", SOURCE, "0.04", chosen - lowest, ">=", 0.015, n),
-        claim("near best", "Pass@8 below the best checkpoint's, tournament's share of best loss's, worst seed", SOURCE, "at the top", share(best8 - chosen, best8 - lowest).max(), "<=", 0.25, n),
+        claim("near best", "Pass@8 that the tournament loses, share of best loss's, worst seed", SOURCE, "at the top", share(best8 - chosen, best8 - lowest).max(), "<=", 0.25, n),
         claim("rival", "Pass@8, tournament minus validation Pass@8's pick", "fair comparison", "-", chosen - known, ">", 0, n),
         claim("offset", "Pass@8, offset tournament minus best validation loss", SOURCE, "-", at(passes[8], picks["offset"]) - lowest, ">=", 0.015, n),
         claim("dco", "Pass@8 at the end, DCO minus cross-entropy", "Chen et al., arXiv 2502.07154", "rescues", get("pass@8", dco)[1][:, -1] - end8, ">=", 0.025, n)]

@@ -184,8 +184,7 @@ def decode_eager(model, cache, logits, draw, fresh, u, spent, stops):
         tokens[rows, t], logps[rows, t] = token, logp
         if t + 1 == new:
             break
-        alive = ~among(token, stops)
-        if len(stops) and not alive.all():
+        if len(stops) and not (alive := ~among(token, stops)).all():
             order = cache.keep(alive)
             rows, token, u, spent = rows[order], token[order], u[order], spent[order]
             if len(rows) == 0:

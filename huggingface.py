@@ -1,8 +1,11 @@
-"""huggingface.py: Hugging Face folders, their names for our tensors, their tokenizers and chat templates; word problems for them to answer.
+"""huggingface.py: Hugging Face folders: names of tensors, tokenizers, chat templates; word problems.
 
-`GPT.from_pretrained` and `save_pretrained` (model.py) stand on it: Llama, SmolLM2, Qwen2, Qwen2.5, Qwen3, strictly: what is not supported, missing
-or left over is an error that names it.
+`GPT.from_pretrained` and `save_pretrained` (model.py) stand on it: Llama, SmolLM2, Qwen2, Qwen2.5,
+Qwen3, strictly: what is not supported, missing, left over or of a wrong type is an error that
+names it.
+What a folder leaves unsaid is what transformers takes it to mean.
 """
+
 import contextlib
 import datetime
 import functools
@@ -20,30 +23,52 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 
 from experiment import UserError, need_memory, whole
-from tokenizer import SPLIT
+from tokenizer import SPLIT, short_runs
 
-# ---------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Hugging Face's names for all this
 
-HF_TYPES = {"llama": (False, False), "qwen2": (True, False), "qwen3": (False, True)}        # model_type: (qkv_bias, qk_norm)
-HF_NAMES = {"norm1": "input_layernorm", "norm2": "post_attention_layernorm", "attn.proj": "self_attn.o_proj", "attn.q_norm": "self_attn.q_norm",
-            "attn.k_norm": "self_attn.k_norm", "mlp.gate": "mlp.gate_proj", "mlp.up": "mlp.up_proj", "mlp.proj": "mlp.down_proj"}
+HF_TYPES = {
+    "llama": (False, False),
+    "qwen2": (True, False),
+    "qwen3": (False, True),
+}  # model_type: (qkv_bias, qk_norm)
+HF_NAMES = {
+    "norm1": "input_layernorm",
+    "norm2": "post_attention_layernorm",
+    "attn.proj": "self_attn.o_proj",
+    "attn.q_norm": "self_attn.q_norm",
+    "attn.k_norm": "self_attn.k_norm",
+    "mlp.gate": "mlp.gate_proj",
+    "mlp.up": "mlp.up_proj",
+    "mlp.proj": "mlp.down_proj",
+}
 
 
 def hub_folder(name):
-    """A folder, as it is; anything else is a hub id, whose files are fetched into the hub's cache."""
+    """A folder, as it is; anything else is a hub id, whose files come into the hub's cache."""
     if os.path.isdir(name):
         return Path(name)
     try:
         from huggingface_hub import snapshot_download  # comes with datasets
-        return Path(snapshot_download(str(name), allow_patterns=["*.json", "*.jinja", "*.safetensors"]))
+
+        return Path(
+            snapshot_download(str(name), allow_patterns=["*.json", "*.jinja", "*.safetensors"])
+        )
     except Exception as e:
-        raise UserError(f"{name}: no such folder, and no such model within reach on the hub ({type(e).__name__})") from None
+        why = f"no such model within reach on the hub ({type(e).__name__})"
+        raise UserError(f"{name}: no such folder, and {why}") from None
 
 
-LARGEST = 2 ** 30       # no size, id or base of a rotation is larger
-SHOULD = {str: "a text", bool: "true or false", list: "a list", dict: "an object",
-          int: "a whole number", float: "a number"}
+LARGEST = 2**30  # no size, id or base of a rotation is larger
+SHOULD = {
+    str: "a text",
+    bool: "true or false",
+    list: "a list",
+    dict: "an object",
+    int: "a whole number",
+    float: "a number",
+}
 
 
 class Section:
@@ -58,9 +83,11 @@ class Section:
         self.where, self.content = where, content
 
     def get(self, key, kind, default=None, low=1, high=LARGEST):
-        """A key's value, `default` if it's missing or null. dict: a Section; int, float: low to high."""
+        """A key's value, `default` if missing or null. dict: a Section; int, float: low to high."""
         value = self.content.get(key)
         if value is None:
+            if default is ...:
+                raise UserError(f"{self.where}: {key} is missing or null")
             return default
         number = kind in (int, float)
         fits = type(value) is kind or kind is float and type(value) is int
@@ -69,12 +96,7 @@ class Section:
             raise UserError(f"{self.where}: {key} is {value!r:.60}, should be {should}")
         return Section(f"{self.where}: {key}", value) if kind is dict else value
 
-    def need(self, key, kind, low=1, high=LARGEST):
-        """As get, but the key has to be there."""
-        value = self.get(key, kind, None, low, high)
-        if value is None:
-            raise UserError(f"{self.where}: {key} is missing or null")
-        return value
+    need = functools.partialmethod(get, default=...)  # the key has to be there
 
     def ids(self, key):
         """A token id, a list of them, or nothing -> a list."""
@@ -84,7 +106,10 @@ class Section:
 
     def sections(self, key):
         """A list of objects -> Sections."""
-        return [Section(f"{self.where}: {key} {i}", part) for i, part in enumerate(self.get(key, list, []))]
+        return [
+            Section(f"{self.where}: {key} {i}", part)
+            for i, part in enumerate(self.get(key, list, []))
+        ]
 
 
 def read_text(path, where=None):
@@ -128,40 +153,62 @@ def hf_config(path, block_size=None):
     """
     c = read_json(path)
     kind, act = c.get("model_type", str), c.get("hidden_act", str, "silu")
-    layers = c.need("num_hidden_layers", int, high=10 ** 4)
+    layers = c.need("num_hidden_layers", int, high=10**4)
     ropes = [s for k in ("rope_scaling", "rope_parameters") if (s := c.get(k, dict))]
     scalings = {s.get("rope_type", str, s.get("type", str, "default")) for s in ropes} - {"default"}
     thetas = {t for s in (c, *ropes) if (t := s.get("rope_theta", float))}
     types = c.get("layer_types", list) or ["sliding_attention"] * (
-        c.get("use_sliding_window", bool, False) and layers > c.get("max_window_layers", int, 28, low=0))
-    refuse(path, {
-        f"model_type {kind!r}": kind not in HF_TYPES,
-        f"rope scaling {scalings}": scalings,
-        "rope scaling by layers": any(isinstance(v, dict) for s in ropes for v in s.content.values()),
-        "rope_scaling beside other rope_parameters": len(ropes) == 2 and ropes[0].content != ropes[1].content,
-        f"more than one rope_theta {thetas}": len(thetas) > 1,
-        "partial_rotary_factor": any(s.get("partial_rotary_factor", float, 1, 0) != 1 for s in (c, *ropes)),
-        f"hidden_act {act!r}": act != "silu",
-        "attention_bias": c.get("attention_bias", bool),
-        "mlp_bias": c.get("mlp_bias", bool),
-        "is_causal false": not c.get("is_causal", bool, True),
-        "sliding-window layers": any(t != "full_attention" for t in types),
-        "quantization_config": c.content.get("quantization_config")})
+        c.get("use_sliding_window", bool, False)
+        and layers > c.get("max_window_layers", int, 28, low=0)
+    )
+    refuse(
+        path,
+        {
+            f"model_type {kind!r}": kind not in HF_TYPES,
+            f"rope scaling {scalings}": scalings,
+            "rope scaling by layers": any(
+                isinstance(v, dict) for s in ropes for v in s.content.values()
+            ),
+            "rope_scaling beside other rope_parameters": len(ropes) == 2
+            and ropes[0].content != ropes[1].content,
+            f"more than one rope_theta {thetas}": len(thetas) > 1,
+            "partial_rotary_factor": any(
+                s.get("partial_rotary_factor", float, 1, 0) != 1 for s in (c, *ropes)
+            ),
+            f"hidden_act {act!r}": act != "silu",
+            "attention_bias": c.get("attention_bias", bool),
+            "mlp_bias": c.get("mlp_bias", bool),
+            "is_causal false": not c.get("is_causal", bool, True),
+            "sliding-window layers": any(t != "full_attention" for t in types),
+            "quantization_config": c.content.get("quantization_config"),
+        },
+    )
     qkv_bias, qk_norm = HF_TYPES[kind]
     heads, width = c.need("num_attention_heads", int), c.need("hidden_size", int)
     head_dim = c.get("head_dim", int, 128 if kind == "qwen3" else None)
     positions = min(c.need("max_position_embeddings", int), block_size or LARGEST)
-    need_memory(16 * positions * (head_dim or width // heads), f"{path}: {positions} rotary positions")
+    need_memory(
+        16 * positions * (head_dim or width // heads), f"{path}: {positions} rotary positions"
+    )
     return dict(
-        vocab_size=c.need("vocab_size", int), block_size=positions, n_layer=layers, n_head=heads,
-        n_embd=width, n_kv_head=c.get("num_key_value_heads", int), head_dim=head_dim,
-        n_hidden=c.need("intermediate_size", int), qkv_bias=qkv_bias, qk_norm=qk_norm,
-        tie=c.get("tie_word_embeddings", bool, False), rope_theta=max(thetas, default=10000.0),
-        norm_eps=c.get("rms_norm_eps", float, 1e-6, low=0))
+        vocab_size=c.need("vocab_size", int),
+        block_size=positions,
+        n_layer=layers,
+        n_head=heads,
+        n_embd=width,
+        n_kv_head=c.get("num_key_value_heads", int),
+        head_dim=head_dim,
+        n_hidden=c.need("intermediate_size", int),
+        qkv_bias=qkv_bias,
+        qk_norm=qk_norm,
+        tie=c.get("tie_word_embeddings", bool, False),
+        rope_theta=max(thetas, default=10000.0),
+        norm_eps=c.get("rms_norm_eps", float, 1e-6, low=0),
+    )
 
 
 def hf_tensors(folder):
-    """Every tensor of model.safetensors, or of the shards that model.safetensors.index.json lists."""
+    """Every tensor of model.safetensors, or of the shards that its index lists."""
     files, index = [folder / "model.safetensors"], folder / "model.safetensors.index.json"
     if not files[0].exists() and index.exists():
         shards = read_json(index).need("weight_map", dict)
@@ -173,34 +220,66 @@ def hf_tensors(folder):
         except FileNotFoundError:
             raise UserError(f"{file}: no such file") from None
         except Exception as e:
-            raise UserError(f"{file} is not a readable safetensors file ({type(e).__name__})") from None
+            raise UserError(
+                f"{file} is not a readable safetensors file ({type(e).__name__})"
+            ) from None
     return tensors
 
 
 def hf_layout(model):
-    """Our parameter -> what it is the concatenation of: (Hugging Face's name, shape, whether its rows are channels that get rotated)."""
+    """Our parameter -> what it is the concatenation of.
+
+    Each part: (Hugging Face's name, shape, whether its rows are channels that get rotated).
+    """
     c, layout = model.config, {}
     for ours, p in model.named_parameters():
         if not ours.startswith("blocks."):
-            layout[ours] = [({"wte.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight"}.get(ours, ours), p.shape, False)]
+            layout[ours] = [
+                (
+                    {
+                        "wte.weight": "model.embed_tokens.weight",
+                        "norm.weight": "model.norm.weight",
+                    }.get(ours, ours),
+                    p.shape,
+                    False,
+                )
+            ]
             continue
         layer, name, leaf = re.fullmatch(r"blocks\.(\d+)\.(.+)\.(\w+)", ours).groups()
         if name == "attn.qkv":
-            layout[ours] = [(f"model.layers.{layer}.self_attn.{x}_proj.{leaf}", (heads * c.head_dim, *p.shape[1:]), x != "v")
-                            for x, heads in zip("qkv", (c.n_head, c.n_kv_head, c.n_kv_head))]
+            layout[ours] = [
+                (
+                    f"model.layers.{layer}.self_attn.{x}_proj.{leaf}",
+                    (heads * c.head_dim, *p.shape[1:]),
+                    x != "v",
+                )
+                for x, heads in zip("qkv", (c.n_head, c.n_kv_head, c.n_kv_head))
+            ]
         else:
-            layout[ours] = [(f"model.layers.{layer}.{HF_NAMES[name]}.{leaf}", p.shape, name in ("attn.q_norm", "attn.k_norm"))]
+            layout[ours] = [
+                (
+                    f"model.layers.{layer}.{HF_NAMES[name]}.{leaf}",
+                    p.shape,
+                    name in ("attn.q_norm", "attn.k_norm"),
+                )
+            ]
     return layout
 
 
 def regroup(rows, n, D):
-    """Another order of each head's D channels: n blocks become n interleaved strands. Hugging Face rotates channels i and i + D/2 together,
-    we 2i and 2i + 1: n = 2 leads from their order to ours, n = D/2 back."""
+    """Another order of each head's D channels: n blocks become n interleaved strands.
+
+    Hugging Face rotates channels i and i + D/2 together, we 2i and 2i + 1: n = 2 leads from their
+    order to ours, n = D/2 back.
+    """
     return rows.unflatten(0, (-1, n, D // n)).transpose(1, 2).flatten(0, 2)
 
 
 def hf_state(folder, model, dtype=None):
-    """The tensors of a folder as a state_dict for model, of which only shapes are needed. UserError if one is missing, misshapen or left over."""
+    """The tensors of a folder as a state_dict for model, of which only shapes are needed.
+
+    UserError if one is missing, misshapen or left over.
+    """
     config, tensors, state = model.config, hf_tensors(folder), {}
     for ours, parts in hf_layout(model).items():
         for theirs, shape, rotated in parts:
@@ -208,26 +287,50 @@ def hf_state(folder, model, dtype=None):
                 raise UserError(f"{folder}: tensor {theirs} is missing")
             t = tensors.pop(theirs)
             if t.shape != shape or not t.is_floating_point():
-                raise UserError(f"{folder}: tensor {theirs} has shape {tuple(t.shape)} and {t.dtype}, should have {tuple(shape)} and a float type")
-            dtype = dtype or t.dtype        # the embedding's: it comes first
-            state.setdefault(ours, []).append((regroup(t, 2, config.head_dim) if rotated else t).to(dtype))
-    twice = lambda k: k == "lm_head.weight" and config.tie and torch.equal(tensors[k].to(dtype), state["wte.weight"][0])
-    left = [k for k in tensors if not twice(k) and not k.endswith("rotary_emb.inv_freq")]       # neither says anything new
+                found, right = f"shape {tuple(t.shape)}, {t.dtype}", f"{tuple(shape)}, floats"
+                raise UserError(f"{folder}: tensor {theirs} has {found}, should have {right}")
+            dtype = dtype or t.dtype  # the embedding's: it comes first
+            state.setdefault(ours, []).append(
+                (regroup(t, 2, config.head_dim) if rotated else t).to(dtype)
+            )
+    twice = lambda k: (
+        k == "lm_head.weight"
+        and config.tie
+        and torch.equal(tensors[k].to(dtype), state["wte.weight"][0])
+    )
+    left = [
+        k for k in tensors if not twice(k) and not k.endswith("rotary_emb.inv_freq")
+    ]  # neither says anything new
     if left:
-        raise UserError(f"{folder}: tensor {min(left)} is left over: config.json tells of no such thing")
+        raise UserError(
+            f"{folder}: tensor {min(left)} is left over: config.json tells of no such thing"
+        )
     return {k: torch.cat(v) if len(v) > 1 else v[0] for k, v in state.items()}
 
 
-TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+TOKENIZER = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
 
 
 def saved_files(folder):
-    """The names of what the last save_pretrained wrote into a folder: its model.safetensors lists them."""
+    """The names of what the last save_pretrained wrote into a folder: model.safetensors lists them.
+
+    UserError if the folder holds more by the names that a checkpoint's files have: they would be
+    overwritten, or read together with what is written.
+    """
     try:
         with safe_open(folder / "model.safetensors", "pt") as f:
-            return set((f.metadata() or {}).get("saved", "").split())
+            saved = set((f.metadata() or {}).get("saved", "").split())
     except (OSError, SafetensorError):
-        return set()
+        saved = set()
+    for name in ("config.json", "generation_config.json", "model.safetensors", *TOKENIZER):
+        if name not in saved and os.path.lexists(folder / name):
+            raise UserError(f"{folder} holds {name}, which no save wrote: choose another folder")
+    return saved
 
 
 def hf_save(model, folder, like=None, stop=None):
@@ -235,8 +338,10 @@ def hf_save(model, folder, like=None, stop=None):
     c, weights, tensors, files = model.config, model.state_dict(), {}, {}
     kind = {v: k for k, v in HF_TYPES.items()}.get((c.qkv_bias, c.qk_norm))
     if kind is None or c.window:
-        raise UserError("save_pretrained: no Hugging Face model_type of ours has "
-                        + ("a sliding window" if c.window else "QKV bias and QK-norm"))
+        raise UserError(
+            "save_pretrained: no Hugging Face model_type of ours has "
+            + ("a sliding window" if c.window else "QKV bias and QK-norm")
+        )
     for ours, parts in hf_layout(model).items():
         rows = weights[ours].detach().cpu().split([shape[0] for _, shape, _ in parts])
         for (theirs, _, rotated), t in zip(parts, rows):
@@ -244,38 +349,48 @@ def hf_save(model, folder, like=None, stop=None):
     if like:
         source, stop = hub_folder(like), stop or load_tokenizer(like).stop
         files = {f: read_text(source / f).encode() for f in TOKENIZER if (source / f).exists()}
-    files["config.json"] = json.dumps(dict(
-        architectures=[kind.capitalize() + "ForCausalLM"], model_type=kind, vocab_size=c.vocab_size,
-        hidden_size=c.n_embd, intermediate_size=c.n_hidden, num_hidden_layers=c.n_layer,
-        num_attention_heads=c.n_head, num_key_value_heads=c.n_kv_head, head_dim=c.head_dim,
-        hidden_act="silu", max_position_embeddings=c.block_size, rms_norm_eps=c.norm_eps,
-        tie_word_embeddings=c.tie, rope_theta=c.rope_theta, attention_bias=False, bos_token_id=None,
-        eos_token_id=stop, torch_dtype=str(model.lm_head.weight.dtype)[6:]), indent=1).encode()
+    files["config.json"] = json.dumps(
+        dict(
+            architectures=[kind.capitalize() + "ForCausalLM"],
+            model_type=kind,
+            vocab_size=c.vocab_size,
+            hidden_size=c.n_embd,
+            intermediate_size=c.n_hidden,
+            num_hidden_layers=c.n_layer,
+            num_attention_heads=c.n_head,
+            num_key_value_heads=c.n_kv_head,
+            head_dim=c.head_dim,
+            hidden_act="silu",
+            max_position_embeddings=c.block_size,
+            rms_norm_eps=c.norm_eps,
+            tie_word_embeddings=c.tie,
+            rope_theta=c.rope_theta,
+            attention_bias=False,
+            bos_token_id=None,
+            eos_token_id=stop,
+            torch_dtype=str(model.lm_head.weight.dtype)[6:],
+        ),
+        indent=1,
+    ).encode()
     files["model.safetensors"] = save(
-        tensors, dict(format="pt", saved=" ".join([*files, "model.safetensors"])))
+        tensors, dict(format="pt", saved=" ".join([*files, "model.safetensors"]))
+    )
     before = saved_files(folder)
-    # what would be overwritten, or be read together with what is written
-    for name in {*files, *TOKENIZER, "generation_config.json"} - before:
-        if os.path.lexists(folder / name):
-            raise UserError(f"{folder} holds {name}, which no save wrote: choose another folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with contextlib.ExitStack() as stack:       # all are on disk before the first takes its name
+        with contextlib.ExitStack() as stack:  # all are written before the first takes its name
             for name, content in files.items():
                 f = stack.enter_context(whole(folder / name))
                 f.write(content)
                 f.flush()
-            for name in before - set(files):        # an older save's
+            for name in before - set(files):  # an older save's
                 (folder / name).unlink(missing_ok=True)
     except OSError as e:
         raise UserError(f"cannot write to {folder}: {e.strerror}") from None
 
 
-# ---------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Tokenizers
-
-
-RUN = 2 ** 16       # so many spaces in a row tiktoken's regular expression can take; at a million it overflows its stack
 
 
 def plain(text):
@@ -283,28 +398,42 @@ def plain(text):
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def short_runs(text):
-    """Text in parts, cut inside runs of more than RUN spaces: only there may ids differ from the library's."""
-    cuts = [i for m in re.finditer(r"\s+", text) for i in range(m.start() + RUN, m.end(), RUN)]
-    return [text[i:j] for i, j in zip([0, *cuts], [*cuts, len(text)])]
-
-
 class PretrainedBPE(tiktoken.Encoding):
-    """A tokenizer.json as a tiktoken.Encoding, which does what the reference does where tiktoken would not: text is brought to NFC first if the
-    file says so, a byte that has no token is dropped, an id that has no token (padding of the embedding) decodes to nothing."""
+    """A tokenizer.json as a tiktoken.Encoding that does what the library does, not tiktoken.
+
+    Text is brought to NFC first if the file says so, a byte that has no token is dropped, an id
+    that has no token (padding of the embedding) decodes to nothing.
+    """
 
     def encode(self, text, *, allowed_special=frozenset(), disallowed_special="all"):
-        """Special tokens in the text are an error, or with allowed_special="all" their ids, as tiktoken has it. No token is added."""
+        """Special tokens in the text are an error, or with allowed_special="all" their ids.
+
+        No token is added.
+        """
         allowed = self.special_tokens_set if allowed_special == "all" else set(allowed_special)
-        for token in self.special_tokens_set - allowed if disallowed_special == "all" else disallowed_special:
+        for token in (
+            self.special_tokens_set - allowed if disallowed_special == "all" else disallowed_special
+        ):
             if token in text:
-                raise ValueError(f'{token!r} in the text: allowed_special="all" makes it a special token, encode_ordinary plain text')
-        order = sorted(allowed, key=lambda token: (token in self.normalized, -len(token)))      # as the library looks for them
+                how = 'allowed_special="all" makes it a special token, encode_ordinary plain text'
+                raise ValueError(f"{token!r} in the text: {how}")
+        order = sorted(
+            allowed, key=lambda token: (token in self.normalized, -len(token))
+        )  # as the library looks for them
         pieces = re.split(f"({'|'.join(map(re.escape, order))})", text) if allowed else [text]
-        return [i for piece in pieces for i in ([self.encode_single_token(piece)] if piece in allowed else self.encode_ordinary(piece))]
+        return [
+            i
+            for piece in pieces
+            for i in (
+                [self.encode_single_token(piece)]
+                if piece in allowed
+                else self.encode_ordinary(piece)
+            )
+        ]
 
     def encode_ordinary(self, text):
         import regex
+
         ids, text = [], unicodedata.normalize("NFC", plain(text)) if self.nfc else plain(text)
         for part in short_runs(text):
             if self.missing.isdisjoint(part.encode()):
@@ -320,23 +449,30 @@ class PretrainedBPE(tiktoken.Encoding):
 
 
 def split_pattern(stages):
-    """The regular expression of a tokenizer.json's pre-tokenizers (a list of them), None if it is none of the kinds we know."""
+    """The regular expression of a tokenizer.json's pre-tokenizers, None for kinds we don't know."""
     *first, last = [s.get("type", str) for s in stages] or [None]
     if last != "ByteLevel" or stages[-1].get("add_prefix_space", bool):
         return None
     own, s = stages[-1].get("use_regex", bool, True), stages[0]
     if not first and own:
         return SPLIT
-    if first == ["Digits"] and own:     # numbers are cut out first, so that the space before one stays with the spaces before it
+    if (
+        first == ["Digits"] and own
+    ):  # numbers are cut out first, so that the space before one stays with the spaces before it
         one = r"\p{N}" if s.get("individual_digits", bool) else r"\p{N}+"
         return SPLIT.replace(r" ?\p{N}+", one).replace(r"(?!\S)", r"(?![^\s\p{N}])")
-    if first == ["Split"] and not own and (s.get("behavior", str), s.get("invert", bool)) in (("Isolated", False), ("Removed", True)):
+    if (
+        first == ["Split"]
+        and not own
+        and (s.get("behavior", str), s.get("invert", bool))
+        in (("Isolated", False), ("Removed", True))
+    ):
         return s.need("pattern", dict).get("Regex", str)
     return None
 
 
 def put_before(post):
-    """The ids that a tokenizer.json's post-processor puts before a text. UserError if it does more."""
+    """The ids that the post-processor puts before a text. UserError if it does more."""
     ids = []
     for s in post.sections("processors") or [post]:
         kind = s.get("type", str)
@@ -351,76 +487,118 @@ def put_before(post):
 
 
 def named_tokens(folder):
-    """bos_token, eos_token and the like: name -> text, as the files beside tokenizer.json have them."""
+    """bos_token, eos_token and the like: name -> text, by the files beside tokenizer.json."""
     settings = read_json(folder / "tokenizer_config.json", optional=True)
     content = settings.content
-    if "added_tokens_decoder" not in content:       # the older place
+    if "added_tokens_decoder" not in content:  # the older place
         content = content | read_json(folder / "special_tokens_map.json", optional=True).content
-    texts = Section(settings.where, {k: v.get("content", v) if isinstance(v, dict) else v for k, v in content.items()})
+    texts = Section(
+        settings.where,
+        {k: v.get("content", v) if isinstance(v, dict) else v for k, v in content.items()},
+    )
     names = [f"{k}_token" for k in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
     return {name: text for name in names if (text := texts.get(name, str))}
 
 
-def load_tokenizer(name):
-    """The byte-level BPE of a Hugging Face folder or hub id -> tiktoken.Encoding with `stop`, `eos`, `prefix`.
+def read_vocabulary(path, content, model):
+    """-> (vocabulary: token -> id, added tokens: token -> id, those of them that are normalized).
 
-    stop: the ids that end a text: tokenizer_config.json's eos_token, then the eos_token_id of
-    generation_config.json, or of config.json where that has none. eos: the first of them.
-    prefix: the ids that the file's post-processor puts before a text; `encode` leaves that to the caller.
-    UserError for a missing or damaged file, and for what is not supported: other tokenizers, other ways
-    to split, merges that are not in the order of their ids, as tiktoken needs them. (That each token is
-    what the merges make of its own bytes, as training a BPE ensures, is not checked.)
+    UserError for what the library would number or find otherwise.
     """
-    folder = hub_folder(name)
-    path = folder / "tokenizer.json"
-    content = read_json(path)
-    model, none = content.need("model", dict), Section(path, {})
-    refuse(path, {f"a {model.content.get('type')} model": model.content.get("type") != "BPE"})
-    normalizer, splitter, decoder, post = (
-        content.get(k, dict, none) for k in ("normalizer", "pre_tokenizer", "decoder", "post_processor"))
-    pattern = split_pattern(splitter.sections("pretokenizers") or [splitter])
     vocab, added = model.need("vocab", dict), content.sections("added_tokens")
     vocab = {t: vocab.need(t, int, low=0) for t in vocab.content}
     special = {t.need("content", str): t.need("id", int, low=0) for t in added}
+    normalized = {t.need("content", str) for t in added if t.get("normalized", bool)}
     # the library numbers added tokens itself: as in the vocabulary, or on from its end
     new = iter(range(len(vocab), len(vocab) + len(special)))
-    numbered = {t: vocab[t] if t in vocab else next(new) for t in sorted(special, key=special.get)}
-    known = {*vocab.values(), *special.values()}
-    # GPT-2 writes a byte as one printable character: itself where it is one, else one of those from 256 on
+    order = sorted(special, key=special.get)
+    numbered = {t: vocab[t] if t in vocab else next(new) for t in order}
+    faults = {
+        f"an added token with {k}": any(t.get(k, bool) for t in added)
+        for k in ("lstrip", "rstrip", "single_word")
+    }
+    twice = len(added) > len(special) or len({*vocab.values()}) < len(vocab)
+    refuse(
+        path,
+        {
+            **faults,
+            "an empty token": "" in special or "" in vocab,
+            "a token or an id that is there twice": twice,
+            "an added token that is not numbered on": numbered != special,
+        },
+    )
+    return vocab, special, normalized
+
+
+def read_merges(path, model, vocab, special):
+    """-> (each token's byte string -> its id, as tiktoken has it; the bytes that have no token)."""
+    # GPT-2 writes a byte as one printable character: itself where it is one, else one from 256 on
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = enumerate(sorted(set(range(256)) - set(printable)))
     byte = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in others}
-    foreign = [t for t in vocab if t not in special and not (t and byte.keys() >= set(t))]
     missing = set(byte.values()) - {byte.get(t) for t in vocab}
     pairs = [m.split(" ") if isinstance(m, str) else m for m in model.need("merges", list)]
     odd = [p for p in pairs if not isinstance(p, list) or [*map(type, p)] != [str, str]]
     made = [vocab.get("".join(p), -1) for p in pairs if not odd]
-    prefix = put_before(post) if post.content else []
-    refuse(path, {
-        f"normalizer {normalizer.content.get('type')}": normalizer.get("type", str, "NFC") != "NFC",
-        f"pre-tokenizer {json.dumps(splitter.content)}": pattern is None,
-        f"decoder {decoder.content.get('type')}": decoder.content.get("type") != "ByteLevel",
-        f"token {foreign[:1]} (not byte-level)": foreign,
-        **{k: model.content.get(k) for k in (
-            "dropout", "byte_fallback", "continuing_subword_prefix", "end_of_word_suffix")},
-        "an unk_token for missing bytes": model.content.get("unk_token") and missing,
-        **{f"added token {t.content['content']!r} with {k}": t.get(k, bool)
-           for t in added for k in ("lstrip", "rstrip", "single_word")},
-        "an added token that is empty, twice there or not numbered on":
-            "" in special or len(added) != len(special) or numbered != special,
-        "an id of two tokens": len(known) < len(vocab | special),
-        f"merge {odd[:1]}": odd,
-        "a merge order that is not that of the ids": -1 in made or made != sorted(made),
-        "a token that no merge makes":
-            {i for t, i in vocab.items() if len(t) > 1 and t not in special} - set(made),
-        "a post-processor's id without a token": set(prefix) - known})
+    foreign = [t for t in vocab if t not in special and not byte.keys() >= set(t)]
+    merged = {i for t, i in vocab.items() if len(t) > 1 and t not in special}
+    settings = ("dropout", "byte_fallback", "continuing_subword_prefix", "end_of_word_suffix")
+    refuse(
+        path,
+        {
+            **{k: model.content.get(k) for k in settings},
+            "an unk_token for missing bytes": model.content.get("unk_token") and missing,
+            f"token {foreign[:1]} (not byte-level)": foreign,
+            f"merge {odd[:1]}": odd,
+            "a merge order that is not that of the ids": -1 in made or made != sorted(made),
+            "a token that no merge makes": merged - set(made),
+        },
+    )
     ranks = {bytes(byte[c] for c in t): i for t, i in vocab.items() if t not in special}
+    return ranks, missing
+
+
+def load_tokenizer(name):
+    """The byte-level BPE of a Hugging Face folder or hub id -> tiktoken.Encoding, and more.
+
+    stop: the ids that end a text: tokenizer_config.json's eos_token, then the eos_token_id of
+    generation_config.json, or of config.json where that has none. eos: the first of them.
+    prefix: the ids that the file's post-processor puts before a text; `encode` does not.
+    UserError for a missing or damaged file, and for what is not supported: other tokenizers, other
+    ways to split, merges that are not in the order of their ids, as tiktoken needs them. (That each
+    token is what the merges make of its own bytes, as training ensures, is not checked.)
+    """
+    folder = hub_folder(name)
+    path = folder / "tokenizer.json"
+    content = read_json(path)
+    model = content.need("model", dict)
+    kind = model.get("type", str)
+    refuse(path, {f"a {kind} model": kind != "BPE"})
+    names = ("normalizer", "pre_tokenizer", "decoder", "post_processor")
+    normalizer, splitter, decoder, post = (content.get(k, dict, Section(path, {})) for k in names)
+    vocab, special, normalized = read_vocabulary(path, content, model)
+    ranks, missing = read_merges(path, model, vocab, special)
+    pattern = split_pattern(splitter.sections("pretokenizers") or [splitter])
+    prefix = put_before(post) if post.content else []
+    known = {*vocab.values(), *special.values()}
+    form, written = normalizer.get("type", str), decoder.get("type", str)
+    refuse(
+        path,
+        {
+            f"normalizer {form}": normalizer.content and form != "NFC",
+            f"pre-tokenizer {json.dumps(splitter.content)}": pattern is None,
+            f"decoder {written}": written != "ByteLevel",
+            "a post-processor's id without a token": set(prefix) - known,
+        },
+    )
     try:
-        encoding = PretrainedBPE(str(name), pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+        encoding = PretrainedBPE(
+            str(name), pat_str=pattern, mergeable_ranks=ranks, special_tokens=special
+        )
     except ValueError as e:
         raise UserError(f"{path}: {e}") from None
-    encoding.nfc, encoding.missing, encoding.known = bool(normalizer.content), missing, known
-    encoding.normalized = {t.content["content"] for t in added if t.get("normalized", bool)}
+    encoding.nfc, encoding.missing = bool(normalizer.content), missing
+    encoding.known, encoding.normalized = known, normalized
     encoding.prefix, encoding.stop = prefix, ends(folder, {**vocab, **special})
     encoding.eos = encoding.stop[0]
     return encoding
@@ -429,8 +607,10 @@ def load_tokenizer(name):
 def ends(folder, vocab):
     """The ids that end a text, see load_tokenizer."""
     eos = vocab.get(named_tokens(folder).get("eos_token"))
-    generation, config = (read_json(folder / f"{k}config.json", optional=True).ids("eos_token_id")
-                          for k in ("generation_", ""))
+    generation, config = (
+        read_json(folder / f"{k}config.json", optional=True).ids("eos_token_id")
+        for k in ("generation_", "")
+    )
     stop = list(dict.fromkeys([eos] * (eos is not None) + (generation or config)))
     if not stop:
         raise UserError(f"{folder}: none of its config files names an end-of-text token")
@@ -445,6 +625,7 @@ def chat_environment():
 
     class Generation(jinja2.ext.Extension):
         """{% generation %} marks what an assistant wrote, and changes nothing."""
+
         tags = {"generation"}
 
         def parse(self, parser):
@@ -455,11 +636,12 @@ def chat_environment():
     def raise_exception(message):
         raise jinja2.TemplateError(message)
 
-    def tojson(x, ensure_ascii=False, **more):      # jinja's own escapes HTML and sorts
+    def tojson(x, ensure_ascii=False, **more):  # jinja's own escapes HTML and sorts
         return json.dumps(x, ensure_ascii=ensure_ascii, **more)
 
-    env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
-                                        extensions=[Generation, jinja2.ext.loopcontrols])
+    env = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
+    )
     env.filters["tojson"] = tojson
     env.globals["raise_exception"] = raise_exception
     env.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
@@ -467,41 +649,59 @@ def chat_environment():
 
 
 def load_chat_template(name):
-    """The chat template of a Hugging Face folder or hub id, as a function: a user's message -> the text up to where the answer starts.
+    """The chat template of a Hugging Face folder or hub id, as a function.
 
-    The function's attribute `end` is the text that the template puts after an answer.
+    It takes a user's message to the text up to where the answer starts; its attribute `end` is the
+    text that the template puts after an answer.
     """
     folder = hub_folder(name)
-    settings, file = read_json(folder / "tokenizer_config.json", optional=True), folder / "chat_template.jinja"
+    settings, file = (
+        read_json(folder / "tokenizer_config.json", optional=True),
+        folder / "chat_template.jinja",
+    )
     source = read_text(file) if file.exists() else settings.content.get("chat_template")
     if isinstance(source, list):
-        source = {t.need("name", str): t.need("template", str) for t in settings.sections("chat_template")}
+        source = {
+            t.need("name", str): t.need("template", str) for t in settings.sections("chat_template")
+        }
     if isinstance(source, dict):
         source = source.get("default")
     if not isinstance(source, str):
-        raise UserError(f"{folder}: neither chat_template.jinja nor tokenizer_config.json has a chat template")
+        raise UserError(
+            f"{folder}: neither chat_template.jinja nor tokenizer_config.json has a chat template"
+        )
     tokens, env = named_tokens(folder), chat_environment()
 
     def render(question, answer=None):
         messages = [dict(role="user", content=question), dict(role="assistant", content=answer)]
         try:
             return env.from_string(source).render(
-                messages=messages[:1 + bool(answer)], tools=None, documents=None,
-                add_generation_prompt=not answer, **tokens)
+                messages=messages[: 1 + bool(answer)],
+                tools=None,
+                documents=None,
+                add_generation_prompt=not answer,
+                **tokens,
+            )
         except Exception as e:
-            raise UserError(f"{folder}: its chat template fails ({type(e).__name__}: {e})") from None
+            raise UserError(
+                f"{folder}: its chat template fails ({type(e).__name__}: {e})"
+            ) from None
 
-    place = "\ufffc"        # stands nowhere else
+    place = "\ufffc"  # stands nowhere else
     _, found, end = render("question", place).rpartition(place)
     render.end = end if found else ""
     return render
 
 
-# ---------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Word problems, and a checkpoint that answers them
 
+
 def extract_answer(text):
-    """The number after the first "#### ", as GSM8K's authors read it (github.com/openai/grade-school-math) but for a dot at its end, or None."""
+    """The number after the first "#### ", or None.
+
+    As GSM8K's authors read it (github.com/openai/grade-school-math), but for a dot at its end.
+    """
     match = re.search(r"#### (\-?[0-9\.\,]+)", text)
     number = match.group(1).replace(",", "").rstrip(".") if match else ""
     return number if re.search("[0-9]", number) else None
@@ -513,14 +713,20 @@ def read_rows(data):
     try:
         if data == "gsm8k":
             import datasets
-            splits = [datasets.load_dataset("openai/gsm8k", "main", split=s) for s in ("train", "test")]
+
+            splits = [
+                datasets.load_dataset("openai/gsm8k", "main", split=s) for s in ("train", "test")
+            ]
         elif data.endswith(".parquet"):
             import pyarrow.parquet  # comes with datasets
+
             splits = [pyarrow.parquet.read_table(data).to_pylist()]
         else:
             lines = enumerate(read_text(data, f"--data {data}").split("\n"), 1)
             return [[parse_json(f"{where} {i}", line) for i, line in lines if line.strip()]]
-        return [[Section(f"{where} {i}", row) for i, row in enumerate(split, 1)] for split in splits]
+        return [
+            [Section(f"{where} {i}", row) for i, row in enumerate(split, 1)] for split in splits
+        ]
     except UserError:
         raise
     except Exception as e:
@@ -528,41 +734,65 @@ def read_rows(data):
 
 
 def load_problems(data, answers=True):
-    """(question, answer) pairs to train on, and others: gsm8k's own splits; of a file, those whose question's hash says so.
+    """(question, answer) pairs to train on, and others.
 
-    answers: every row has to have one, a text with '#### number'; without, the answer is None where there is no such thing.
+    Of gsm8k its own splits; of a file, those whose question's hash says so. answers: every row has
+    to have one, a text with '#### number'; without, the answer is None where there is none.
     """
     splits = read_rows(data)
-    other = lambda q, split: split == 1 if len(splits) > 1 else zlib.crc32(q.encode("utf-8", "surrogatepass")) % 10 == 0
+    other = lambda q, split: (
+        split == 1 if len(splits) > 1 else zlib.crc32(q.encode("utf-8", "surrogatepass")) % 10 == 0
+    )
     parts = [], []
     for i, split in enumerate(splits):
         for row in split:
             question = row.need("question", str)
-            answer = extract_answer(row.need("answer", str) if answers else row.get("answer", str, ""))
+            answer = extract_answer(
+                row.need("answer", str) if answers else row.get("answer", str, "")
+            )
             if answers and answer is None:
                 raise UserError(f"{row.where}: its answer has no '#### number'")
             parts[other(question, i)].append((question, answer))
     if not all(parts):
-        raise UserError(f"--data {data}: {len(parts[0])} problems to train on, {len(parts[1])} held out are too few")
+        n, m = map(len, parts)
+        raise UserError(f"--data {data}: {n} problems to train on, {m} held out are too few")
     return list(parts)
 
 
 @functools.cache
 def word_problems(init, data, template, chat, answers=True):
-    """How the problems of a file are drawn, held out, asked in the checkpoint's own tokens, and judged.
+    """How the problems of a file are drawn, held out, asked in the checkpoint's tokens, and judged.
 
-    A chat begins with what its template writes and ends with what that puts after an answer; other text begins with the tokenizer's prefix.
+    A chat begins with what its template writes and ends with what that puts after an answer; other
+    text begins with the tokenizer's prefix.
     """
     tokenizer, (train, held_out) = load_tokenizer(init), load_problems(data, answers)
     wrap, prefix = (load_chat_template(init), []) if chat else (lambda text: text, tokenizer.prefix)
     if chat:
-        marks = [i for i in tokenizer.encode(wrap.end, allowed_special="all") if i in tokenizer._special_tokens.values()]
+        marks = [
+            i
+            for i in tokenizer.encode(wrap.end, allowed_special="all")
+            if i in tokenizer._special_tokens.values()
+        ]
         tokenizer.stop = list(dict.fromkeys(marks[:1] + tokenizer.stop))
         tokenizer.eos = tokenizer.stop[0]
-    prompt = lambda p: prefix + tokenizer.encode(wrap(template.replace("\\n", "\n").replace("{question}", p[0])), allowed_special="all")
+    prompt = lambda p: (
+        prefix
+        + tokenizer.encode(
+            wrap(template.replace("\\n", "\n").replace("{question}", p[0])), allowed_special="all"
+        )
+    )
     lengths = [len(prompt(p)) for p in train + held_out]
     if not min(lengths):
-        raise UserError(f"--data {data}: an empty question is an empty prompt under this --template")
-    return SimpleNamespace(tokenizer=tokenizer, prompt=prompt, longest=max(lengths), draw=lambda rng: rng.choice(train),
-                           held_out=lambda rng, n: rng.sample(held_out, min(n, len(held_out))), judged=all(a is not None for _, a in held_out),
-                           judge=lambda p, text, finished: float(extract_answer(text) == p[1]))
+        raise UserError(
+            f"--data {data}: an empty question is an empty prompt under this --template"
+        )
+    return SimpleNamespace(
+        tokenizer=tokenizer,
+        prompt=prompt,
+        longest=max(lengths),
+        draw=lambda rng: rng.choice(train),
+        held_out=lambda rng, n: rng.sample(held_out, min(n, len(held_out))),
+        judged=all(a is not None for _, a in held_out),
+        judge=lambda p, text, finished: float(extract_answer(text) == p[1]),
+    )

@@ -1109,7 +1109,8 @@ def figure_estimators(config, run, device):
     fig.suptitle(f"A raw top-{config.top} KL (opd_top4) at the end: greedy {greedy.mean():.2f}, sampled {raw.mean():.2f} ({n} seeds)")
     source, gkd = "arXiv 2605.11182", "Agarwal et al., arXiv 2306.13649"
     return fig, [
-        claim("raw sampled", f"top {config.top}, raw: greedy minus sampled pass@1 at the end", source, "biased gradient", greedy - raw, ">=", 0.75, n, f" ({greedy.mean():.2f}, {raw.mean():.2f})"),
+        claim("raw sampled", f"top {config.top}, raw: greedy minus sampled pass@1 at the end (each; probability of the four words)", source, "biased gradient",
+              greedy - raw, ">=", 0.75, n, f" ({greedy.mean():.2f}, {raw.mean():.2f}; {end(run, 'opd_top4', 'style_mass').mean():.2f})"),
         claim("raw greedy", f"top {config.top}, raw: greedy pass@1 at the end", source, "-", greedy, ">=", 0.95, n),
         *(claim(arm, f"{arm}: sampled pass@1 at the end", origin, "-", end(run, arm), ">=", 0.92, n) for arm, origin in zip(arms, (
             gkd, "Lu and Thinking Machines 2025", gkd, gkd, source, "arXiv 2604.13016")))]

@@ -3,6 +3,7 @@
 Both have `encode`, `decode`, `n_vocab` and the id `eos`, which ends a text. Tokenizers of real checkpoints are read by huggingface.py.
 """
 import heapq
+import re
 from collections import Counter, defaultdict
 
 import regex  # \p{L}: the standard library's re does not know Unicode classes; comes with tiktoken
@@ -101,10 +102,30 @@ def train_bpe(text, vocab_size):
     return byte_level(bpe_merges(text, vocab_size - 257))
 
 
+# GPT-2's split: contractions, then runs of letters, of digits, of anything else, each with the
+# so many spaces in a row tiktoken's regular expression can take: a million overflow its stack
+RUN = 2**16
+
+
+def short_runs(text):
+    """Text in parts, cut in runs of more than RUN spaces: ids there may not be the library's."""
+    cuts = [i for m in re.finditer(r"\s+", text) for i in range(m.start() + RUN, m.end(), RUN)]
+    return [text[i:j] for i, j in zip([0, *cuts], [*cuts, len(text)])]
+
+
+class BPE(tiktoken.Encoding):
+    def encode_ordinary(self, text):
+        """The ids of a text. Its longest runs of spaces are cut: tiktoken's regular expression cannot take them."""
+        ids = []
+        for part in short_runs(text):
+            ids += super().encode_ordinary(part)
+        return ids
+
+
 def byte_level(merges):
     """The tiktoken.Encoding that these merged byte strings make, in their order."""
     vocab = [bytes([b]) for b in range(256)] + merges
-    encoding = tiktoken.Encoding("rollout", pat_str=SPLIT, mergeable_ranks={b: i for i, b in enumerate(vocab)},
-                                 special_tokens={"<|endoftext|>": len(vocab)})
+    encoding = BPE("rollout", pat_str=SPLIT, mergeable_ranks={b: i for i, b in enumerate(vocab)},
+                   special_tokens={"<|endoftext|>": len(vocab)})
     encoding.eos, encoding.stop = encoding.eot_token, [encoding.eot_token]
     return encoding

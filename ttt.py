@@ -425,13 +425,18 @@ def figure_memory(config, run, device):
         claim("full", "full attention on the last quarter minus the floor, worst seed", "fair comparison", "-", (full - floor()).max(), "<=", 0.3, n)]
 
 
-def speed(measure, tokens, repeats=3):
-    """Tokens per second of measure(), which reads `tokens` of them: the fastest of a few, as others may be at work here."""
+def clock(device):
+    """Seconds so far: on a CPU those that this process had it for, as others may be at work there."""
+    return time.process_time() if device == "cpu" else time.perf_counter()
+
+
+def speed(measure, tokens, device, repeats=3):
+    """Tokens per second of measure(), which reads `tokens` of them: the fastest of a few."""
     times = []
     for _ in range(repeats):
-        started = time.perf_counter()
+        started = clock(device)
         measure().sum().item()          # waits for a GPU
-        times.append(time.perf_counter() - started)
+        times.append(clock(device) - started)
     return tokens / min(times)
 
 
@@ -461,7 +466,7 @@ def figure_context(config, run, device, train_docs, test_docs):
                                  phase="test", arm=name, seed=seed, steps=config.steps, step=c)
                 if name in timed:
                     ids = test[:1, :config.length + 1]
-                    run.log_once(lambda: {"tokens_per_s": speed(lambda: read_by(kind, model, ids, eta), config.length)},
+                    run.log_once(lambda: {"tokens_per_s": speed(lambda: read_by(kind, model, ids, eta), config.length, device)},
                                  phase="speed", arm=kind, seed=seed, step=config.length)
     get = lambda arm: series(run, "loss", phase="test", arm=arm, steps=config.steps)[1]                # (seeds, contexts)
     cost = lambda arm: 1e6 / series(run, "tokens_per_s", phase="speed", arm=arm)[1][:, -1].max()       # microseconds
@@ -483,7 +488,7 @@ def figure_context(config, run, device, train_docs, test_docs):
         y = get(arm)[:, -1]
         axes[1].errorbar(cost(kind), y.mean(), y.std(ddof=1) if n > 1 else 0, fmt="o", color=color, capsize=4)
         axes[1].annotate(kind, (cost(kind), y.mean()), (0, -20 if kind == "TTT" else 10), textcoords="offset points", ha="center", color=color)
-    axes[1].set(title=f"After {context:,} tokens: loss against cost", xlabel="time to read a token (µs, one text, the fastest seed)",
+    axes[1].set(title=f"After {context:,} tokens: loss against cost", xlabel=f"{'CPU ' * (device == 'cpu')}time to read a token of one text (µs, fastest seed)",
                 ylabel="loss (nats per token)", xscale="log")
     axes[1].margins(0.35, 0.15)
     for ax in axes:
@@ -543,11 +548,11 @@ def decode(model, context, eta, config, device, seed, chunks=5):
     ids = torch.randint(V, (1, context + chunks * config.chunk), generator=torch.Generator().manual_seed(seed)).to(device)
     reader, seconds = Reader(model, 1, eta, config.chunk, ids.shape[1]), []
     for parts in ([ids[:, :context].split(config.chunk, 1)] + [part.split(1, 1) for part in ids[:, context:].split(config.chunk, 1)]):
-        started = time.perf_counter()
+        started = clock(device)
         for part in parts:
             logits = reader.feed(part)
         logits.sum().item()         # waits for a GPU
-        seconds.append(time.perf_counter() - started)
+        seconds.append(clock(device) - started)
     logits, kept = None, allocated(device)
     del reader
     kept = None if kept is None else kept - allocated(device)
@@ -575,15 +580,17 @@ def figure_cost(config, run, device):
         for ax, y, label in panels + [(axes[2], get(arm, "bytes") / 2 ** 20, arm)] * measured:
             line, = ax.plot(contexts, np.median(y, 0), style, label=label)
             ax.fill_between(contexts, y.min(0), y.max(0), color=line.get_color(), alpha=0.15, lw=0)
-    axes[0].set(title=f"Writing the next token (median and range of {config.seeds} rounds)", ylabel="time per token (ms)", ylim=(0, None))
-    axes[1].set(title=f"Reading, {config.chunk} tokens at a time", ylabel="time per token (ms)", ylim=(0, None))
+    unit = f"{'CPU ' * (device == 'cpu')}time per token (ms)"
+    axes[0].set(title=f"Writing the next token (median and range of {config.seeds} rounds)", ylabel=unit, ylim=(0, None))
+    axes[1].set(title=f"Reading, {config.chunk} tokens at a time", ylabel=unit, ylim=(0, None))
     axes[2].set(title="What is kept between two tokens" if measured else "No allocator here that could be asked",
                 ylabel="allocated, beside the weights (MiB)", yscale="log")
     for ax in axes:
         ax.set(xlabel="length of the context (tokens)", xscale="log")
         ax.set_xticks(contexts, contexts)
         ax.minorticks_off()
-        ax.legend()
+        if ax.lines:
+            ax.legend()
     ratio = lambda arm, key: get(arm, key)[:, -1] / get(arm, key)[:, 0]                                                 # (rounds,)
     full = "full attention, every layer"
     fig.suptitle(f"From {contexts[0]:,} to {contexts[-1]:,} tokens of context: a token takes {np.median(ratio('TTT', 'us_per_token')):.2f} times the time with test-time training, "

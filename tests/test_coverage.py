@@ -157,11 +157,12 @@ def test_what_is_no_number_is_never_the_best_of_anything(broken):
         more, theirs = np.insert(logp, place, broken, 0), np.insert(np.insert(own, place, -1.0, 0), place, broken, 1)
         for scores, without in ((tournament(more, 2), tournament(logp, 2)), (offset_tournament(more, theirs, 2), offset_tournament(logp, own, 2))):
             assert scores[place] == math.inf and np.delete(scores, place).tolist() == without.tolist(), "it wins nothing, and nobody loses to it"
-        for score in (-more.mean(1), tournament(more, 2), np.full(4, broken), np.zeros(4)):
+        for score in (-more.mean(1), tournament(more, 2), np.zeros(4)):
             assert best(score, more) != place
     one = more.copy()
     one[3] = logp[0]
     one[3, 7] = broken
+    assert best(np.array([math.nan, 0.5]), logp[:2]) == 1 and best(np.array([0.5, math.nan]), logp[:2]) == 0
     assert tournament(one, 2)[3] == math.inf and best(-one.mean(1), one) != 3, "one answer is enough"
     with pytest.raises(NotFinite):
         best(np.zeros(2), np.full((2, 3), broken))

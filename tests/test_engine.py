@@ -17,7 +17,6 @@ from common import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import engine
-import model
 from engine import KVCache, Rollout, generate, inverse_cdf, truncate
 from experiment import NotFinite
 from kernels import token_logprobs

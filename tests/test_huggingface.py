@@ -1,5 +1,6 @@
 """Hugging Face folders: our logits are those of an independent forward pass and of transformers, our ids those of the tokenizers library,
 what we write they read, and what we can't read is one line. The oracles in this file need neither library; both are used where installed."""
+import contextlib
 import json
 import os
 import random
@@ -20,6 +21,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import huggingface
 from engine import generate
 from experiment import UserError
 from huggingface import hf_config, load_chat_template, load_problems, load_tokenizer, word_problems
@@ -332,6 +334,22 @@ def test_a_full_disk_is_one_line_and_leaves_the_older_save_whole_and_nothing_els
     assert contents(tmp_path) == before
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+def test_a_disk_that_is_full_when_the_smallest_file_comes_leaves_the_older_save_whole(tmp_path, monkeypatch):
+    GPT(GPTConfig(300, 16, 1, 2, 16)).save_pretrained(tmp_path)
+    before, whole = contents(tmp_path), huggingface.whole
+
+    @contextlib.contextmanager
+    def full(path):
+        with whole(path) as f, open("/dev/full", "wb") as nothing:
+            yield nothing if path.name == "config.json" else f
+
+    monkeypatch.setattr(huggingface, "whole", full)
+    with refused("cannot write", "config.json", "No space left"):
+        GPT(GPTConfig(300, 16, 2, 2, 16)).save_pretrained(tmp_path)
+    assert contents(tmp_path) == before
+
+
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "generation_config.json", "chat_template.jinja", "tokenizer.json"])
 def test_a_save_touches_no_file_that_no_save_wrote(name, tmp_path):
     (tmp_path / "README.md").write_text("mine")
@@ -579,12 +597,12 @@ def edited(content, path, value):
     (("pre_tokenizer",), dict(type="Metaspace"), ["Metaspace"]), (("pre_tokenizer", "add_prefix_space"), True, ["pre-tokenizer"]),
     (("pre_tokenizer",), sequence(dict(type="Punctuation"), True), ["Punctuation"]), (("pre_tokenizer",), sequence(split(QWEN), True), ["pre-tokenizer"]),
     (("pre_tokenizer",), sequence({**split(QWEN), "behavior": "MergedWithNext"}, False), ["MergedWithNext"]), (("pre_tokenizer",), sequence(split("("), False), ["parenthesis"]),
-    (("added_tokens", 1, "lstrip"), True, ["im_start", "lstrip"]), (("added_tokens", 2, "single_word"), True, ["im_end", "single_word"]),
+    (("added_tokens", 1, "lstrip"), True, ["added token", "lstrip"]), (("added_tokens", 2, "single_word"), True, ["added token", "single_word"]),
     (("decoder",), None, ["decoder"]), (("decoder", "type"), "Metaspace", ["decoder", "Metaspace"]), (("added_tokens", 4, "id"), 9999, ["numbered"]), (("added_tokens", 4, "id"), 0, ["numbered"]),
     (("added_tokens", 0, "id"), 1, ["numbered"]), (("added_tokens", 4, "content"), "", ["empty"]), (("added_tokens", 4, "content"), "<think>", ["twice"]),
     # shapes and types
     (("model",), ["a"], ["model", "object"]), (("model", "vocab"), [["a", -1.5]], ["vocab", "object"]), (("model", "vocab", "a"), "7", ["vocab", "a is '7'"]),
-    (("model", "vocab", "a"), -7, ["a is -7"]), (("model", "vocab", "a"), 5, ["id of two tokens"]), (("model", "vocab", ""), 9999, ["''"]), (("model", "merges"), dict(a=1), ["merges"]),
+    (("model", "vocab", "a"), -7, ["a is -7"]), (("model", "vocab", "a"), 5, ["an id that is there twice"]), (("model", "vocab", ""), 9999, ["empty"]), (("model", "merges"), dict(a=1), ["merges"]),
     (("model", "merges", 0), ["a"], ["merge"]), (("model", "merges", 0), 7, ["merge"]), (("model", "merges", 0), [1, 2], ["merge"]), (("pre_tokenizer",), ["a"], ["pre_tokenizer", "object"]),
     (("pre_tokenizer",), dict(type="Sequence", pretokenizers=["a"]), ["pretokenizers 0"]), (("pre_tokenizer",), sequence(dict(split(""), pattern="a"), False), ["pattern", "object"]),
     (("pre_tokenizer", "type"), ["ByteLevel"], ["type"]), (("normalizer",), "NFC", ["normalizer", "object"]), (("added_tokens",), dict(a=1), ["added_tokens", "list"]),
@@ -707,7 +725,7 @@ def test_merges_that_tiktoken_would_take_in_another_order_are_refused(merges, tm
     with refused("no merge makes"):
         load_tokenizer(save_json(tmp_path, edited(content, ("model", "merges"), pairs[:-1])))
     with refused("▁the"):
-        load_tokenizer(save_json(tmp_path, edited(content, ("model", "vocab"), {**vocab, "▁the": 9999})))
+        load_tokenizer(save_json(tmp_path, edited(content, ("model", "vocab"), {"▁the" if t == last else t: i for t, i in vocab.items()})))
     text = [" ".join(p) for p in pairs]         # the older way to write a merge
     assert load_tokenizer(save_json(tmp_path, edited(content, ("model", "merges"), text))).encode("the") == load_tokenizer(save_json(tmp_path, content)).encode("the")
 

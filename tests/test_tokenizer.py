@@ -105,3 +105,11 @@ def test_characters_come_back_and_eos_decodes_to_nothing():
     assert tokenizer.eos == 6 == tokenizer.n_vocab - 1 and tokenizer.stop == [6]
     with pytest.raises(AssertionError):
         CharTokenizer("abca")
+
+
+@pytest.mark.parametrize("space", [" ", "\n"])
+def test_a_million_spaces_are_text_like_any_other(space):
+    text = "a b" + 10 ** 6 * space + "c"
+    encoding = train_bpe(text, 300)
+    assert encoding.decode(encoding.encode_ordinary(text)) == text
+    assert encoding.encode_ordinary_batch([text, "a b"]) == [encoding.encode_ordinary(text), encoding.encode("a b")]

@@ -476,7 +476,7 @@ def context_figure(monkeypatch, ttt_late, dynamic):
     monkeypatch.setattr(ttt, "train", train)
     monkeypatch.setattr(ttt, "losses", losses)
     monkeypatch.setattr(ttt, "dynamic_evaluation", dynamic_evaluation)
-    monkeypatch.setattr(ttt, "speed", lambda measure, tokens: measure() is not None and tokens / 2)
+    monkeypatch.setattr(ttt, "speed", lambda measure, tokens, device: measure() is not None and tokens / 2)
     memory = Memory()
     return ttt.figure_context(small(figure="context", context=256, seeds=2), memory, "cpu", train_docs, test_docs), memory
 
@@ -539,7 +539,7 @@ def test_decoding_counts_time_per_token_once_warm(monkeypatch):
     counts = iter((107, 100))
     monkeypatch.setattr(ttt, "Reader", Slow)
     monkeypatch.setattr(ttt, "allocated", lambda device: next(counts))
-    monkeypatch.setattr(ttt, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr(ttt, "time", SimpleNamespace(perf_counter=lambda: -7.0, process_time=lambda: clock[0]))
     assert ttt.decode(None, 32, 1.0, small(), "cpu", 0) == {"read_us_per_token": 1e6, "us_per_token": 2e6, "bytes": 7} and seen == [8] * 4 + [1] * 40
 
 
