@@ -1377,7 +1377,7 @@ def test_a_mistake_about_checkpoints_is_one_line_and_nothing_is_written(flags, w
 
 
 @pytest.mark.parametrize("flags, words", [
-    ("--batch 4294967295", "GiB"), ("--max-new-tokens 4294967295", "positions"), ("--arms opd,opd", "twice"), *((flag, "does nothing here") for flag in (
+    ("--batch 4294967295 --max-new-tokens 8", "GiB"), ("--max-new-tokens 4294967295", "positions"), ("--arms opd,opd", "twice"), *((flag, "does nothing here") for flag in (
         "--group 4", "--n-layer 9", "--n-embd 64", "--expert-embd 64", "--sft-steps 5", "--sft-lr 0.01", "--slips 0.1", "--clip 0.3", "--skd-top 3", "--trb-eps 0.1", "--top 3"))])
 def test_a_flag_that_asks_a_checkpoint_for_too_much_or_for_nothing_is_refused(flags, words, real, untrained, tmp_path):
     refused((*REAL_RUN[1:], *real_flags(real), *flags.split()), tmp_path, flags.split()[0], words)
