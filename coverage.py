@@ -564,14 +564,15 @@ def figure_principle(config, run, device):
     for key, label in (("sampled", "best of N samples"), ("exact", "exact"), ("floor", "coverage promises at least (Prop. D.6)")):
         band(axes[1, 2], np.arange(1, len(sampled[0][key]) + 1), np.array([r[key] for r in sampled]), label)
     final = {key: np.mean([r[key][-1] for r in sampled]) for key in ("sampled", "floor")}
-    axes[1, 2].set(title=f"Best of {len(sampled[0]['floor'])} at the end: {final['sampled']:.3f}; coverage promises {final['floor']:.3f}", xlabel="N (samples)", ylabel="success", xscale="log", ylim=(0, 1.02))
+    axes[1, 2].set(title=f"Best of {len(sampled[0]['floor'])} at the end {final['sampled']:.3f}, promised {final['floor']:.3f}", xlabel="N (samples)", ylabel="success", xscale="log", ylim=(0, 1.02))
     for ax in axes.flat:
         ax.legend()
     axes[0, 2].legend(fontsize="x-small", loc="lower left")
     fig.colorbar(axes[1, 1].collections[0], ax=axes[1, 1], label="step of fine-tuning")
     best8, end8 = passes[8].max(1), passes[8][:, -1]
-    fig.suptitle(f"Fine-tuning: the KL {change(kl)} nats, Pass@16 {change(passes[16])} ({n} seed{'s' if n > 1 else ''})")
     chosen, lowest, known = (at(passes[8], picks[rule]) for rule in ("tournament", "best validation loss", "validation Pass@8"))
+    fig.suptitle(f"Fine-tuning: the KL {change(kl)} nats, Pass@16 {change(passes[16])}; Pass@8 of the checkpoint with the best loss {lowest.mean():.3f}, "
+                 f"of the tournament's {chosen.mean():.3f} ({n} seed{'s' if n > 1 else ''})")
     share = lambda x, y: np.divide(x, y, out=np.full(n, np.nan), where=y > 0)       # of nothing there is no share
     return fig, [
         claim("kl", "KL at the end over the start, worst seed", SOURCE, "falls", (kl[:, -1] / kl[:, 0]).max(), "<=", 0.6, n),

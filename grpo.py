@@ -561,7 +561,7 @@ SHOWN = ("step", "reward", "pass@1", "guessed_carries", "entropy", "length_right
 
 
 def train(config, run, arm, seed, base, tokens=math.inf):
-    """RL from the base for config.steps steps, or until `tokens` are sampled -> the trained model. One row of metrics a step."""
+    """RL from the base for config.steps steps, or until `tokens` are sampled -> the trained model, with --init saved, too. One row of metrics a step."""
     # 1. A copy of the base, an optimizer, two random streams: problems, and everything else
     phase, model = f"{arm} {seed}", copy.deepcopy(base)
     optimizer = torch.optim.AdamW(model.parameters(), config.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
@@ -587,6 +587,8 @@ def train(config, run, arm, seed, base, tokens=math.inf):
         run.log(**row)
         cells = (f"{row[k]:.{3 if isinstance(row[k], float) and row[k] < 10 else 0}f}" if row.get(k) is not None else "" for k in shown)
         print("  ".join(f"{cell:>{len(k)}}" for k, cell in zip(shown, cells)), flush=True)
+    if config.init and world()[0] == 0:
+        model.save_pretrained(run.dir / phase, like=config.init, stop=task_of(config).tokenizer.stop)
     return model
 
 
@@ -647,8 +649,6 @@ def figure_train(config, run, device):
         trained = train(config, run, config.loss, seed, base)
         for arm, model in zip(arms, (base, trained)):
             run.log_once(lambda: held_out(model, config, n, ks), phase="pass@k", arm=arm, seed=seed, step=config.steps)
-        if real and world()[0] == 0:
-            trained.save_pretrained(run.dir / f"{config.loss} {seed}", like=config.init, stop=task_of(config).tokenizer.stop)
 
     def final(arm, key):
         """(seeds,); nan for a seed that has no such number."""
