@@ -887,7 +887,7 @@ def test_the_claims_of_variants_compare_losses_on_the_same_seed(monkeypatch):
 
 @pytest.mark.parametrize("last", [300_000, 42_000])
 def test_the_figure_of_variants_says_how_much_was_sampled(last, monkeypatch):
-    config, figures = small(seeds=2, figure="variants"), []
+    config = small(seeds=2, figure="variants")
     for name, stub in dict(train=fake_arms(dict.fromkeys(LOSSES, (0.3, 0.4)), {}, last=last), warm_up=lambda *_: None).items():
         monkeypatch.setattr(grpo, name, stub)
     fig, claims = grpo.figure_variants(config, Memory(), "cpu")
