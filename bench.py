@@ -340,7 +340,6 @@ def plot_roofline(rows, peak, path):
     ax.legend(labels.values(), labels, fontsize=8)
     with whole(path) as f:
         fig.savefig(f, dpi=110, format="png")
-    plt.close(fig)
 
 
 # --------------------------------------------------------------------------------------------------
