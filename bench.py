@@ -33,6 +33,7 @@ import multiprocessing
 import statistics
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -203,7 +204,6 @@ def left_out(impl, device):
         return no_triton(torch.empty(0, device=device))
     if impl in PEERS and not importlib.util.find_spec(PEERS[impl][0]):
         return "not installed"
-    return None
 
 
 def apart(f, *args, device):
@@ -346,13 +346,13 @@ def plot_roofline(rows, peak, path):
 # python bench.py sampling, training, decoding
 
 
-def compare(title, racers, device, rounds=2):
+def compare(title, racers, device):
     """Median tokens/s of each racer: name -> function that makes tokens and returns how many.
 
-    All take turns; the first round warms up. ratio: our best over the others' best, or None.
+    Three rounds, in which all take turns; the first warms up. ratio: our best over the others' best.
     """
     speeds = {name: [] for name in racers}
-    for _ in range(1 + rounds):
+    for _ in range(3):
         for name, race in racers.items():
             started = clock(device)
             tokens = race()
@@ -454,7 +454,7 @@ def measure_sampling(args):
         prompts = [torch.randint(1, config.vocab_size, (T,)).tolist() for T in lens]
         # The toy stops at token 0, in the mean after 64 tokens; of a large vocabulary none comes up
         stop = 0 if name == "4 x 128" else None
-        title = f"{name}, {len(lens)} prompts x {n}, {new} tokens, stop at {stop}, {dtype}"
+        title = f"{name}, {len(lens)} prompts x {n}, up to {new} tokens, {dtype}"
         racers = sampling_racers(ours, peer, prompts, n, new, stop)
         rows.append(compare(title, racers, args.device))
     return rows
@@ -635,6 +635,7 @@ def make_folder(out):
 def main():
     args = parse()
     results = make_folder(args.out)
+    warnings.simplefilter("ignore")  # compilers and peers warn of much
     args.roof = apart(roof, device=args.device)
     machine = dict(
         device=torch.cuda.get_device_name() if args.device == "cuda" else "cpu",
