@@ -349,7 +349,7 @@ def plot_roofline(rows, peak, path):
 def compare(title, racers, device):
     """Median tokens/s of each racer: name -> function that makes tokens and returns how many.
 
-    Three rounds, in which all take turns; the first warms up. ratio: our best over the others' best.
+    Three rounds, in which all take turns; the first warms up. ratio: our best over others' best.
     """
     speeds = {name: [] for name in racers}
     for _ in range(3):
