@@ -679,7 +679,9 @@ def figure_mask(config, run, device):
     names = {design: [f"{design}, {arm}" for arm in arms] for design in designs}
     nats, tries = ({design: equal_success(run, *names[design], key, success) for design in designs} for key in ("nats", "unique_attempts"))
     at_end = {key: {design: of(run, names[design][0], key) - of(run, names[design][1], key) for design in designs} for key in ("nats", twice, "gap")}
-    fig, axes = plt.subplots(1, 4, figsize=(22, 5), layout="constrained")
+    fig, axes = plt.subplots(2, 2, figsize=(14, 9), layout="constrained")
+    axes = axes.flatten()
+    axes[1].sharey(axes[0])
     for design, color in zip(designs, ("C0", "C1")):
         for arm, style in zip(names[design], ("-", "--")):
             for i, (s, y) in enumerate(zip(series(run, success, phase="rl", arm=arm)[1], series(run, "nats", phase="rl", arm=arm)[1])):
