@@ -483,7 +483,9 @@ def figure_context(config, run, device, train_docs, test_docs):
                 xlabel=f"tokens before the first of them (before the last: {target - 1} more)")
     axes[0].set_xticks(contexts, contexts)
     axes[0].axvline(config.length, color="k", ls=":", lw=1, label="length in training")
-    axes[0].legend()
+    low, high = axes[0].get_ylim()
+    axes[0].set_ylim(bottom=low - 0.45 * (high - low))      # room for the legend
+    axes[0].legend(loc="lower left")
     for arm, kind, color in (("TTT", "TTT", "C0"), ("sliding window", "sliding window", "C1"), (best[FAST], FAST, "C3"), (best[ALL], ALL, "C4")):
         y = get(arm)[:, -1]
         axes[1].errorbar(cost(kind), y.mean(), y.std(ddof=1) if n > 1 else 0, fmt="o", color=color, capsize=4)
@@ -491,6 +493,8 @@ def figure_context(config, run, device, train_docs, test_docs):
     axes[1].set(title=f"After {context:,} tokens: loss against cost", xlabel=f"{'CPU ' * (device == 'cpu')}time to read a token of one text (µs, fastest seed)",
                 ylabel="loss (nats per token)", xscale="log")
     axes[1].margins(0.35, 0.15)
+    costs = sorted(map(cost, ("TTT", "sliding window", ALL)))
+    axes[1].set_xticks(costs, [f"{c:.0f}" for c in costs])
     for ax in axes:
         ax.minorticks_off()
     print(f"\n{'loss (nats per token)':<50}" + "".join(f"{f'after {c:,}':>14}" for c in contexts) + "   us per token")
