@@ -1,0 +1,138 @@
+"""A path through a layered graph, which is given as a list of edges. In all layers but one the path may go either way:
+
+    xs cs tc tx tl hf ot ok ht of hk jo jn jh /js=      find a way from j to s (written without the spaces)
+    htxs                                                by h, t and x; t leads to c, too, and c to s
+
+Edges of the last layer come first, so that the path is found by reading backwards; f, k, l and n lead nowhere. A node is a letter, and even
+(a, c, e, ...) or odd. A graph is of one of three classes, which say where its path goes at a fork of layer i, counted from 1:
+
+    G1      to the node of i's parity           nine of ten graphs that `draw` gives
+    G2      to the other node                   the tenth
+    G3      either way, by chance               what the demonstrators do with any graph
+
+Which of G1 and G2 it is, a parity over half of the letters tells, and nobody learns that. So a model can learn to find paths, and then only
+how often each class comes. The task of Chen et al., arXiv 2510.15020, Section 4, with fewer and smaller layers.
+"""
+
+import numpy as np
+
+from tasks import held_out as is_held_out
+from tokenizer import CharTokenizer
+
+SIZE = 3  # layers, at most 5: then the letters are used up
+NODES = 24
+tokenizer = CharTokenizer("abcdefghijklmnopqrstuvwx-/=")
+PAD, SLASH, EQUALS = tokenizer.encode("-/=")
+G1, G2, G3 = 0, 1, 2
+SECRET = np.random.default_rng(2510).permutation(NODES) < NODES // 2  # the letters that count
+
+
+def budget(size):
+    """A node of each layer, and the goal."""
+    return size + 1
+
+
+def prompt_length(size):
+    """The edges, two tokens each: 3 from the start, 6 to each further layer, 1 to the goal if the last layer is no fork;
+    then the slash, start, goal and equals sign."""
+    return 2 * (6 * size - 2) + 4
+
+
+def graphs(rng, classes, size=SIZE):
+    """A graph of each class (B,) -> ids (B, prompt_length(size) + budget(size)), the answer last. rng: numpy's.
+
+    Every layer has an even node, an odd node and another one. At a fork the even and the odd node lead on. In the one layer
+    that is no fork a single node does.
+    """
+    B = len(classes)
+    rows = np.arange(B)
+    nodes, start, goal = named(rng, classes, size)
+    # Which nodes lead on
+    narrow = rng.integers(size, size=B)  # (B,): the layer that is no fork
+    leads_on = np.zeros((B, size, 3), bool)
+    leads_on[:, :, :2] = True
+    leads_on[rows, narrow] = False
+    leads_on[rows, narrow, rng.integers(3, size=B)] = True
+    # The path: slot 0 of a layer is its even node, slot 1 the odd one
+    other_way = np.where(classes[:, None] == G3, rng.integers(2, size=(B, size)), classes[:, None])
+    slot = np.arange(1, size + 1) % 2 ^ other_way  # (B, size)
+    slot = np.where(leads_on.sum(2) == 2, slot, leads_on.argmax(2))
+    path = np.take_along_axis(nodes, slot[..., None], 2)[..., 0]  # (B, size)
+    edges = listed(rng, nodes, leads_on, start, goal)  # (B, E, 2)
+    slash, equals = np.full(B, SLASH), np.full(B, EQUALS)
+    return np.column_stack([edges.reshape(B, -1), slash, start, goal, equals, path, goal])
+
+
+def named(rng, classes, size):
+    """Letters for a graph of each class (B,) -> nodes (B, size, 3): even, odd, any; start (B,), goal (B,)."""
+    B = len(classes)
+    key = rng.random((B, NODES))
+    evens = 2 * key[:, ::2].argsort(1)[:, :size]
+    odds = 2 * key[:, 1::2].argsort(1)[:, :size] + 1
+    np.put_along_axis(
+        key, np.concatenate([evens, odds], 1), 2.0, 1
+    )  # used: last in the order of the rest
+    rest = key.argsort(1)[:, : NODES - 2 * size]
+    goal = rest[:, 0]
+    nodes = np.stack([evens, odds, rest[:, 1 : 1 + size]], 2)  # (B, size, 3)
+    # The start is the first letter left that makes the secret parity tell the class
+    parity = np.where(classes == G3, rng.integers(2, size=B), classes == G1)
+    others = SECRET[nodes].sum((1, 2)) + SECRET[goal]
+    left = rest[:, 1 + size :]
+    fits = SECRET[left] == ((others + parity) % 2 == 1)[:, None]
+    return nodes, left[np.arange(B), fits.argmax(1)], goal
+
+
+def listed(rng, nodes, leads_on, start, goal):
+    """The edges (B, E, 2) of graphs, from the last layer back, shuffled within a layer, padded on the left.
+
+    A node that leads on does so to every node of the next layer. nodes, leads_on: (B, size, 3).
+    """
+    B, size, _ = nodes.shape
+    layers = [
+        (nodes[:, -1], goal[:, None], leads_on[:, -1])
+    ]  # sources, targets, which sources have edges
+    layers += [(nodes[:, i], nodes[:, i + 1], leads_on[:, i]) for i in reversed(range(size - 1))]
+    layers += [(start[:, None], nodes[:, 0], np.ones((B, 1), bool))]
+    edges, order = [], []
+    for i, (sources, targets, exists) in enumerate(layers):
+        shape = (B, sources.shape[1], targets.shape[1])
+        pairs = np.broadcast_arrays(sources[:, :, None], targets[:, None])
+        edges.append(np.stack(pairs, -1).reshape(B, -1, 2))
+        exists = np.broadcast_to(exists[:, :, None], shape).reshape(B, -1)
+        order.append(np.where(exists, i + rng.random(exists.shape), -1.0))
+    edges, order = np.concatenate(edges, 1), np.concatenate(order, 1)
+    last = order.argsort(1)[:, 2 - 6 * size :]  # those that do not exist come first
+    exists = np.take_along_axis(order, last, 1) >= 0
+    return np.where(exists[..., None], np.take_along_axis(edges, last[..., None], 1), PAD)
+
+
+def draw(rng, size=SIZE, held_out=False):
+    """The ids of a graph and its answer, a list. rng: a random.Random."""
+    while True:
+        classes = np.array([G1 if rng.random() < 0.9 else G2])
+        problem = graphs(np.random.default_rng(rng.getrandbits(64)), classes, size)[0].tolist()
+        if is_held_out(prompt(problem)) == held_out:
+            return problem
+
+
+def prompt(problem):
+    return tokenizer.decode(problem[: problem.index(EQUALS) + 1])
+
+
+def demonstrate(rng, problem):
+    """A way to the goal, either way at each fork."""
+    slash = problem.index(SLASH)
+    edges = list(zip(problem[:slash:2], problem[1:slash:2]))
+    node, goal = problem[slash + 1 : slash + 3]
+    lead_on = {source for source, _ in edges} | {goal}
+    path = []
+    while node != goal:
+        node = rng.choice([v for u, v in edges if u == node and v in lead_on])
+        path.append(node)
+    return tokenizer.decode(path)
+
+
+def reward(problem, text):
+    """1.0 for the path of the graph's class, else 0.0: another way to the goal is wrong, too."""
+    return float(text == tokenizer.decode(problem[problem.index(EQUALS) + 1 :]))
