@@ -1,30 +1,37 @@
-"""coverage.py: the checkpoint with the best loss is not the one to sample from (the coverage principle, Chen et al., arXiv 2510.15020).
+"""coverage.py: the checkpoint with the best loss is not the one to sample from.
 
-The coverage profile of a model p of data D is the tail of the log density ratio whose mean is the KL divergence:
+(The coverage principle, Chen et al., arXiv 2510.15020.) The coverage profile of a model p of data D is
+the tail of the log density ratio whose mean is the KL divergence; (x, y) are drawn from D:
 
-    Cov_N = Pr[ D(y|x) / p(y|x) >= N ]        KL = E[ log D(y|x) / p(y|x) ]        (x, y) from D; lower is better
+    Cov_N = Pr[ D(y|x) / p(y|x) >= N ]        KL = E[ log D(y|x) / p(y|x) ]        lower is better
 
-The best of N samples is right if an answer keeps a probability of about 1/N; more does not help. So it fails where Cov_N is large,
-whatever the KL. Cross-entropy lowers the KL, and may do so by giving up answers that are rare already.
+The best of N samples is right if an answer keeps a probability of about 1/N; more does not help. So
+it fails where Cov_N is large, whatever the KL. Cross-entropy lowers the KL, and may do so by giving
+up answers that are rare already.
 
-The task is a path through a graph (tasks/paths.py). In nine of ten graphs it follows one rule, in the tenth the opposite one, and nobody
-can tell which. The base was trained on all ways to the goal, and samples any. Fine-tuning first mends the coverage (ways that the data
-never take vanish), then breaks it: cross-entropy ends at .9 and .1, or further apart, and the rarer path falls below 1/N.
+The task is a path through a graph (tasks/paths.py). In nine of ten graphs it follows one rule, in
+the tenth the opposite one, and nobody can tell which. The base was trained on all ways to the goal,
+and samples any. Fine-tuning first mends the coverage (ways that the data never take vanish), then
+breaks it: cross-entropy ends at .9 and .1, or further apart, and the rarer path falls below 1/N.
 
     python coverage.py                          2 minutes on two cores
-    python -m experiments.selection             which checkpoint to take: a tournament of coverage
-    python -m experiments.dco                   a loss that leaves answers alone which are likely enough
-    python -m experiments.horizon               KL grows with the length of the answers, coverage does not, up to a point
-    python -m experiments.optimizers            SGD needs a step size for each length, other rules take one for all
+    python -m experiments.selection             which checkpoint to take? a tournament of coverage
+    python -m experiments.dco                   a loss that leaves alone what is likely enough
+    python -m experiments.horizon               long answers have a larger KL, not a larger Cov_N
+    python -m experiments.optimizers            step rules that keep the coverage at any length
+    python -m experiments.token_steps           the same with a step after every token
 
-What to see: the KL falls all the time; Pass@8 rises a little, then falls below its start, while Cov_8 falls, then rises. `samples.txt` holds
-8 answers to each of three graphs: the base spreads them over four paths, the fine-tuned model writes one or two. (Of the third graph
-the right path is the rarer one.)
+What to see: the KL falls all the time; Pass@8 rises a little, then falls below its start, while
+Cov_8 falls, then rises. `samples.txt` holds 8 answers to each of three graphs: the base spreads them
+over four paths, the fine-tuned model writes one or two. (Of the third graph the right path is the
+rarer one.)
 
 How this differs from the paper:
-1. A model of 0.2 million parameters; graphs of 3 layers of 3 nodes (2 forks). The paper: 11 million, 8 layers of 4 nodes.
-2. New graphs at every step in pre-training, too; fine-tuning of 700 steps at 4e-5 instead of 50,000 at 5e-6.
-3. The data's answer is the only right one here, so that Pass@N of the exact probabilities needs no sampling.
+1. A model of 0.2 million parameters; graphs of 3 layers of 3 nodes (2 forks). The paper: 11 million,
+   8 layers of 4 nodes.
+2. New graphs at every step in pre-training, too; fine-tuning of 700 steps at 4e-5 instead of 50,000
+   at 5e-6.
+3. The data's answer is the only right one here, so that its exact probability gives Pass@N.
 """
 
 import copy
@@ -116,8 +123,8 @@ def pass_at_k(logp, k):
 def best_of_n_loss(coverage_of, N):
     """Prop. D.6: the reward that the best of N samples loses, at most, against the data's answers.
 
-    It is Cov_M + eps for N >= 2 M log(1 / eps) and Cov_M <= 1/2; we take the best M. coverage_of: a
-    function M -> Cov_M. Rewards are within [0, 1], so that 1 is a bound, too.
+    It is Cov_M + eps for N >= 2 M log(1 / eps) and Cov_M <= 1/2; we take the best M. coverage_of:
+    a function M -> Cov_M. Rewards are within [0, 1], so that 1 is a bound, too.
     """
     bounds = [1.0]
     for M in np.geomspace(1, N, 40):
@@ -134,7 +141,10 @@ def ranks(x):
 
 
 def spearman(x, y):
-    """The correlation of the ranks; 0 if one of the two never changes, nan if a value is no number."""
+    """The correlation of the ranks of x and y (n,).
+
+    0 if one of the two never changes, nan if a value is no number.
+    """
     if np.isnan(x).any() or np.isnan(y).any():
         return math.nan
     if np.ptp(x) == 0 or np.ptp(y) == 0:
@@ -187,7 +197,10 @@ def sample_answers(model, ids, n, seed):
 
 
 def best_of_n_curves(model, seed, N=16):
-    """Pass@k for k = 1 to N on 256 graphs, a tenth of G2: by sampling, exactly, and as promised by Cov."""
+    """Pass@k for k = 1 to N on 256 graphs, a tenth of G2.
+
+    By sampling, from the exact probabilities, and what the coverage promises (Prop. D.6).
+    """
     classes = np.repeat([paths.G1, paths.G2], (230, 26))
     ids = paths.graphs(np.random.default_rng([seed, 4]), classes)
     right = (sample_answers(model, ids, N, seed) == ids[:, None, PROMPT:]).all(2)  # (256, N)
@@ -195,7 +208,7 @@ def best_of_n_curves(model, seed, N=16):
     tries = range(1, N + 1)
 
     def sampled(k):
-        """Unbiased: the chance that k of the N samples, drawn without putting back, hold a right one."""
+        """Unbiased: the chance that k of the N samples hold a right one."""
         all_wrong = [math.comb(N - c, k) / math.comb(N, k) for c in right.sum(1).tolist()]
         return np.mean([1 - chance for chance in all_wrong])
 
@@ -216,10 +229,11 @@ def cross_entropy(logp):
 
 
 def train(config, run, phase, seed, model, mixture, rates, loss=cross_entropy, kept=None):
-    """Train the model on graphs whose classes come from `mixture` (3,). Yields, after each step, its number and its loss.
+    """Train the model on graphs whose classes come from `mixture` (3,).
 
-    rates: the learning rate of each step, so many steps are taken. loss: log-probabilities (R,) -> (R,). kept: what
-    is saved beside the model. NotFinite for a loss, a gradient or a weight that is no number.
+    Yields, after each step, its number and its loss. rates: the learning rate of each step; so many
+    steps are taken. loss: log-probabilities (R,) -> (R,). kept: what is saved beside the model.
+    NotFinite for a loss, a gradient or a weight that is no number.
     """
     rng = random.Random(f"{seed} {mixture}")  # the same graphs for every loss
     optimizer = torch.optim.AdamW(
@@ -264,7 +278,8 @@ def evaluation_graphs(config, seed):
 def fine_tune(config, run, arm, seed, base, loss=cross_entropy, keep=None, kept=None):
     """From the base on the data -> the model. Logs KL, coverage and Pass@N of every checkpoint.
 
-    keep(step, model), if there is one, is called at every checkpoint; what it puts into `kept` is saved.
+    keep(step, model), if there is one, is called at every checkpoint; what it puts into `kept` is
+    saved.
     """
     model = copy.deepcopy(base)
     graphs, weights = evaluation_graphs(config, seed)
@@ -311,8 +326,8 @@ def figure(config, run):
     steps, kl = series(run, "kl", phase="finetune", arm="cross-entropy")
     cov = {N: curve(f"cov@{N}") for N in NS}
     passed = {N: curve(f"pass@{N}") for N in TRIES}
-    with_coverage = np.array([spearman(x, y) for x, y in zip(passed[16], cov[8])])
-    with_kl = np.array([spearman(x, y) for x, y in zip(passed[16], kl)])
+    with_coverage = np.array([spearman(passed[16][i], cov[8][i]) for i in range(config.seeds)])
+    with_kl = np.array([spearman(passed[16][i], kl[i]) for i in range(config.seeds)])
 
     fig, axes = plt.subplots(2, 2, figsize=(12, 8.5), layout="constrained")
     fig.suptitle(
@@ -351,7 +366,7 @@ def judge(kl, passed, with_coverage, with_kl):
     lost8 = passed[8].max(1) - passed[8][:, -1]
     lost16 = passed[16][:, 0] - passed[16][:, -1]
     lost = "Pass@16, before fine-tuning minus after"
-    goes_with = "rank correlation of Pass@16 with"
+    rank = "rank correlation of Pass@16 with"
     return [
         claim(
             "kl", "KL at the end over the start, worst seed", SOURCE, "falls", left, "<=", 0.6, n
@@ -359,8 +374,8 @@ def judge(kl, passed, with_coverage, with_kl):
         claim("kl steady", steady, SOURCE, "monotone", rise, "<=", 0.04, n),
         claim("pass falls", "Pass@8, best minus last", SOURCE, "0.04", lost8, ">=", 0.015, n),
         claim("pass@16 falls", lost, SOURCE, "0.04", lost16, ">=", 0.02, n),
-        claim("by coverage", f"{goes_with} Cov_8", SOURCE, "strong", with_coverage, "<=", -0.7, n),
-        claim("by kl", f"{goes_with} KL", SOURCE, "wrong sign", with_kl, ">=", 0.2, n),
+        claim("by coverage", f"{rank} Cov_8", SOURCE, "strong", with_coverage, "<=", -0.7, n),
+        claim("by kl", f"{rank} KL", SOURCE, "wrong sign", with_kl, ">=", 0.2, n),
     ]
 
 
@@ -379,12 +394,13 @@ def draw_best_of_n(ax, config, run):
 
 
 def examples(model, ids, seed):
-    """8 answers to each of some graphs, as text with their number -> [(text, 1.0 if one is right)]."""
+    """8 answers to each of some graphs, counted -> [(text, 1.0 if one of them is right)]."""
+    answers = sample_answers(model, ids, 8, seed).tolist()
     written = []
-    for row, answers in zip(ids.tolist(), sample_answers(model, ids, 8, seed).tolist()):
-        texts = [paths.tokenizer.decode(answer) for answer in answers]
+    for i, problem in enumerate(ids.tolist()):
+        texts = [paths.tokenizer.decode(answer) for answer in answers[i]]
         counts = "  ".join(f"{n} x {text}" for text, n in Counter(texts).most_common())
-        written.append((counts, max(paths.reward(row, text) for text in texts)))
+        written.append((counts, max(paths.reward(problem, text) for text in texts)))
     return written
 
 

@@ -59,6 +59,13 @@ def losses(config):
     }
 
 
+def measure(config, run, device):
+    for seed in seeds_of(config):
+        base = lesson.pretrain(config, run, seed, device)
+        for arm, loss in losses(config).items():
+            lesson.fine_tune(config, run, arm, seed, base, loss)
+
+
 def figure(config, run):
     fig, (left, right) = plt.subplots(1, 2, figsize=(12, 5), layout="constrained")
     ends = []
@@ -93,10 +100,7 @@ def main():
     parameters = lesson.build(config, device).parameters()  # an impossible shape ends here
     with Run(config) as run:
         run.introduce(device, sum(p.numel() for p in parameters))
-        for seed in seeds_of(config):
-            base = lesson.pretrain(config, run, seed, device)
-            for arm, loss in losses(config).items():
-                lesson.fine_tune(config, run, arm, seed, base, loss)
+        measure(config, run, device)
         run.finish(*figure(config, run))
 
 

@@ -172,6 +172,14 @@ def select(config, model, valid, weights, seed, N=4):
     }
 
 
+def measure(config, run, device):
+    for seed in seeds_of(config):
+        base = lesson.pretrain(config, run, seed, device)
+        checkpoints = fine_tune(config, run, seed, base)
+        where = dict(phase="picks", seed=seed, step=config.steps)
+        run.log_once(partial(select, config, *checkpoints, seed), **where)
+
+
 # -------------------------------------------------------------------------------------------------
 # The figure
 
@@ -243,11 +251,7 @@ def main():
     parameters = lesson.build(config, device).parameters()  # an impossible shape ends here
     with Run(config) as run:
         run.introduce(device, sum(p.numel() for p in parameters))
-        for seed in seeds_of(config):
-            base = lesson.pretrain(config, run, seed, device)
-            checkpoints = fine_tune(config, run, seed, base)
-            where = dict(phase="picks", seed=seed, step=config.steps)
-            run.log_once(partial(select, config, *checkpoints, seed), **where)
+        measure(config, run, device)
         run.finish(*figure(config, run))
 
 

@@ -1,17 +1,20 @@
-"""A path through a layered graph, which is given as a list of edges. In all layers but one the path may go either way:
+"""A path through a layered graph, which is given as a list of edges. In all layers but one the path
+may go either way:
 
-    xs cs tc tx tl hf ot ok ht of hk jo jn jh /js=      find a way from j to s (written without the spaces)
+    xs cs tc tx tl hf ot ok ht of hk jo jn jh /js=      find a way from j to s (no spaces in fact)
     htxs                                                by h, t and x; t leads to c, too, and c to s
 
-Edges of the last layer come first, so that the path is found by reading backwards; f, k, l and n lead nowhere. A node is a letter, and even
-(a, c, e, ...) or odd. A graph is of one of three classes, which say where its path goes at a fork of layer i, counted from 1:
+Edges of the last layer come first, so that the path is found by reading backwards; f, k, l and n lead
+nowhere. A node is a letter, and even (a, c, e, ...) or odd. A graph is of one of three classes, which
+say where its path goes at a fork of layer i, counted from 1:
 
     G1      to the node of i's parity           nine of ten graphs that `draw` gives
     G2      to the other node                   the tenth
     G3      either way, by chance               what the demonstrators do with any graph
 
-Which of G1 and G2 it is, a parity over half of the letters tells, and nobody learns that. So a model can learn to find paths, and then only
-how often each class comes. The task of Chen et al., arXiv 2510.15020, Section 4, with fewer and smaller layers.
+Which of G1 and G2 it is, a parity over half of the letters tells, and nobody learns that. So a model
+can learn to find paths, and then only how often each class comes. The task of Chen et al., arXiv
+2510.15020, Section 4, with fewer and smaller layers.
 """
 
 import numpy as np
@@ -32,21 +35,28 @@ def budget(size):
     return size + 1
 
 
+def edges_of(size):
+    """3 edges from the start, 6 to each further layer, 1 to the goal if the last layer is no fork.
+
+    Another layer that is no fork makes fewer: the list is padded.
+    """
+    return 3 + 6 * (size - 1) + 1
+
+
 def prompt_length(size):
-    """The edges, two tokens each: 3 from the start, 6 to each further layer, 1 to the goal if the last layer is no fork;
-    then the slash, start, goal and equals sign."""
-    return 2 * (6 * size - 2) + 4
+    """The edges, two tokens each, then the slash, start, goal and equals sign."""
+    return 2 * edges_of(size) + 4
 
 
 def graphs(rng, classes, size=SIZE):
-    """A graph of each class (B,) -> ids (B, prompt_length(size) + budget(size)), the answer last. rng: numpy's.
+    """A graph of each class (B,) -> ids (B, prompt_length + budget), the answer last. rng: numpy's.
 
-    Every layer has an even node, an odd node and another one. At a fork the even and the odd node lead on. In the one layer
-    that is no fork a single node does.
+    Every layer has an even node, an odd node and another one. At a fork the even and the odd node
+    lead on. In the one layer that is no fork a single node does.
     """
     B = len(classes)
     rows = np.arange(B)
-    nodes, start, goal = named(rng, classes, size)
+    nodes, start, goal = name_nodes(rng, classes, size)
     # Which nodes lead on
     narrow = rng.integers(size, size=B)  # (B,): the layer that is no fork
     leads_on = np.zeros((B, size, 3), bool)
@@ -54,64 +64,72 @@ def graphs(rng, classes, size=SIZE):
     leads_on[rows, narrow] = False
     leads_on[rows, narrow, rng.integers(3, size=B)] = True
     # The path: slot 0 of a layer is its even node, slot 1 the odd one
-    other_way = np.where(classes[:, None] == G3, rng.integers(2, size=(B, size)), classes[:, None])
+    chance = rng.integers(2, size=(B, size))
+    other_way = np.where(classes[:, None] == G3, chance, classes[:, None])
     slot = np.arange(1, size + 1) % 2 ^ other_way  # (B, size)
-    slot = np.where(leads_on.sum(2) == 2, slot, leads_on.argmax(2))
-    path = np.take_along_axis(nodes, slot[..., None], 2)[..., 0]  # (B, size)
-    edges = listed(rng, nodes, leads_on, start, goal)  # (B, E, 2)
-    slash, equals = np.full(B, SLASH), np.full(B, EQUALS)
-    return np.column_stack([edges.reshape(B, -1), slash, start, goal, equals, path, goal])
+    is_fork = leads_on.sum(2) == 2
+    slot = np.where(is_fork, slot, leads_on.argmax(2))
+    path = np.take_along_axis(nodes, slot[..., None], 2).squeeze(2)  # (B, size)
+    edges = list_edges(rng, nodes, leads_on, start, goal).reshape(B, -1)
+    slash = np.full(B, SLASH)
+    equals = np.full(B, EQUALS)
+    return np.column_stack([edges, slash, start, goal, equals, path, goal])
 
 
-def named(rng, classes, size):
-    """Letters for a graph of each class (B,) -> nodes (B, size, 3): even, odd, any; start (B,), goal (B,)."""
+def name_nodes(rng, classes, size):
+    """Letters for a graph of each class (B,) -> nodes (B, size, 3): even, odd, any; start, goal (B,)."""
     B = len(classes)
     key = rng.random((B, NODES))
     evens = 2 * key[:, ::2].argsort(1)[:, :size]
     odds = 2 * key[:, 1::2].argsort(1)[:, :size] + 1
-    np.put_along_axis(
-        key, np.concatenate([evens, odds], 1), 2.0, 1
-    )  # used: last in the order of the rest
+    used = np.concatenate([evens, odds], 1)
+    np.put_along_axis(key, used, 2.0, 1)  # last in the order of the rest
     rest = key.argsort(1)[:, : NODES - 2 * size]
     goal = rest[:, 0]
-    nodes = np.stack([evens, odds, rest[:, 1 : 1 + size]], 2)  # (B, size, 3)
+    thirds = rest[:, 1 : 1 + size]
+    nodes = np.stack([evens, odds, thirds], 2)  # (B, size, 3)
     # The start is the first letter left that makes the secret parity tell the class
-    parity = np.where(classes == G3, rng.integers(2, size=B), classes == G1)
-    others = SECRET[nodes].sum((1, 2)) + SECRET[goal]
     left = rest[:, 1 + size :]
-    fits = SECRET[left] == ((others + parity) % 2 == 1)[:, None]
-    return nodes, left[np.arange(B), fits.argmax(1)], goal
+    chance = rng.integers(2, size=B)
+    parity = np.where(classes == G3, chance, classes == G1)
+    others = SECRET[nodes].sum((1, 2)) + SECRET[goal]
+    odd_one_needed = (others + parity) % 2 == 1
+    fits = SECRET[left] == odd_one_needed[:, None]
+    start = left[np.arange(B), fits.argmax(1)]
+    return nodes, start, goal
 
 
-def listed(rng, nodes, leads_on, start, goal):
-    """The edges (B, E, 2) of graphs, from the last layer back, shuffled within a layer, padded on the left.
+def list_edges(rng, nodes, leads_on, start, goal):
+    """The edges (B, E, 2) of graphs: from the last layer back, shuffled within a layer, padded left.
 
     A node that leads on does so to every node of the next layer. nodes, leads_on: (B, size, 3).
     """
     B, size, _ = nodes.shape
-    layers = [
-        (nodes[:, -1], goal[:, None], leads_on[:, -1])
-    ]  # sources, targets, which sources have edges
-    layers += [(nodes[:, i], nodes[:, i + 1], leads_on[:, i]) for i in reversed(range(size - 1))]
-    layers += [(start[:, None], nodes[:, 0], np.ones((B, 1), bool))]
-    edges, order = [], []
+    layers = [(nodes[:, -1], goal[:, None], leads_on[:, -1])]  # sources, targets, who leads on
+    for i in reversed(range(size - 1)):
+        layers.append((nodes[:, i], nodes[:, i + 1], leads_on[:, i]))
+    layers.append((start[:, None], nodes[:, 0], np.ones((B, 1), bool)))
+    edges = []
+    order = []
     for i, (sources, targets, exists) in enumerate(layers):
-        shape = (B, sources.shape[1], targets.shape[1])
-        pairs = np.broadcast_arrays(sources[:, :, None], targets[:, None])
-        edges.append(np.stack(pairs, -1).reshape(B, -1, 2))
-        exists = np.broadcast_to(exists[:, :, None], shape).reshape(B, -1)
+        arrays = np.broadcast_arrays(sources[:, :, None], targets[:, None], exists[:, :, None])
+        source, target, exists = (x.reshape(B, -1) for x in arrays)  # (B, sources * targets)
+        edges.append(np.stack([source, target], 2))
         order.append(np.where(exists, i + rng.random(exists.shape), -1.0))
-    edges, order = np.concatenate(edges, 1), np.concatenate(order, 1)
-    last = order.argsort(1)[:, 2 - 6 * size :]  # those that do not exist come first
+    edges = np.concatenate(edges, 1)
+    order = np.concatenate(order, 1)
+    last = order.argsort(1)[:, -edges_of(size) :]  # those that do not exist come first
     exists = np.take_along_axis(order, last, 1) >= 0
-    return np.where(exists[..., None], np.take_along_axis(edges, last[..., None], 1), PAD)
+    edges = np.take_along_axis(edges, last[..., None], 1)
+    return np.where(exists[..., None], edges, PAD)
 
 
 def draw(rng, size=SIZE, held_out=False):
     """The ids of a graph and its answer, a list. rng: a random.Random."""
     while True:
         classes = np.array([G1 if rng.random() < 0.9 else G2])
-        problem = graphs(np.random.default_rng(rng.getrandbits(64)), classes, size)[0].tolist()
+        numpy_rng = np.random.default_rng(rng.getrandbits(64))
+        problem = graphs(numpy_rng, classes, size)[0].tolist()
         if is_held_out(prompt(problem)) == held_out:
             return problem
 
@@ -123,7 +141,7 @@ def prompt(problem):
 def demonstrate(rng, problem):
     """A way to the goal, either way at each fork."""
     slash = problem.index(SLASH)
-    edges = list(zip(problem[:slash:2], problem[1:slash:2]))
+    edges = list(zip(problem[:slash:2], problem[1:slash:2], strict=True))
     node, goal = problem[slash + 1 : slash + 3]
     lead_on = {source for source, _ in edges} | {goal}
     path = []
@@ -135,4 +153,5 @@ def demonstrate(rng, problem):
 
 def reward(problem, text):
     """1.0 for the path of the graph's class, else 0.0: another way to the goal is wrong, too."""
-    return float(text == tokenizer.decode(problem[problem.index(EQUALS) + 1 :]))
+    answer = problem[problem.index(EQUALS) + 1 :]
+    return float(text == tokenizer.decode(answer))
