@@ -68,22 +68,22 @@ def measure(config, run, device):
 
 def figure(config, run):
     fig, (left, right) = plt.subplots(1, 2, figsize=(12, 5), layout="constrained")
-    ends = []
+    ends = {key: [] for key in ("kl", "pass@8", "pass@16")}  # of each arm (seeds,)
     for arm, style in zip(losses(config), ("-", "--"), strict=True):
-        steps, kl = series(run, "kl", phase="finetune", arm=arm)
-        band(left, steps, kl, arm, color="k", ls=style)
-        for N, color in ((8, "C0"), (16, "C1")):
-            _, passed = series(run, f"pass@{N}", phase="finetune", arm=arm)
-            band(right, steps, passed, f"Pass@{N}, {arm}", ls=style, color=color)
-            if N == 8:
-                ends.append(passed[:, -1])
-    plain, dco = ends
-    left.set(xlabel="step of fine-tuning", ylabel="KL of the data from the model (nats)")
-    left.set(title="The KL", ylim=(0, None))
-    right.set(xlabel="step of fine-tuning", ylabel="Pass@N, exact")
-    right.set(title="Best-of-N")
-    for ax in (left, right):
+        curves = {key: series(run, key, phase="finetune", arm=arm) for key in ends}
+        band(left, *curves["kl"], arm, color="k", ls=style)
+        band(right, *curves["pass@8"], f"Pass@8, {arm}", ls=style, color="C0")
+        band(right, *curves["pass@16"], f"Pass@16, {arm}", ls=style, color="C1")
+        for key, (_, y) in curves.items():
+            ends[key].append(y[:, -1])
+    for ax, name, key in ((left, "KL", "kl"), (right, "Pass@16", "pass@16")):
+        plain, dco = ends[key]
+        ax.set_title(f"{name} at the end: cross-entropy {plain.mean():.3f}, DCO {dco.mean():.3f}")
+        ax.set_xlabel("step of fine-tuning")
         ax.legend()
+    left.set(ylabel="KL of the data from the model (nats)", ylim=(0, None))
+    right.set_ylabel("Pass@N, exact")
+    plain, dco = ends["pass@8"]
     n = config.seeds
     fig.suptitle(
         f"Pass@8 after fine-tuning: with cross-entropy {plain.mean():.3f}, "

@@ -78,6 +78,7 @@ def figure(config, run):
     for ax in axes:
         ax.minorticks_off()
         ax.legend()
+    axes[1].legend(loc="upper left", bbox_to_anchor=(0, 0.85))
     n = config.seeds
     fig.suptitle(
         f"Answers 8 times as long, after 2,000 draws: {times(kl, 64):.1f} times the KL, "

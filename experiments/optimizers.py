@@ -42,7 +42,8 @@ FEATURES[0, :, :2] = B_LOUD * np.array([(0.6, -0.8), (1.0, 0.0), (0.6, 0.8)])
 FEATURES[1, :, 2] = B_QUIET * np.array([-1, 0, 1])
 TRUTH, START = np.array([1.0, 0.0, 1.0]), np.array([0.6, 0.8, 0.0])  # theta (3,)
 
-NORMALISED_ETA, DISTILLED_ETA = 0.2, 0.002
+NORMALISED_ETA = 0.2
+DISTILLED_ETA = 0.002
 NORMALISED = f"normalised SGD, eta = {NORMALISED_ETA}"
 DISTILLED = f"distilled, truncated, eta = {DISTILLED_ETA}"
 

@@ -117,6 +117,7 @@ def figure(config, run):
     fig, ax = plt.subplots(figsize=(10, 5), layout="constrained")
     band(ax, lengths(config), cov, ARM, marker="o")
     optimizers.show_lengths(ax, lengths(config))
+    ax.legend()
     fig.suptitle(
         f"A step after every token, one step size for all lengths: the largest Cov_16 is {worst:.2g}\n"
         f"(means of {config.seeds} seeds, {config.steps} sequences)"
