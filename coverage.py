@@ -1,7 +1,7 @@
 """coverage.py: the checkpoint with the best loss is not the one to sample from.
 
-(The coverage principle, Chen et al., arXiv 2510.15020.) The coverage profile of a model p of data D is
-the tail of the log density ratio whose mean is the KL divergence; (x, y) are drawn from D:
+(The coverage principle, Chen et al., arXiv 2510.15020.) The coverage profile of a model p of data D
+is the tail of the log density ratio whose mean is the KL divergence; (x, y) are drawn from D:
 
     Cov_N = Pr[ D(y|x) / p(y|x) >= N ]        KL = E[ log D(y|x) / p(y|x) ]        lower is better
 
@@ -22,13 +22,13 @@ breaks it: cross-entropy ends at .9 and .1, or further apart, and the rarer path
     python -m experiments.token_steps           the same with a step after every token
 
 What to see: the KL falls all the time; Pass@8 rises a little, then falls below its start, while
-Cov_8 falls, then rises. `samples.txt` holds 8 answers to each of three graphs: the base spreads them
-over four paths, the fine-tuned model writes one or two. (Of the third graph the right path is the
-rarer one.)
+Cov_4 falls a little, then rises. `samples.txt` holds 8 answers to each of three graphs: the base
+spreads them over four paths, the fine-tuned model writes one or two. (Of the third graph the right
+path is the rarer one.)
 
 How this differs from the paper:
-1. A model of 0.2 million parameters; graphs of 3 layers of 3 nodes (2 forks). The paper: 11 million,
-   8 layers of 4 nodes.
+1. A model of 0.2 million parameters; graphs of 3 layers of 3 nodes (2 forks). The paper: 11
+   million, 8 layers of 4 nodes.
 2. New graphs at every step in pre-training, too; fine-tuning of 700 steps at 4e-5 instead of 50,000
    at 5e-6.
 3. The data's answer is the only right one here, so that its exact probability gives Pass@N.
@@ -65,7 +65,8 @@ from model import GPT, GPTConfig
 from tasks import paths
 
 SOURCE = "Chen et al., arXiv 2510.15020"
-PROMPT, ANSWER = paths.prompt_length(paths.SIZE), paths.budget(paths.SIZE)  # tokens
+PROMPT = paths.prompt_length(paths.SIZE)  # tokens
+ANSWER = paths.budget(paths.SIZE)
 VOCAB = paths.EQUALS + 1  # an answer's length is known: no token ends it
 ALL_WAYS = (1 / 3, 1 / 3, 1 / 3)  # shares of G1, G2, G3 in pre-training
 DATA = (0.9, 0.1, 0.0)  # and in the data of fine-tuning
@@ -95,6 +96,7 @@ class Config(Flags):
 
 def missed(log_ratio, N):
     """Whether D / p >= N, from the log ratios. A ratio that is no number counts as missed."""
+    # "not below" instead of "at least": nan is neither. 1e-12: a ratio of N up to rounding counts.
     return ~(np.asarray(log_ratio) < math.log(N) - 1e-12)
 
 
@@ -117,6 +119,7 @@ def pass_at_k(logp, k):
     Its mean is Pass@k: the chance that one of k samples at least is right.
     """
     p = np.minimum(np.exp(logp), 1 - 1e-12)
+    # expm1 and log1p keep the digits of a small p, which 1 - (1 - p)^k would lose
     return -np.expm1(k * np.log1p(-p))
 
 
@@ -128,8 +131,11 @@ def best_of_n_loss(coverage_of, N):
     """
     bounds = [1.0]
     for M in np.geomspace(1, N, 40):
-        if coverage_of(M) <= 0.5:
-            bounds.append(coverage_of(M) + math.exp(-N / (2 * M)))
+        cov = coverage_of(M)
+        if cov <= 0.5:
+            # At a large M few answers are missed, but N samples are few: eps is large
+            eps = math.exp(-N / (2 * M))
+            bounds.append(cov + eps)
     return min(bounds)
 
 
@@ -152,6 +158,11 @@ def spearman(x, y):
     return float(np.corrcoef(ranks(x), ranks(y))[0, 1])
 
 
+def spearman_of_seeds(x, y):
+    """Of each row of x, y (seeds, n) -> (seeds,)."""
+    return np.array([spearman(a, b) for a, b in zip(x, y, strict=True)])
+
+
 # -------------------------------------------------------------------------------------------------
 # The model, and what it gives to answers
 
@@ -172,17 +183,18 @@ def build(config, device):
 
 def answer_logp(model, ids):
     """The log-probabilities (R,) of the answers that stand last in ids (R, PROMPT + ANSWER)."""
+    # Inputs ids[:, :-1], targets ids[:, 1:]: the last ANSWER states predict the answer
     hidden = model.hidden(ids[:, :-1])[:, -ANSWER:]  # (R, ANSWER, C)
-    logp, _ = token_logprobs(hidden, model.lm_head.weight, ids[:, -ANSWER:])  # (R, ANSWER)
-    return logp.sum(1)
+    targets = ids[:, -ANSWER:]
+    logp, _ = token_logprobs(hidden, model.lm_head.weight, targets)  # (R, ANSWER)
+    return logp.sum(1)  # the logarithm of a product of probabilities
 
 
 @torch.no_grad()
 def measure_logp(model, ids):
     """The same without gradients, as float64 numpy. NotFinite if one of them is no number."""
-    device = model.lm_head.weight.device
-    parts = torch.as_tensor(ids).split(256)
-    logp = torch.cat([answer_logp(model, part.to(device)).cpu() for part in parts])
+    parts = torch.as_tensor(ids, device=model.lm_head.weight.device).split(256)
+    logp = torch.cat([answer_logp(model, part) for part in parts]).cpu()
     if logp.isnan().any():
         raise NotFinite("an answer's log-probability is nan")
     return logp.double().numpy()
@@ -191,6 +203,7 @@ def measure_logp(model, ids):
 def sample_answers(model, ids, n, seed):
     """n answers to the prompts of ids (P, PROMPT + ANSWER) -> (P, n, ANSWER)."""
     prompts = ids[:, :PROMPT].tolist()
+    # A generator of its own: how many are sampled changes nothing else
     generator = torch.Generator().manual_seed(seed)
     rollout = generate(model, prompts, n, ANSWER, generator=generator)
     return np.array(rollout.tokens()).reshape(len(ids), n, ANSWER)
@@ -203,19 +216,25 @@ def best_of_n_curves(model, seed, N=16):
     """
     classes = np.repeat([paths.G1, paths.G2], (230, 26))
     ids = paths.graphs(np.random.default_rng([seed, 4]), classes)
-    right = (sample_answers(model, ids, N, seed) == ids[:, None, PROMPT:]).all(2)  # (256, N)
+    answers = sample_answers(model, ids, N, seed)  # (256, N, ANSWER)
+    right = (answers == ids[:, None, PROMPT:]).all(2)  # (256, N)
+    wrong = (~right).sum(1).tolist()
     logp = measure_logp(model, ids)
-    tries = range(1, N + 1)
 
     def sampled(k):
-        """Unbiased: the chance that k of the N samples hold a right one."""
-        all_wrong = [math.comb(N - c, k) / math.comb(N, k) for c in right.sum(1).tolist()]
-        return np.mean([1 - chance for chance in all_wrong])
+        """The chance that k of the N samples, whichever, hold a right one: unbiased."""
+        ways = math.comb(N, k)
+        return np.mean([1 - math.comb(w, k) / ways for w in wrong])
 
+    def floor(k):
+        """The data's answers have reward 1."""
+        return 1 - best_of_n_loss(lambda M: coverage(-logp, M), k)
+
+    tries = range(1, N + 1)
     return dict(
         sampled=[sampled(k) for k in tries],
         exact=[pass_at_k(logp, k).mean() for k in tries],
-        floor=[1 - best_of_n_loss(lambda M: coverage(-logp, M), k) for k in tries],
+        floor=[floor(k) for k in tries],
     )
 
 
@@ -229,22 +248,28 @@ def cross_entropy(logp):
 
 
 def train(config, run, phase, seed, model, mixture, rates, loss=cross_entropy, kept=None):
-    """Train the model on graphs whose classes come from `mixture` (3,).
+    """Train the model on new graphs at every step, whose classes come from `mixture` (3,).
 
     Yields, after each step, its number and its loss. rates: the learning rate of each step; so many
     steps are taken. loss: log-probabilities (R,) -> (R,). kept: what is saved beside the model.
     NotFinite for a loss, a gradient or a weight that is no number.
     """
     rng = random.Random(f"{seed} {mixture}")  # the same graphs for every loss
+    betas = (0.9, 0.95)
     optimizer = torch.optim.AdamW(
-        model.parameters(), rates[0], betas=(0.9, 0.95), weight_decay=0.01, fused=True
+        model.parameters(), rates[0], betas, weight_decay=0.01, fused=True
     )
     for step in run.loop(phase, len(rates), model, optimizer, rng, kept=kept):
         optimizer.param_groups[0]["lr"] = rates[step]
+        # 1. Graphs with their answers: numpy draws them, seeded by rng, whose state `loop` saves
         step_rng = np.random.default_rng(rng.getrandbits(64))
         classes = step_rng.choice(3, config.batch, p=mixture)
-        ids = torch.as_tensor(paths.graphs(step_rng, classes), device=model.lm_head.weight.device)
-        value = loss(answer_logp(model, ids)).mean()
+        graphs = paths.graphs(step_rng, classes)
+        ids = torch.as_tensor(graphs, device=model.lm_head.weight.device)  # (R, PROMPT + ANSWER)
+        # 2. The loss, on the answers only
+        logp = answer_logp(model, ids)  # (R,)
+        value = loss(logp).mean()
+        # 3. A step
         optimizer.zero_grad()
         value.backward()
         descend(optimizer, value)
@@ -258,7 +283,12 @@ def pretrain(config, run, seed, device):
     torch.manual_seed(seed)
     model = build(config, device)
     steps = config.sft_steps
-    rates = [config.sft_lr * min((step + 1) / 50, 1 - step / steps) for step in range(steps)]
+
+    def rate(step):
+        """Up in 50 steps, then linearly to 0."""
+        return config.sft_lr * min((step + 1) / 50, 1 - step / steps)
+
+    rates = [rate(step) for step in range(steps)]
     for step, loss in train(config, run, f"base {seed}", seed, model, ALL_WAYS, rates):
         if step % 50 == 0 or step + 1 == steps:
             run.log(phase="pretrain", seed=seed, step=step, loss=loss)
@@ -271,8 +301,9 @@ def evaluation_graphs(config, seed):
     They are not kept out of training: the chance of drawing one of them there is nil.
     """
     classes = np.repeat([paths.G1, paths.G2], config.eval_prompts)
-    weights = np.where(classes == paths.G1, DATA[0], DATA[1]) / config.eval_prompts
-    return paths.graphs(np.random.default_rng([seed, 1]), classes), weights
+    class_weights = np.array(DATA)[classes]  # (2n,)
+    rng = np.random.default_rng([seed, 1])
+    return paths.graphs(rng, classes), class_weights / config.eval_prompts
 
 
 def fine_tune(config, run, arm, seed, base, loss=cross_entropy, keep=None, kept=None):
@@ -285,16 +316,17 @@ def fine_tune(config, run, arm, seed, base, loss=cross_entropy, keep=None, kept=
     graphs, weights = evaluation_graphs(config, seed)
 
     def evaluate(step):
-        logp = measure_logp(model, graphs)  # the data are sure of their answer: log D = 0
-        row = dict(kl=-logp @ weights)
-        row |= {f"cov@{N}": coverage(-logp, N, weights) for N in NS}
+        logp = measure_logp(model, graphs)
+        log_ratio = -logp  # log D - log p: a graph has one answer in the data, log D = 0
+        row = dict(kl=log_ratio @ weights)
+        row |= {f"cov@{N}": coverage(log_ratio, N, weights) for N in NS}
         row |= {f"pass@{N}": pass_at_k(logp, N) @ weights for N in TRIES}
         run.log(phase="finetune", arm=arm, seed=seed, step=step, **row)
         if keep:
             keep(step, model)
 
     phase = f"{arm} {seed}"
-    if phase not in run.state:
+    if phase not in run.state:  # not a resumed run
         evaluate(0)
     rates = [config.lr] * config.steps
     for step, _ in train(config, run, phase, seed, model, DATA, rates, loss, kept):
@@ -316,7 +348,8 @@ def change(y):
 
 def share(part, whole):
     """part / whole (seeds,), nan where the whole is not above 0."""
-    return np.divide(part, whole, out=np.full(len(whole), np.nan), where=whole > 0)
+    undefined = np.full(len(whole), np.nan)
+    return np.divide(part, whole, out=undefined, where=whole > 0)
 
 
 def figure(config, run):
@@ -326,8 +359,8 @@ def figure(config, run):
     steps, kl = series(run, "kl", phase="finetune", arm="cross-entropy")
     cov = {N: curve(f"cov@{N}") for N in NS}
     passed = {N: curve(f"pass@{N}") for N in TRIES}
-    with_coverage = np.array([spearman(passed[16][i], cov[8][i]) for i in range(config.seeds)])
-    with_kl = np.array([spearman(passed[16][i], kl[i]) for i in range(config.seeds)])
+    with_coverage = spearman_of_seeds(passed[16], cov[8])
+    with_kl = spearman_of_seeds(passed[16], kl)
 
     fig, axes = plt.subplots(2, 2, figsize=(12, 8.5), layout="constrained")
     fig.suptitle(
@@ -360,8 +393,10 @@ def figure(config, run):
 def judge(kl, passed, with_coverage, with_kl):
     """The claims, from curves (seeds, checkpoints) and rank correlations (seeds,)."""
     n = len(kl)
-    left = (kl[:, -1] / kl[:, 0]).max()
-    rise = share(np.diff(kl).max(1), kl[:, 0] - kl[:, -1]).max()
+    first = kl[:, 0]
+    last = kl[:, -1]
+    left = (last / first).max()
+    rise = share(np.diff(kl).max(1), first - last).max()
     steady = "KL, largest rise between checkpoints, share of its fall"
     lost8 = passed[8].max(1) - passed[8][:, -1]
     lost16 = passed[16][:, 0] - passed[16][:, -1]
@@ -381,14 +416,18 @@ def judge(kl, passed, with_coverage, with_kl):
 
 def draw_best_of_n(ax, config, run):
     """What the best of N samples gets at the end of fine-tuning, and what the coverage promises."""
+    labels = {
+        "sampled": "best of N samples",
+        "exact": "from the exact probabilities",
+        "floor": "coverage promises at least (Prop. D.6)",
+    }
     rows = [r for r in run.rows if r["phase"] == "sampled" and r["step"] == config.steps]
-    curves = {key: np.array([r[key] for r in rows]) for key in ("sampled", "exact", "floor")}
-    N = curves["floor"].shape[1]
-    tries = np.arange(1, N + 1)
-    band(ax, tries, curves["sampled"], "best of N samples")
-    band(ax, tries, curves["exact"], "from the exact probabilities")
-    band(ax, tries, curves["floor"], "coverage promises at least (Prop. D.6)")
-    final = {key: y[:, -1].mean() for key, y in curves.items()}
+    final = {}
+    for key, label in labels.items():
+        curve = np.array([r[key] for r in rows])  # (seeds, N)
+        N = curve.shape[1]
+        band(ax, np.arange(1, N + 1), curve, label)
+        final[key] = curve[:, -1].mean()
     ax.set(title=f"Best of {N} at the end {final['sampled']:.3f}, promised {final['floor']:.3f}")
     ax.set(xlabel="N (samples)", ylabel="success", xscale="log", ylim=(0, 1.02))
 
@@ -415,7 +454,8 @@ def main():
             model = fine_tune(config, run, "cross-entropy", seed, base)
             where = dict(phase="sampled", seed=seed, step=config.steps)
             run.log_once(partial(best_of_n_curves, model, seed), **where)
-        ids = paths.graphs(np.random.default_rng(7), np.array([paths.G1, paths.G1, paths.G2]))
+        classes = np.array([paths.G1, paths.G1, paths.G2])
+        ids = paths.graphs(np.random.default_rng(7), classes)
         prompts = [paths.prompt(row) for row in ids.tolist()]
         base_wrote = examples(base, ids, config.seed)
         run.samples(prompts, base=base_wrote, trained=examples(model, ids, config.seed))

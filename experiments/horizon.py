@@ -4,14 +4,14 @@
 
     python -m experiments.horizon           a second
 
-A table of a thousand prompts, each with one answer of H tokens, is learnt by counting. A prompt that
-was never drawn costs log-probability at every token, so that the KL grows with H; but its answer is
-missed only once (Cov_N does not ask by how much). Beside it a coin that is nearly always tails:
-after 20 throws its KL is infinite in most runs, and Cov_2 small.
+A table of a thousand prompts, each with one answer of H tokens, is learnt by counting. A prompt
+that was never drawn costs log-probability at every token, so that the KL grows with H; but its
+answer is missed only once (Cov_N does not ask by how much). Beside it a coin that is nearly always
+tails: after 20 throws its KL is infinite in most runs, and Cov_2 small.
 
-What to see: Cov_16 stays what it is up to about a hundred tokens. From there on the smoothing of the
-counts loses the prompts drawn once, too, and the first claim fails: for this learner coverage is
-free of the length up to a point.
+What to see: Cov_16 stays what it is up to about a hundred tokens. From there on the smoothing of
+the counts loses the prompts drawn once, too, and the first claim fails: for this learner coverage
+is free of the length up to a point.
 
 How this differs from the paper: there a transformer learns graphs of growing depth.
 """
@@ -23,7 +23,17 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from coverage import SOURCE, coverage, kl_bound
-from experiment import Flags, Run, band, claim, command, flag, parse_args, seeds_of, series
+from experiment import (
+    Flags,
+    Run,
+    band,
+    claim,
+    command,
+    flag,
+    parse_args,
+    seeds_of,
+    series,
+)
 
 LENGTHS = (8, 16, 32, 64, 128, 256)  # tokens of an answer
 DRAWS = (500, 2000, 8000)  # of the table
@@ -47,16 +57,23 @@ def table(H, n, seed, prompts=1000, V=4, a=0.01):
     """
     p = 1 / np.arange(1, prompts + 1)
     p /= p.sum()
-    count = np.random.default_rng([seed, n, H]).multinomial(n, p)
-    log_ratio = H * np.log((count + V * a) / (count + a))
+    rng = np.random.default_rng([seed, n, H])
+    count = rng.multinomial(n, p)
+    # At each token the data are sure, and the table gives (count + a) / (count + V a)
+    ratio = (count + V * a) / (count + a)
+    log_ratio = H * np.log(ratio)
     return {"kl": p @ log_ratio, "cov@16": coverage(log_ratio, 16, p)}
 
 
 def coin(n, seed, p=0.01, runs=20_000):
     """Maximum likelihood of a coin from n throws -> how often its KL is infinite, mean of Cov_2."""
-    q = np.random.default_rng([seed, n]).binomial(n, p, runs) / n
-    cov = p * (p >= 2 * q) + (1 - p) * (1 - p >= 2 * (1 - q))
-    return {"kl_infinite": ((q == 0) | (q == 1)).mean(), "cov@2": cov.mean()}
+    rng = np.random.default_rng([seed, n])
+    q = rng.binomial(n, p, runs) / n  # (runs,): the heads seen
+    heads_missed = p >= 2 * q
+    tails_missed = 1 - p >= 2 * (1 - q)
+    cov = p * heads_missed + (1 - p) * tails_missed
+    never_seen = (q == 0) | (q == 1)
+    return {"kl_infinite": never_seen.mean(), "cov@2": cov.mean()}
 
 
 def measure(config, run):
@@ -85,8 +102,8 @@ def figure(config, run):
         f"{times(cov, 64):.2f} times the Cov_16 ({n} seed{'s' if n > 1 else ''})"
     )
     longer = cov[2000][:, -1] / cov[2000][:, 0]
-    at_64 = LENGTHS.index(64)
-    more = cov[8000][:, at_64] / cov[500][:, at_64]
+    at_64 = {draws: y[:, LENGTHS.index(64)] for draws, y in cov.items()}
+    more = at_64[8000] / at_64[500]
     longer_text = "Cov_16 at 256 tokens over that at 8, 2,000 draws"
     more_text = "Cov_16 after 8,000 draws over that after 500, 64 tokens"
     return fig, [
@@ -106,8 +123,8 @@ def draw_table(left, right, kl, cov):
         band(left, LENGTHS, kl[n], f"{n} draws", marker="o")
         band(right, LENGTHS, cov[n], f"{n} draws", marker="o")
     right.axvline(95, color="k", lw=0.5, label="drawn once: lost from here (see `table`)")
-    bound = kl_bound(kl[2000].mean(0), 16).clip(max=1)
-    right.plot(LENGTHS, bound, "k:", label="bound by the KL, 2000 draws")
+    bound = kl_bound(kl[2000].mean(0), 16)
+    right.plot(LENGTHS, bound.clip(max=1), "k:", label="bound by the KL, 2000 draws")
     left.set(ylabel="KL (nats)", yscale="log")
     right.set(ylabel="Cov_16", ylim=(0, 1.02))
     for ax, name, y in ((left, "KL", kl), (right, "Cov_16", cov)):

@@ -30,17 +30,30 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from coverage import SOURCE, missed
-from experiment import Flags, Run, band, claim, command, flag, parse_args, series
+from experiment import (
+    Flags,
+    Run,
+    band,
+    claim,
+    command,
+    flag,
+    parse_args,
+    series,
+)
 
 LENGTHS = (16, 64, 256, 1024, 4096)  # tokens of an answer
 LOUD = 0.98  # the loud prompt's share of the data
-B_LOUD, B_QUIET = 35.0, 14.0  # norms of the two prompts' features
+B_LOUD = 35.0  # norms of the two prompts' features
+B_QUIET = 14.0
 # Features (prompt, token, dim) of tokens -1, 0, 1: the loud prompt has two dimensions, the quiet
 # one the third
 FEATURES = np.zeros((2, 3, 3))
-FEATURES[0, :, :2] = B_LOUD * np.array([(0.6, -0.8), (1.0, 0.0), (0.6, 0.8)])
-FEATURES[1, :, 2] = B_QUIET * np.array([-1, 0, 1])
-TRUTH, START = np.array([1.0, 0.0, 1.0]), np.array([0.6, 0.8, 0.0])  # theta (3,)
+FEATURES[0, :, :2] = [(0.6, -0.8), (1.0, 0.0), (0.6, 0.8)]
+FEATURES[0] *= B_LOUD
+FEATURES[1, :, 2] = [-1, 0, 1]
+FEATURES[1] *= B_QUIET
+TRUTH = np.array([1.0, 0.0, 1.0])  # theta (3,)
+START = np.array([0.6, 0.8, 0.0])
 
 NORMALISED_ETA = 0.2
 DISTILLED_ETA = 0.002
@@ -66,15 +79,18 @@ def log_probs(theta, prompt):
 
     theta (..., 3), prompt (...) -> (..., 3).
     """
-    logits = (FEATURES[prompt] @ theta[..., None])[..., 0]
+    logits = FEATURES[prompt] @ theta[..., None]  # (..., 3, 1)
+    logits = logits.squeeze(-1)
     logits = logits - logits.max(-1, keepdims=True)
-    return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    total = np.exp(logits).sum(-1, keepdims=True)
+    return logits - np.log(total)
 
 
 def project(theta):
     """theta (..., 3), its first two dimensions moved onto the unit ball, its third onto [-1, 1]."""
     theta = theta.copy()
-    theta[..., :2] /= np.maximum(1, np.linalg.norm(theta[..., :2], axis=-1, keepdims=True))
+    norm = np.linalg.norm(theta[..., :2], axis=-1, keepdims=True)
+    theta[..., :2] /= np.maximum(1, norm)
     theta[..., 2] = theta[..., 2].clip(-1, 1)
     return theta
 
@@ -84,8 +100,10 @@ def gradient(theta, prompt, counts):
 
     theta (..., 3), prompt (...) -> (..., 3).
     """
-    expected = np.exp(log_probs(theta, prompt)) * counts.sum(-1, keepdims=True)
-    return ((counts - expected)[..., None] * FEATURES[prompt]).sum(-2)
+    H = counts.sum(-1, keepdims=True)
+    expected = np.exp(log_probs(theta, prompt)) * H
+    surplus = counts - expected
+    return (surplus[..., None] * FEATURES[prompt]).sum(-2)
 
 
 def draw_prompts(rng, shape):
@@ -111,6 +129,7 @@ def exact_coverage(theta, H, N, most=3):
         own = log_probs(theta, np.full(theta.shape[:-1], prompt))
         likely = int(truth.argmax())
         u, v = (i for i in range(3) if i != likely)
+        # i tokens u, j tokens v, the rest likely ones: so many sequences, and the chance of each
         for i in range(min(most, H) + 1):
             for j in range(min(most, H - i) + 1):
                 rest = H - i - j
@@ -119,7 +138,8 @@ def exact_coverage(theta, H, N, most=3):
                 counts = np.zeros(3)
                 counts[[u, v, likely]] = i, j, rest
                 chance = math.exp(log_choose + counts @ truth)
-                total = total + share * chance * missed((truth - own) @ counts, N)
+                log_ratio = (truth - own) @ counts
+                total = total + share * chance * missed(log_ratio, N)
     return total
 
 
@@ -153,11 +173,13 @@ def linear(kind, eta, H, steps, seeds, seed=0, N=16):
             # Tokens are independent: the first ones' weights, in expectation over the order,
             # scale the counts
             truth = log_probs(np.broadcast_to(TRUTH, theta.shape), prompt)
-            e = (np.exp(truth) * (truth - log_probs(theta, prompt))).sum(-1, keepdims=True)
+            log_ratio = truth - log_probs(theta, prompt)
+            e = (np.exp(truth) * log_ratio).sum(-1, keepdims=True)  # (seeds, 1), of each token
             weights = truncated_weights(np.broadcast_to(e, (seeds, H)), math.log(N))
-            counts = counts * weights.mean(-1, keepdims=True)
+            used = weights.mean(-1, keepdims=True)
+            counts = counts * used
         g = gradient(theta, prompt, counts)
-        if kind == "normalised":
+        if kind == "normalised":  # as long for a long sequence as for a short one
             g = g / (1 + np.linalg.norm(g, axis=-1, keepdims=True))
         theta = project(theta + eta * g)
         if step >= steps // 2:
@@ -168,8 +190,13 @@ def linear(kind, eta, H, steps, seeds, seed=0, N=16):
 # -------------------------------------------------------------------------------------------------
 # The figure
 
-EACH = {f"SGD, eta H B = {k}": [k / (H * B_LOUD) for H in LENGTHS] for k in (0.25, 1, 2, 2.5)}
-ONE = {f"SGD, eta = {2 / (H * B_LOUD):.2g}": [2 / (H * B_LOUD)] * 5 for H in LENGTHS}
+# SGD: name -> step sizes, one of each length
+EACH = {}  # a step size for each length
+for k in (0.25, 1, 2, 2.5):
+    EACH[f"SGD, eta H B = {k}"] = [k / (H * B_LOUD) for H in LENGTHS]
+ONE = {}  # one for all lengths, the edge (eta H B = 2) of one of them
+for H in LENGTHS:
+    ONE[f"SGD, eta = {2 / (H * B_LOUD):.2g}"] = [2 / (H * B_LOUD)] * 5
 
 
 def measure(config, run):
@@ -184,12 +211,13 @@ def measure(config, run):
 
 def log_cell(config, run, arm, H, measured):
     """A row for each seed. A resumed run that has them does not measure again."""
-    if any((r["arm"], r["step"], r["sequences"]) == (arm, H, config.steps) for r in run.rows):
+    cell = dict(arm=arm, step=H, sequences=config.steps)
+    if any(cell.items() <= row.items() for row in run.rows):
         return
     cov = measured(H, config.steps, config.seeds, config.seed)
     for seed, value in enumerate(cov, config.seed):
-        where = dict(phase="linear", arm=arm, seed=seed, step=H, sequences=config.steps)
-        run.log(**where, **{"cov@16": value})
+        where = dict(arm=arm, seed=seed, step=H, sequences=config.steps)
+        run.log(phase="linear", **where, **{"cov@16": value})
     print(f"{arm:<42} H {H:5d}  Cov_16 {np.mean(cov):.4f}", flush=True)
     run.keep()
     if run.due:
@@ -213,12 +241,14 @@ def figure(config, run):
         band(ax, LENGTHS, cov[arm], label, marker="o")
     fig.suptitle(
         f"One step size for all lengths, the largest Cov_16: SGD {worst[single]:.2g}, "
-        f"normalised {worst[NORMALISED]:.2g}, distilled {worst[DISTILLED]:.2g}\n(means of {n} seeds; "
-        f"SGD with the best of 4 step sizes for 4,096 tokens: {cov[tuned][:, -1].mean():.2g})"
+        f"normalised {worst[NORMALISED]:.2g}, distilled {worst[DISTILLED]:.2g}\n"
+        f"(means of {n} seeds; SGD with the best of 4 step sizes for 4,096 tokens: "
+        f"{cov[tuned][:, -1].mean():.2g})"
     )
     show_lengths(ax, LENGTHS)
-    gain = cov[single].max(1) - cov[NORMALISED].max(1)
-    tuned_gain = cov[tuned][:, -1] - cov[NORMALISED][:, -1]
+    normalised = cov[NORMALISED]
+    gain = cov[single].max(1) - normalised.max(1)
+    tuned_gain = cov[tuned][:, -1] - normalised[:, -1]
     bounces = cov["SGD, eta H B = 2.5"].mean(0).min()
     gain_text = "one eta, largest Cov_16 of a seed: SGD minus normalised"
     tuned_text = "Cov_16 at 4,096 tokens: SGD, best eta of 4, minus normalised"
@@ -232,7 +262,8 @@ def figure(config, run):
         ("normalised", normalised_text, "no H", worst[NORMALISED], "<=", 0.001),
         ("distilled", distilled_text, "no H", worst[DISTILLED], "<=", 0.005),
     ]
-    return fig, [claim(id, text, SOURCE, *row, n) for id, text, *row in rows]
+    claims = [claim(id, text, SOURCE, *row, n) for id, text, *row in rows]
+    return fig, claims
 
 
 def show_lengths(ax, lengths):

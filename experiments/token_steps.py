@@ -4,10 +4,10 @@
 
     python -m experiments.token_steps       half a minute
 
-The linear model and the two prompts of experiments/optimizers.py. SGD steps on each token instead of
-on a sequence's sum, so that the length of an answer no longer makes steps longer. The sampler does
-what training did: it goes on training on what it writes (test-time training), and starts anew with
-each answer.
+The linear model and the two prompts of experiments/optimizers.py. SGD steps on each token instead
+of on a sequence's sum, so that the length of an answer no longer makes steps longer. The sampler
+does what training did: it goes on training on what it writes (test-time training), and starts anew
+with each answer.
 
 What to see: Cov_16 stays small up to 1,024 tokens.
 
@@ -55,7 +55,10 @@ def draw_tokens(rng, prompt, n):
 
 
 def token_step(theta, prompt, token, eta):
-    """theta (..., 3), prompt and token (...) -> log pi_theta(token) (...), theta after a step on it."""
+    """One step on one token of each prompt.
+
+    theta (..., 3), prompt and token (...) -> log pi_theta(token) (...), and the new theta.
+    """
     counts = np.eye(3)[token]
     logp = (log_probs(theta, prompt) * counts).sum(-1)
     return logp, project(theta + eta * gradient(theta, prompt, counts))
@@ -74,8 +77,8 @@ def teacher_forced(theta, prompt, tokens, eta):
 
 
 def ttt_coverage(eta, H, steps, seeds, seed=0, N=16, n=4, kept=8):
-    """Token-level SGD, never reset, on `steps` sequences; decoding by `teacher_forced` with the same
-    eta -> Cov_N (seeds,).
+    """Token-level SGD, never reset, on `steps` sequences; decoding by `teacher_forced` with the
+    same eta -> Cov_N (seeds,).
 
     Averaged over `kept` iterates of the second half and n sequences of each prompt (nearly all
     alike: the truth is all but deterministic).
@@ -92,6 +95,7 @@ def ttt_coverage(eta, H, steps, seeds, seed=0, N=16, n=4, kept=8):
             iterates.append(theta)
     theta = np.stack(iterates)[:, :, None]  # (kept, seeds, 1, 3)
     total = 0.0
+    # Cov_N by sampling: the likelihood of an answer depends on the order of its tokens
     for prompt, share in ((0, LOUD), (1, 1 - LOUD)):
         tokens = draw_tokens(rng, np.full(n, prompt), H)  # (n, H)
         shape = (*theta.shape[:2], n)
@@ -119,8 +123,8 @@ def figure(config, run):
     optimizers.show_lengths(ax, lengths(config))
     ax.legend()
     fig.suptitle(
-        f"A step after every token, one step size for all lengths: the largest Cov_16 is {worst:.2g}\n"
-        f"(means of {config.seeds} seeds, {config.steps} sequences)"
+        f"A step after every token, one step size for all lengths: the largest Cov_16 is "
+        f"{worst:.2g}\n(means of {config.seeds} seeds, {config.steps} sequences)"
     )
     text = f"TTT decoding, one eta, {config.steps} sequences: the same, 16 to 1,024 tokens"
     return fig, [claim("ttt", text, SOURCE, "no H", worst, "<=", 0.005, config.seeds)]

@@ -1,20 +1,20 @@
 """A path through a layered graph, which is given as a list of edges. In all layers but one the path
 may go either way:
 
-    xs cs tc tx tl hf ot ok ht of hk jo jn jh /js=      find a way from j to s (no spaces in fact)
-    htxs                                                by h, t and x; t leads to c, too, and c to s
+    xs cs tc tx tl hf ot ok ht of hk jo jn jh /js=    find a way from j to s (no spaces in fact)
+    htxs                                              by h, t, x; t leads to c, too, and c to s
 
-Edges of the last layer come first, so that the path is found by reading backwards; f, k, l and n lead
-nowhere. A node is a letter, and even (a, c, e, ...) or odd. A graph is of one of three classes, which
-say where its path goes at a fork of layer i, counted from 1:
+Edges of the last layer come first, so that the path is found by reading backwards; f, k, l and n
+lead nowhere. A node is a letter, and even (a, c, e, ...) or odd. There are three classes of graphs,
+which say where the path goes at a fork of layer i (from 1):
 
     G1      to the node of i's parity           nine of ten graphs that `draw` gives
     G2      to the other node                   the tenth
     G3      either way, by chance               what the demonstrators do with any graph
 
-Which of G1 and G2 it is, a parity over half of the letters tells, and nobody learns that. So a model
-can learn to find paths, and then only how often each class comes. The task of Chen et al., arXiv
-2510.15020, Section 4, with fewer and smaller layers.
+Which of G1 and G2 it is, a parity over half of the letters tells, and nobody learns that. So a
+model can learn to find paths, and then only how often each class comes. The task of Chen et al.,
+arXiv 2510.15020, Section 4, with fewer and smaller layers.
 """
 
 import numpy as np
@@ -65,25 +65,40 @@ def graphs(rng, classes, size=SIZE):
     leads_on[rows, narrow, rng.integers(3, size=B)] = True
     # The path: slot 0 of a layer is its even node, slot 1 the odd one
     chance = rng.integers(2, size=(B, size))
-    other_way = np.where(classes[:, None] == G3, chance, classes[:, None])
-    slot = np.arange(1, size + 1) % 2 ^ other_way  # (B, size)
+    kind = classes[:, None]  # (B, 1)
+    other_way = np.where(kind == G3, chance, kind)
+    layer = np.arange(1, size + 1)
+    slot = layer % 2 ^ other_way  # (B, size)
     is_fork = leads_on.sum(2) == 2
-    slot = np.where(is_fork, slot, leads_on.argmax(2))
-    path = np.take_along_axis(nodes, slot[..., None], 2).squeeze(2)  # (B, size)
-    edges = list_edges(rng, nodes, leads_on, start, goal).reshape(B, -1)
-    slash = np.full(B, SLASH)
-    equals = np.full(B, EQUALS)
-    return np.column_stack([edges, slash, start, goal, equals, path, goal])
+    only_way = leads_on.argmax(2)
+    slot = np.where(is_fork, slot, only_way)
+    path = np.take_along_axis(nodes, slot[..., None], 2)  # (B, size, 1)
+    edges = list_edges(rng, nodes, leads_on, start, goal)  # (B, E, 2)
+    columns = [
+        edges.reshape(B, -1),
+        np.full(B, SLASH),
+        start,
+        goal,
+        np.full(B, EQUALS),
+        path.squeeze(2),
+        goal,
+    ]
+    return np.column_stack(columns)
 
 
 def name_nodes(rng, classes, size):
-    """Letters for a graph of each class (B,) -> nodes (B, size, 3): even, odd, any; start, goal (B,)."""
+    """Letters for a graph of each class (B,).
+
+    -> nodes (B, size, 3), of each layer an even one, an odd one and any; start (B,); goal (B,).
+    """
     B = len(classes)
-    key = rng.random((B, NODES))
-    evens = 2 * key[:, ::2].argsort(1)[:, :size]
-    odds = 2 * key[:, 1::2].argsort(1)[:, :size] + 1
+    key = rng.random((B, NODES))  # sorted, they shuffle the letters
+    evens = 2 * key[:, ::2].argsort(1)
+    odds = 2 * key[:, 1::2].argsort(1) + 1
+    evens = evens[:, :size]
+    odds = odds[:, :size]
     used = np.concatenate([evens, odds], 1)
-    np.put_along_axis(key, used, 2.0, 1)  # last in the order of the rest
+    np.put_along_axis(key, used, 2.0, 1)  # now these come last
     rest = key.argsort(1)[:, : NODES - 2 * size]
     goal = rest[:, 0]
     thirds = rest[:, 1 : 1 + size]
@@ -92,44 +107,55 @@ def name_nodes(rng, classes, size):
     left = rest[:, 1 + size :]
     chance = rng.integers(2, size=B)
     parity = np.where(classes == G3, chance, classes == G1)
-    others = SECRET[nodes].sum((1, 2)) + SECRET[goal]
+    others = SECRET[nodes].sum((1, 2))
+    others = others + SECRET[goal]
     odd_one_needed = (others + parity) % 2 == 1
     fits = SECRET[left] == odd_one_needed[:, None]
-    start = left[np.arange(B), fits.argmax(1)]
+    first = fits.argmax(1)
+    start = left[np.arange(B), first]
     return nodes, start, goal
 
 
 def list_edges(rng, nodes, leads_on, start, goal):
-    """The edges (B, E, 2) of graphs: from the last layer back, shuffled within a layer, padded left.
+    """The edges (B, E, 2) of graphs, from the last layer back, shuffled within a layer.
 
     A node that leads on does so to every node of the next layer. nodes, leads_on: (B, size, 3).
+    Where there are fewer than E, PAD stands before them.
     """
     B, size, _ = nodes.shape
-    layers = [(nodes[:, -1], goal[:, None], leads_on[:, -1])]  # sources, targets, who leads on
-    for i in reversed(range(size - 1)):
-        layers.append((nodes[:, i], nodes[:, i + 1], leads_on[:, i]))
-    layers.append((start[:, None], nodes[:, 0], np.ones((B, 1), bool)))
+    start_leads_on = np.ones((B, 1), bool)
+    sources = [start[:, None], *nodes.swapaxes(0, 1)]
+    targets = [*nodes.swapaxes(0, 1), goal[:, None]]
+    exists = [start_leads_on, *leads_on.swapaxes(0, 1)]
     edges = []
     order = []
-    for i, (sources, targets, exists) in enumerate(layers):
-        arrays = np.broadcast_arrays(sources[:, :, None], targets[:, None], exists[:, :, None])
-        source, target, exists = (x.reshape(B, -1) for x in arrays)  # (B, sources * targets)
+    for i in range(size + 1):
+        j = size - i  # from the last layer back
+        arrays = np.broadcast_arrays(
+            sources[j][:, :, None],
+            targets[j][:, None],
+            exists[j][:, :, None],
+        )  # (B, sources, targets) each
+        source, target, real = (x.reshape(B, -1) for x in arrays)  # (B, sources * targets)
         edges.append(np.stack([source, target], 2))
-        order.append(np.where(exists, i + rng.random(exists.shape), -1.0))
+        chance = rng.random(real.shape)
+        order.append(np.where(real, i + chance, -1.0))
     edges = np.concatenate(edges, 1)
     order = np.concatenate(order, 1)
-    last = order.argsort(1)[:, -edges_of(size) :]  # those that do not exist come first
-    exists = np.take_along_axis(order, last, 1) >= 0
+    # Edges that do not exist come first: the last edges_of(size) are all that do, and some padding
+    last = order.argsort(1)[:, -edges_of(size) :]
+    real = np.take_along_axis(order, last, 1) >= 0
     edges = np.take_along_axis(edges, last[..., None], 1)
-    return np.where(exists[..., None], edges, PAD)
+    return np.where(real[..., None], edges, PAD)
 
 
 def draw(rng, size=SIZE, held_out=False):
     """The ids of a graph and its answer, a list. rng: a random.Random."""
     while True:
-        classes = np.array([G1 if rng.random() < 0.9 else G2])
+        kind = G1 if rng.random() < 0.9 else G2
         numpy_rng = np.random.default_rng(rng.getrandbits(64))
-        problem = graphs(numpy_rng, classes, size)[0].tolist()
+        ids = graphs(numpy_rng, np.array([kind]), size)
+        problem = ids[0].tolist()
         if is_held_out(prompt(problem)) == held_out:
             return problem
 
@@ -141,11 +167,13 @@ def prompt(problem):
 def demonstrate(rng, problem):
     """A way to the goal, either way at each fork."""
     slash = problem.index(SLASH)
-    edges = list(zip(problem[:slash:2], problem[1:slash:2], strict=True))
+    sources = problem[:slash:2]
+    targets = problem[1:slash:2]
     node, goal = problem[slash + 1 : slash + 3]
-    lead_on = {source for source, _ in edges} | {goal}
+    lead_on = {*sources, goal}
     path = []
     while node != goal:
+        edges = zip(sources, targets, strict=True)
         node = rng.choice([v for u, v in edges if u == node and v in lead_on])
         path.append(node)
     return tokenizer.decode(path)
