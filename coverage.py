@@ -222,7 +222,7 @@ def best_of_n_curves(model, seed, N=16):
     logp = measure_logp(model, ids)
 
     def sampled(k):
-        """The chance that k of the N samples, whichever, hold a right one: unbiased."""
+        """The chance that k of the N samples hold a right one, over all choices of k: unbiased."""
         ways = math.comb(N, k)
         return np.mean([1 - math.comb(w, k) / ways for w in wrong])
 
@@ -326,7 +326,7 @@ def fine_tune(config, run, arm, seed, base, loss=cross_entropy, keep=None, kept=
             keep(step, model)
 
     phase = f"{arm} {seed}"
-    if phase not in run.state:  # not a resumed run
+    if phase not in run.state:  # a resumed run has this row
         evaluate(0)
     rates = [config.lr] * config.steps
     for step, _ in train(config, run, phase, seed, model, DATA, rates, loss, kept):
@@ -395,7 +395,8 @@ def judge(kl, passed, with_coverage, with_kl):
     n = len(kl)
     first = kl[:, 0]
     last = kl[:, -1]
-    left = (last / first).max()
+    falls = "KL at the end over the start, worst seed"
+    kl_left = (last / first).max()
     rise = share(np.diff(kl).max(1), first - last).max()
     steady = "KL, largest rise between checkpoints, share of its fall"
     lost8 = passed[8].max(1) - passed[8][:, -1]
@@ -403,9 +404,7 @@ def judge(kl, passed, with_coverage, with_kl):
     lost = "Pass@16, before fine-tuning minus after"
     rank = "rank correlation of Pass@16 with"
     return [
-        claim(
-            "kl", "KL at the end over the start, worst seed", SOURCE, "falls", left, "<=", 0.6, n
-        ),
+        claim("kl", falls, SOURCE, "falls", kl_left, "<=", 0.6, n),
         claim("kl steady", steady, SOURCE, "monotone", rise, "<=", 0.04, n),
         claim("pass falls", "Pass@8, best minus last", SOURCE, "0.04", lost8, ">=", 0.015, n),
         claim("pass@16 falls", lost, SOURCE, "0.04", lost16, ">=", 0.02, n),

@@ -48,6 +48,7 @@ def dco_loss(logp, N):
     An answer below 1e-8 has no gradient.
     """
     p = logp.exp().clamp(1e-8, 1 - 1e-6)
+    # log1p and expm1 keep the digits of a small p
     return -torch.log(-torch.expm1(N * torch.log1p(-p)))
 
 

@@ -153,7 +153,7 @@ def truncated_weights(e, A):
 
     sum alpha e = min(A, sum e): the truncated distillation gradient (Section 5).
     """
-    before = np.cumsum(e, -1) - e
+    before = np.cumsum(e, -1) - e  # what the tokens before have spent
     return np.clip((A - before) / np.maximum(e, 1e-300), 0, 1)
 
 
@@ -182,7 +182,7 @@ def linear(kind, eta, H, steps, seeds, seed=0, N=16):
         if kind == "normalised":  # as long for a long sequence as for a short one
             g = g / (1 + np.linalg.norm(g, axis=-1, keepdims=True))
         theta = project(theta + eta * g)
-        if step >= steps // 2:
+        if step >= steps // 2:  # the first half is still on its way
             total = total + exact_coverage(theta, H, N)
     return total / (steps - steps // 2)
 

@@ -158,6 +158,7 @@ def fine_tune(config, run, seed, base):
     validation = data(config, seed, (2, 3), 2 * config.eval_prompts)
 
     def keep(step, model):
+        # A tensor, because checkpoints of a run hold no numpy arrays
         kept["valid"][step] = torch.from_numpy(measure_logp(model, validation))
         if step % (4 * config.eval_every) == 0:
             kept["weights"][step] = copy.deepcopy(model.state_dict())
@@ -174,12 +175,13 @@ def select(config, model, valid, weights, seed, N=4):
     answers.
     """
     steps = list(valid)
-    logp = torch.stack(list(valid.values())).numpy()
+    logp = torch.stack(list(valid.values())).numpy()  # (C, n)
+    # The offset variant: the checkpoints that kept their weights answer
     models = [copy.deepcopy(model) for _ in weights]
     for checkpoint, state in zip(models, weights.values(), strict=True):
         checkpoint.load_state_dict(state)
     ids = data(config, seed, (5, 6), config.eval_prompts)
-    own = []
+    own = []  # of each checkpoint's answers, every checkpoint's log-probabilities
     for checkpoint in models:
         answers = lesson.sample_answers(checkpoint, ids, 1, seed)[:, 0]
         answered = np.concatenate([ids[:, :PROMPT], answers], 1)

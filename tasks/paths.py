@@ -19,10 +19,12 @@ arXiv 2510.15020, Section 4, with fewer and smaller layers.
 
 import numpy as np
 
+from experiment import UserError
 from tasks import held_out as is_held_out
 from tokenizer import CharTokenizer
 
-SIZE = 3  # layers, at most 5: then the letters are used up
+SIZE = 3  # layers
+LARGEST = 5  # then the letters are used up
 NODES = 24
 tokenizer = CharTokenizer("abcdefghijklmnopqrstuvwx-/=")
 PAD, SLASH, EQUALS = tokenizer.encode("-/=")
@@ -151,6 +153,8 @@ def list_edges(rng, nodes, leads_on, start, goal):
 
 def draw(rng, size=SIZE, held_out=False):
     """The ids of a graph and its answer, a list. rng: a random.Random."""
+    if size > LARGEST:
+        raise UserError(f"a path of {size} layers: there are letters for {LARGEST}")
     while True:
         kind = G1 if rng.random() < 0.9 else G2
         numpy_rng = np.random.default_rng(rng.getrandbits(64))

@@ -331,6 +331,12 @@ def test_the_task_holds_out_a_tenth_and_draws_nine_of_ten_graphs_of_g1():
     assert abs(np.mean(secret) - 0.9) < 0.06
 
 
+def test_reinforce_learns_paths_too_and_says_how_long_they_may_be(tmp_path):
+    finish("reinforce.py", "--quick", "--task", "paths", "--size", 3, "--out", tmp_path / "run")
+    code, _, err = launch("reinforce.py", "--quick", "--task", "paths", "--size", 8, "--warm-up", 50, "--out", tmp_path / "long")
+    assert code == 2 and "letters for 5" in err and "Traceback" not in err
+
+
 def test_the_examples_count_eight_answers_and_say_whether_one_is_right(monkeypatch):
     ids = graphs(np.random.default_rng(0), np.array([0, 1]))
     answers = np.repeat(ids[:, None, PROMPT:], 8, 1)
