@@ -24,8 +24,9 @@ from safetensors.torch import load_file, save_file
 import huggingface
 from engine import generate
 from experiment import UserError
-from huggingface import hf_config, load_chat_template, load_problems, load_tokenizer, word_problems
+from huggingface import hf_config, load_chat_template, load_tokenizer
 from model import GPT, GPTConfig
+from tasks.wordproblems import load_problems, word_problems
 from tokenizer import SPLIT, bpe_merges
 
 PROMPTS = [[3], [1, 4, 1, 5, 9, 2, 6], [5, 3, 5], [8, 9, 7, 9] * 5]
