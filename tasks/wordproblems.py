@@ -1,4 +1,4 @@
-"""Word problems: questions in English whose answer is a number, for real checkpoints.
+"""Word problems: questions in English whose answers are numbers, and checkpoints to answer them.
 
     Weng earns $12 an hour for babysitting. Yesterday, she just did 50 minutes. How much?
     50 minutes are 50/60 of an hour: 12 * 50 / 60 = 10
@@ -15,8 +15,11 @@ import functools
 import re
 from types import SimpleNamespace
 
+import torch
+
 from experiment import UserError
 from huggingface import Section, load_chat_template, load_tokenizer, parse_json, read_text
+from model import GPT
 from tasks import held_out as is_held_out
 
 
@@ -87,6 +90,8 @@ def word_problems(init, data, template, chat, answers=True):
 
     A chat begins with what its template writes, other text with the tokenizer's prefix.
     """
+    if "{question}" not in template:
+        raise UserError("--template has no {question}")
     tokenizer = load_tokenizer(init)
     train, held_out = load_problems(data, answers)
     prefix, wrap = tokenizer.prefix, str
@@ -113,3 +118,35 @@ def word_problems(init, data, template, chat, answers=True):
         judged=all(answer is not None for _, answer in held_out),
         judge=judge,
     )
+
+
+def load_model(flag, name, task, max_new_tokens, dtype="float32"):
+    """The model of a folder or hub id, which `flag` names.
+
+    UserError if it can't hold the longest prompt with its answer, or lacks ids of the tokenizer.
+    """
+    model = GPT.from_pretrained(name, getattr(torch, dtype))
+    positions = task.longest + max_new_tokens - 1
+    ids = task.tokenizer.n_vocab
+    has = model.config
+    if has.block_size < positions or has.vocab_size < ids:
+        raise UserError(
+            f"{flag} {name}: has {has.block_size} positions and {has.vocab_size} ids; the longest "
+            f"prompt and --max-new-tokens need {positions}, the tokenizer {ids}"
+        )
+    return model
+
+
+def load_teacher(name, init, student, dtype, task, max_new_tokens):
+    """The frozen teacher of a student, cut to its ids. UserError if their tokenizers differ."""
+    mine, its = load_tokenizer(init), load_tokenizer(name)
+    if (mine._mergeable_ranks, mine._special_tokens) != (its._mergeable_ranks, its._special_tokens):
+        raise UserError(f"--teacher {name}: its vocabulary is not that of --init {init}")
+    teacher = load_model("--teacher", name, task, max_new_tokens, dtype)
+    V = student.config.vocab_size
+    if teacher.config.vocab_size < V:
+        raise UserError(f"--teacher {name}: has {teacher.config.vocab_size} ids, the student {V}")
+    for layer in (teacher.wte, teacher.lm_head):  # what is cut off only pads the embedding
+        layer.weight = torch.nn.Parameter(layer.weight[:V])
+    teacher.config.vocab_size = V
+    return teacher.requires_grad_(False)
