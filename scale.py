@@ -84,7 +84,7 @@ from opd import METHODS, divergence
 from reinforce import imitate
 from tasks.wordproblems import load_model, load_teacher, word_problems
 
-# the rows that need a teacher but no map, no hint and no judge: name -> who writes, which divergence
+# the rows that need a teacher, but no map, hint or judge: name -> who writes, which divergence
 DISTILLATION = {
     name: (writer, kind)
     for name, (writer, teacher, kind, mask, weight) in METHODS.items()
@@ -212,7 +212,7 @@ def place(model, config, device):
 
 
 def plain(model, dtype):
-    """The model as one whole, to sample from: itself, or if it is sharded or of another dtype a copy.
+    """The model as one whole, to sample from: a copy if it is sharded or of another dtype.
 
     With --shard all processes have to call it.
     """
@@ -526,8 +526,8 @@ def main():
     config = parse_args(Config, __doc__)
     device = pick_device(config.device)
     join(device)
-    if not config.shard < world()[1] <= config.prompts:
-        raise UserError(f"{world()[1]} processes: --shard takes several, --prompts as many or more")
+    if config.shard > dist.is_initialized() or world()[1] > config.prompts:
+        raise UserError("--shard needs torchrun; no more processes than there are --prompts")
     # what is impossible ends here, before anything is written
     folders = [f"{config.method} {seed}" for seed in seeds_of(config)]
     teacher = None
@@ -538,10 +538,9 @@ def main():
     else:
         about = (config.init, config.data, config.template, config.chat)
         task = word_problems(*about, answers=not config.distils)
-        limits = (task, config.max_new_tokens)
-        base = load_model("--init", config.init, *limits)
+        base = load_model(config, "init", task)
         if config.distils:
-            teacher = load_teacher(config.teacher, config.init, base, config.dtype, *limits)
+            teacher = load_teacher(config, task, base)
     files = {name: getattr(config, name) for name in ("init", "teacher", "data")}
     inputs = {f"--{name}": fingerprint(path) for name, path in files.items() if path}
     with Run(config, folders, inputs) as run:

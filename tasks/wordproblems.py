@@ -120,29 +120,31 @@ def word_problems(init, data, template, chat, answers=True):
     )
 
 
-def load_model(flag, name, task, max_new_tokens, dtype="float32"):
-    """The model of a folder or hub id, which `flag` names.
+def load_model(config, flag, task, dtype="float32"):
+    """The model of the folder or hub id that a flag names.
 
     UserError if it can't hold the longest prompt with its answer, or lacks ids of the tokenizer.
     """
+    name = getattr(config, flag)
     model = GPT.from_pretrained(name, getattr(torch, dtype))
-    positions = task.longest + max_new_tokens - 1
+    positions = task.longest + config.max_new_tokens - 1
     ids = task.tokenizer.n_vocab
     has = model.config
     if has.block_size < positions or has.vocab_size < ids:
         raise UserError(
-            f"{flag} {name}: has {has.block_size} positions and {has.vocab_size} ids; the longest "
-            f"prompt and --max-new-tokens need {positions}, the tokenizer {ids}"
+            f"--{flag} {name}: has {has.block_size} positions and {has.vocab_size} ids; the prompts "
+            f"with --max-new-tokens need {positions}, the tokenizer {ids}"
         )
     return model
 
 
-def load_teacher(name, init, student, dtype, task, max_new_tokens):
+def load_teacher(config, task, student):
     """The frozen teacher of a student, cut to its ids. UserError if their tokenizers differ."""
-    mine, its = load_tokenizer(init), load_tokenizer(name)
+    name = config.teacher
+    mine, its = load_tokenizer(config.init), load_tokenizer(name)
     if (mine._mergeable_ranks, mine._special_tokens) != (its._mergeable_ranks, its._special_tokens):
-        raise UserError(f"--teacher {name}: its vocabulary is not that of --init {init}")
-    teacher = load_model("--teacher", name, task, max_new_tokens, dtype)
+        raise UserError(f"--teacher {name}: its vocabulary is not that of --init {config.init}")
+    teacher = load_model(config, "teacher", task, config.dtype)
     V = student.config.vocab_size
     if teacher.config.vocab_size < V:
         raise UserError(f"--teacher {name}: has {teacher.config.vocab_size} ids, the student {V}")
