@@ -53,8 +53,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.distributed.checkpoint import state_dict as whole_state
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.utils.checkpoint import checkpoint
 
 import tasks
@@ -133,7 +132,7 @@ class Config(Flags):
     eval_prompts: int = flag(256, "held-out problems, an answer to each", quick=8, low=1)
 
     def __post_init__(self):
-        given = [bool(x) for x in (self.task, self.init, self.data, self.teacher)]
+        given = [*map(bool, (self.task, self.init, self.data, self.teacher))]
         if given not in ([[0, 1, 1, 1]] if self.distils else [[1, 0, 0, 0], [0, 1, 1, 0]]):
             raise UserError(
                 "reinforcement learning needs --task, or --init and --data; distillation "
@@ -183,16 +182,12 @@ def join(device):
         sys.stdout = open(os.devnull, "w")
 
 
-def is_sharded(model):
-    return isinstance(model.norm.weight, DTensor)
-
-
 def sum_gradients(model):
     """What data parallelism is: each process has the gradient of its own rows, the batch's is their
     sum, and all take the same step. A sum, not a mean: each loss is already divided by the counts
     of the whole batch. A sharded model has done it in its backward pass.
     """
-    if not is_sharded(model):
+    if not isinstance(model, FSDPModule):
         for p in model.parameters():
             p.grad = all_sum(p.grad)
 
@@ -217,13 +212,13 @@ def plain(model, dtype):
     With --shard all processes have to call it.
     """
     dtype = getattr(torch, dtype)
-    if not is_sharded(model) and model.lm_head.weight.dtype == dtype:
+    if not isinstance(model, FSDPModule) and model.lm_head.weight.dtype == dtype:
         return model
     with torch.device("meta"):  # shapes without memory
         whole = GPT(model.config)
     weights = model.state_dict()
     for name, w in weights.items():
-        weights[name] = (w.full_tensor() if is_sharded(model) else w).to(dtype)
+        weights[name] = (w.full_tensor() if isinstance(model, FSDPModule) else w).to(dtype)
     whole.load_state_dict(weights, assign=True)
     if model.config.tie:
         whole.lm_head.weight = whole.wte.weight
@@ -232,17 +227,18 @@ def plain(model, dtype):
 
 def handles(model, optimizer):
     """What a run saves and restores. Of a sharded model: the whole of it, in rank 0's memory."""
-    if not is_sharded(model):
+    if not isinstance(model, FSDPModule):
         return model, optimizer
-    options = whole_state.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    options = whole_state.StateDictOptions
+    gather, deal = options(full_state_dict=True, cpu_offload=True), options(full_state_dict=True)
     weights = SimpleNamespace(
-        state_dict=partial(whole_state.get_model_state_dict, model, options=options),
-        load_state_dict=partial(whole_state.set_model_state_dict, model, options=options),
+        state_dict=partial(whole_state.get_model_state_dict, model, options=gather),
+        load_state_dict=partial(whole_state.set_model_state_dict, model, options=deal),
     )
     moments = SimpleNamespace(
-        state_dict=partial(whole_state.get_optimizer_state_dict, model, optimizer, options=options),
+        state_dict=partial(whole_state.get_optimizer_state_dict, model, optimizer, options=gather),
         load_state_dict=partial(
-            whole_state.set_optimizer_state_dict, model, optimizer, options=options
+            whole_state.set_optimizer_state_dict, model, optimizer, options=deal
         ),
     )
     return weights, moments
@@ -272,7 +268,7 @@ def sample(model, task, problems, n, config, generator):
     texts = rollout.texts(task.tokenizer)
     ended = rollout.ended(stop).tolist()
     rewards = [task.judge(problems[i // n], text, ended[i]) for i, text in enumerate(texts)]
-    return rollout, texts, torch.tensor(rewards).view(-1, n)
+    return rollout, texts, torch.tensor(rewards).float().view(-1, n)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -309,8 +305,8 @@ def collect(model, task, config, rng, generator):
         problems = [task.draw(rng) for _ in range(P)]
         rollout, _, r = sample(sampler, task, problems, G, config, generator)
         mixed = (r != r[:, :1]).any(1)
-        tokens, logp = rollout.mask.sum(), rollout.logp.sum()
-        sums += torch.tensor([P, tokens, logp, r.mean(1).sum(), P - mixed.sum()])
+        logp = rollout.logp.sum()
+        sums += torch.tensor([P, rollout.mask.sum(), logp, r.mean(1).sum(), P - mixed.sum()])
         for i in range(P):
             if (mixed[i] or not dynamic) and len(kept) < P:
                 kept.append(rollout[slice(i * G, (i + 1) * G)])
@@ -453,6 +449,8 @@ def held_out(model, teacher, task, config):
     if teacher is not None:
         del sampler
         kl = sum(d.item() for d in divergences(model, teacher, rollout, "reverse", config))
+    if isinstance(model, FSDPModule):
+        model.reshard()  # what a backward pass does at its end, and nothing did here
     sums = torch.tensor([kl, rollout.mask.sum(), right], dtype=torch.float64)
     kl, tokens, right = all_sum(sums).tolist()
     row = {} if teacher is None else dict(kl=kl / tokens)
@@ -516,10 +514,10 @@ def figure(config, run):
     numbers = f"{first.mean():.3g} → {last.mean():.3g}"
     fig, ax = plt.subplots(figsize=(7, 4.5), layout="constrained")
     band(ax, steps, values, config.method, marker="o")
-    title = f"{Path(config.init or config.task).name}, {config.method}: held-out {key} {numbers}"
+    title = f"{config.method}: held-out {key} {numbers}"
     ax.set(title=title, xlabel="step", ylabel=f"{key} ({unit})")
-    text = f"held-out {key}, {text}, worst seed"
-    return fig, [claim("gain", text, "-", "-", worst, *limit, config.seeds, f" ({numbers})")]
+    text = f"held-out {key}, {text}, worst seed ({numbers})"
+    return fig, [claim("gain", text, "-", "-", worst, *limit, config.seeds)]
 
 
 def main():
@@ -536,8 +534,8 @@ def main():
         task = tasks.in_tokens(toy)
         config.max_new_tokens = min(config.max_new_tokens, toy.budget(toy.SIZE))
     else:
-        about = (config.init, config.data, config.template, config.chat)
-        task = word_problems(*about, answers=not config.distils)
+        about = (config.init, config.data, config.template, config.chat, not config.distils)
+        task = word_problems(*about)
         base = load_model(config, "init", task)
         if config.distils:
             teacher = load_teacher(config, task, base)
@@ -548,8 +546,8 @@ def main():
             teacher = place(teacher, config, device)
         for seed, folder in zip(seeds_of(config), folders):
             if config.task:
-                lesson = SimpleNamespace(warm_up=5 if config.quick else 600, size=toy.SIZE)
-                base = imitate(lesson, toy, run, seed, device)
+                flags = SimpleNamespace(warm_up=5 if config.quick else 600, size=toy.SIZE)
+                base = imitate(flags, toy, run, seed, device)
                 for p in base.parameters():  # rank 0's: GPUs need not have trained to the same bits
                     p.data = all_sum(p.data * (world()[0] == 0))
             base.checkpointing = config.checkpointing
