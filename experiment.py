@@ -432,16 +432,18 @@ def snapshot(step, model, optimizer, rng, generator=None, **more):
     """All that a loop needs to go on, to the bit. NotFinite if a weight is no number: such a state
     is never saved.
     """
-    if not all(torch.isfinite(p).all() for p in model.state_dict().values()):
+    weights = model.state_dict()
+    if not all(torch.isfinite(p).all() for p in weights.values()):
         raise NotFinite("a weight is no longer finite")
     # the model trains on, and so do its moments
     still = lambda tensors: {k: v.detach().to("cpu", copy=True) for k, v in tensors.items()}
     if optimizer:
         optimizer = optimizer.state_dict()
-        optimizer["state"] = {i: still(moments) for i, moments in optimizer["state"].items()}
+        states = optimizer.get("state", {})  # of a sharded model's, rank 0 alone has them
+        optimizer["state"] = {i: still(moments) for i, moments in states.items()}
     return dict(
         step=step,
-        model=still(model.state_dict()),
+        model=still(weights),
         optimizer=optimizer,
         rng=rng.getstate(),
         generator=generator and generator.get_state(),
@@ -753,7 +755,7 @@ class Run:
             yield step
             step += 1
             self.bar.update()
-            if self.due or time.time() - self.kept > 50 * self.keep_cost:
+            if self.time_to_keep():
                 started = time.time()
                 self.keep(phase, **still())
                 self.kept, self.keep_cost = time.time(), time.time() - started
@@ -762,6 +764,11 @@ class Run:
         self.bar.close()
         self.bar = None
         self.save(phase, **still())
+
+    def time_to_keep(self):
+        """Rank 0 decides for all processes: each of them may hold a part of what is kept."""
+        now = self.due or time.time() - self.kept > 50 * self.keep_cost
+        return bool(all_sum(torch.tensor(float(now and world()[0] == 0))))
 
     @property
     def due(self):

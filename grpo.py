@@ -77,9 +77,9 @@ from experiment import (
     sum_gradients,
     world,
 )
-from huggingface import word_problems
 from kernels import token_logprobs
 from model import GPT, GPTConfig, checkpoint_for
+from tasks.wordproblems import word_problems
 from tokenizer import CharTokenizer
 
 FIGURES = {"train": "one run: reward, pass@1, entropy, lengths, pass@k against the base (under 3 minutes)",

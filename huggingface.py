@@ -1,4 +1,4 @@
-"""huggingface.py: Hugging Face folders: names of tensors, tokenizers, chat templates; word problems.
+"""huggingface.py: Hugging Face folders: names of tensors, tokenizers and chat templates.
 
 `GPT.from_pretrained` and `save_pretrained` (model.py) stand on it: Llama, SmolLM2, Qwen2, Qwen2.5,
 Qwen3, strictly: what is not supported, missing, left over or of a wrong type is an error that
@@ -13,9 +13,7 @@ import json
 import os
 import re
 import unicodedata
-import zlib
 from pathlib import Path
-from types import SimpleNamespace
 
 import tiktoken
 import torch
@@ -691,108 +689,3 @@ def load_chat_template(name):
     _, found, end = render("question", place).rpartition(place)
     render.end = end if found else ""
     return render
-
-
-# --------------------------------------------------------------------------------------------------
-# Word problems, and a checkpoint that answers them
-
-
-def extract_answer(text):
-    """The number after the first "#### ", or None.
-
-    As GSM8K's authors read it (github.com/openai/grade-school-math), but for a dot at its end.
-    """
-    match = re.search(r"#### (\-?[0-9\.\,]+)", text)
-    number = match.group(1).replace(",", "").rstrip(".") if match else ""
-    return number if re.search("[0-9]", number) else None
-
-
-def read_rows(data):
-    """What --data names -> its splits, each a list of Sections: gsm8k's two, of a file one."""
-    where = f"--data {data}: row"
-    try:
-        if data == "gsm8k":
-            import datasets
-
-            splits = [
-                datasets.load_dataset("openai/gsm8k", "main", split=s) for s in ("train", "test")
-            ]
-        elif data.endswith(".parquet"):
-            import pyarrow.parquet  # comes with datasets
-
-            splits = [pyarrow.parquet.read_table(data).to_pylist()]
-        else:
-            lines = enumerate(read_text(data, f"--data {data}").split("\n"), 1)
-            return [[parse_json(f"{where} {i}", line) for i, line in lines if line.strip()]]
-        return [
-            [Section(f"{where} {i}", row) for i, row in enumerate(split, 1)] for split in splits
-        ]
-    except UserError:
-        raise
-    except Exception as e:
-        raise UserError(f"--data {data} cannot be read ({type(e).__name__}: {e})") from None
-
-
-def load_problems(data, answers=True):
-    """(question, answer) pairs to train on, and others.
-
-    Of gsm8k its own splits; of a file, those whose question's hash says so. answers: every row has
-    to have one, a text with '#### number'; without, the answer is None where there is none.
-    """
-    splits = read_rows(data)
-    other = lambda q, split: (
-        split == 1 if len(splits) > 1 else zlib.crc32(q.encode("utf-8", "surrogatepass")) % 10 == 0
-    )
-    parts = [], []
-    for i, split in enumerate(splits):
-        for row in split:
-            question = row.need("question", str)
-            answer = extract_answer(
-                row.need("answer", str) if answers else row.get("answer", str, "")
-            )
-            if answers and answer is None:
-                raise UserError(f"{row.where}: its answer has no '#### number'")
-            parts[other(question, i)].append((question, answer))
-    if not all(parts):
-        n, m = map(len, parts)
-        raise UserError(f"--data {data}: {n} problems to train on, {m} held out are too few")
-    return list(parts)
-
-
-@functools.cache
-def word_problems(init, data, template, chat, answers=True):
-    """How the problems of a file are drawn, held out, asked in the checkpoint's tokens, and judged.
-
-    A chat begins with what its template writes and ends with what that puts after an answer; other
-    text begins with the tokenizer's prefix.
-    """
-    tokenizer, (train, held_out) = load_tokenizer(init), load_problems(data, answers)
-    wrap, prefix = (load_chat_template(init), []) if chat else (lambda text: text, tokenizer.prefix)
-    if chat:
-        marks = [
-            i
-            for i in tokenizer.encode(wrap.end, allowed_special="all")
-            if i in tokenizer._special_tokens.values()
-        ]
-        tokenizer.stop = list(dict.fromkeys(marks[:1] + tokenizer.stop))
-        tokenizer.eos = tokenizer.stop[0]
-    prompt = lambda p: (
-        prefix
-        + tokenizer.encode(
-            wrap(template.replace("\\n", "\n").replace("{question}", p[0])), allowed_special="all"
-        )
-    )
-    lengths = [len(prompt(p)) for p in train + held_out]
-    if not min(lengths):
-        raise UserError(
-            f"--data {data}: an empty question is an empty prompt under this --template"
-        )
-    return SimpleNamespace(
-        tokenizer=tokenizer,
-        prompt=prompt,
-        longest=max(lengths),
-        draw=lambda rng: rng.choice(train),
-        held_out=lambda rng, n: rng.sample(held_out, min(n, len(held_out))),
-        judged=all(a is not None for _, a in held_out),
-        judge=lambda p, text, finished: float(extract_answer(text) == p[1]),
-    )

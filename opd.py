@@ -86,9 +86,10 @@ from experiment import (
     sum_gradients,
     world,
 )
-from huggingface import load_tokenizer, saved_files, word_problems
+from huggingface import load_tokenizer, saved_files
 from kernels import token_logprobs
 from model import GPT, GPTConfig, checkpoint_for
+from tasks.wordproblems import word_problems
 
 FIGURES = {"family": "nine methods: success, leak of the password, drift of style (within 5 minutes)",
            "cold": "a base model without any success; what TRB's blended prefixes are worth (about 7 minutes)",

@@ -16,6 +16,7 @@ import importlib
 import importlib.util
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
@@ -47,7 +48,7 @@ def held_out(text):
     """Whether the problem with this text is held out: a tenth of all texts, by a hash, the same on
     every machine.
     """
-    return zlib.crc32(text.encode()) % 10 == 0
+    return zlib.crc32(text.encode("utf-8", "surrogatepass")) % 10 == 0
 
 
 def padded(pairs, tokenizer):
@@ -62,3 +63,23 @@ def padded(pairs, tokenizer):
         ids[i, : len(q) + len(a)] = torch.tensor(q + a)
         mask[i, len(q) : len(q) + len(a)] = 1
     return ids, mask
+
+
+def in_tokens(task):
+    """A task at its own SIZE as scale.py asks one: prompts are ids. Has what word_problems has."""
+    size = task.SIZE
+
+    def held_out(rng, n):
+        return [task.draw(rng, size, held_out=True) for _ in range(n)]
+
+    def prompt(problem):
+        return task.tokenizer.encode(task.prompt(problem))
+
+    return SimpleNamespace(
+        tokenizer=task.tokenizer,
+        prompt=prompt,
+        draw=lambda rng: task.draw(rng, size),
+        held_out=held_out,
+        judged=True,
+        judge=lambda problem, text, finished: task.reward(problem, text) * finished,
+    )

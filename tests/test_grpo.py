@@ -48,8 +48,9 @@ from grpo import (
     surrogate,
     tokenizer,
 )
-from huggingface import extract_answer, load_chat_template, load_problems, load_tokenizer
+from huggingface import load_chat_template, load_tokenizer
 from model import GPT, GPTConfig
+from tasks.wordproblems import extract_answer, load_problems
 
 REWARDS = torch.tensor([[1, 0, 0, 1], [0, 1, 1, 1], [0, 0, 0, 1], [1, 1, 0, 0.]])      # every group has right and wrong answers
 each_loss = pytest.mark.parametrize("loss", LOSSES)

@@ -24,8 +24,9 @@ from safetensors.torch import load_file, save_file
 import huggingface
 from engine import generate
 from experiment import UserError
-from huggingface import hf_config, load_chat_template, load_problems, load_tokenizer, word_problems
+from huggingface import hf_config, load_chat_template, load_tokenizer
 from model import GPT, GPTConfig
+from tasks.wordproblems import word_problems
 from tokenizer import SPLIT, bpe_merges
 
 PROMPTS = [[3], [1, 4, 1, 5, 9, 2, 6], [5, 3, 5], [8, 9, 7, 9] * 5]
@@ -743,56 +744,6 @@ def test_a_saved_model_takes_a_tokenizer_along(merges, tmp_path):
     GPT(GPTConfig(600, 16, 1, 2, 16)).save_pretrained(tmp_path / "b", like=like)
     assert load_tokenizer(tmp_path / "b").encode("the cat") == load_tokenizer(like).encode("the cat")
     assert json.loads((tmp_path / "b/config.json").read_text())["eos_token_id"] == [2]
-
-
-# ---------------------------------------------------------------------------------------------------------------------------
-# Word problems
-
-ROW = '{"question": "What is 1 plus %d?", "answer": "#### %d"}\n'
-ROWS = "".join(ROW % (i, i + 1) for i in range(60))
-
-
-def data(tmp_path, content):
-    (tmp_path / "x.jsonl").write_bytes(content if isinstance(content, bytes) else content.encode())
-    return str(tmp_path / "x.jsonl")
-
-
-@pytest.mark.parametrize("row, words", [
-    ('{"question": null, "answer": "#### 1"}', ["question is missing or null"]), ('{"question": 7, "answer": "#### 1"}', ["question is 7", "a text"]), ('{"question": "a", "answer": 5}', ["answer is 5", "a text"]),
-    ('{"question": "a", "answer": null}', ["answer is missing or null"]), ('{"question": "a"}', ["answer is missing"]), ('["a", "#### 1"]', ["no JSON object"]), ('{"question": "a", "answ', ["JSON", "Unterminated"]),
-    ('{"question": "a", "answer": "5"}', ["####"]), ('{"question": "a", "answer": "#### , that is 5"}', ["####"]), ('{"question": "a", "answer": "#### ... 5"}', ["####"]), ('{"question": "a", "answer": "#### -."}', ["####"]),
-    ("[" * 10 ** 5, ["JSON"]), ("9" * 10 ** 5, ["JSON"])])
-def test_a_row_that_cannot_be_used_is_one_line_with_its_number_and_the_cause(row, words, tmp_path):
-    with refused("--data", "x.jsonl", "row 62", *words):
-        load_problems(data(tmp_path, ROWS + "\n" + row))
-
-
-def test_a_file_that_cannot_be_used_is_one_line_with_the_cause(tmp_path):
-    for content, words in ((ROWS.encode("utf-16"), ["UTF-8"]), (ROWS.encode("utf-16-le"), ["row 1", "JSON"]), (json.dumps([dict(question="a", answer="#### 1")]), ["row 1", "no JSON object"]),
-                           ("[\n" + ROWS, ["row 1", "JSON"]), (b"", ["too few"]), (b"\xff", ["UTF-8"])):
-        with refused("--data", "x.jsonl", *words):
-            load_problems(data(tmp_path, content))
-    for name, words in ((tmp_path, "directory"), (tmp_path / ("a" * 300), "too long"), ("a" * 300, "too long"), (tmp_path / "none", "no such file"), (tmp_path / "x.jsonl" / "y", "directory"), (f"{tmp_path}/none.parquet", "none.parquet")):
-        with refused("--data", words):
-            load_problems(str(name))
-
-
-def test_a_byte_order_mark_a_lone_surrogate_and_a_final_dot_change_nothing(tmp_path):
-    expected = load_problems(data(tmp_path, ROWS))
-    assert load_problems(data(tmp_path, "\ufeff" + ROWS)) == expected
-    assert load_problems(data(tmp_path, ROWS.replace('"}', '."}').replace("\n", "\r\n"))) == expected
-    (question, answer), = [p for part in load_problems(data(tmp_path, ROWS + '{"question": "\\ud83d 1+1?", "answer": "#### 2."}')) for p in part if "+" in p[0]]
-    assert answer == "2"
-    tokenizer = load_tokenizer(save_json(tmp_path, make_json(merges_of(CORPUS, 20))))
-    assert tokenizer.decode(tokenizer.encode(question)) == "\ufffd 1+1?"
-    assert word_problems(tmp_path, str(tmp_path / "x.jsonl"), "{question}", False).judge((question, answer), "it is #### 2.", True) == 1
-
-
-def test_without_answers_a_row_may_lack_one_but_not_have_something_else_there(tmp_path):
-    rows = ROWS.replace(', "answer": "#### 3"', "").replace('"#### 4"', "null")
-    assert {a for part in load_problems(data(tmp_path, rows), answers=False) for _, a in part} >= {None, "5"}
-    with refused("row 61", "answer is 5"):
-        load_problems(data(tmp_path, rows + '{"question": "a", "answer": 5}'), answers=False)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
