@@ -27,6 +27,8 @@ from kernels import RMSNormFunction, attention
 
 @dataclass
 class GPTConfig:
+    """The shape of a GPT. UserError for one that cannot be."""
+
     vocab_size: int
     block_size: int  # positions; longer input is an error
     n_layer: int
@@ -206,7 +208,7 @@ class GPT(nn.Module):
         T = ids.shape[1]
         seen = 0 if cache is None else cache.length
         assert seen + T <= self.config.block_size, f"past block_size {self.config.block_size}"
-        # alone, row t stands at position t, and attention is causal by itself
+        # without a cache token t stands at position t, and causal attention needs no mask
         positions, mask = (slice(T), None) if cache is None else cache.extend(T)
         self.rope = self.rope.to(ids.device)
         rope = self.rope[positions]  # (T, 1, D/2); (B, T, 1, D/2) where rows differ in length
