@@ -195,6 +195,7 @@ class ChunkedLogprobs(torch.autograd.Function):
         N, V = h.shape[0], weight.shape[0]
         fold = compile_block(forward_block) if compiled else forward_block
         x = h.to(gemm_dtype(h))
+        # what forward_block keeps of each row, (N,): maximum and two sums relative to it
         m = torch.full((N,), -torch.inf, device=h.device)
         s, s1 = torch.zeros_like(m), torch.zeros_like(m)
         target = torch.full_like(m, torch.nan)  # the targets' logits
@@ -294,10 +295,9 @@ def attention(q, k, v, causal=True, window=None, mask=None, impl="auto"):
 
 def attention_impl(q, mask):
     """triton on a GPU, but not for one query or fp32: there is nothing for tensor cores to do."""
-    fits = mask is None and q.shape[-1] <= 128
-    if not (q.is_cuda and fits and q.shape[2] > 1 and q.dtype != torch.float32):
-        return "sdpa"
-    if torch.compiler.is_compiling():
+    fits = q.is_cuda and mask is None and q.shape[-1] <= 128
+    pays = q.shape[2] > 1 and q.dtype != torch.float32
+    if not fits or not pays or torch.compiler.is_compiling():
         return "sdpa"
     return "triton" if triton_runs("attention", q, "sdpa") else "sdpa"
 
@@ -312,6 +312,7 @@ def reference_attention(q, k, v, mask):
 
 
 def flash_attention(q, k, v, causal, window, mask):
+    """The Triton kernels below. ValueError where they cannot run."""
     why = no_triton(q)
     if mask is not None or q.shape[-1] > 128:
         why = why or "no masks, and no more than 128 channels a head"
@@ -328,7 +329,7 @@ def sdpa_attention(q, k, v, causal, window, mask):
     """torch's kernels, and where they need help."""
     (B, H, T, D), (K, S) = q.shape, k.shape[1:3]
     if mask is None and window is not None:
-        width = max(window, 32)
+        width = max(window, 32)  # of a band: smaller ones do not pay
         if causal and T == S >= 4 * width:
             return banded(q, k, v, window, width)
         if window < S:
@@ -342,7 +343,7 @@ def sdpa_attention(q, k, v, causal, window, mask):
         return y.to(q.dtype)
     # decoding: the heads of a group become the queries of one head, no copy of k, v
     if T == 1 and K < H:
-        y = F.scaled_dot_product_attention(q.view(B, K, H // K, D), k, v, attn_mask=mask)
+        y = F.scaled_dot_product_attention(q.reshape(B, K, H // K, D), k, v, attn_mask=mask)
         return y.reshape(B, H, 1, D)
     # torch's is_causal aligns the first query with the first key; ours the last with the last
     if mask is None and causal and 1 < T < S:
@@ -474,7 +475,6 @@ def autotuned(*tiles):
     registers. The last ones of each dtype are small enough for 128 channels to fit into the
     registers of sm_90. The interpreter has one of its own.
     """
-
     if triton is None:
         return lambda f: f
     if INTERPRET:
@@ -563,9 +563,8 @@ def spans(first, last, before, after, n, TILE: tl.constexpr):
 
 @jit()
 def walk(lo, full, edge, hi, EDGE: tl.constexpr):
-    """The loop over those tiles, from where to where: once over the whole ones, [full, edge), and
-    once (EDGE) over the others, [lo, full) and [edge, hi) as one loop, which `skip` takes over the
-    gap.
+    """The bounds of a loop over those tiles: over the whole ones, [full, edge), or over the others
+    (EDGE): [lo, full) and [edge, hi) as one loop, which `skip` takes over the gap.
     """
     if EDGE:
         return lo, hi - (edge - full)
@@ -632,7 +631,7 @@ def forward_kernel(
     # and the maximum, to which both are relative. Finite: it stays where a row sees nothing in its
     # first tiles, and -inf + inf is nan
     m = tl.full((M,), -1e30, tl.float32)
-    for EDGE in tl.static_range(2):
+    for EDGE in tl.static_range(2):  # unrolled: the whole tiles, then those that need a mask
         begin, end = walk(lo, full, edge, hi, EDGE)
         for i in range(begin, end, N):
             j = skip(i, full, edge, EDGE)
