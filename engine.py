@@ -14,6 +14,9 @@ What to know before changing `generate`:
 4. On a GPU a step of a small model is a few hundred launches that each take longer to ask for than
    to run. There the same step runs on fixed shapes with all that changes in tensors, is captured
    once in a CUDA graph and replayed (`decode_static`).
+
+Shapes: R = prompts * n rows, of which `live` are still being written; T time, S slots of the cache,
+K key heads, D channels of a head, V vocabulary.
 """
 
 import copy
@@ -22,6 +25,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from experiment import NotFinite
 from kernels import gemm_dtype, say_once
@@ -32,18 +36,21 @@ from kernels import gemm_dtype, say_once
 
 class KVCache:
     """Keys and values of every layer, (rows, capacity, K, D), allocated once. The token at position
-    p of a row sits in slot p.
+    p of a row sits in slot p - base.
 
     A step writes its tokens at each row's own length (`lens`) and reads the slots up to the longest
-    row's (`length`), exactly: a mask is needed only while the rows' lengths differ. With a sliding
-    window, slots that nobody can see any more are given up when the capacity is reached (`base` is
-    the position of slot 0), so that memory is constant at any length. Slots start as zeros, not as
-    whatever memory held: a masked slot counts 0 times, and 0 * nan is nan.
+    row's (`length`), exactly: a mask is needed only while the rows' lengths differ. `base` is 0 but
+    with a sliding window: there, slots that nobody can see any more are given up when the capacity
+    is reached, so that memory is constant at any length. Slots start as zeros, not as whatever
+    memory held: a masked slot counts 0 times, and 0 * nan is nan.
     """
 
     def __init__(self, config, rows, capacity, device="cpu", dtype=torch.float32):
+        self.config = config
+        self.rows = rows
+        self.capacity = capacity
+        self.base = 0
         shape = (rows, capacity, config.n_kv_head, config.head_dim)
-        self.config, self.capacity, self.rows, self.base = config, capacity, rows, 0
         self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
         self.v = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
         self.set_lens([0] * rows)
@@ -52,79 +59,66 @@ class KVCache:
         """The tokens that each row truly holds: forgets the padding of a prefill, or rejected draft
         tokens.
         """
-        assert self.base <= max(0, min(lens) - (self.config.window or 0) + 1), (
-            "a sliding cache has given up what these rows would see"
-        )
+        oldest = max(0, min(lens) - (self.config.window or 0) + 1)  # position still to be seen
+        assert self.base <= oldest, "a sliding cache has given up what these rows would see"
         self.lens = torch.as_tensor(lens, device=self.k[0].device)
-        self.length, self.ragged = max(lens), len(set(lens)) > 1
+        self.length = max(lens)
+        self.ragged = len(set(lens)) > 1
 
     def extend(self, T):
         """Room for T more tokens in each row -> their positions, a slice or (rows, T), and the mask
-        if causality is not enough.
+        if causality is not enough: (rows, 1, T, S) bool, True = sees.
         """
         if self.length - self.base + T > self.capacity:
             self.slide(T)
-        self.start, self.length, mask = self.length, self.length + T, None
-        positions = slice(self.start, self.length)
-        if self.ragged:
-            # (rows, T)
-            positions = self.lens[:, None] + torch.arange(T, device=self.lens.device)
-            distance = positions[:, None, :, None] - torch.arange(
-                self.base, self.length, device=self.lens.device
-            )
-            # (rows, 1, T, S)
+        window, device = self.config.window, self.lens.device
+        self.length += T
+        first, end = 0, self.length - self.base  # the slots that append returns
+        if self.ragged:  # each row writes at its own length, and must not see what it has not
+            positions = self.lens[:, None] + torch.arange(T, device=device)  # (rows, T)
+            seen = torch.arange(self.base, self.length, device=device)  # (S,)
+            distance = positions[:, None, :, None] - seen  # (rows, 1, T, S), >= 0 for the past
             mask = distance >= 0
-            if self.config.window is not None:
-                mask &= distance < self.config.window
-            self.slots = (
-                torch.arange(self.rows, device=self.lens.device)[:, None],
-                positions - self.base,
-            )
+            if window is not None:
+                mask &= distance < window
+            self.written = torch.arange(self.rows, device=device)[:, None], positions - self.base
+        else:
+            positions, mask = slice(self.length - T, self.length), None
+            self.written = slice(self.rows), slice(end - T, end)
+            if window is not None:
+                first = max(0, end - T - window + 1)  # older ones are out of sight
+        self.seen = slice(self.rows), slice(first, end)
         self.lens = self.lens + T
         return positions, mask
-
-    def slide(self, T):
-        """Make room for T more tokens: give up the slots that no row will see again."""
-        # the oldest position that can still be seen
-        first = int(self.lens.min()) - (self.config.window or math.inf) + 1
-        drop = max(first, 0) - self.base
-        assert self.length - self.base - drop + T <= self.capacity, (
-            f"cache of {self.capacity} tokens is full"
-        )
-        for t in self.k + self.v:
-            t[: self.rows, : self.length - self.base - drop] = t[
-                : self.rows, drop : self.length - self.base
-            ].clone()
-        self.base += drop
 
     def append(self, layer, k, v):
         """Write the (rows, T, K, D) that extend made room for -> this layer's keys and values so
         far, (rows, S, K, D).
         """
-        window = self.config.window
-        # older ones are out of sight
-        a = self.base if self.ragged or window is None else max(self.base, self.start - window + 1)
-        where = (
-            self.slots
-            if self.ragged
-            else (slice(self.rows), slice(self.start - self.base, self.length - self.base))
-        )
-        self.k[layer][where], self.v[layer][where] = (
-            k.to(self.k[layer].dtype),
-            v.to(self.v[layer].dtype),
-        )
-        seen = slice(self.rows), slice(a - self.base, self.length - self.base)
-        return self.k[layer][seen], self.v[layer][seen]
+        keys, values = self.k[layer], self.v[layer]
+        keys[self.written] = k.to(keys.dtype)
+        values[self.written] = v.to(values.dtype)
+        return keys[self.seen], values[self.seen]
+
+    def slide(self, T):
+        """Make room for T more tokens: give up the slots that no row will see again."""
+        oldest = int(self.lens.min()) - (self.config.window or math.inf) + 1
+        drop = max(oldest, 0) - self.base
+        kept = self.length - self.base - drop
+        assert kept + T <= self.capacity, f"cache of {self.capacity} tokens is full"
+        for t in self.k + self.v:
+            t[: self.rows, :kept] = t[: self.rows, drop : drop + kept].clone()
+        self.base += drop
 
     def expand(self, n, capacity):
         """Each row of a fresh prefill n times, into a new cache: one prefill serves the n samples
         of a prompt.
         """
-        assert self.rows == len(self.k[0]) and self.base == 0, (
-            "expand before rows are dropped or the window slides"
-        )
-        new = KVCache(self.config, self.rows * n, capacity, self.k[0].device, self.k[0].dtype)
-        for old, t in zip(self.k + self.v, new.k + new.v):
+        k = self.k[0]
+        untouched = self.rows == len(k) and self.base == 0
+        assert untouched, "expand before rows are dropped or the window slides"
+        new = KVCache(self.config, self.rows * n, capacity, device=k.device, dtype=k.dtype)
+        for old, t in zip(self.k + self.v, new.k + new.v, strict=True):
             t[:, : self.length] = old[:, : self.length].repeat_interleave(n, dim=0)
         new.set_lens(self.lens.repeat_interleave(n).tolist())
         return new
@@ -135,10 +129,12 @@ class KVCache:
         """
         n = int(alive.sum())
         order = torch.arange(n, device=alive.device)
-        holes, movers = (~alive[:n]).nonzero().squeeze(1), n + alive[n:].nonzero().squeeze(1)
+        holes = (~alive[:n]).nonzero().squeeze(1)
+        movers = n + alive[n:].nonzero().squeeze(1)
         order[holes] = movers
+        end = self.length - self.base
         for t in self.k + self.v:
-            t[holes, : self.length - self.base] = t[movers, : self.length - self.base]
+            t[holes, :end] = t[movers, :end]
         self.rows = n
         if n:
             self.set_lens(self.lens[order].tolist())
@@ -153,11 +149,9 @@ class Rollout:
 
     ids: torch.Tensor  # (R, T) int64
     mask: torch.Tensor  # (R, T) fp32, 1 on generated tokens up to and with the stop token
-    # (R, T) fp32, log-probability of each generated token under the distribution it was drawn from
-    logp: torch.Tensor
+    logp: torch.Tensor  # (R, T) fp32, of each generated token, in the law it was drawn from
     prompt_lens: torch.Tensor  # (R,) int64
-    # (R,) int64, set where several processes hold a batch together: the places of this one's rows
-    # in it
+    # (R,) int64, where several processes hold a batch together: this one's rows in it
     rows = None
 
     @property
@@ -174,32 +168,32 @@ class Rollout:
 
     def tokens(self):
         """The generated tokens of each row, a list of lists."""
-        spans = zip(self.ids.tolist(), self.prompt_lens.tolist(), self.lengths.tolist())
-        return [row[p : p + n] for row, p, n in spans]
+        starts, lengths = self.prompt_lens.tolist(), self.lengths.tolist()
+        rows = zip(self.ids.tolist(), starts, lengths, strict=True)
+        return [row[start : start + n] for row, start, n in rows]
 
     def texts(self, tokenizer):
         """The generated text of each row, without the ids that end a text."""
-        return [
-            tokenizer.decode([t for t in row if t not in tokenizer.stop]) for row in self.tokens()
-        ]
+        texts = ([t for t in row if t not in tokenizer.stop] for row in self.tokens())
+        return [tokenizer.decode(text) for text in texts]
 
     def __getitem__(self, rows):
         """The rows of an index or mask, the columns cut to the longest of them."""
         T = max((self.prompt_lens + self.lengths)[rows].tolist(), default=1)
-        return Rollout(
-            self.ids[rows, :T], self.mask[rows, :T], self.logp[rows, :T], self.prompt_lens[rows]
-        )
+        ids, mask, logp = (x[rows, :T] for x in (self.ids, self.mask, self.logp))
+        return Rollout(ids, mask, logp, self.prompt_lens[rows])
 
     @staticmethod
     def cat(rollouts):
         """The rows of several rollouts, one after the other, padded to the longest."""
         T = max(r.ids.shape[1] for r in rollouts)
-        pad = lambda name: torch.cat(
-            [F.pad(getattr(r, name), (0, T - r.ids.shape[1])) for r in rollouts]
-        )
-        return Rollout(
-            pad("ids"), pad("mask"), pad("logp"), torch.cat([r.prompt_lens for r in rollouts])
-        )
+
+        def joined(name):
+            parts = (getattr(r, name) for r in rollouts)
+            return torch.cat([F.pad(x, (0, T - x.shape[1])) for x in parts])
+
+        prompt_lens = torch.cat([r.prompt_lens for r in rollouts])
+        return Rollout(joined("ids"), joined("mask"), joined("logp"), prompt_lens)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -211,29 +205,27 @@ def truncate(logits, top_k=None, top_p=None):
     set that holds top_p of what is left.
     """
     if top_k is not None:
-        logits = logits.masked_fill(
-            logits < logits.topk(min(top_k, logits.shape[-1])).values[:, -1:], -torch.inf
-        )
+        smallest = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]  # (R, 1)
+        logits = logits.masked_fill(logits < smallest, -torch.inf)
     if top_p is not None and top_p < 1:
         probs, order = logits.softmax(-1).sort(-1, descending=True)
-        # the mass above each token
-        before = torch.empty_like(probs).scatter_(-1, order, probs.cumsum(-1) - probs)
-        logits = logits.masked_fill(before >= top_p, -torch.inf)
+        above = probs.cumsum(-1) - probs  # the mass of what is likelier than each token
+        above = torch.empty_like(above).scatter_(-1, order, above)  # back in the vocabulary's order
+        logits = logits.masked_fill(above >= top_p, -torch.inf)
     return logits
 
 
 def inverse_cdf(probs, u):
-    """Draw by inversion. probs (R, V), u (R,) in [0, 1) -> token (R,), and the place of u inside
-    the token's bin (R,), uniform again.
+    """Draw by inversion: the token in whose bin of the CDF u falls. probs (R, V), u (R,) in [0, 1)
+    -> token (R,), and the place of u inside that bin (R,), uniform again.
     """
     cdf = probs.cumsum(-1, dtype=u.dtype)  # (R, V)
-    total = cdf[:, -1:]
-    # (R, 1), strictly below the total
-    v = torch.minimum(u[:, None] * total, total.nextafter(torch.zeros_like(total)))
-    # (R, 1): the first bin that ends above v
-    token = torch.searchsorted(cdf, v, right=True).clamp_max(probs.shape[-1] - 1)
-    low = cdf.gather(1, (token - 1).clamp_min(0)).masked_fill(token == 0, 0)
-    place = (v - low) / (cdf.gather(1, token) - low)
+    total = cdf[:, -1:]  # 1, up to rounding: u is scaled to it, and stays strictly below
+    u = torch.minimum(u[:, None] * total, total.nextafter(torch.zeros_like(total)))  # (R, 1)
+    token = torch.searchsorted(cdf, u, right=True)  # (R, 1), the first bin that ends above u
+    token = token.clamp_max(probs.shape[-1] - 1)
+    low = cdf.gather(1, (token - 1).clamp_min(0)).masked_fill(token == 0, 0)  # where it begins
+    place = (u - low) / (cdf.gather(1, token) - low)
     return token.squeeze(1), place.squeeze(1).clamp(0, 1 - torch.finfo(u.dtype).eps)
 
 
@@ -244,30 +236,93 @@ def among(token, stops):
     return (token[:, None] == stops).any(1)
 
 
-def decode_eager(model, cache, logits, draw, fresh, u, spent, stops):
-    """The second part of generate, one step at a time. fresh (R, max_new_tokens) decides its
-    length; stops (n,) int64: the ids that end a row.
+class Sampler:
+    """Draws a token for each live row at a time, and writes it down. What it keeps from one token
+    to the next is changed in place: a CUDA graph knows addresses only.
+
+    fresh (R, max_new_tokens) in [0, 1): a number for each token. uniforms (R,), or None: one number
+    for a whole row, see `generate`. stops (n,) int64: the ids that end a row.
     """
-    R, new = fresh.shape
-    tokens, logps = (
-        torch.full((R, new), -1, device=fresh.device),
-        torch.zeros(R, new, device=fresh.device),
-    )
-    # the output row of each live row
-    rows = torch.arange(R, device=fresh.device)
+
+    def __init__(self, fresh, uniforms, stops, temperature, top_k, top_p):
+        R, device = len(fresh), fresh.device
+        self.fresh = fresh
+        self.stops = stops
+        self.temperature = temperature
+        self.top_k = top_k
+        self.top_p = top_p
+        # what comes out, (R, max_new_tokens); token -1: never drawn
+        self.tokens = torch.full(fresh.shape, -1, device=device)
+        self.logps = torch.zeros(fresh.shape, device=device)
+        self.finite = torch.ones((), dtype=torch.bool, device=device)  # whether all logits were
+        # of each live row: its row in what comes out, its last token, whether that ended it
+        self.rows = torch.arange(R, device=device)
+        self.token = torch.zeros(R, dtype=torch.long, device=device)
+        self.done = torch.zeros(R, dtype=torch.bool, device=device)
+        self.number = None  # the row's one number, and how many bits of it are spent
+        if uniforms is not None:
+            good = uniforms.shape == (R,) and uniforms.is_floating_point()
+            if not (good and 0 <= uniforms.min() <= uniforms.max() < 1):
+                raise ValueError(f"{R} rows need {R} uniforms in [0, 1)")
+            self.number = uniforms.to(device, fresh.dtype, copy=True)
+            self.spent = torch.zeros(R, device=device)
+            eps = max(torch.finfo(uniforms.dtype).eps, torch.finfo(fresh.dtype).eps)
+            self.budget = -math.log2(eps) / 2  # half of the bits that such a number has
+
+    def draw(self, logits, t):
+        """The t-th token of each live row, from its logits (live, V). t: a number, or a tensor (1,)
+        that holds it.
+        """
+        self.finite.logical_and_(logits.isfinite().all())
+        if self.temperature == 0:
+            token = logits.argmax(-1)
+            logp = torch.zeros(token.shape, device=token.device)
+        else:
+            token, logp = self.choose(logits.float() / self.temperature, self.fresh[self.rows, t])
+        # a row that is done may stay for a while (decode_static): it goes on, but unrecorded
+        self.tokens[self.rows, t] = token.masked_fill(self.done, -1)
+        self.logps[self.rows, t] = logp.masked_fill(self.done, 0)
+        self.token.copy_(token)
+        self.done.logical_or_(among(token, self.stops))
+
+    def choose(self, logits, fresh):
+        """logits (live, V), a fresh number for each row (live,) -> token, logp (live,)."""
+        probs = truncate(logits, self.top_k, self.top_p).softmax(-1)  # (live, V)
+        token, place = inverse_cdf(probs, fresh if self.number is None else self.number)
+        logp = probs.gather(1, token[:, None]).squeeze(1).log()
+        if self.number is not None:
+            spent = self.spent - logp / math.log(2)  # a token of probability p costs -log2 p bits
+            used_up = spent > self.budget
+            self.number.copy_(torch.where(used_up, fresh, place))
+            self.spent.copy_(spent.masked_fill(used_up, 0))
+        return token, logp
+
+    def retire(self, cache):
+        """Drop the rows that are done, here and from the cache -> whether any are left."""
+        if len(self.stops) and self.done.any():
+            order = cache.keep(~self.done)
+            self.rows = self.rows[order]
+            self.token = self.token[order]
+            self.done = self.done[order]
+            if self.number is not None:
+                self.number = self.number[order]
+                self.spent = self.spent[order]
+        return len(self.rows) > 0
+
+
+def decode_eager(model, cache, logits, sampler):
+    """Draw, retire the rows that stop, step the others: one token at a time."""
+    new = sampler.fresh.shape[1]
     for t in range(new):
-        token, logp, u, spent = draw(logits, fresh[rows, t], u, spent)
-        tokens[rows, t], logps[rows, t] = token, logp
-        if t + 1 == new:
+        sampler.draw(logits, t)
+        if t + 1 == new or not sampler.retire(cache):
             break
-        if len(stops) and not (alive := ~among(token, stops)).all():
-            order = cache.keep(alive)
-            rows, token, u, spent = rows[order], token[order], u[order], spent[order]
-            if len(rows) == 0:
-                break
-        # (live, V)
-        logits = model.lm_head(model.hidden(token[:, None], cache)[:, -1])
-    return tokens, logps
+        x = model.hidden(sampler.token[:, None], cache)  # (live, 1, C)
+        logits = model.lm_head(x[:, -1])  # (live, V)
+
+
+# --------------------------------------------------------------------------------------------------
+# generate
 
 
 @torch.no_grad()
@@ -294,104 +349,91 @@ def generate(
     for an empty prompt, an argument out of its range, or more positions than the model's
     block_size; NotFinite for a model whose logits are not all finite.
     """
-    lens, device = [len(p) for p in prompts], model.lm_head.weight.device
-    if not lens or min(lens) < 1:
-        raise ValueError("every prompt needs at least one token")
-    if max(lens) + max_new_tokens - 1 > model.config.block_size:
-        raise ValueError(
-            f"prompt of {max(lens)} + {max_new_tokens} new tokens: past block_size {model.config.block_size}"
-        )
-    for name, value, good in (
-        ("temperature", temperature, temperature == 0 or temperature >= 1e-30),
-        ("n", n, n >= 1),
-        ("max_new_tokens", max_new_tokens, max_new_tokens >= 1),
-        ("top_k", top_k, top_k is None or top_k >= 1),
-        ("top_p", top_p, top_p is None or 1e-30 <= top_p <= 1),
-    ):
-        if not good:
-            raise ValueError(f"{name} is out of range: {value}")
-    # emulated bf16: the same weights in fp32 are twice as fast
+    lens = [len(p) for p in prompts]
+    law = dict(temperature=temperature, top_k=top_k, top_p=top_p)
+    check(model.config.block_size, lens, n=n, max_new_tokens=max_new_tokens, **law)
+    device = model.lm_head.weight.device
     if gemm_dtype(model.lm_head.weight) != model.lm_head.weight.dtype:
-        model = copy.deepcopy(model).float()
-    R, P = len(prompts) * n, max(lens)
-    real = torch.float32 if device.type == "mps" else torch.float64
+        model = copy.deepcopy(model).float()  # emulated bf16: the same weights in fp32 are faster
+
+    # 1. All random numbers, in one call: what a row draws does not depend on when others stop.
     fresh = torch.rand(
-        R,
-        max_new_tokens,
+        (len(prompts) * n, max_new_tokens),
         generator=generator,
-        dtype=real,
+        dtype=torch.float32 if device.type == "mps" else torch.float64,
         device=generator.device if generator else None,
     ).to(device)
-    u, spent = fresh[:, 0], torch.zeros(R, device=device)  # both are for `uniforms` only
     stops = torch.as_tensor([] if stop is None else stop, dtype=torch.long, device=device).flatten()
-    # whether all logits were: looked at once, at the end
-    finite = torch.ones((), dtype=torch.bool, device=device)
-    if uniforms is not None:
-        if uniforms.shape != (R,) or not (
-            uniforms.is_floating_point() and 0 <= uniforms.min() <= uniforms.max() < 1
-        ):
-            raise ValueError(f"{R} rows need {R} uniforms in [0, 1)")
-        # bits
-        u, budget = (
-            uniforms.to(device, real),
-            -math.log2(max(torch.finfo(uniforms.dtype).eps, torch.finfo(real).eps)) / 2,
-        )
-
-    # 1. Read each prompt once (padding on the right is invisible to what comes before it), then
-    # clone its cache to its n rows.
-    ids = torch.zeros(len(prompts), P, dtype=torch.long)
-    for i, p in enumerate(prompts):
-        ids[i, : lens[i]] = torch.as_tensor(p)
-    ids = ids.to(device)
-    cache = KVCache(model.config, len(prompts), P, device, model.lm_head.weight.dtype)
-    # (prompts, C): each one's last token
-    x = model.hidden(ids, cache)[torch.arange(len(prompts)), torch.as_tensor(lens) - 1]
-    cache.set_lens(lens)
-    cache = cache.expand(n, P + max_new_tokens - 1)
-    logits = model.lm_head(x).repeat_interleave(n, dim=0)  # (R, V)
-
-    # 2. Draw, retire the rows that stop, step the others.
-    def draw(logits, number, u, spent):
-        """logits (R, V), a fresh number, the row's own number and the bits it has paid, each (R,)
-        -> token, logp, u, spent.
-        """
-        finite.logical_and_(logits.isfinite().all())
-        if temperature == 0:
-            return logits.argmax(-1), torch.zeros_like(number, dtype=torch.float32), u, spent
-        probs = truncate(logits.float() / temperature, top_k, top_p).softmax(-1)  # (R, V)
-        token, place = inverse_cdf(probs, number if uniforms is None else u)
-        logp = probs.gather(1, token[:, None]).squeeze(1).log()
-        if uniforms is not None:
-            spent = spent - logp / math.log(2)
-            used_up = spent > budget
-            u, spent = torch.where(used_up, number, place), spent.masked_fill(used_up, 0)
-        return token, logp, u, spent
-
-    decode = (
-        decode_static
-        if device.type in STATIC_ON and not torch.is_autocast_enabled(device.type)
-        else decode_eager
-    )
-    # (R, max_new_tokens); token -1: never drawn
-    tokens, logps = decode(model, cache, logits, draw, fresh, u, spent, stops)
-    if not finite:
+    sampler = Sampler(fresh, uniforms, stops, **law)
+    # 2. Read each prompt once.
+    rows = [torch.as_tensor(p, dtype=torch.long) for p in prompts]
+    ids = pad_sequence(rows, batch_first=True).to(device)  # (prompts, longest), zeros to the right
+    cache, logits = read_prompts(model, ids, lens, n=n, capacity=max(lens) + max_new_tokens - 1)
+    # 3. Draw, retire the rows that stop, step the others.
+    static = device.type in STATIC_ON and not torch.is_autocast_enabled(device.type)
+    decode = decode_static if static else decode_eager
+    decode(model, cache, logits, sampler)
+    if not sampler.finite:
         raise NotFinite("generate: the model's logits are not all finite")
+    # 4. Prompt and continuation of each row side by side.
+    return side_by_side(ids, torch.as_tensor(lens, device=device), sampler.tokens, sampler.logps)
 
-    # 3. Prompt and continuation of each row side by side.
+
+def check(block_size, lens, n, max_new_tokens, temperature, top_k, top_p):
+    """ValueError for what cannot be sampled."""
+    longest = max(lens, default=0)
+    for good, why in (
+        (lens and min(lens) > 0, "every prompt needs at least one token"),
+        (n > 0, f"n is {n}: at least 1"),
+        (max_new_tokens > 0, f"max_new_tokens is {max_new_tokens}: at least 1"),
+        (
+            longest + max_new_tokens - 1 <= block_size,  # the last token is drawn, but never read
+            f"prompt of {longest} + {max_new_tokens} new tokens: past block_size {block_size}",
+        ),
+        (
+            temperature == 0 or temperature >= 1e-30,
+            f"temperature is {temperature}: 0, or 1e-30 at least",
+        ),
+        (top_k is None or top_k > 0, f"top_k is {top_k}: at least 1"),
+        (top_p is None or 1e-30 <= top_p <= 1, f"top_p is {top_p}: in (0, 1]"),
+    ):
+        if not good:
+            raise ValueError(why)
+
+
+def read_prompts(model, ids, lens, n, capacity):
+    """Read each row of padded prompts once, and clone its cache to its n samples -> a cache of R
+    rows and that capacity, and the logits of each row's next token (R, V).
+    """
+    rows, longest = ids.shape
+    weight = model.lm_head.weight
+    cache = KVCache(model.config, rows, longest, device=weight.device, dtype=weight.dtype)
+    # padding on the right is invisible to the prompt before it: attention is causal
+    hidden = model.hidden(ids, cache)  # (prompts, longest, C)
+    last = hidden[torch.arange(rows), torch.as_tensor(lens) - 1]  # (prompts, C)
+    logits = model.lm_head(last).repeat_interleave(n, dim=0)  # (R, V)
+    cache.set_lens(lens)
+    return cache.expand(n, capacity), logits
+
+
+def side_by_side(ids, lens, tokens, logps):
+    """Padded prompts (prompts, longest), what each row drew and its logp (R, max_new_tokens), token
+    -1 where it drew none -> Rollout.
+    """
+    n, new = len(tokens) // len(ids), tokens.shape[1]
+    ids, lens = ids.repeat_interleave(n, dim=0), lens.repeat_interleave(n)  # one for each row
+    columns = lens[:, None] + torch.arange(new, device=lens.device)  # (R, new)
+
+    def placed(x):
+        """Each row of x (R, new) behind its prompt, zeros elsewhere -> (R, longest + new)."""
+        return x.new_zeros(len(x), ids.shape[1] + new).scatter_(1, columns, x)
+
     drawn = tokens >= 0
-    prompt_lens = torch.as_tensor(lens, device=device).repeat_interleave(n)  # (R,)
-    T = int((prompt_lens + drawn.sum(1)).max())
-    out = torch.zeros(R, P + max_new_tokens, dtype=torch.long, device=device)
-    mask, logp = torch.zeros(out.shape, device=device), torch.zeros(out.shape, device=device)
-    out[:, :P] = ids.repeat_interleave(n, dim=0)
-    # (R, max_new_tokens)
-    columns = prompt_lens[:, None] + torch.arange(max_new_tokens, device=device)
-    (
-        out.scatter_(1, columns, tokens.clamp_min(0)),
-        mask.scatter_(1, columns, drawn.float()),
-        logp.scatter_(1, columns, logps),
-    )
-    return Rollout(out[:, :T], mask[:, :T], logp[:, :T], prompt_lens)
+    out = placed(tokens.clamp_min(0))
+    out[:, : ids.shape[1]] += ids  # where one of the two is not 0, the other is
+    mask, logp = placed(drawn.float()), placed(logps)
+    T = int((lens + drawn.sum(1)).max())
+    return Rollout(out[:, :T], mask[:, :T], logp[:, :T], lens)
 
 
 def skip_draws(rows, config, generator):
@@ -411,90 +453,63 @@ class StaticCache:
     each step reads all the slots that the last one will, and a mask hides the rest.
     """
 
-    length = 0  # a tensor now: generate has checked that all steps fit
+    length = 0  # a tensor now, `lens`: generate has checked that all steps fit
 
     def __init__(self, cache, steps):
-        device, S = cache.lens.device, min(cache.capacity, -(-(cache.length + steps) // 64) * 64)
-        self.cache, self.lens = cache, cache.lens.clone()
-        self.rows, self.slots = (
-            torch.arange(cache.rows, device=device),
-            torch.arange(S, device=device),
-        )
+        device = cache.lens.device
+        S = min(cache.capacity, -(-(cache.length + steps) // 64) * 64)  # up to a multiple of 64
+        self.cache = cache
+        self.lens = cache.lens.clone()
+        self.rows = torch.arange(cache.rows, device=device)
+        self.slots = torch.arange(S, device=device)
 
     def extend(self, T):
-        self.now = self.lens.clone()
-        distance = self.now[:, None, None, None] - self.slots  # (rows, 1, 1, S)
+        self.now = self.lens.clone()  # the position of each row's token
         self.lens += T
-        return self.now[:, None], (distance >= 0) & (
-            distance < (self.cache.config.window or self.cache.capacity + 1)
-        )
+        distance = self.now[:, None, None, None] - self.slots  # (rows, 1, 1, S)
+        window = self.cache.config.window or self.cache.capacity + 1
+        return self.now[:, None], (distance >= 0) & (distance < window)
 
     def append(self, layer, k, v):
-        k_slots, v_slots = self.cache.k[layer], self.cache.v[layer]
-        k_slots[self.rows, self.now], v_slots[self.rows, self.now] = k[:, 0], v[:, 0]
-        return k_slots[: len(self.rows), : len(self.slots)], v_slots[
-            : len(self.rows), : len(self.slots)
-        ]
+        keys, values = self.cache.k[layer], self.cache.v[layer]
+        keys[self.rows, self.now] = k[:, 0]
+        values[self.rows, self.now] = v[:, 0]
+        seen = slice(len(self.rows)), slice(len(self.slots))
+        return keys[seen], values[seen]
 
 
 STATIC_ON = ("cuda",)  # where generate decodes with decode_static
 SPAN = 128  # steps between two looks at which rows have stopped, and two captures
 
 
-def decode_static(model, cache, logits, draw, fresh, u, spent, stops):
+def decode_static(model, cache, logits, sampler):
     """decode_eager for a GPU: nothing comes back from the device for SPAN steps, of which all but
     the first are one CUDA graph's replays. Then rows that have stopped leave, and the graph is
     captured again for the rows left and the slots that they have come to need.
     """
-    R, new = fresh.shape
-    tokens, logps = (
-        torch.full((R, new), -1, device=fresh.device),
-        torch.zeros(R, new, device=fresh.device),
-    )
-    rows = torch.arange(R, device=fresh.device)
-    token, logps[:, 0], u, spent = draw(logits, fresh[:, 0], u, spent)
-    tokens[:, 0] = token
+    new = sampler.fresh.shape[1]
+    sampler.draw(logits, 0)
     for start in range(1, new, SPAN):
-        if len(stops):
-            order = cache.keep(~among(token, stops))
-            rows, token, u, spent = rows[order], token[order], u[order], spent[order]
-            if len(rows) == 0:
-                break
-        steps = min(SPAN, new - start)
-        static, numbers, t = (
-            StaticCache(cache, steps),
-            fresh[rows, start : start + steps],
-            torch.zeros(1, dtype=torch.long, device=fresh.device),
-        )
-        state = [x.clone() for x in (token, u, spent)]
-        drawn, scored = (
-            torch.full(numbers.shape, -1, device=fresh.device),
-            torch.zeros(numbers.shape, device=fresh.device),
-        )
+        if not sampler.retire(cache):
+            break
+        decode_span(model, cache, sampler, start=start, steps=min(SPAN, new - start))
 
-        def step():
-            old = state[0]
-            # (live, V)
-            z = model.lm_head(model.hidden(old[:, None], static)[:, -1])
-            token, logp, u, spent = draw(z, numbers.index_select(1, t).squeeze(1), *state[1:])
-            # a row that has stopped goes on drawing, unrecorded
-            done = among(old, stops)
-            (
-                drawn.index_copy_(1, t, token.masked_fill(done, -1)[:, None]),
-                scored.index_copy_(1, t, logp.masked_fill(done, 0)[:, None]),
-            )
-            for x, y in zip(state, (torch.where(done, old, token), u, spent)):
-                x.copy_(y)
-            t.add_(1)
 
-        step()
-        again = captured(step, fresh.device) if steps > 8 else step
-        for _ in range(steps - 1):
-            again()
-        tokens[rows, start : start + steps], logps[rows, start : start + steps] = drawn, scored
-        token, u, spent = state
-        cache.set_lens(static.lens.tolist())
-    return tokens, logps
+def decode_span(model, cache, sampler, start, steps):
+    """Tokens start to start + steps of every live row."""
+    static = StaticCache(cache, steps)
+    t = torch.full((1,), start, device=cache.lens.device)
+
+    def step():
+        x = model.hidden(sampler.token[:, None], static)  # (live, 1, C)
+        sampler.draw(model.lm_head(x[:, -1]), t)
+        t.add_(1)
+
+    step()
+    again = captured(step, t.device) if steps > 8 else step
+    for _ in range(steps - 1):
+        again()
+    cache.set_lens(static.lens.tolist())
 
 
 def captured(step, device):
@@ -504,15 +519,15 @@ def captured(step, device):
     global STATIC_ON
     if device.type != "cuda":
         return step
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream(device)
+    graph = torch.cuda.CUDAGraph()
+    stream = torch.cuda.current_stream(device)
     try:
         with torch.cuda.graph(graph):
             step()
     except RuntimeError as e:
         STATIC_ON = ()
         torch.cuda.set_stream(stream)  # a capture that fails may leave us on its own
-        say_once(
-            f"generate: this step cannot be a CUDA graph, runs it eagerly instead ({str(e).splitlines()[0]})"
-        )
+        why = str(e).splitlines()[0]
+        say_once(f"generate: this step cannot be a CUDA graph, runs it eagerly instead ({why})")
         return step
     return graph.replay

@@ -52,6 +52,7 @@ import functools
 import math
 import os
 import shutil
+from itertools import pairwise
 from types import SimpleNamespace
 
 import torch
@@ -61,14 +62,15 @@ try:
     import triton
     import triton.language as tl
 except ImportError:  # the Triton kernels below are then defined but cannot run
-    triton, tl = None, SimpleNamespace(constexpr=bool)
+    triton = None
+    tl = SimpleNamespace(constexpr=bool)
 
 # Triton runs its kernels in numpy: slow, but needs no GPU
 INTERPRET = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
-# logits in flight at once: 64 MiB in fp32. Larger blocks are no faster, smaller ones starve the
-# matrix product
+# Logits in flight at once: 64 MiB in fp32. Larger blocks are no faster, smaller ones starve the
+# matrix product.
 BLOCK = 2**24
-# vocabularies from this size on repay the 5 to 20 s that torch.compile takes on its first call
+# Vocabularies from this size on repay the 5 to 20 s that torch.compile takes on its first call.
 COMPILE_V = 16384
 
 
@@ -92,34 +94,21 @@ def token_logprobs(hidden, weight, targets, temperature=1.0, impl="auto"):
     assertion of the device's).
     """
     if not temperature >= 1e-30:
-        raise ValueError(
-            f"temperature must be positive (1e-30 at least) to score tokens, got {temperature}"
-        )
-    if (
-        targets.device.type == "cpu"
-        and targets.numel()
-        and not 0 <= targets.min() <= targets.max() < weight.shape[0]
-    ):
-        raise ValueError(f"targets must be in [0, {weight.shape[0]})")
-    shape, V = targets.shape, weight.shape[0]
-    h, y = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1).contiguous()  # (N, C), (N,)
-    # one block would hold all the logits anyway: then plain autograd, with no second matrix product
+        raise ValueError(f"temperature must be positive (1e-30 at least), got {temperature}")
+    V = weight.shape[0]
+    on_cpu = targets.device.type == "cpu"  # on a GPU, to look is to wait
+    if on_cpu and targets.numel() and not 0 <= targets.min() <= targets.max() < V:
+        raise ValueError(f"targets must be in [0, {V})")
+    h = hidden.reshape(-1, hidden.shape[-1])  # (N, C)
+    y = targets.reshape(-1).contiguous()  # (N,)
     if impl == "auto":
-        impl = (
-            "reference"
-            if y.numel() * V <= BLOCK
-            else "triton"
-            if h.is_cuda and triton_runs("token_logprobs", h, "compiled or chunked")
-            else "compiled"
-            if V >= COMPILE_V and can_compile(h.device.type)
-            else "chunked"
-        )
+        impl = logprobs_impl(h, V)
     if impl == "triton" and no_triton(h):
         raise ValueError(f"token_logprobs, impl 'triton': {no_triton(h)}")
     if impl == "reference":
         logp, entropy = reference_logprobs(h, weight, y, temperature)
     elif impl in ("chunked", "compiled", "triton"):
-        # round to its dtype here; inside, the blocks choose their own
+        # round to autocast's dtype here; inside, the blocks choose their own
         if torch.is_autocast_enabled(h.device.type):
             dtype = torch.get_autocast_dtype(h.device.type)
             h, weight = h.to(dtype), weight.to(dtype)
@@ -128,12 +117,22 @@ def token_logprobs(hidden, weight, targets, temperature=1.0, impl="auto"):
                 with torch.cuda.device_of(h):
                     logp, entropy = FusedLogprobs.apply(h, weight, y, 1.0 / temperature)
             else:
-                logp, entropy = ChunkedLogprobs.apply(
-                    h, weight, y, 1.0 / temperature, impl == "compiled"
-                )
+                compiled = impl == "compiled"
+                logp, entropy = ChunkedLogprobs.apply(h, weight, y, 1.0 / temperature, compiled)
     else:
         raise ValueError(f"unknown impl {impl!r}: reference, chunked, compiled, triton or auto")
-    return logp.view(shape), entropy.view(shape)
+    return logp.view(targets.shape), entropy.view(targets.shape)
+
+
+def logprobs_impl(h, V):
+    """The fastest impl of token_logprobs for hidden states h (N, C) and a vocabulary of V."""
+    if len(h) * V <= BLOCK:  # one block would hold all logits: then do not compute them twice
+        return "reference"
+    if h.is_cuda and triton_runs("token_logprobs", h, "compiled or chunked"):
+        return "triton"
+    if V >= COMPILE_V and can_compile(h.device.type):
+        return "compiled"
+    return "chunked"
 
 
 def reference_logprobs(h, weight, y, temperature):
@@ -166,10 +165,11 @@ def backward_block(z, inv_t, lse, entropy, g_logp, g_ent):
 
 
 def block_starts(N, V):
-    """Even blocks of the vocabulary: at most BLOCK logits, but never under 256 columns (by then h
-    itself is no smaller, if C >= 256).
+    """Bounds of even blocks of the vocabulary: at most BLOCK logits in each, but never under 256
+    columns (by then h itself is no smaller, if C >= 256).
     """
-    n = -(-V // min(V, max(256, BLOCK // max(N, 1))))
+    width = min(V, max(256, BLOCK // max(N, 1)))
+    n = -(-V // width)  # rounded up
     return [V * i // n for i in range(n + 1)]
 
 
@@ -195,18 +195,21 @@ class ChunkedLogprobs(torch.autograd.Function):
         N, V = h.shape[0], weight.shape[0]
         fold = compile_block(forward_block) if compiled else forward_block
         x = h.to(gemm_dtype(h))
+        # what forward_block keeps of each row, (N,): maximum and two sums relative to it
         m = torch.full((N,), -torch.inf, device=h.device)
-        s, s1, target = torch.zeros_like(m), torch.zeros_like(m), torch.full_like(m, torch.nan)
-        starts = block_starts(N, V)
-        for a, b in zip(starts, starts[1:]):
+        s, s1 = torch.zeros_like(m), torch.zeros_like(m)
+        target = torch.full_like(m, torch.nan)  # the targets' logits
+        for a, b in pairwise(block_starts(N, V)):
             z = F.linear(x, weight[a:b].to(x.dtype))  # (N, b - a)
-            z_y = z.gather(1, (y - a).clamp(0, b - a - 1)[:, None]).squeeze(1).float() * inv_t
+            column = (y - a).clamp(0, b - a - 1)[:, None]
+            z_y = z.gather(1, column).squeeze(1).float() * inv_t  # (N,), of the targets in here
             target = torch.where((y >= a) & (y < b), z_y, target)
             m, s, s1 = fold(z, inv_t, m, s, s1)  # overwrites z
         lse = m + s.log()
         entropy = lse - s1 / s
         ctx.save_for_backward(h, weight, y, lse, entropy)
-        ctx.inv_t, ctx.compiled = inv_t, compiled
+        ctx.inv_t = inv_t
+        ctx.compiled = compiled
         return target - lse, entropy
 
     @staticmethod
@@ -216,23 +219,22 @@ class ChunkedLogprobs(torch.autograd.Function):
         N, V = h.shape[0], weight.shape[0]
         slope = compile_block(backward_block) if ctx.compiled else backward_block
         x = h.to(gemm_dtype(h))
-        # summed over the blocks: fp32
+        # dh is summed over the blocks: in fp32. dweight is written once, block by block
         dh = torch.zeros(h.shape, dtype=torch.float32, device=h.device)
-        # each block written once
         dweight = torch.empty_like(weight)
-        starts = block_starts(N, V)
-        for a, b in zip(starts, starts[1:]):
+        for a, b in pairwise(block_starts(N, V)):
             w = weight[a:b].to(x.dtype)
             dz = slope(F.linear(x, w), ctx.inv_t, lse, entropy, g_logp, g_ent)  # (N, b - a)
-            # (1 - p) g cancels: add in fp32, then round
-            onehot = torch.where((y >= a) & (y < b), g_logp * ctx.inv_t, 0)
-            dz = dz.scatter_add_(1, (y - a).clamp(0, b - a - 1)[:, None], onehot[:, None]).to(
-                x.dtype
-            )
+            # g (onehot - p) nearly cancels where p is nearly 1: add in fp32, then round
+            onehot = torch.where((y >= a) & (y < b), g_logp * ctx.inv_t, 0)  # (N,)
+            column = (y - a).clamp(0, b - a - 1)[:, None]
+            dz.scatter_add_(1, column, onehot[:, None])
+            dz = dz.to(x.dtype)
             add_product(dh, dz, w)
-            torch.mm(dz.T, x, out=dweight[a:b]) if x.dtype == weight.dtype else dweight[a:b].copy_(
-                dz.T @ x
-            )
+            if x.dtype == weight.dtype:
+                torch.mm(dz.T, x, out=dweight[a:b])
+            else:
+                dweight[a:b].copy_(dz.T @ x)
         return dh.to(h.dtype), dweight, None, None, None
 
 
@@ -257,11 +259,8 @@ def can_compile(device="cpu"):
     """torch.compile needs a C++ compiler for the CPU and brings Triton for CUDA; elsewhere it is an
     experiment.
     """
-    return (
-        device == "cuda"
-        or device == "cpu"
-        and (shutil.which("g++") or shutil.which("clang++")) is not None
-    )
+    compilers = shutil.which("g++") or shutil.which("clang++")
+    return device == "cuda" or device == "cpu" and compilers is not None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -281,67 +280,77 @@ def attention(q, k, v, causal=True, window=None, mask=None, impl="auto"):
     T, S = q.shape[2], k.shape[2]
     assert q.shape[1] % k.shape[1] == 0, f"{q.shape[1]} query heads over {k.shape[1]} key heads"
     assert T <= S, f"{T} queries cannot be the last of {S} positions"
-    fits = mask is None and q.shape[-1] <= 128
-    if impl == "triton" and (no_triton(q) or not fits):
-        raise ValueError(
-            f"attention, impl 'triton': {no_triton(q) or 'no masks, and no more than 128 channels a head'}"
-        )
-    if (
-        impl == "auto"
-        and q.is_cuda
-        and fits
-        and T > 1
-        and q.dtype != torch.float32
-        and not torch.compiler.is_compiling()
-    ):
-        # one query, or fp32: nothing for tensor cores to do
-        impl = "triton" if triton_runs("attention", q, "sdpa") else "sdpa"
+    if impl == "auto":
+        impl = attention_impl(q, mask)
     if impl == "triton":
-        if torch.is_autocast_enabled(q.device.type):
-            q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
-        with torch.cuda.device_of(q):
-            return FlashAttention.apply(
-                q, k, v, FAR if window is None else window - 1, 0 if causal else FAR
-            )
-    if (
-        impl in ("sdpa", "auto")
-        and mask is None
-        and causal
-        and window is not None
-        and T == S >= 4 * max(window, 32)
-    ):
-        return banded(q, k, v, window, max(window, 32))
-    if mask is None and window is not None and window < S:
-        mask = visible(T, S, causal, window, q.device)
+        return flash_attention(q, k, v, causal=causal, window=window, mask=mask)
     if impl == "reference":
         if mask is None:
-            mask = visible(T, S, causal, None, q.device)
-        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-        # (B, H, T, S)
-        scores = wide(q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5
-        return scores.masked_fill(~mask, -torch.inf).softmax(-1).to(v.dtype) @ v
-    if impl not in ("sdpa", "auto"):
-        raise ValueError(f"unknown impl {impl!r}: reference, sdpa, triton or auto")
-    # without tiles fp32 is twice as fast
-    if (
-        q.device.type == "cpu"
-        and q.dtype == torch.bfloat16
-        and not torch.cpu._is_amx_tile_supported()
-    ):
+            mask = visible(T, S, causal=causal, window=window, device=q.device)
+        return reference_attention(q, k, v, mask)
+    if impl == "sdpa":
+        return sdpa_attention(q, k, v, causal=causal, window=window, mask=mask)
+    raise ValueError(f"unknown impl {impl!r}: reference, sdpa, triton or auto")
+
+
+def attention_impl(q, mask):
+    """triton on a GPU, but not for one query or fp32: there is nothing for tensor cores to do."""
+    fits = q.is_cuda and mask is None and q.shape[-1] <= 128
+    pays = q.shape[2] > 1 and q.dtype != torch.float32
+    if not fits or not pays or torch.compiler.is_compiling():
+        return "sdpa"
+    return "triton" if triton_runs("attention", q, "sdpa") else "sdpa"
+
+
+def reference_attention(q, k, v, mask):
+    """The equation. mask (B or 1, 1, T, S). Holds every score."""
+    group = q.shape[1] // k.shape[1]
+    k = k.repeat_interleave(group, dim=1)  # (B, H, S, D)
+    v = v.repeat_interleave(group, dim=1)
+    scores = wide(q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5  # (B, H, T, S)
+    return scores.masked_fill(~mask, -torch.inf).softmax(-1).to(v.dtype) @ v
+
+
+def flash_attention(q, k, v, causal, window, mask):
+    """The Triton kernels below. ValueError where they cannot run."""
+    why = no_triton(q)
+    if mask is not None or q.shape[-1] > 128:
+        why = why or "no masks, and no more than 128 channels a head"
+    if why:
+        raise ValueError(f"attention, impl 'triton': {why}")
+    if torch.is_autocast_enabled(q.device.type):
+        q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
+    before = FAR if window is None else window - 1
+    with torch.cuda.device_of(q):
+        return FlashAttention.apply(q, k, v, before, 0 if causal else FAR)
+
+
+def sdpa_attention(q, k, v, causal, window, mask):
+    """torch's kernels, and where they need help."""
+    (B, H, T, D), (K, S) = q.shape, k.shape[1:3]
+    if mask is None and window is not None:
+        width = max(window, 32)  # of a band: smaller ones do not pay
+        if causal and T == S >= 4 * width:
+            return banded(q, k, v, window, width)
+        if window < S:
+            mask = visible(T, S, causal=causal, window=window, device=q.device)
+    # without its tile units a CPU is twice as fast in fp32 as in bf16
+    on_cpu = q.device.type == "cpu"
+    if on_cpu and q.dtype == torch.bfloat16 and not torch.cpu._is_amx_tile_supported():
         with torch.autocast("cpu", enabled=False):
-            return attention(q.float(), k.float(), v.float(), causal, None, mask, impl).to(q.dtype)
+            in_fp32 = (x.float() for x in (q, k, v))
+            y = sdpa_attention(*in_fp32, causal=causal, window=None, mask=mask)
+        return y.to(q.dtype)
     # decoding: the heads of a group become the queries of one head, no copy of k, v
-    if T == 1 and k.shape[1] < q.shape[1]:
-        B, H, _, D = q.shape
-        return F.scaled_dot_product_attention(
-            q.reshape(B, k.shape[1], H // k.shape[1], D), k, v, attn_mask=mask
-        ).reshape(B, H, 1, D)
+    if T == 1 and K < H:
+        y = F.scaled_dot_product_attention(q.reshape(B, K, H // K, D), k, v, attn_mask=mask)
+        return y.reshape(B, H, 1, D)
     # torch's is_causal aligns the first query with the first key; ours the last with the last
     if mask is None and causal and 1 < T < S:
-        mask = visible(T, S, causal, None, q.device)
+        mask = visible(T, S, causal=True, window=None, device=q.device)
     is_causal = causal and mask is None and T > 1
     return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=k.shape[1] < q.shape[1]
+        q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=K < H
     )
 
 
@@ -349,26 +358,33 @@ def banded(q, k, v, window, b):
     """Causal attention in a window of at most b, in blocks of b queries: each sees its own block of
     keys and the one before, T 2b pairs for T^2.
     """
-    B, H, T, D = q.shape
-    n = -(-T // b)
-    # (B, n, heads, b, D)
-    blocks = lambda x: F.pad(x, (0, 0, 0, n * b - T)).unflatten(2, (n, b)).transpose(1, 2)
-    q, k, v = map(blocks, (q, k, v))
-    # (B n, Hkv, 2b, D)
-    k, v = (torch.cat((F.pad(x, (0, 0) * 3 + (1, 0))[:, :-1], x), 3).flatten(0, 1) for x in (k, v))
-    # (n, 1, b, 2b)
-    mask = visible(b, 2 * b, True, window, q.device).repeat(n, 1, 1, 1)
-    # nothing comes before the first block
+    B, _, T, _ = q.shape
+    n = -(-T // b)  # blocks, rounded up
+
+    def blocks(x):
+        """(B, heads, T, D) -> (B, n, heads, b, D), zeros past T."""
+        return F.pad(x, (0, 0, 0, n * b - T)).unflatten(2, (n, b)).transpose(1, 2)
+
+    def with_the_one_before(x):
+        """(B, n, K, b, D) -> (B n, K, 2b, D). Zeros come before the first block."""
+        before = torch.cat((torch.zeros_like(x[:, :1]), x[:, :-1]), 1)
+        return torch.cat((before, x), 3).flatten(0, 1)
+
+    q = blocks(q).flatten(0, 1)  # (B n, H, b, D)
+    k = with_the_one_before(blocks(k))
+    v = with_the_one_before(blocks(v))
+    mask = visible(b, 2 * b, causal=True, window=window, device=q.device)  # (1, 1, b, 2b)
+    mask = mask.repeat(n, 1, 1, 1)
     mask[0, :, :, :b] = False
-    # (B n, H, b, D)
-    y = attention(q.flatten(0, 1), k, v, mask=mask.repeat(B, 1, 1, 1), impl="sdpa")
+    mask = mask.repeat(B, 1, 1, 1)  # (B n, 1, b, 2b)
+    y = sdpa_attention(q, k, v, causal=True, window=None, mask=mask)  # (B n, H, b, D)
     return y.unflatten(0, (B, n)).transpose(1, 2).flatten(2, 3)[:, :, :T]
 
 
 def visible(T, S, causal, window, device):
     """(1, 1, T, S) bool: which of S keys each of the last T positions sees."""
-    # (T, S), > 0 for the past
-    distance = torch.arange(S - T, S, device=device)[:, None] - torch.arange(S, device=device)
+    keys = torch.arange(S, device=device)
+    distance = keys[S - T :, None] - keys  # (T, S), > 0 for the past
     seen = torch.ones_like(distance, dtype=torch.bool)
     if causal:
         seen &= distance >= 0
@@ -382,6 +398,7 @@ def visible(T, S, causal, window, device):
 
 
 def inverse_rms(x, eps):
+    """1 / sqrt(mean of squares + eps) over the last dimension: (..., C) -> (..., 1)."""
     return (torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.shape[-1] + eps).rsqrt()
 
 
@@ -400,12 +417,14 @@ class RMSNormFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g):
-        saved, eps = ctx.saved_tensors, ctx.eps
-        x, weight, g = wide(saved[0]), wide(saved[1]), wide(g)
-        r, gx = inverse_rms(x, eps), g * x  # (..., 1), (..., C)
+        saved_x, saved_weight = ctx.saved_tensors
+        x, weight, g = wide(saved_x), wide(saved_weight), wide(g)
+        r = inverse_rms(x, ctx.eps)  # (..., 1)
+        gx = g * x  # (..., C)
         slope = (gx @ weight)[..., None] * r**3 / x.shape[-1]  # (..., 1)
         dx = (g * weight).mul_(r).addcmul_(x, slope, value=-1)
-        return dx.to(saved[0].dtype), (r.flatten() @ gx.flatten(0, -2)).to(saved[1].dtype), None
+        dweight = r.flatten() @ gx.flatten(0, -2)  # (C,), summed over all rows
+        return dx.to(saved_x.dtype), dweight.to(saved_weight.dtype), None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -420,25 +439,22 @@ def no_triton(x):
     """Why the Triton kernels cannot run on tensors like x; None if they can."""
     if triton is None:
         return "triton is not installed"
-    if x.device.type != "cuda" and not INTERPRET:
-        return f"needs a GPU, not {x.device.type} (or TRITON_INTERPRET=1 in the environment, for tests)"
-    if (
-        x.device.type == "cuda"
-        and torch.version.cuda
-        and torch.cuda.get_device_capability(x.device) < (8, 0)
-    ):
-        return "needs a GPU of compute capability 8.0 or later"
-    return (
-        None
-        if x.dtype in (torch.float32, torch.bfloat16, torch.float16)
-        else f"no kernel for {x.dtype}"
-    )
+    if x.device.type == "cuda":
+        if torch.version.cuda and torch.cuda.get_device_capability(x.device) < (8, 0):
+            return "needs a GPU of compute capability 8.0 or later"
+    elif not INTERPRET:
+        kind = x.device.type
+        return f"needs a GPU, not {kind} (or TRITON_INTERPRET=1 in the environment, for tests)"
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"no kernel for {x.dtype}"
+    return None
 
 
-say_once = functools.cache(print)
+say_once = functools.cache(print)  # a text that was printed before is not printed again
 
 
 def triton_runs(what, x, instead):
+    """Whether the kernels run on tensors like x; says once what runs instead without Triton."""
     if triton is None:
         say_once(f"{what}: triton is not installed, takes {instead} instead")
     return no_triton(x) is None
@@ -459,23 +475,21 @@ def autotuned(*tiles):
     registers. The last ones of each dtype are small enough for 128 channels to fit into the
     registers of sm_90. The interpreter has one of its own.
     """
-
-    def by_dtype(configs, args, **_):
-        return [
-            c
-            for c in configs
-            if INTERPRET or (c.kwargs["N"] == 32) == (args["q"].dtype == torch.float32)
-        ]
-
     if triton is None:
         return lambda f: f
+    if INTERPRET:
+        tiles = [(16, 16, 1, 1)]
+
+    def by_dtype(configs, args, **_):
+        fp32 = args["q"].dtype == torch.float32
+        return [c for c in configs if INTERPRET or (c.kwargs["N"] == 32) == fp32]
+
     configs = [
-        triton.Config(dict(M=M, N=N), w, n)
-        for M, N, w, n in (((16, 16, 1, 1),) if INTERPRET else tiles)
+        triton.Config(dict(M=M, N=N), num_warps=warps, num_stages=stages)
+        for M, N, warps, stages in tiles
     ]
-    return triton.autotune(
-        configs, key=["size", "D"], prune_configs_by=dict(early_config_prune=by_dtype)
-    )
+    prune = dict(early_config_prune=by_dtype)
+    return triton.autotune(configs, key=["size", "D"], prune_configs_by=prune)
 
 
 @jit()
@@ -507,15 +521,13 @@ def tile_of(matrix, start, R: tl.constexpr, DP: tl.constexpr):
     registers are what these kernels run out of.
     """
     x, stride = matrix
-    return (
-        x
-        + start * tl.cast(stride, tl.int64)
-        + (tl.arange(0, R)[:, None] * stride + tl.arange(0, DP)[None, :])
-    )
+    tile = tl.arange(0, R)[:, None] * stride + tl.arange(0, DP)[None, :]
+    return x + start * tl.cast(stride, tl.int64) + tile
 
 
 @jit()
 def inside(start, n, R: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):
+    """Which elements of that tile lie in a matrix of n rows and D columns."""
     return (start + tl.arange(0, R)[:, None] < n) & (tl.arange(0, DP)[None, :] < D)
 
 
@@ -532,24 +544,40 @@ def load_tile(
 
 @jit()
 def store_tile(matrix, start, n, tile, R: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):
-    tl.store(
-        tile_of(matrix, start, R, DP),
-        tile.to(matrix[0].dtype.element_ty),
-        mask=inside(start, n, R, D, DP),
-    )
+    rounded = tile.to(matrix[0].dtype.element_ty)
+    tl.store(tile_of(matrix, start, R, DP), rounded, mask=inside(start, n, R, D, DP))
 
 
 @jit()
 def spans(first, last, before, after, n, TILE: tl.constexpr):
-    """Positions first..last each see from `before` back to `after` ahead, within [0, n) -> lo, a,
-    b, hi: something is seen in [lo, hi) only, and everything by everybody in [a, b), whole tiles.
-    So [lo, a) and [b, hi) need a mask, the bulk between them does not.
+    """Positions first..last each see from `before` back to `after` ahead, within [0, n) -> lo,
+    full, edge, hi: something is seen in [lo, hi) only, and everything by everybody in [full, edge),
+    whole tiles. So [lo, full) and [edge, hi) need a mask, the bulk between them does not.
     """
     lo = tl.maximum(first - before, 0) // TILE * TILE
     hi = tl.maximum(tl.minimum(last + after + 1, n), lo)
-    a = tl.minimum(tl.cdiv(tl.maximum(last - before, 0), TILE) * TILE, hi)
-    b = tl.maximum(tl.maximum(tl.minimum(first + after + 1, n), 0) // TILE * TILE, a)
-    return lo, a, b, hi
+    full = tl.minimum(tl.cdiv(tl.maximum(last - before, 0), TILE) * TILE, hi)
+    edge = tl.maximum(tl.maximum(tl.minimum(first + after + 1, n), 0) // TILE * TILE, full)
+    return lo, full, edge, hi
+
+
+@jit()
+def walk(lo, full, edge, hi, EDGE: tl.constexpr):
+    """The bounds of a loop over those tiles: over the whole ones, [full, edge), or over the others
+    (EDGE): [lo, full) and [edge, hi) as one loop, which `skip` takes over the gap.
+    """
+    if EDGE:
+        return lo, hi - (edge - full)
+    else:
+        return full, edge
+
+
+@jit()
+def skip(i, full, edge, EDGE: tl.constexpr):
+    if EDGE:
+        return i + tl.where(i >= full, edge - full, 0)
+    else:
+        return i
 
 
 @jit()
@@ -571,122 +599,107 @@ def hide(s, query, key, before, after, S):
 )
 @jit(do_not_specialize=["T", "S", "before", "after", "size"])
 def forward_kernel(
-    q,
-    k,
-    v,
-    o,
-    lse,
-    q_s,
-    k_s,
-    v_s,
-    o_s,
-    H,
-    G,
-    T,
-    S,
-    before,
-    after,
-    c,
-    size,
-    D: tl.constexpr,
-    DP: tl.constexpr,
-    M: tl.constexpr,
-    N: tl.constexpr,
-):
+    q, k, v,
+    o, lse,  # written here
+    q_s, k_s, v_s, o_s,  # strides
+    H, G,  # heads of what is written; query heads to a key head
+    T, S,  # queries, keys
+    before, after,  # how far a query sees
+    c,  # log2(e) / sqrt(D): the factor that makes scores powers of two
+    size,  # the lengths' power of two, for `autotuned` only
+    D: tl.constexpr,  # channels
+    DP: tl.constexpr,  # with padding
+    M: tl.constexpr,  # queries of a tile
+    N: tl.constexpr,  # keys of a tile
+):  # fmt: skip
     """o (B, H, T, D) and lse (B, H, T), the log2-sum-exp2 of a row's scores, for a tile of M
-    queries. c = log2(e) / sqrt(D).
+    queries.
     """
-    tiles, pid = tl.cdiv(T, M), tl.program_id(0)
-    # the longest rows first
-    start, b, h = (tiles - 1 - pid % tiles) * M, pid // tiles // H, pid // tiles % H
-    # in q; the first one's position
-    rows, first = start + tl.arange(0, M), start + S - T
+    tiles = tl.cdiv(T, M)
+    pid = tl.program_id(0)
+    start = (tiles - 1 - pid % tiles) * M  # the longest rows first
+    b = pid // tiles // H
+    h = pid // tiles % H
+    rows = start + tl.arange(0, M)  # in q
+    first = start + S - T  # the position of the first one
     lo, full, edge, hi = spans(first, tl.minimum(first + M, S) - 1, before, after, S, N)
-    q, k, v = (
-        load_tile(head(q, q_s, b, h), start, T, M, D, DP, True),
-        head(k, k_s, b, h // G),
-        head(v, v_s, b, h // G),
-    )
-    acc, l = tl.zeros((M, DP), tl.float32), tl.zeros((M,), tl.float32)
-    # finite: it stays where a row sees nothing in its first tiles, and -inf + inf is nan
+    q = load_tile(head(q, q_s, b, h), start, T, M, D, DP, True)
+    k = head(k, k_s, b, h // G)
+    v = head(v, v_s, b, h // G)
+    acc = tl.zeros((M, DP), tl.float32)  # the weighted sum of values,
+    total = tl.zeros((M,), tl.float32)  # the sum of its weights,
+    # and the maximum, to which both are relative. Finite: it stays where a row sees nothing in its
+    # first tiles, and -inf + inf is nan
     m = tl.full((M,), -1e30, tl.float32)
-    # unrolled: first the whole tiles, then those that need a mask
-    for EDGE in tl.static_range(2):
-        for i in range(lo if EDGE else full, hi - (edge - full) if EDGE else edge, N):
-            j = i + tl.where(i >= full, edge - full, 0) if EDGE else i
+    for EDGE in tl.static_range(2):  # unrolled: the whole tiles, then those that need a mask
+        begin, end = walk(lo, full, edge, hi, EDGE)
+        for i in range(begin, end, N):
+            j = skip(i, full, edge, EDGE)
             s = dot(q, tl.trans(load_tile(k, j, S, N, D, DP, EDGE)), None)  # (M, N)
             if EDGE:
-                s = hide(
-                    s, (rows + S - T)[:, None], (j + tl.arange(0, N))[None, :], before, after, S
-                )
+                keys = j + tl.arange(0, N)
+                s = hide(s, (rows + S - T)[:, None], keys[None, :], before, after, S)
             m_new = tl.maximum(m, tl.max(s, 1) * c)
             p = tl.exp2(s * c - m_new[:, None])  # one multiply-add and one exp2 per score
             rescale = tl.exp2(m - m_new)
-            l = l * rescale + tl.sum(p, 1)
+            total = total * rescale + tl.sum(p, 1)
             acc = dot(p.to(q.dtype), load_tile(v, j, S, N, D, DP, EDGE), acc * rescale[:, None])
             m = m_new
-    store_tile(head(o, o_s, b, h), start, T, acc / l[:, None], M, D, DP)
-    tl.store(lse + (b * H + h).to(tl.int64) * T + rows, m + tl.log2(l), mask=rows < T)
+    store_tile(head(o, o_s, b, h), start, T, acc / total[:, None], M, D, DP)
+    tl.store(lse + (b * H + h).to(tl.int64) * T + rows, m + tl.log2(total), mask=rows < T)
 
 
-@autotuned((128, 64, 8, 2), (64, 64, 4, 3), (64, 64, 4, 2), (32, 32, 8, 2), (16, 32, 4, 2))
+@autotuned(
+    (128, 64, 8, 2),
+    (64, 64, 4, 3),
+    (64, 64, 4, 2),
+    (32, 32, 8, 2),
+    (16, 32, 4, 2),
+)
 @jit(do_not_specialize=["T", "S", "before", "after", "size"])
 def dq_kernel(
-    q,
-    k,
-    v,
-    o,
-    do,
-    lse,
-    delta,
-    dq,
-    q_s,
-    k_s,
-    v_s,
-    o_s,
-    do_s,
-    dq_s,
-    H,
-    G,
-    T,
-    S,
-    before,
-    after,
-    c,
-    scale,
-    size,
-    D: tl.constexpr,
-    DP: tl.constexpr,
-    M: tl.constexpr,
-    N: tl.constexpr,
-):
+    q, k, v, o, do, lse,
+    delta, dq,  # written here
+    q_s, k_s, v_s, o_s, do_s, dq_s,  # strides
+    H, G,  # heads of what is written; query heads to a key head
+    T, S,  # queries, keys
+    before, after,  # how far a query sees
+    c,  # log2(e) / sqrt(D): the factor that makes scores powers of two
+    scale,  # 1 / sqrt(D)
+    size,  # the lengths' power of two, for `autotuned` only
+    D: tl.constexpr,  # channels
+    DP: tl.constexpr,  # with padding
+    M: tl.constexpr,  # queries of a tile
+    N: tl.constexpr,  # keys of a tile
+):  # fmt: skip
     """dq of a tile of M queries; leaves delta = rowsum(do * o), (B, H, T), for the next kernel."""
-    tiles, pid = tl.cdiv(T, M), tl.program_id(0)
-    start, b, h = (tiles - 1 - pid % tiles) * M, pid // tiles // H, pid // tiles % H
-    rows, first = start + tl.arange(0, M), start + S - T
+    tiles = tl.cdiv(T, M)
+    pid = tl.program_id(0)
+    start = (tiles - 1 - pid % tiles) * M  # the longest rows first
+    b = pid // tiles // H
+    h = pid // tiles % H
+    rows = start + tl.arange(0, M)  # in q
+    first = start + S - T  # the position of the first one
     lo, full, edge, hi = spans(first, tl.minimum(first + M, S) - 1, before, after, S, N)
-    q, k, v = (
-        load_tile(head(q, q_s, b, h), start, T, M, D, DP, True),
-        head(k, k_s, b, h // G),
-        head(v, v_s, b, h // G),
-    )
-    o, do = (
-        load_tile(head(o, o_s, b, h), start, T, M, D, DP, True),
-        load_tile(head(do, do_s, b, h), start, T, M, D, DP, True),
-    )
-    sums, at = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1), (b * H + h).to(tl.int64) * T + rows
+    q = load_tile(head(q, q_s, b, h), start, T, M, D, DP, True)
+    k = head(k, k_s, b, h // G)
+    v = head(v, v_s, b, h // G)
+    o = load_tile(head(o, o_s, b, h), start, T, M, D, DP, True)
+    do = load_tile(head(do, do_s, b, h), start, T, M, D, DP, True)
+    sums = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)  # delta
+    at = (b * H + h).to(tl.int64) * T + rows
     tl.store(delta + at, sums, mask=rows < T)
-    lse, acc = tl.load(lse + at, mask=rows < T, other=0.0), tl.zeros((M, DP), tl.float32)
+    lse = tl.load(lse + at, mask=rows < T, other=0.0)
+    acc = tl.zeros((M, DP), tl.float32)
     for EDGE in tl.static_range(2):
-        for i in range(lo if EDGE else full, hi - (edge - full) if EDGE else edge, N):
-            j = i + tl.where(i >= full, edge - full, 0) if EDGE else i
-            # (N, DP)
-            k_tile = load_tile(k, j, S, N, D, DP, EDGE)
+        begin, end = walk(lo, full, edge, hi, EDGE)
+        for i in range(begin, end, N):
+            j = skip(i, full, edge, EDGE)
+            k_tile = load_tile(k, j, S, N, D, DP, EDGE)  # (N, DP)
             s = dot(q, tl.trans(k_tile), None)  # (M, N)
             if EDGE:
-                s = hide(
-                    s, (rows + S - T)[:, None], (j + tl.arange(0, N))[None, :], before, after, S
-                )
+                keys = j + tl.arange(0, N)
+                s = hide(s, (rows + S - T)[:, None], keys[None, :], before, after, S)
             p = tl.exp2(s * c - lse[:, None])
             dp = dot(do, tl.trans(load_tile(v, j, S, N, D, DP, EDGE)), None)
             acc = dot((p * (dp - sums[:, None])).to(q.dtype), k_tile, acc)
@@ -704,71 +717,57 @@ def dq_kernel(
 )
 @jit(do_not_specialize=["T", "S", "before", "after", "size"])
 def dkv_kernel(
-    q,
-    k,
-    v,
-    do,
-    lse,
-    delta,
-    dk,
-    dv,
-    q_s,
-    k_s,
-    v_s,
-    do_s,
-    dk_s,
-    dv_s,
-    H,
-    G,
-    T,
-    S,
-    before,
-    after,
-    c,
-    scale,
-    size,
-    D: tl.constexpr,
-    DP: tl.constexpr,
-    M: tl.constexpr,
-    N: tl.constexpr,
-):
+    q, k, v, do, lse, delta,
+    dk, dv,  # written here
+    q_s, k_s, v_s, do_s, dk_s, dv_s,  # strides
+    H, G,  # heads of what is written; query heads to a key head
+    T, S,  # queries, keys
+    before, after,  # how far a query sees
+    c,  # log2(e) / sqrt(D): the factor that makes scores powers of two
+    scale,  # 1 / sqrt(D)
+    size,  # the lengths' power of two, for `autotuned` only
+    D: tl.constexpr,  # channels
+    DP: tl.constexpr,  # with padding
+    M: tl.constexpr,  # queries of a tile
+    N: tl.constexpr,  # keys of a tile
+):  # fmt: skip
     """dk and dv of a tile of N keys: a sum over the queries that see them, in the G heads of their
     group.
     """
-    tiles, pid = tl.cdiv(S, N), tl.program_id(0)
-    start, b, h = pid % tiles * N, pid // tiles // (H // G), pid // tiles % (H // G)
-    # in k; the row of q at the first one's position
-    keys, first = start + tl.arange(0, N), start + T - S
-    # keys look the other way
+    tiles = tl.cdiv(S, N)
+    pid = tl.program_id(0)
+    start = pid % tiles * N
+    b = pid // tiles // (H // G)
+    h = pid // tiles % (H // G)  # a key head
+    keys = start + tl.arange(0, N)  # in k
+    first = start + T - S  # the row of q that stands at the first one's position
+    # keys look the other way: who sees `before` back is seen from `before` ahead
     lo, full, edge, hi = spans(first, tl.minimum(first + N, T) - 1, after, before, T, M)
-    k, v = (
-        load_tile(head(k, k_s, b, h), start, S, N, D, DP, True),
-        load_tile(head(v, v_s, b, h), start, S, N, D, DP, True),
-    )
-    dk_acc, dv_acc = tl.zeros((N, DP), tl.float32), tl.zeros((N, DP), tl.float32)
+    k = load_tile(head(k, k_s, b, h), start, S, N, D, DP, True)
+    v = load_tile(head(v, v_s, b, h), start, S, N, D, DP, True)
+    dk_acc = tl.zeros((N, DP), tl.float32)
+    dv_acc = tl.zeros((N, DP), tl.float32)
     for g in range(G):
-        q_g, do_g, at = (
-            head(q, q_s, b, h * G + g),
-            head(do, do_s, b, h * G + g),
-            (b * H + h * G + g).to(tl.int64) * T,
-        )
+        q_g = head(q, q_s, b, h * G + g)
+        do_g = head(do, do_s, b, h * G + g)
+        at = (b * H + h * G + g).to(tl.int64) * T
         for EDGE in tl.static_range(2):
-            for i in range(lo if EDGE else full, hi - (edge - full) if EDGE else edge, M):
-                j = i + tl.where(i >= full, edge - full, 0) if EDGE else i
+            begin, end = walk(lo, full, edge, hi, EDGE)
+            for i in range(begin, end, M):
+                j = skip(i, full, edge, EDGE)
                 rows = j + tl.arange(0, M)
-                # zeros past T add nothing
-                q_tile, do_tile = (
-                    load_tile(q_g, j, T, M, D, DP, EDGE),
-                    load_tile(do_g, j, T, M, D, DP, EDGE),
-                )
+                q_tile = load_tile(q_g, j, T, M, D, DP, EDGE)  # zeros past T add nothing
+                do_tile = load_tile(do_g, j, T, M, D, DP, EDGE)
                 # (N, M), transposed: then p^T and ds^T are left factors, straight from registers
                 s = dot(k, tl.trans(q_tile), None)
                 if EDGE:
                     s = hide(s, (rows + S - T)[None, :], keys[:, None], before, after, S)
-                p = tl.exp2(s * c - tl.load(lse + at + rows, mask=rows < T, other=0.0)[None, :])
+                lse_tile = tl.load(lse + at + rows, mask=rows < T, other=0.0)
+                p = tl.exp2(s * c - lse_tile[None, :])
                 dv_acc = dot(p.to(q_tile.dtype), do_tile, dv_acc)
                 dp = dot(v, tl.trans(do_tile), None)
-                ds = p * (dp - tl.load(delta + at + rows, mask=rows < T, other=0.0)[None, :])
+                sums = tl.load(delta + at + rows, mask=rows < T, other=0.0)
+                ds = p * (dp - sums[None, :])
                 dk_acc = dot(ds.to(q_tile.dtype), q_tile, dk_acc)
     store_tile(head(dk, dk_s, b, h), start, S, dk_acc * scale, N, D, DP)
     store_tile(head(dv, dv_s, b, h), start, S, dv_acc, N, D, DP)
@@ -779,21 +778,23 @@ class FlashAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, before, after):
-        (B, H, T, D), S = q.shape, k.shape[2]
+        B, H, T, D = q.shape
+        K, S = k.shape[1:3]
         q, k, v = (unit_stride(x) for x in (q, k, v))
-        # o laid out as q is
-        o, lse = torch.empty_like(q), torch.empty(B, H, T, device=q.device)
-        ctx.shared = H, H // k.shape[1], T, S, before, after, D**-0.5 * math.log2(math.e)
+        o = torch.empty_like(q)  # laid out as q is
+        lse = torch.empty(B, H, T, device=q.device)
+        ctx.sizes = H, H // K, T, S, before, after, D**-0.5 * math.log2(math.e)
         ctx.options = dict(
             size=triton.next_power_of_2(max(S, 256)),
             D=D,
             DP=max(16, triton.next_power_of_2(D)),
             **FMA,
         )
-        grid = lambda meta: (triton.cdiv(T, meta["M"]) * B * H,)
-        forward_kernel[grid](
-            q, k, v, o, lse, *(x.stride() for x in (q, k, v, o)), *ctx.shared, **ctx.options
-        )
+
+        def grid(tile):
+            return (triton.cdiv(T, tile["M"]) * B * H,)
+
+        forward_kernel[grid](q, k, v, o, lse, *strides(q, k, v, o), *ctx.sizes, **ctx.options)
         ctx.save_for_backward(q, k, v, o, lse)
         return o
 
@@ -801,46 +802,27 @@ class FlashAttention(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, do):
         q, k, v, o, lse = ctx.saved_tensors
-        (B, H, T, D), (_, K, S, _) = q.shape, k.shape
+        B, H, T, D = q.shape
+        K, S = k.shape[1:3]
         do = unit_stride(do)
-        dq, dk, dv, delta = (
-            torch.empty_like(q),
-            torch.empty_like(k),
-            torch.empty_like(v),
-            torch.empty_like(lse),
-        )
-        strides = lambda *tensors: [x.stride() for x in tensors]
-        grid = lambda meta: (triton.cdiv(T, meta["M"]) * B * H,)
-        dq_kernel[grid](
-            q,
-            k,
-            v,
-            o,
-            do,
-            lse,
-            delta,
-            dq,
-            *strides(q, k, v, o, do, dq),
-            *ctx.shared,
-            D**-0.5,
-            **ctx.options,
-        )
-        grid = lambda meta: (triton.cdiv(S, meta["N"]) * B * K,)
-        dkv_kernel[grid](
-            q,
-            k,
-            v,
-            do,
-            lse,
-            delta,
-            dk,
-            dv,
-            *strides(q, k, v, do, dk, dv),
-            *ctx.shared,
-            D**-0.5,
-            **ctx.options,
-        )
+        dq, dk, dv, delta = (torch.empty_like(x) for x in (q, k, v, lse))
+        sizes = (*ctx.sizes, D**-0.5)
+
+        def q_grid(tile):
+            return (triton.cdiv(T, tile["M"]) * B * H,)
+
+        def k_grid(tile):
+            return (triton.cdiv(S, tile["N"]) * B * K,)
+
+        tensors = q, k, v, o, do, lse, delta, dq
+        dq_kernel[q_grid](*tensors, *strides(q, k, v, o, do, dq), *sizes, **ctx.options)
+        tensors = q, k, v, do, lse, delta, dk, dv
+        dkv_kernel[k_grid](*tensors, *strides(q, k, v, do, dk, dv), *sizes, **ctx.options)
         return dq, dk, dv, None, None
+
+
+def strides(*tensors):
+    return [x.stride() for x in tensors]
 
 
 def unit_stride(x):
@@ -872,15 +854,21 @@ def fold_kernel(z, y, m, s, s1, target, stride, first, width, c, COLS: tl.conste
     """
     row = tl.program_id(0).to(tl.int64)
     z += row * stride
-    m_old, s_old, s1_old = tl.load(m + row), tl.load(s + row), tl.load(s1 + row)
+    m_old = tl.load(m + row)
+    s_old = tl.load(s + row)
+    s1_old = tl.load(s1 + row)
     for start in range(0, width, COLS):
         cols = start + tl.arange(0, COLS)
         x = tl.load(z + cols, mask=cols < width, other=-float("inf")).to(tl.float32)
         m_new = tl.maximum(m_old, tl.max(x, 0))
-        bits, step = bits_below(x, m_new, c), bits_below(m_old, m_new, c)
-        e, rescale = tl.exp2(bits), tl.exp2(step)
+        bits = bits_below(x, m_new, c)
+        e = tl.exp2(bits)
+        # the old sums, relative to the new maximum, and what this stretch adds
+        step = bits_below(m_old, m_new, c)
+        rescale = tl.exp2(step)
         s1_old = rescale * (s1_old + step * s_old) + tl.sum(e * bits, 0)
-        s_old, m_old = rescale * s_old + tl.sum(e, 0), m_new
+        s_old = rescale * s_old + tl.sum(e, 0)
+        m_old = m_new
     tl.store(m + row, m_old)
     tl.store(s + row, s_old)
     tl.store(s1 + row, s1_old)
@@ -891,23 +879,26 @@ def fold_kernel(z, y, m, s, s1, target, stride, first, width, c, COLS: tl.conste
 
 @jit()
 def slope_kernel(
-    z, y, m, log_sum, entropy, g_logp, g_ent, stride, first, width, c, inv_t, COLS: tl.constexpr
-):
+    z, y, m, log_sum, entropy, g_logp, g_ent,
+    stride, first, width, c, inv_t, COLS: tl.constexpr,
+):  # fmt: skip
     """Overwrite raw logits z (N, width) by dLoss/dz = (g_logp (onehot - p) - g_ent p (log p + H)) /
     temperature. log_sum in bits, the rest in nats.
     """
     row = tl.program_id(0).to(tl.int64)
     z += row * stride
-    m_row, log_sum_row = tl.load(m + row), tl.load(log_sum + row)
-    entropy_row, g, g_h = tl.load(entropy + row), tl.load(g_logp + row), tl.load(g_ent + row)
+    m_row = tl.load(m + row)
+    log_sum_row = tl.load(log_sum + row)
+    entropy_row = tl.load(entropy + row)
+    g = tl.load(g_logp + row)
+    g_h = tl.load(g_ent + row)
     col = tl.load(y + row) - first
     for start in range(0, width, COLS):
         cols = start + tl.arange(0, COLS)
         x = tl.load(z + cols, mask=cols < width, other=-float("inf")).to(tl.float32)
         logp = bits_below(x, m_row, c) - log_sum_row  # in bits; below 0, however it is rounded
-        dz = tl.where(cols == col, g, 0.0) - tl.exp2(logp) * (
-            g + g_h * (logp / LOG2_E + entropy_row)
-        )
+        slope = g + g_h * (logp / LOG2_E + entropy_row)
+        dz = tl.where(cols == col, g, 0.0) - tl.exp2(logp) * slope
         tl.store(z + cols, (dz * inv_t).to(z.dtype.element_ty), mask=cols < width)
 
 
@@ -923,16 +914,15 @@ class FusedLogprobs(torch.autograd.Function):
         rows of 256 bytes, which tensor cores want.
         """
         N, C = h.shape
-        width = min(-(-max(4 * BLOCK // max(N, 1), C) // 128) * 128, -(-V // 8) * 8)
+        width = -(-max(4 * BLOCK // max(N, 1), C) // 128) * 128  # up to a multiple of 128
+        width = min(width, -(-V // 8) * 8)
         return h.new_empty(N, width), [(a, min(a + width, V)) for a in range(0, V, width)]
 
     @staticmethod
     def forward(ctx, h, weight, y, inv_t):
         N, V = h.shape[0], weight.shape[0]
-        m, target = (
-            torch.full((N,), -1e30, device=h.device),
-            torch.full((N,), torch.nan, device=h.device),
-        )
+        m = torch.full((N,), -1e30, device=h.device)
+        target = torch.full((N,), torch.nan, device=h.device)  # the targets' logits
         s, s1 = torch.zeros(2, N, device=h.device)
         c = inv_t * math.log2(math.e)
         buffer, bounds = FusedLogprobs.blocks(h, V)
@@ -940,8 +930,7 @@ class FusedLogprobs(torch.autograd.Function):
             z = buffer[:, : b - a]
             torch.mm(h, weight[a:b].T, out=z)
             fold_kernel[(N,)](z, y, m, s, s1, target, z.stride(0), a, b - a, c, COLS=2048, **FMA)
-        # lse = c m + log_sum, in bits
-        log_sum = s.log2()
+        log_sum = s.log2()  # lse = c m + log_sum, in bits
         entropy = (log_sum - s1 / s) * math.log(2)  # in nats
         ctx.save_for_backward(h, weight, y, m, log_sum, entropy)
         ctx.scales = c, inv_t
@@ -951,30 +940,15 @@ class FusedLogprobs(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, g_logp, g_ent):
         h, weight, y, m, log_sum, entropy = ctx.saved_tensors
-        dh, dweight = (
-            torch.zeros(h.shape, dtype=torch.float32, device=h.device),
-            torch.empty_like(weight),
-        )
+        dh = h.new_zeros(h.shape, dtype=torch.float32)
+        dweight = torch.empty_like(weight)
         buffer, bounds = FusedLogprobs.blocks(h, weight.shape[0])
-        g_logp, g_ent = g_logp.contiguous(), g_ent.contiguous()
+        of_rows = y, m, log_sum, entropy, g_logp.contiguous(), g_ent.contiguous()
         for a, b in bounds:
             z = buffer[:, : b - a]
             torch.mm(h, weight[a:b].T, out=z)
-            slope_kernel[(len(h),)](
-                z,
-                y,
-                m,
-                log_sum,
-                entropy,
-                g_logp,
-                g_ent,
-                z.stride(0),
-                a,
-                b - a,
-                *ctx.scales,
-                COLS=2048,
-                **FMA,
-            )
+            sizes = z.stride(0), a, b - a, *ctx.scales
+            slope_kernel[(len(h),)](z, *of_rows, *sizes, COLS=2048, **FMA)
             add_product(dh, z, weight[a:b])
             torch.mm(z.T, h, out=dweight[a:b])
         return dh.to(h.dtype), dweight, None, None

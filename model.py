@@ -1,11 +1,14 @@
 """model.py: a GPT. What the methods in this folder train.
 
-It is the Llama family's: RMSNorm before each block, rotary positions, SwiGLU, grouped-query
-attention; sliding window, QKV bias and QK-norm are options. `GPT.hidden` maps token ids to hidden
-states, with or without a KV cache (engine.py); the head is applied by whoever needs it, because
-training never wants all the logits (kernels.token_logprobs) and sampling wants the last row only.
-`GPT.from_pretrained` reads Hugging Face folders (Llama, SmolLM2, Qwen2, Qwen2.5, Qwen3),
+It is the Llama family's: RMSNorm before attention and before the MLP, rotary positions, SwiGLU,
+grouped-query attention; sliding window, QKV bias and QK-norm are options. `GPT.hidden` maps token
+ids to hidden states, with or without a KV cache (engine.py); the head is applied by whoever needs
+it, because training never wants all the logits (kernels.token_logprobs) and sampling wants the last
+row only. `GPT.from_pretrained` reads Hugging Face folders (Llama, SmolLM2, Qwen2, Qwen2.5, Qwen3),
 `save_pretrained` writes them: huggingface.py knows their names for things.
+
+Shapes: B batch, T time, C channels, H query heads, K key heads, D channels of a head, V vocabulary,
+S positions that a query may see (T, and those in the cache).
 """
 
 import math
@@ -15,7 +18,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-import torch.utils.checkpoint
+from torch.utils.checkpoint import checkpoint
 
 from experiment import UserError, need_memory
 from huggingface import hf_config, hf_save, hf_state, hub_folder
@@ -24,15 +27,17 @@ from kernels import RMSNormFunction, attention
 
 @dataclass
 class GPTConfig:
+    """The shape of a GPT. UserError for one that cannot be."""
+
     vocab_size: int
     block_size: int  # positions; longer input is an error
     n_layer: int
     n_head: int
     n_embd: int
-    # fewer key heads than query heads: grouped-query attention (default: as many)
-    n_kv_head: int | None = None
+    n_kv_head: int | None = None  # key heads, each shared by n_head / n_kv_head query heads
     head_dim: int | None = None  # default n_embd / n_head
-    # SwiGLU's width; default 8/3 n_embd to a multiple of 16: as many weights as a 4x MLP
+    # SwiGLU's width. The default, 8/3 n_embd down to a multiple of 16, makes its three matrices as
+    # large as the two of a plain MLP of width 4 n_embd
     n_hidden: int | None = None
     window: int | None = None  # a token sees the last `window` tokens, itself included
     qkv_bias: bool = False
@@ -52,31 +57,47 @@ class GPTConfig:
         if self.window is not None and self.window < 1:
             raise UserError(f"window {self.window}: a token sees at least itself")
         if self.head_dim % 2:
-            raise UserError(
-                f"rotary positions turn pairs of channels: head_dim {self.head_dim} is odd"
-            )
+            raise UserError(f"head_dim {self.head_dim} is odd: rotary positions turn pairs")
 
     @property
     def parameters(self):
         """How many numbers a GPT of this shape has to learn, without making it."""
-        C, D, H, K = self.n_embd, self.head_dim, self.n_head, self.n_kv_head
-        attention = (H + 2 * K) * D * (C + self.qkv_bias) + H * D * C + 2 * D * self.qk_norm
-        block = attention + 3 * C * self.n_hidden + 2 * C
-        return (1 if self.tie else 2) * self.vocab_size * C + self.n_layer * block + C
+        C, D = self.n_embd, self.head_dim
+        qkv = (self.n_head + 2 * self.n_kv_head) * D * (C + self.qkv_bias)
+        attention = qkv + self.n_head * D * C + 2 * D * self.qk_norm
+        block = attention + 3 * C * self.n_hidden + 2 * C  # an MLP and two norms
+        embeddings = self.vocab_size * C * (1 if self.tie else 2)
+        return embeddings + self.n_layer * block + C  # the last norm
 
 
 class RMSNorm(nn.Module):
+    """x / rms(x) * weight, over the last dimension (Zhang & Sennrich, arXiv 1910.07467)."""
+
     def __init__(self, C, eps):
         super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(C)), eps
+        self.weight = nn.Parameter(torch.ones(C))
+        self.eps = eps
 
     def forward(self, x):
         return RMSNormFunction.apply(x, self.weight, self.eps)
 
 
+def rotations(config):
+    """Rotary positions (Su et al., arXiv 2104.09864): e^(i position theta_j), (block_size, 1, D/2)
+    complex64. Theta falls from 1 to nearly 1 / rope_theta: fast pairs tell neighbours apart, slow
+    ones tell how far away a token is.
+    """
+    D = config.head_dim
+    with torch.device("cpu"):  # true numbers, even for a model of shapes without memory
+        theta = config.rope_theta ** (-torch.arange(0, D, 2, dtype=torch.float64) / D)  # (D/2,)
+        positions = torch.arange(config.block_size, dtype=torch.float64)
+    angle = torch.outer(positions, theta)  # (block_size, D/2)
+    return torch.polar(torch.ones_like(angle), angle).to(torch.complex64)[:, None]
+
+
 def rotate(x, rope):
-    """Rotary positions (Su et al., arXiv 2104.09864): channels 2i, 2i+1 are one complex number,
-    turned by position * theta_i.
+    """Channels 2j and 2j + 1 are one complex number, turned by the angle of their position. The
+    product of a query and a key then depends on the distance between the two only.
 
     x (B, T, H, D); rope (T, 1, D/2) or (B, T, 1, D/2), complex.
     """
@@ -85,39 +106,40 @@ def rotate(x, rope):
 
 
 class Attention(nn.Module):
+    """Causal self-attention. layer: its number, by which a cache knows what is its own."""
+
     def __init__(self, config, layer):
         super().__init__()
-        self.layer, self.n_head, self.n_kv_head, self.window = (
-            layer,
-            config.n_head,
-            config.n_kv_head,
-            config.window,
-        )
-        D = self.head_dim = config.head_dim
-        self.qkv = nn.Linear(
-            config.n_embd, (self.n_head + 2 * self.n_kv_head) * D, bias=config.qkv_bias
-        )
-        self.proj = nn.Linear(self.n_head * D, config.n_embd, bias=False)
-        self.q_norm = RMSNorm(D, config.norm_eps) if config.qk_norm else None
-        self.k_norm = RMSNorm(D, config.norm_eps) if config.qk_norm else None
+        self.layer = layer
+        self.n_head = config.n_head
+        self.n_kv_head = config.n_kv_head
+        self.head_dim = config.head_dim
+        self.window = config.window
+        heads = self.n_head + 2 * self.n_kv_head  # queries, keys and values in one product
+        self.qkv = nn.Linear(config.n_embd, heads * self.head_dim, bias=config.qkv_bias)
+        self.proj = nn.Linear(self.n_head * self.head_dim, config.n_embd, bias=False)
+        self.q_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
 
     def forward(self, x, rope, mask=None, cache=None):
+        """x (B, T, C) -> (B, T, C). mask: what each token sees, where lengths differ in a cache."""
         B, T, _ = x.shape
         H, K = self.n_head, self.n_kv_head
-        # (B, T, H + K, D), (B, T, K, D)
-        qk, v = self.qkv(x).view(B, T, H + 2 * K, self.head_dim).split([H + K, K], dim=2)
+        qkv = self.qkv(x).view(B, T, H + 2 * K, self.head_dim)
+        qk, v = qkv.split([H + K, K], dim=2)  # (B, T, H + K, D), (B, T, K, D)
         if self.q_norm:
             qk = torch.cat((self.q_norm(qk[:, :, :H]), self.k_norm(qk[:, :, H:])), dim=2)
         q, k = rotate(qk, rope).split([H, K], dim=2)  # (B, T, H, D), (B, T, K, D)
         if cache is not None:
-            # (B, S, K, D): all that this layer can see
-            k, v = cache.append(self.layer, k, v)
-        # (B, H, T, D)
+            k, v = cache.append(self.layer, k, v)  # (B, S, K, D): all that this layer can see
+        # heads come before time: (B, H, T, D) and (B, K, S, D) -> y (B, H, T, D)
         y = attention(*(t.transpose(1, 2) for t in (q, k, v)), window=self.window, mask=mask)
         return self.proj(y.transpose(1, 2).flatten(2))  # (B, T, C)
 
 
 class SwiGLU(nn.Module):
+    """An MLP with gated hidden units: proj(silu(gate x) * up x) (Shazeer, arXiv 2002.05202)."""
+
     def __init__(self, config):
         super().__init__()
         self.gate = nn.Linear(config.n_embd, config.n_hidden, bias=False)
@@ -129,51 +151,49 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
+    """One layer: tokens exchange something in attention, then each thinks for itself in the MLP.
+    Both add to x, the residual stream.
+    """
+
     def __init__(self, config, layer):
         super().__init__()
-        self.norm1, self.attn = RMSNorm(config.n_embd, config.norm_eps), Attention(config, layer)
-        self.norm2, self.mlp = RMSNorm(config.n_embd, config.norm_eps), SwiGLU(config)
+        self.norm1 = RMSNorm(config.n_embd, config.norm_eps)
+        self.attn = Attention(config, layer)
+        self.norm2 = RMSNorm(config.n_embd, config.norm_eps)
+        self.mlp = SwiGLU(config)
 
     def forward(self, x, rope, mask=None, cache=None):
-        x = x + self.attn(self.norm1(x), rope, mask, cache)
+        x = x + self.attn(self.norm1(x), rope, mask=mask, cache=cache)
         return x + self.mlp(self.norm2(x))
 
 
 class GPT(nn.Module):
-    """UserError for one that this machine could not train: weights, gradient and AdamW's two
-    moments, 16 bytes a parameter, and the rotary table.
+    """Embedding, blocks, a last norm, and the head that makes logits of hidden states.
+
+    checkpointing = True: a block keeps its input only, and is computed again in the backward pass.
+    UserError for a model that this machine could not train: weights, gradient and AdamW's two
+    moments, 16 bytes a parameter, and the rotations.
     """
 
     def __init__(self, config):
         super().__init__()
-        if torch.get_default_device().type != "meta":
-            need_memory(
-                16 * config.parameters + 4 * config.block_size * config.head_dim,
-                f"a model of {config.parameters:,} parameters, its gradient, AdamW's two moments and {config.block_size:,} positions",
-            )
-        # True: a block keeps its input only, and is computed again in the backward pass
-        self.config, self.checkpointing = config, False
+        if torch.get_default_device().type != "meta":  # there, shapes take no memory
+            size = 16 * config.parameters + 4 * config.block_size * config.head_dim
+            what = f"a model of {config.parameters:,} parameters, its gradient, AdamW's two moments"
+            need_memory(size, f"{what} and {config.block_size:,} positions")
+        self.config = config
+        self.checkpointing = False
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
         self.norm = RMSNorm(config.n_embd, config.norm_eps)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        theta = config.rope_theta ** (
-            -torch.arange(0, config.head_dim, 2, dtype=torch.float64, device="cpu")
-            / config.head_dim
-        )
-        # (block_size, D/2)
-        angle = torch.outer(
-            torch.arange(config.block_size, dtype=torch.float64, device="cpu"), theta
-        )
-        # no buffer: .to(bf16) must not round it
-        self.rope = torch.polar(torch.ones_like(angle), angle).to(torch.complex64)[:, None]
+        self.rope = rotations(config)  # no buffer: .to(bf16) must not round it
+        # GPT-2's start. Each layer writes into the residual stream twice, with a `proj`: those
+        # start smaller, so that the stream's size does not grow with the number of layers
         for name, p in self.named_parameters():
-            # GPT-2's rule: what writes into the residual stream starts smaller, by the number of
-            # writers
             if p.dim() == 2:
-                nn.init.normal_(
-                    p, std=0.02 / math.sqrt(2 * config.n_layer) if "proj" in name else 0.02
-                )
+                std = 0.02 / math.sqrt(2 * config.n_layer) if "proj" in name else 0.02
+                nn.init.normal_(p, std=std)
             elif "bias" in name:
                 nn.init.zeros_(p)
         if config.tie:
@@ -185,24 +205,24 @@ class GPT(nn.Module):
 
         AssertionError past block_size positions.
         """
-        B, T = ids.shape
+        T = ids.shape[1]
+        seen = 0 if cache is None else cache.length
+        assert seen + T <= self.config.block_size, f"past block_size {self.config.block_size}"
+        # without a cache token t stands at position t, and causal attention needs no mask
+        positions, mask = (slice(T), None) if cache is None else cache.extend(T)
         self.rope = self.rope.to(ids.device)
-        assert T + (0 if cache is None else cache.length) <= self.config.block_size, (
-            f"past block_size {self.config.block_size}"
-        )
-        positions, mask = (slice(0, T), None) if cache is None else cache.extend(T)
-        x, rope = self.wte(ids), self.rope[positions]  # (B, T, C)
-        again = self.checkpointing and torch.is_grad_enabled()
+        rope = self.rope[positions]  # (T, 1, D/2); (B, T, 1, D/2) where rows differ in length
+        x = self.wte(ids)  # (B, T, C)
         for block in self.blocks:
-            x = (
-                torch.utils.checkpoint.checkpoint(block, x, rope, mask, cache, use_reentrant=False)
-                if again
-                else block(x, rope, mask, cache)
-            )
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, rope, mask, cache, use_reentrant=False)
+            else:
+                x = block(x, rope, mask=mask, cache=cache)
         return self.norm(x)
 
     def forward(self, ids):
-        return self.lm_head(self.hidden(ids))  # (B, T, V)
+        """ids (B, T) -> logits (B, T, V)."""
+        return self.lm_head(self.hidden(ids))
 
     @classmethod
     def from_pretrained(cls, name, dtype=None, block_size=None):
@@ -243,10 +263,12 @@ def checkpoint_for(task, what, name, max_new_tokens, dtype=torch.float32):
     """The model in a folder or of a hub id, if it can hold the task's longest prompt with its
     answer, and knows the tokenizer's ids. what: the flag.
     """
-    model, positions = GPT.from_pretrained(name, dtype), task.longest + max_new_tokens - 1
+    model = GPT.from_pretrained(name, dtype)
+    positions = task.longest + max_new_tokens - 1
     if model.config.block_size < positions or model.config.vocab_size < task.tokenizer.n_vocab:
         raise UserError(
-            f"{what} {name}: has {model.config.block_size} positions and {model.config.vocab_size} ids; the longest prompt and "
-            f"--max-new-tokens need {positions}, the tokenizer {task.tokenizer.n_vocab}"
+            f"{what} {name}: has {model.config.block_size} positions and {model.config.vocab_size} "
+            f"ids; the longest prompt and --max-new-tokens need {positions}, the tokenizer "
+            f"{task.tokenizer.n_vocab}"
         )
     return model

@@ -7,6 +7,7 @@ checkpoints are read by huggingface.py.
 import heapq
 import re
 from collections import Counter, defaultdict
+from itertools import pairwise
 
 import regex  # \p{L}: the standard library's re does not know Unicode classes; comes with tiktoken
 import tiktoken
@@ -23,9 +24,11 @@ class CharTokenizer:
 
     def __init__(self, alphabet):
         assert len(set(alphabet)) == len(alphabet), "a character stands twice in the alphabet"
-        self.alphabet, self.eos, self.n_vocab = alphabet, len(alphabet), len(alphabet) + 1
-        self.stop = [self.eos]
+        self.alphabet = alphabet
         self.index = {c: i for i, c in enumerate(alphabet)}
+        self.eos = len(alphabet)
+        self.stop = [self.eos]
+        self.n_vocab = len(alphabet) + 1
 
     def encode(self, text):
         """KeyError for a character that is not in the alphabet."""
@@ -38,11 +41,37 @@ class CharTokenizer:
 def next_pair(word, a, b, start):
     """Where in word, from start on, a is followed by b; len(word) if nowhere."""
     try:
-        while word[(start := word.index(a, start)) + 1] != b:
+        while True:
+            start = word.index(a, start)
+            if word[start + 1] == b:
+                return start
             start += 1
-        return start
-    except (ValueError, IndexError):
+    except (ValueError, IndexError):  # there is no further a; the a found is the last token
         return len(word)
+
+
+def merge(word, a, b):
+    """Join each a, b of a word into one token -> the new word, the pairs that are gone, and those
+    that have come: one for each place where they stood, or stand.
+    """
+    new, gone, come, start = [], [], [], 0
+    while (i := next_pair(word, a, b, start)) < len(word):
+        new += word[start:i]
+        start = i + 2
+        gone.append((a, b))
+        if new:  # the neighbour on the left
+            gone.append((new[-1], a))
+            come.append((new[-1], a + b))
+        if start < len(word):  # the one on the right
+            gone.append((b, word[start]))
+            come.append((a + b, word[start]))
+        new.append(a + b)
+    return new + word[start:], gone, come
+
+
+def descending(token):
+    """A key that sorts byte strings the other way round: the greatest first."""
+    return (*(255 - byte for byte in token), 256)
 
 
 def bpe_merges(text, n_merges):
@@ -56,50 +85,48 @@ def bpe_merges(text, n_merges):
     with the right one. So there are a few heap operations for each pair that a merge replaces, of
     which a text has no more than bytes.
     """
-    words = Counter(regex.findall(SPLIT, text))
-    counts, words = list(words.values()), [[bytes([b]) for b in w.encode()] for w in words]
-    # pair -> its count; pair -> the words that hold it, or once did
-    pairs, where = Counter(), defaultdict(set)
-    for i, w in enumerate(words):
-        for pair in zip(w, w[1:]):
+    # 1. Cut the text into words, and each word, once, into bytes
+    counted = Counter(regex.findall(SPLIT, text))
+    counts = list(counted.values())
+    words = [[bytes([byte]) for byte in word.encode()] for word in counted]
+    # 2. Count the pairs
+    pairs = Counter()
+    where = defaultdict(set)  # pair -> the words that hold it, or once did
+    for i, word in enumerate(words):
+        for pair in pairwise(word):
             pairs[pair] += counts[i]
             where[pair].add(i)
-    # heapq pops the smallest: turn the order round
-    descending = lambda b: tuple(255 - x for x in b) + (256,)
-    entry = lambda pair: (-pairs[pair], descending(pair[0]), descending(pair[1]), pair)
-    heap, merges, known = [entry(p) for p in pairs], [], {bytes([b]) for b in range(256)}
+
+    def entry(pair):  # the smallest one comes first
+        return (-pairs[pair], descending(pair[0]), descending(pair[1]), pair)
+
+    heap = [entry(pair) for pair in pairs]
     heapq.heapify(heap)
+    # 3. Merge
+    merges = []
+    known = {bytes([byte]) for byte in range(256)}
     while heap and len(merges) < n_merges:
         count, *_, pair = heapq.heappop(heap)
-        if -count != pairs[pair]:
+        if -count != pairs[pair]:  # out of date
             if pairs[pair] > 0:
                 heapq.heappush(heap, entry(pair))
             continue
-        a, b = pair
-        merged = a + b
-        if merged not in known:  # two pairs can spell the same bytes: one token, one rank
-            known.add(merged)
-            merges.append(merged)
+        token = pair[0] + pair[1]
+        if token not in known:  # two pairs can spell the same bytes: one token, one rank
+            known.add(token)
+            merges.append(token)
         grown = set()
         for i in where.pop(pair):
-            old, new, j = words[i], [], 0
-            while (k := next_pair(old, a, b, j)) < len(old):
-                new += old[j:k]
-                j = k + 2
-                pairs[pair] -= counts[i]
-                # what was a pair with a or b, and is one with merged now
-                beside = [((new[-1], a), (new[-1], merged))] if new else []
-                beside += [((b, old[j]), (merged, old[j]))] if j < len(old) else []
-                for before, after in beside:
-                    pairs[before] -= counts[i]
-                    pairs[after] += counts[i]
-                    where[after].add(i)
-                    grown.add(after)
-                new.append(merged)
-            words[i] = new + old[j:]
-        for p in grown:
-            if pairs[p] > 0:  # not merged again by the next site
-                heapq.heappush(heap, entry(p))
+            words[i], gone, come = merge(words[i], *pair)
+            for old in gone:
+                pairs[old] -= counts[i]
+            for new in come:
+                pairs[new] += counts[i]
+                where[new].add(i)
+            grown.update(come)
+        for new in grown:
+            if pairs[new] > 0:  # not gone again at the next place
+                heapq.heappush(heap, entry(new))
     return merges
 
 
@@ -111,28 +138,24 @@ def train_bpe(text, vocab_size):
     a vocab_size below 257.
     """
     if vocab_size < 257:
-        raise ValueError(
-            f"a byte-level BPE needs 256 bytes and <|endoftext|>: vocab_size {vocab_size} < 257"
-        )
+        raise ValueError(f"vocab_size {vocab_size} < 257: 256 bytes and <|endoftext|>")
     return byte_level(bpe_merges(text, vocab_size - 257))
 
 
-# GPT-2's split: contractions, then runs of letters, of digits, of anything else, each with the
 # so many spaces in a row tiktoken's regular expression can take: a million overflow its stack
 RUN = 2**16
 
 
 def short_runs(text):
     """Text in parts, cut in runs of more than RUN spaces: ids there may not be the library's."""
-    cuts = [i for m in re.finditer(r"\s+", text) for i in range(m.start() + RUN, m.end(), RUN)]
-    return [text[i:j] for i, j in zip([0, *cuts], [*cuts, len(text)])]
+    runs = re.finditer(r"\s+", text)
+    cuts = [i for run in runs for i in range(run.start() + RUN, run.end(), RUN)]
+    return [text[i:j] for i, j in pairwise([0, *cuts, len(text)])]
 
 
 class BPE(tiktoken.Encoding):
     def encode_ordinary(self, text):
-        """The ids of a text. Its longest runs of spaces are cut: tiktoken's regular expression
-        cannot take them.
-        """
+        """The ids of a text, cut in its longest runs of spaces."""
         ids = []
         for part in short_runs(text):
             ids += super().encode_ordinary(part)
@@ -141,12 +164,13 @@ class BPE(tiktoken.Encoding):
 
 def byte_level(merges):
     """The tiktoken.Encoding that these merged byte strings make, in their order."""
-    vocab = [bytes([b]) for b in range(256)] + merges
+    vocab = [bytes([byte]) for byte in range(256)] + merges
     encoding = BPE(
         "rollout",
         pat_str=SPLIT,
-        mergeable_ranks={b: i for i, b in enumerate(vocab)},
+        mergeable_ranks={token: i for i, token in enumerate(vocab)},
         special_tokens={"<|endoftext|>": len(vocab)},
     )
-    encoding.eos, encoding.stop = encoding.eot_token, [encoding.eot_token]
+    encoding.eos = encoding.eot_token
+    encoding.stop = [encoding.eos]
     return encoding

@@ -239,12 +239,12 @@ EDITS = {
                   'fast = inner_update(fast, grads, eta)\n    return (token_losses(model, x, y, fast), *fast)')],
     ("ttt", 4): [('return (loss, *inner_update(fast, grads, eta))', 'return (loss, *inner_update(fast, [g.detach() for g in grads], eta))')],
     ("ttt", 5): [('for t in range(1, T):', 'for t in range(1, T):\n        if t == T // 2: successor = rng.random((B, V)).argsort(1)')],
-    ("model", 1): [('temperature=0.8', 'temperature=0')],
-    ("model", 2): [('y = attention(*(t.transpose(1, 2) for t in (q, k, v)), window=self.window, mask=mask)',
+    ("pretrain", 1): [('temperature=0.8', 'temperature=0')],
+    ("pretrain", 2): [('y = attention(*(t.transpose(1, 2) for t in (q, k, v)), window=self.window, mask=mask)',
                     'y = attention(*(t.transpose(1, 2) for t in (q, k, v)), window=self.window, mask=mask, causal=False)')],
-    ("model", 3): [('cache.set_lens(lens)', '')],
-    ("model", 4): [('used_up = spent > budget', 'used_up = spent > math.inf')],
-    ("kernels", 1): [('BLOCK = 2 ** 24', 'BLOCK = 2 ** 20')],
+    ("pretrain", 3): [('cache.set_lens(lens)', '')],
+    ("pretrain", 4): [('used_up = spent > self.budget', 'used_up = spent > math.inf')],
+    ("kernels", 1): [('BLOCK = 2**24', 'BLOCK = 2**20')],
     ("kernels", 2): [('m_new = torch.maximum(m, z.amax(-1))', 'm_new = torch.zeros_like(m)')],
     ("kernels", 3): [('dh = torch.zeros(h.shape, dtype=torch.float32, device=h.device)', 'dh = torch.zeros(h.shape, dtype=h.dtype, device=h.device)')],
     ("kernels", 4): [('acc = dot((p * (dp - sums[:, None])).to(q.dtype), k_tile, acc)', 'acc = dot((p * dp).to(q.dtype), k_tile, acc)')],
@@ -333,7 +333,7 @@ def test_the_command_of_an_exercise_is_one_and_runs_quickly_after_the_change(scr
         assert (tmp_path / "out" / "claims.json").exists()
 
 
-PIECES = {("curriculum", 4), ("model", 4), ("kernels", 2), ("kernels", 3), ("kernels", 4)}     # python -c "..." that takes seconds
+PIECES = {("curriculum", 4), ("pretrain", 4), ("kernels", 2), ("kernels", 3), ("kernels", 4)}     # python -c "..." that takes seconds
 
 
 @pytest.mark.parametrize("script, number", sorted(PIECES))
