@@ -1,9 +1,16 @@
-"""experiment.py: what every script needs and none should say twice: flags, the folder of a run,
-checkpoints, several processes, claims.
+"""experiment.py: what every script needs and none should say twice.
 
 A script is a `Config` whose fields are flags, and a `main` that hands it to a `Run`. The run writes
-config.json, metrics.jsonl, claims.json and the figure to --out, saves what a loop needs to go on,
-and survives an interrupt: `--resume` goes on to the bit on a CPU.
+config.json, metrics.jsonl, samples.txt, claims.json and the figure to --out, saves what a loop
+needs to go on, and survives an interrupt: `--resume` goes on to the bit on a CPU.
+
+    config = parse_args(Config, __doc__)
+    with Run(config) as run:
+        for step in run.loop("train 0", config.steps, model, optimizer, rng):
+            ...
+            descend(optimizer, loss)
+            run.log(seed=0, step=step + 1, loss=loss.item())
+        run.finish(figure, claims)
 """
 
 import argparse
@@ -13,6 +20,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import operator
 import os
 import platform
 import signal
@@ -37,15 +45,11 @@ matplotlib.use("Agg")  # figures are files: no display is needed
 
 
 class UserError(ValueError):
-    """A mistake of the person at the keyboard: `command` prints it as one line and exits with code
-    2.
-    """
+    """A mistake of the person at the keyboard: one line on stderr, exit code 2 (see `command`)."""
 
 
 class NotFinite(UserError):
-    """A loss, a gradient norm, a weight or a logit that is no number: the run ends before it can
-    spoil what is saved.
-    """
+    """A loss, gradient norm, weight or logit that is no number: ends a run before it is saved."""
 
 
 class LostProcess(UserError):
@@ -53,11 +57,10 @@ class LostProcess(UserError):
 
 
 def command(main):
-    """Run a script's main. A UserError is one line on stderr and exit code 2, said by rank 0 only;
-    SIGINT and SIGTERM exit with 130 and 143, a closed pipe with 141.
+    """Run a script's main, and turn what ends it into an exit code and at most one line on stderr.
 
-    Nothing that a terminal or a pipe can't take keeps a run from writing its results: characters
-    that it lacks are replaced.
+    UserError and lack of memory: 2, said by rank 0 only. SIGINT: 130, SIGTERM: 143. A closed pipe:
+    141. Characters that the terminal lacks are replaced: they keep no run from writing its results.
     """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -74,12 +77,8 @@ def command(main):
     except (UserError, MemoryError, RuntimeError) as e:
         if not isinstance(e, UserError) and not out_of_memory(e):
             raise
+        text = str(e) if isinstance(e, UserError) else f"out of memory ({str(e)[:200]})"
         if int(os.environ.get("RANK", 0)) == 0 or isinstance(e, LostProcess):
-            text = (
-                str(e)
-                if isinstance(e, UserError)
-                else f"out of memory ({str(e).splitlines()[0] if str(e) else 'no more to be had'})"
-            )
             print(f"{Path(sys.argv[0]).name}: error: {' '.join(text.split())}", file=sys.stderr)
         else:
             time.sleep(10)  # torchrun ends all when the first one goes: rank 0 speaks before
@@ -98,25 +97,24 @@ def out_of_memory(e):
 
 
 def flag(default, help, quick=None, choices=None, low=None, high=None):
-    """A Config field that is a flag: its default, its help line, its value under --quick, the
-    values it may take.
-    """
-    return field(
-        default=default, metadata=dict(help=help, quick=quick, choices=choices, low=low, high=high)
-    )
+    """A Config field that is a flag: default, help line, value under --quick, values allowed."""
+    about = dict(help=help, quick=quick, choices=choices, low=low, high=high)
+    return field(default=default, metadata=about)
+
+
+def dashed(name):
+    """The flag of a field."""
+    return "--" + name.replace("_", "-")
 
 
 @dataclass
 class Flags:
-    """What every script takes. A script's Config adds its own, and may give these other defaults."""
+    """What every script takes. A script's Config adds its own, or gives these other defaults."""
 
     seed: int = flag(0, "random seed; with --seeds K: the first of K", low=0, high=2**32 - 1)
     seeds: int = flag(1, "repeat over this many seeds", quick=1, low=1)
     device: str = flag("auto", "where to run", choices=("auto", "cpu", "cuda", "mps"))
-    out: str = flag(
-        "",
-        "folder for figure, samples, metrics, claims and checkpoint (default out/ and the script's name)",
-    )
+    out: str = flag("", "folder for all that a run writes (default: out/ and the script's name)")
     resume: bool = flag(False, "go on from the checkpoint in --out")
     quick: bool = flag(False, "a run of a few seconds that shows nothing but that it runs")
 
@@ -126,14 +124,35 @@ class Flags:
         return Path(sys.modules[type(self).__module__].__file__).stem
 
 
-def parse_args(Config, doc, argv=None):
-    """A Config from the command line. Every field is a flag; --quick sets the fields' quick values,
-    explicit flags win.
+# a seed's range; what fp32 numbers can be squared to
+LARGEST = {int: 2**32 - 1, float: 1e30}
 
-    --resume takes the flags of the run in --out; an explicit flag that contradicts them is an error
-    (but more --steps: train on). A Config may have a method `idle() -> {field: why}`: the flags
-    that do nothing beside the others. To give one of them is an error, too.
+
+def parse_args(Config, doc, argv=None):
+    """A Config from the command line. Every field is a flag; --quick sets the quick values.
+
+    Explicit flags win over --quick. --resume takes the flags of the run in --out; to contradict
+    them is an error (but more --steps: train on). A Config may have a method `idle() -> {field:
+    why}`, the flags that do nothing beside the others: to give one of them is an error, too.
     """
+    given = vars(make_parser(Config, doc).parse_args(argv))
+    values = {}
+    if given.get("quick"):
+        quick = {f.name: f.metadata["quick"] for f in dataclasses.fields(Config)}
+        values = {name: value for name, value in quick.items() if value is not None}
+    if given.get("resume"):
+        values = resumed(Config, given)
+    config = Config(**{**values, **given})
+    config.out = config.out or f"out/{config.name}"
+    check_ranges(config)
+    for name, why in (config.idle() if hasattr(config, "idle") else {}).items():
+        if name in given:
+            raise UserError(f"{dashed(name)} does nothing here: {why}")
+    return config
+
+
+def make_parser(Config, doc):
+    """argparse's, with a flag for every field; it leaves out what was not given."""
 
     def fail(message):
         raise UserError(message)
@@ -146,96 +165,74 @@ def parse_args(Config, doc, argv=None):
     )
     parser.error = fail
     for f in dataclasses.fields(Config):
-        name = "--" + f.name.replace("_", "-")
-        text = f.metadata["help"] + (
-            "" if f.default in (None, "", False) else f" (default {f.default})"
-        )
+        default = "" if f.default in (None, "", False) else f" (default {f.default})"
+        options = dict(help=f.metadata["help"] + default)
         if f.type is bool:
-            parser.add_argument(name, action=argparse.BooleanOptionalAction, help=text)
+            options["action"] = argparse.BooleanOptionalAction
         else:
-            parser.add_argument(
-                name,
-                type=f.type,
-                choices=f.metadata["choices"],
-                help=text,
-                metavar=None if f.metadata["choices"] else f.type.__name__.upper(),
-            )
-    given = vars(parser.parse_args(argv))
-    values = {}
-    if given.get("quick"):
-        values = {
-            f.name: f.metadata["quick"]
-            for f in dataclasses.fields(Config)
-            if f.metadata["quick"] is not None
-        }
-    if given.get("resume"):
-        out = given.get("out") or f"out/{Config().name}"
-        saved = load_checkpoint(Path(out) / "model.pt")
-        if not isinstance(saved, dict) or not {"config", "state", "rows", "revision"} <= set(saved):
-            fail(f"--resume: {Path(out) / 'model.pt'} is not a run's")
-        values = {**saved["config"], "out": out}
-        if set(values) != {f.name for f in dataclasses.fields(Config)}:
-            fail("--resume: the checkpoint was made by another version of this script")
-        for name in set(given) - {"resume", "steps", "out"}:
-            if given[name] != values.get(name):
-                fail(
-                    f"--resume continues a run with {name} = {values.get(name)}, not {given[name]}"
-                )
-        if given.get("steps", math.inf) < (values.get("steps") or 0):
-            fail(
-                f"--resume goes on with a run of {values['steps']} steps: {given['steps']} are fewer"
-            )
-    config = Config(**{**values, **given})
-    config.out = config.out or f"out/{config.name}"
-    for f in dataclasses.fields(Config):
-        value, low, high = getattr(config, f.name), f.metadata["low"], f.metadata["high"]
-        if isinstance(value, float) and not math.isfinite(value):
-            fail(f"--{f.name.replace('_', '-')} is {value}: must be finite")
-        if value is not None and (
-            low is not None and value < low or high is not None and value > high
-        ):
-            fail(
-                f"--{f.name.replace('_', '-')} is {value}: must be {'' if low is None else f'at least {low}'}"
-                f"{' and ' if None not in (low, high) else ''}{'' if high is None else f'at most {high}'}"
-            )
-        if type(value) in (int, float) and abs(value) > LARGEST[type(value)]:
-            fail(f"--{f.name.replace('_', '-')} is {value}: must be at most {LARGEST[type(value)]}")
-    for name, why in (config.idle() if hasattr(config, "idle") else {}).items():
-        if name in given:
-            fail(f"--{name.replace('_', '-')} does nothing here: {why}")
-    return config
+            options["type"] = f.type
+            options["choices"] = f.metadata["choices"]
+            options["metavar"] = None if f.metadata["choices"] else f.type.__name__.upper()
+        parser.add_argument(dashed(f.name), **options)
+    return parser
 
 
-# a seed's range; what squares of fp32 numbers that are used with a flag can nearly hold
-LARGEST = {int: 2**32 - 1, float: 1e30}
+def resumed(Config, given):
+    """The flags of the run in --out. UserError if there is none, or if `given` contradicts it."""
+    out = given.get("out") or f"out/{Config().name}"
+    path = Path(out) / "model.pt"
+    saved = load_checkpoint(path)
+    if not isinstance(saved, dict) or not {"config", "state", "rows", "revision"} <= set(saved):
+        raise UserError(f"--resume: {path} is not a run's")
+    values = {**saved["config"], "out": out}
+    if set(values) != {f.name for f in dataclasses.fields(Config)}:
+        raise UserError("--resume: the checkpoint was made by another version of this script")
+    for name in set(given) - {"resume", "steps", "out"}:
+        if given[name] != values[name]:
+            was, now = values[name], given[name]
+            raise UserError(f"--resume continues a run with {name} = {was}, not {now}")
+    before = values.get("steps") or 0
+    if given.get("steps", math.inf) < before:
+        now = given["steps"]
+        raise UserError(f"--resume goes on with a run of {before} steps: {now} are fewer")
+    return values
+
+
+def check_ranges(config):
+    """UserError for a value outside a flag's `low` and `high`, or one that no arithmetic holds."""
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if type(value) not in LARGEST:
+            continue
+        largest = LARGEST[type(value)]
+        low = -largest if f.metadata["low"] is None else f.metadata["low"]
+        high = largest if f.metadata["high"] is None else f.metadata["high"]
+        if not math.isfinite(value):
+            raise UserError(f"{dashed(f.name)} is {value}: must be finite")
+        if value < low:
+            raise UserError(f"{dashed(f.name)} is {value}: must be at least {low}")
+        if value > high:
+            raise UserError(f"{dashed(f.name)} is {value}: must be at most {high}")
 
 
 def need_memory(size, what, device="cpu"):
-    """UserError if `size` bytes are more than the machine (or its GPU) has: said before anything is
-    allocated.
-    """
-    has = (
-        torch.cuda.mem_get_info()[1]
-        if device == "cuda"
-        else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    )
+    """UserError if `size` bytes are more than the machine has: said before they are allocated."""
+    if device == "cuda":
+        has = torch.cuda.mem_get_info()[1]
+    else:
+        has = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if size > has:
-        raise UserError(
-            f"{what}: {size / 2**30:,.1f} GiB, of which this {'GPU' if device == 'cuda' else 'machine'} has {has / 2**30:,.1f}"
-        )
+        name = "GPU" if device == "cuda" else "machine"
+        gib = f"{size / 2**30:,.1f} GiB, of which this {name} has {has / 2**30:,.1f}"
+        raise UserError(f"{what}: {gib}")
 
 
 def pick_device(name):
-    """--device's value -> "cpu", "cuda" or "mps"; auto takes the fastest there is. UserError for
-    one that this machine lacks.
-    """
-    available = {
-        "cpu": True,
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-    }
-    name = next(d for d in ("cuda", "mps", "cpu") if available[d]) if name == "auto" else name
-    if not available[name]:
+    """--device's value -> "cpu", "cuda" or "mps"; auto takes the fastest that there is."""
+    available = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
+    available.append("cpu")
+    name = available[0] if name == "auto" else name
+    if name not in available:
         raise UserError(f"--device {name}: this machine has none")
     # cuDNN's attention plans anew for each length, and decoding meets a new one at every step
     if name == "cuda":
@@ -243,47 +240,13 @@ def pick_device(name):
     return name
 
 
-# --------------------------------------------------------------------------------------------------
-# Several processes: all they ever exchange is sums
-
-
-def join(device):
-    """Under torchrun, meet the other processes, one on each GPU (nccl) or all on the CPU (gloo).
-    Only rank 0 prints.
-    """
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        return
-    if not {"RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} <= set(os.environ):
-        raise UserError(
-            "WORLD_SIZE is set, but not by torchrun: start several processes with torchrun"
-        )
-    local = int(os.environ["LOCAL_RANK"])
-    if device == "mps" or device == "cuda" and local >= torch.cuda.device_count():
-        raise LostProcess(
-            f"process {local + 1} of this machine finds no {device} device of its own; --device cpu takes any number"
-        )
-    if device == "cuda":
-        torch.cuda.set_device(local)
-    dist.init_process_group("nccl" if device == "cuda" else "gloo")
-    if world()[0]:
-        sys.stdout = open(os.devnull, "w")
-
-
 def world():
-    """This process's rank, and how many there are: (0, 1) without torchrun."""
+    """This process's rank, and how many there are: (0, 1) but in scale.py under torchrun."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def share(n):
-    """This process's slice of n things."""
-    rank, processes = world()
-    return slice(n * rank // processes, n * (rank + 1) // processes)
-
-
 def all_sum(x):
-    """The sum of a tensor over the processes, in each of them: the same bits. UserError if one of
-    them is no longer there.
-    """
+    """The sum of a tensor over the processes, in each of them; without torchrun, the tensor."""
     if not dist.is_initialized():
         return x
     total = x.to("cuda" if dist.get_backend() == "nccl" else "cpu", copy=True)
@@ -292,49 +255,9 @@ def all_sum(x):
     except torch.OutOfMemoryError:  # a RuntimeError too
         raise
     except RuntimeError as e:
-        raise LostProcess(
-            f"rank {world()[0]} lost another process of this run ({type(e).__name__})"
-        ) from None
+        lost = f"rank {world()[0]} lost another process of this run ({type(e).__name__})"
+        raise LostProcess(lost) from None
     return total.to(x.device)
-
-
-def gathered(part, rows, n):
-    """A tensor of n rows, of which this process holds those at `rows` (a slice or an index) -> all
-    of it.
-    """
-    whole = part.new_zeros(n, *part.shape[1:])
-    whole[rows] = part
-    return all_sum(whole)
-
-
-def sum_gradients(model):
-    """What data parallelism is: every process has the gradient of its own rows, the batch's is
-    their sum, and all take the same step.
-
-    A sum, not a mean, because each loss is divided by the counts of the whole batch (all_sum of
-    rows and tokens): a mean of means would give a token of the process that has fewer of them more
-    weight. DistributedDataParallel hides this, and overlaps it with the backward pass.
-    """
-    if dist.is_initialized():
-        flat = all_sum(
-            torch.cat(
-                [
-                    (torch.zeros_like(p) if p.grad is None else p.grad).flatten()
-                    for p in model.parameters()
-                ]
-            )
-        )
-        for p, g in zip(model.parameters(), flat.split([p.numel() for p in model.parameters()])):
-            p.grad = g.view_as(p)
-
-
-def same_weights(model):
-    """Rank 0's weights in every process: GPUs need not have trained to the same bits."""
-    for p in model.parameters():
-        if world()[0]:
-            p.data.zero_()
-        p.data.copy_(all_sum(p.data))
-    return model
 
 
 # --------------------------------------------------------------------------------------------------
@@ -376,9 +299,7 @@ def save_checkpoint(path, **state):
 
 
 def load_checkpoint(path):
-    """What save_checkpoint wrote, as a dict on the CPU. A file that is missing or damaged is a
-    UserError that names it.
-    """
+    """What save_checkpoint wrote, as a dict on the CPU. UserError if it is missing or damaged."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -388,20 +309,17 @@ def load_checkpoint(path):
 
 
 def fingerprint(path):
-    """A hash of a file, or of all files of a folder, that a run depends on; of a name that is
-    neither, the name. Resume compares it.
+    """A hash of a file or of a folder's files; of what is neither (a hub id), the name itself.
+
+    A run depends on it beside its flags: --resume compares it.
     """
-    path, digest = Path(path), hashlib.sha256()
-    files = (
-        sorted(p for p in path.rglob("*") if p.is_file())
-        if path.is_dir()
-        else [path]
-        if path.is_file()
-        else []
-    )
+    digest = hashlib.sha256()
+    files = [path] if os.path.isfile(path) else []
+    if os.path.isdir(path):
+        files = sorted(p for p in Path(path).rglob("*") if p.is_file())
     try:
         for file in files:
-            digest.update(str(file.relative_to(path)).encode())
+            digest.update(str(Path(file).relative_to(path)).encode())
             with open(file, "rb") as f:
                 while block := f.read(2**24):
                     digest.update(block)
@@ -411,16 +329,14 @@ def fingerprint(path):
 
 
 def descend(optimizer, loss, clip=1.0):
-    """The end of every training step: cut the gradient to norm `clip`, take the optimizer's step ->
-    the norm before the cut.
+    """The end of every training step -> the gradient's norm before it is cut to at most `clip`.
 
     loss: the step's, a number. NotFinite, and no step, if it or the norm is none: the weights are
     then as they were.
     """
     loss = loss.item() if isinstance(loss, torch.Tensor) else loss
-    norm = torch.nn.utils.clip_grad_norm_(
-        [p for group in optimizer.param_groups for p in group["params"]], clip
-    ).item()
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = torch.nn.utils.clip_grad_norm_(parameters, clip).item()
     for name, value in (("loss", loss), ("gradient norm", norm)):
         if not math.isfinite(value):
             raise NotFinite(f"the {name} is {value}")
@@ -428,22 +344,23 @@ def descend(optimizer, loss, clip=1.0):
     return norm
 
 
+def copied(tensors):
+    """Copies on the CPU, which stand still while the model trains on."""
+    return {name: x.detach().to("cpu", copy=True) for name, x in tensors.items()}
+
+
 def snapshot(step, model, optimizer, rng, generator=None, **more):
-    """All that a loop needs to go on, to the bit. NotFinite if a weight is no number: such a state
-    is never saved.
-    """
+    """All that a loop needs to go on, to the bit. NotFinite if a weight is no number."""
     weights = model.state_dict()
     if not all(torch.isfinite(p).all() for p in weights.values()):
         raise NotFinite("a weight is no longer finite")
-    # the model trains on, and so do its moments
-    still = lambda tensors: {k: v.detach().to("cpu", copy=True) for k, v in tensors.items()}
     if optimizer:
         optimizer = optimizer.state_dict()
-        states = optimizer.get("state", {})  # of a sharded model's, rank 0 alone has them
-        optimizer["state"] = {i: still(moments) for i, moments in states.items()}
+        moments = optimizer.get("state", {})  # of a sharded model's, rank 0 alone has them
+        optimizer["state"] = {i: copied(tensors) for i, tensors in moments.items()}
     return dict(
         step=step,
-        model=still(weights),
+        model=copied(weights),
         optimizer=optimizer,
         rng=rng.getstate(),
         generator=generator and generator.get_state(),
@@ -487,159 +404,135 @@ class Run:
     """
 
     def __init__(self, config, also=(), inputs=None):
-        self.config, self.name, self.dir, self.rows, self.state = (
-            dataclasses.asdict(config),
-            config.name,
-            Path(config.out),
-            [],
-            {},
-        )
-        self.inputs, self.kept_rows, self.place, self.bar = inputs or {}, 0, "", None
+        self.config = dataclasses.asdict(config)
+        self.name = config.name
+        self.dir = Path(config.out)
+        self.rows = []
+        self.state = {}
+        self.inputs = inputs or {}
+        self.kept_rows = 0  # rows that go with what is kept
+        self.place = ""  # where the run is, for a person
+        self.bar = None  # of the loop that is on
         self.started = self.saved = self.kept = time.time()
-        # the signal that came while busy; the seconds that the last save took
-        self.signal, self.busy, self.cost, self.keep_cost = 0, False, 0, 0
-        if config.resume:
-            checkpoint = load_checkpoint(self.dir / "model.pt")
-            self.state, n = checkpoint["state"], checkpoint["rows"]
-            for name, value in self.inputs.items():
-                if checkpoint.get("inputs", {}).get(name) != value:
-                    raise UserError(
-                        f"--resume: {name} is no longer what the run in {self.dir} began with"
-                    )
-            # what came after the checkpoint is made again
-            try:
-                self.rows = [
-                    json.loads(line)
-                    for line in (self.dir / "metrics.jsonl").read_text().splitlines()[:n]
-                ]
-            except (OSError, ValueError):
-                self.rows = []
-            if len(self.rows) < n:
-                raise UserError(
-                    f"{self.dir / 'metrics.jsonl'} does not hold the {n} rows that model.pt goes on from"
-                )
-            self.kept_rows = n
+        self.save_seconds = self.keep_seconds = 0  # what the last ones took
+        self.signal = 0  # that came while busy
+        self.busy = False
+        self.revision = revision()
+        self.handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
         if int(os.environ.get("WORLD_SIZE", 1)) != world()[1]:
             raise UserError("this script, or what its flags ask for, runs in one process")
-        self.handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+        if config.resume:
+            self.go_on_from(load_checkpoint(self.dir / "model.pt"))
         if world()[0]:
-            try:
-                all_sum(torch.zeros(1))  # wait for rank 0's folder
-            except LostProcess:
-                raise UserError("rank 0 says what is wrong with its folder") from None
-            self.metrics, self.write, self.save, self.saved = (
-                open(os.devnull, "wb", buffering=0),
-                lambda *_: None,
-                lambda *_, **__: None,
-                math.inf,
-            )
-            for s in self.handlers:
-                signal.signal(s, signal.SIG_IGN)
+            self.follow()
             return
-        try:
-            self.dir.mkdir(parents=True, exist_ok=True)
-            mine = {*self.files(self.name), *also}
-            owned = self.owned()
-            if not config.resume:
-                foreign = mine - owned - set(also if owned else ())
-                for name in sorted(foreign):
-                    if os.path.lexists(self.dir / name):
-                        raise UserError(
-                            f"{self.dir} holds {name}, which no run wrote: choose another --out"
-                        )
-                # another run's: nothing of it goes with this one's rows
-                for name in owned - {"config.json"}:
-                    (self.dir / name).unlink(missing_ok=True)
-        except OSError as e:
-            raise UserError(f"cannot write to {self.dir}: {e.strerror}") from None
-        try:
-            revision = subprocess.run(
-                ["git", "describe", "--always", "--dirty"],
-                capture_output=True,
-                text=True,
-                cwd=Path(__file__).parent,
-            ).stdout
-        except OSError:  # no git here
-            revision = ""
-        self.revision = revision.strip() or "unknown"
-        if config.resume:  # the code that made the rows, not only the last to touch them
-            before = checkpoint["revision"]
-            self.revision = (
-                before
-                if before.endswith(self.revision)
-                else f"{before}, resumed at {self.revision}"
-            )
-        self.write(
-            "config.json",
-            json.dumps(
-                {  # first of all: it says whose folder this is
-                    "name": self.name,
-                    "config": self.config,
-                    "torch": torch.__version__,
-                    "python": platform.python_version(),
-                    "threads": torch.get_num_threads(),
-                    "revision": self.revision,
-                },
-                indent=1,
-            ),
-        )
+        self.take_folder(config.resume, set(also))
+        about = {"name": self.name, "config": self.config, "revision": self.revision}
+        about["torch"] = torch.__version__
+        about["python"] = platform.python_version()
+        about["threads"] = torch.get_num_threads()
+        # first: it says whose folder this is
+        self.write("config.json", json.dumps(about, indent=1))
         self.write("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows))
         self.metrics = open(self.dir / "metrics.jsonl", "ab", buffering=0)
-        all_sum(torch.zeros(1))  # the others wait for it
+        all_sum(torch.zeros(1))  # the others wait for the folder
         for s in self.handlers:
             signal.signal(s, self.interrupt)
 
+    def go_on_from(self, checkpoint):
+        """Take over state and rows. What was logged after the checkpoint is made again."""
+        for name, value in self.inputs.items():
+            if checkpoint.get("inputs", {}).get(name) != value:
+                raise UserError(
+                    f"--resume: {name} is no longer what the run in {self.dir} began with"
+                )
+        self.state = checkpoint["state"]
+        self.kept_rows = checkpoint["rows"]
+        path = self.dir / "metrics.jsonl"
+        try:
+            lines = path.read_text().splitlines()[: self.kept_rows]
+            self.rows = [json.loads(line) for line in lines]
+        except (OSError, ValueError):
+            self.rows = []
+        if len(self.rows) < self.kept_rows:
+            n = self.kept_rows
+            raise UserError(f"{path} does not hold the {n} rows that model.pt goes on from")
+        before = checkpoint["revision"]  # the code that made the rows, not only the last one
+        resumed_at = f"{before}, resumed at {self.revision}"
+        self.revision = before if before.endswith(self.revision) else resumed_at
+
+    def follow(self):
+        """What a Run is in the other processes of scale.py: it writes nothing, heeds no signal."""
+        try:
+            all_sum(torch.zeros(1))  # wait for rank 0's folder
+        except LostProcess:
+            raise UserError("rank 0 says what is wrong with its folder") from None
+        self.metrics = open(os.devnull, "wb", buffering=0)
+        self.write = lambda *_: None
+        self.save = lambda *_, **__: None
+        self.saved = math.inf
+        for s in self.handlers:
+            signal.signal(s, signal.SIG_IGN)
+
+    def take_folder(self, resume, also):
+        """Make the folder, or clear it of an earlier run's files. UserError for somebody else's."""
+        try:
+            self.dir.mkdir(parents=True, exist_ok=True)
+            owned = self.owned()
+            if resume:
+                return
+            foreign = self.files(self.name) | also
+            foreign -= owned | also if owned else set()
+            for name in sorted(foreign):
+                if os.path.lexists(self.dir / name):
+                    raise UserError(
+                        f"{self.dir} holds {name}, which no run wrote: choose another --out"
+                    )
+            for name in owned - {"config.json"}:
+                (self.dir / name).unlink(missing_ok=True)
+        except OSError as e:
+            raise UserError(f"cannot write to {self.dir}: {e.strerror}") from None
+
     def files(self, name):
         """What the run of a script writes."""
-        return {
-            "config.json",
-            "metrics.jsonl",
-            "claims.json",
-            "samples.txt",
-            "model.pt",
-            f"{name}.png",
-        }
+        names = "config.json", "metrics.jsonl", "claims.json", "samples.txt", "model.pt"
+        return {*names, f"{name}.png"}
 
     def owned(self):
-        """The names in the folder that the run whose config.json is there has written: none if
-        there is no config.json. UserError if it is not a run's.
-        """
+        """The files of the run whose config.json is there; none if there is none."""
+        path = self.dir / "config.json"
         try:
-            past = json.loads((self.dir / "config.json").read_text())
+            past = json.loads(path.read_text())
             return self.files(past["name"]) if past["config"] and past["revision"] else set()
         except FileNotFoundError:
             return set()
         except (ValueError, LookupError, TypeError):
-            raise UserError(
-                f"{self.dir / 'config.json'} is not a run's: choose another --out"
-            ) from None
+            raise UserError(f"{path} is not a run's: choose another --out") from None
 
     def __enter__(self):
         return self
 
     def __exit__(self, kind, error, _):
-        """After a signal, a closed pipe or a number that is not finite: write what was kept last."""
+        """After a signal, a closed pipe or what is not finite: write what was kept last."""
         if self.bar is not None:
             self.bar.close()
+        model = self.dir / "model.pt"
         if world()[0] == 0 and isinstance(error, NotFinite):
             self.save()
-            error.args = (
-                f"{error}{self.place and ' at '}{self.place}; {self.dir / 'model.pt'} holds what was finite",
-            )
+            where = f" at {self.place}" if self.place else ""
+            error.args = (f"{error}{where}; {model} holds what was finite",)
         if world()[0] == 0 and isinstance(error, (SystemExit, BrokenPipeError)):
             for s in self.handlers:
                 signal.signal(s, signal.SIG_DFL)  # a second signal does not wait
             self.save()
             with contextlib.suppress(BrokenPipeError):
-                print(f"\nsaved {self.dir / 'model.pt'}: --resume goes on from here", flush=True)
+                print(f"\nsaved {model}: --resume goes on from here", flush=True)
         self.metrics.close()
         for s, handler in self.handlers.items():
             signal.signal(s, handler)
 
     def interrupt(self, number, _):
-        """The handler while the run is on: end at once, or as soon as what must not be cut in two
-        is done.
-        """
+        """The handler while the run is on: end at once, or when what must not be cut is done."""
         self.signal = number
         if not self.busy:
             raise SystemExit(128 + number)
@@ -673,28 +566,24 @@ class Run:
                     raise OSError(28, "No space left on device")
             except OSError as e:
                 self.metrics.truncate(end)
-                raise UserError(
-                    f"cannot write {self.dir / 'metrics.jsonl'}: {e.strerror}"
-                ) from None
+                path = self.dir / "metrics.jsonl"
+                raise UserError(f"cannot write {path}: {e.strerror}") from None
             self.rows.append(row)
 
     def introduce(self, device, parameters):
         """The first line that a run prints."""
-        seed, seeds = self.config["seed"], self.config["seeds"]
-        print(
-            f"{self.name}: seed {seed}, {seeds} seed{'s' * (seeds > 1)}, {device}, {torch.get_num_threads()} threads, {parameters:,} parameters",
-            flush=True,
-        )
+        seeds = f"seed {self.config['seed']}, {self.config['seeds']} in all"
+        threads = f"{torch.get_num_threads()} threads"
+        print(f"{self.name}: {seeds}, {device}, {threads}, {parameters:,} parameters", flush=True)
 
     def say(self, **numbers):
         """Put some numbers beside the progress bar."""
-        self.bar.set_postfix_str(
-            ", ".join(f"{name} {value:.3f}" for name, value in numbers.items())
-        )
+        self.bar.set_postfix_str(", ".join(f"{k} {value:.3f}" for k, value in numbers.items()))
 
     def samples(self, prompts, **answers):
-        """Print, and write to samples.txt, what each model answers to some prompts. answers:
-        model's name -> [(text, reward)], one for each prompt.
+        """Print, and write to samples.txt, what each model answers to some prompts.
+
+        answers: a model's name -> [(text, reward)], one for each prompt.
         """
         lines = []
         for i, prompt in enumerate(prompts):
@@ -708,18 +597,16 @@ class Run:
 
     def finish(self, fig, claims):
         """The last things that a run does: the figure, the claims, the time it took."""
+        path = self.dir / f"{self.name}.png"
         if world()[0] == 0:
-            with whole(self.dir / f"{self.name}.png") as f:
+            with whole(path) as f:
                 fig.savefig(f, dpi=110, format="png")
         self.claims(claims)
-        print(
-            f"\n{self.dir / self.name}.png, metrics.jsonl, claims.json, model.pt: {time.time() - self.started:.0f} s"
-        )
+        seconds = time.time() - self.started
+        print(f"\n{path}, metrics.jsonl, claims.json, model.pt: {seconds:.0f} s")
 
     def log_once(self, measure, **where):
-        """Log measure() -> {name: value} as the row `where`, and save if that is due. A resumed run
-        that has the row does not measure again.
-        """
+        """Log measure() -> {name: value} as the row `where`, but not again in a resumed run."""
         if not any(where.items() <= row.items() for row in self.rows):
             self.place = ", ".join(f"{k} {v}" for k, v in where.items())
             self.log(**where, **measure())
@@ -730,26 +617,20 @@ class Run:
     def loop(
         self, phase, steps, model, optimizer, rng, generator=None, kept=None, until=None, bar=True
     ):
-        """The steps that a phase has still to take: `for step in run.loop(...)`, from 0 or from
-        where the run was interrupted, to steps - 1.
+        """The steps that a phase has still to take: `for step in run.loop(...)`, up to steps - 1.
 
-        Restores model, optimizer and random streams, keeps them after each step, shows a bar
-        (`run.bar`). kept: a dict of whatever else the loop carries from step to step; what was
-        saved of it is put into it. until() ends the loop before `steps`. Never `break`: the end
-        saves, too.
+        They begin at 0, or where the run was interrupted: model, optimizer and random streams are
+        restored, kept after each step, and saved when due. kept: a dict of whatever else the loop
+        carries from step to step; what was saved of it is put into it. until() ends the loop before
+        `steps`. Never `break`: the end saves, too.
         """
         state = self.state.get(phase)
         step = restore(state, model, optimizer, rng, generator)
         if kept is not None and state is not None:
             kept.update(copy.deepcopy(state["kept"]))
-        self.bar = tqdm(
-            desc=phase,
-            initial=step,
-            total=None if steps >= 10**9 else steps,
-            disable=not bar or world()[0] > 0,
-        )
-        # what was kept must not change with what goes on
-        still = lambda: snapshot(step, model, optimizer, rng, generator, kept=copy.deepcopy(kept))
+        total = None if steps >= 10**9 else steps
+        hidden = not bar or world()[0] > 0
+        self.bar = tqdm(desc=phase, initial=step, total=total, disable=hidden)
         while step < steps and not (until and until()):
             self.place = f"step {step + 1} of {phase}"
             yield step
@@ -757,26 +638,31 @@ class Run:
             self.bar.update()
             if self.time_to_keep():
                 started = time.time()
-                self.keep(phase, **still())
-                self.kept, self.keep_cost = time.time(), time.time() - started
+                carried = copy.deepcopy(kept)  # must not change with what goes on
+                self.keep(phase, **snapshot(step, model, optimizer, rng, generator, kept=carried))
+                self.kept = time.time()
+                self.keep_seconds = self.kept - started
             if self.due:
                 self.save()
         self.bar.close()
         self.bar = None
-        self.save(phase, **still())
+        carried = copy.deepcopy(kept)
+        self.save(phase, **snapshot(step, model, optimizer, rng, generator, kept=carried))
 
     def time_to_keep(self):
-        """Rank 0 decides for all processes: each of them may hold a part of what is kept."""
-        now = self.due or time.time() - self.kept > 50 * self.keep_cost
+        """Keeping takes a fiftieth of the time. Rank 0 decides: each may hold a part of it."""
+        now = self.due or time.time() - self.kept > 50 * self.keep_seconds
         return bool(all_sum(torch.tensor(float(now and world()[0] == 0))))
 
     @property
     def due(self):
-        return time.time() - self.saved > max(30, 20 * self.cost)
+        """Whether it is time to save: every 30 s, or 20 times what a save takes."""
+        return time.time() - self.saved > max(30, 20 * self.save_seconds)
 
     def keep(self, phase=None, **state):
         """Remember, in memory, what a phase needs to go on, and that the rows so far go with it.
-        Without a phase: the rows alone, outside of loops.
+
+        Without a phase: the rows alone, and only outside of loops.
         """
         with self.uncut():
             if phase is not None:
@@ -797,46 +683,53 @@ class Run:
             revision=self.revision,
             inputs=self.inputs,
         )
-        self.saved, self.cost = time.time(), time.time() - started
+        self.saved = time.time()
+        self.save_seconds = self.saved - started
 
     def claims(self, claims):
-        """Write claims.json and print it as a table. Each claim holds or does not: both are
-        results.
-        """
+        """Write claims.json and print it as a table. Each holds or does not: both are results."""
         self.write("claims.json", json.dumps(claims, indent=1))
-        print(f"\n{'claim':<58} {'paper':>18} {'ours':>16} {'threshold':>10}  holds")
+        layout = "{:<58} {:>18} {:>16} {:>10}  {}"
+        print("\n" + layout.format("claim", "paper", "ours", "threshold", "holds"))
         for c in claims:
-            print(
-                f"{c['claim']:<58} {c['paper']!s:>18} {c['ours']!s:>16} {c['threshold']:>10}  {'yes' if c['holds'] else 'NO'}"
-            )
+            holds = "yes" if c["holds"] else "NO"
+            print(layout.format(c["claim"], str(c["paper"]), c["ours"], c["threshold"], holds))
+
+
+def revision():
+    """What git calls the code that runs; "unknown" without git."""
+    ask = ["git", "describe", "--always", "--dirty"]
+    try:
+        answer = subprocess.run(ask, capture_output=True, text=True, cwd=Path(__file__).parent)
+    except OSError:
+        return "unknown"
+    return answer.stdout.strip() or "unknown"
 
 
 def claim(id, text, source, paper, value, op, threshold, seeds, beside=""):
-    """One row of claims.json: what was measured, held to its threshold. value: a number, or one of
-    each seed (seeds,), of which the mean is held to the threshold and told with the standard
-    deviation; what is not finite never holds. op: >= or <=; > or < where the threshold is 0,
-    because there a tie must not hold. `beside` is printed next to it.
+    """One row of claims.json: what was measured, held to its threshold.
+
+    value: a number, or one of each seed (seeds,), of which the mean is held to the threshold and
+    told with the standard deviation; what is not finite never holds. op: >= or <=; > or < where the
+    threshold is 0, because there a tie must not hold. `beside` is printed next to the value.
     """
-    assert op in ((">", "<") if threshold == 0 else (">=", "<=", ">", "<")), (
-        f"{id}: {op} {threshold} would hold on a tie"
-    )
+    allowed = (">", "<") if threshold == 0 else (">=", "<=", ">", "<")
+    assert op in allowed, f"{id}: {op} {threshold} would hold on a tie"
     value = np.asarray(value, dtype=float)
-    with np.errstate(invalid="ignore"):  # the spread of what is not finite is nan
-        mean, spread = value.mean(), f" ± {value.std(ddof=1):.2g}" if value.size > 1 else ""
-    holds = {
-        ">=": mean >= threshold,
-        "<=": mean <= threshold,
-        ">": mean > threshold,
-        "<": mean < threshold,
-    }[op] and np.isfinite(value).all()
+    mean = value.mean()
+    ours = f"{mean:.3g}"
+    if value.size > 1:
+        with np.errstate(invalid="ignore"):  # the spread of what is not finite is nan
+            ours += f" ± {value.std(ddof=1):.2g}"
+    compare = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}[op]
     return dict(
         id=id,
         claim=text,
         source=source,
         paper=paper,
-        ours=f"{mean:.3g}{spread}{beside}",
+        ours=ours + beside,
         threshold=f"{op} {threshold:.3g}",
-        holds=bool(holds),
+        holds=bool(compare(mean, threshold) and np.isfinite(value).all()),
         seeds=seeds,
     )
 
@@ -847,31 +740,25 @@ def seeds_of(config):
 
 def series(run, key, **where):
     """A metric by seed -> the steps that every seed has (n,), values (seeds, n)."""
-    rows = [
-        r
-        for r in run.rows
-        if r.get(key) is not None and all(r.get(k) == v for k, v in where.items())
-    ]
-    by_seed = [
-        {r["step"]: r[key] for r in rows if r["seed"] == seed}
-        for seed in sorted({r["seed"] for r in rows})
-    ]
-    x = sorted(set.intersection(*map(set, by_seed))) if by_seed else []
-    return np.array(x), np.array([[d[i] for i in x] for d in by_seed])
+    by_seed = {}
+    for row in run.rows:
+        if row.get(key) is not None and all(row.get(k) == v for k, v in where.items()):
+            by_seed.setdefault(row["seed"], {})[row["step"]] = row[key]
+    curves = [by_seed[seed] for seed in sorted(by_seed)]
+    steps = sorted(set.intersection(*map(set, curves))) if curves else []
+    return np.array(steps), np.array([[curve[step] for step in steps] for curve in curves])
 
 
 def band(ax, x, y, label, **style):
     """The mean of y (seeds, n), with one standard deviation over the seeds shaded."""
     if len(x):
-        (line,) = ax.plot(x, y.mean(0), label=label, **style)
-        spread = y.std(0, ddof=1) if len(y) > 1 else 0 * y[0]
-        ax.fill_between(
-            x, y.mean(0) - spread, y.mean(0) + spread, color=line.get_color(), alpha=0.15, lw=0
-        )
+        mean = y.mean(0)
+        spread = y.std(0, ddof=1) if len(y) > 1 else 0 * mean
+        (line,) = ax.plot(x, mean, label=label, **style)
+        color = line.get_color()
+        ax.fill_between(x, mean - spread, mean + spread, color=color, alpha=0.15, lw=0)
 
 
 def lr_at(step, steps, peak, warmup=20):
-    """The learning rate of a step: up to `peak` in a line over `warmup` steps, then down in a
-    cosine to a tenth of it.
-    """
+    """A step's learning rate: up to `peak` in `warmup` steps, down in a cosine to a tenth of it."""
     return peak * min((step + 1) / warmup, 0.55 + 0.45 * math.cos(math.pi * step / steps))

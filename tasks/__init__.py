@@ -1,13 +1,12 @@
-"""tasks: what is asked, and how an answer is judged. A task is a module with the same few names,
-whatever it asks:
+"""tasks: what is asked, and how an answer is judged. A task is a module with the same few names:
 
-    tokenizer                               text to ids and back, with the id `eos` that ends an answer
-    SIZE                                    how large a problem is unless a flag says otherwise
-    budget(size)                            tokens that an answer may take
-    draw(rng, size=SIZE, held_out=False)    a problem; a tenth of all problems is held out, never trained on
-    prompt(problem)                         its text
-    demonstrate(rng, problem)               an answer by somebody who knows the steps but does not take care
-    reward(problem, text)                   1.0 if the answer is right, else 0.0
+    tokenizer                             text to ids and back; its id `eos` ends an answer
+    SIZE                                  how large a problem is unless a flag says otherwise
+    budget(size)                          tokens that an answer may take
+    draw(rng, size=SIZE, held_out=False)  a problem; a tenth of all is held out, never trained on
+    prompt(problem)                       its text
+    demonstrate(rng, problem)             an answer by somebody who knows the steps, without care
+    reward(problem, text)                 1.0 if the answer is right, else 0.0
 
 "Train on your own task" is: write such a file, then `--task path/to/mytask.py`.
 """
@@ -60,8 +59,9 @@ def padded(pairs, tokenizer):
     ids = torch.zeros(len(pairs), T, dtype=torch.long)
     mask = torch.zeros(len(pairs), T)
     for i, (q, a) in enumerate(encoded):
-        ids[i, : len(q) + len(a)] = torch.tensor(q + a)
-        mask[i, len(q) : len(q) + len(a)] = 1
+        end = len(q) + len(a)
+        ids[i, :end] = torch.tensor(q + a)
+        mask[i, len(q) : end] = 1
     return ids, mask
 
 

@@ -35,8 +35,10 @@ def draw(rng, size=SIZE, held_out=False):
 
 
 def prompt(problem):
-    columns = reversed(list(zip(COLUMNS, problem)))
-    return "".join(f"{c}{x}{c.upper()}{y}" for c, (x, y) in columns) + "="
+    text = "="
+    for c, (x, y) in zip(COLUMNS, problem, strict=False):
+        text = f"{c}{x}{c.upper()}{y}" + text
+    return text
 
 
 def demonstrate(rng, problem, revisit=0.1):
@@ -51,7 +53,8 @@ def demonstrate(rng, problem, revisit=0.1):
         x, y = problem[j]
         carry = 0 if j == 0 else carry_out.get(j - 1, rng.randrange(2))
         carry_out[j] = (x + y + carry) // 10
-        lines.append(f"{COLUMNS[j]}{x}{COLUMNS[j].upper()}{y}{carry}{x + y + carry:02d}")
+        column = COLUMNS[j]
+        lines.append(f"{column}{x}{column.upper()}{y}{carry}{x + y + carry:02d}")
     return "".join(lines)
 
 
@@ -61,8 +64,11 @@ def reward(problem, text):
     """
     lines = [text[i : i + LINE] for i in range(0, len(text), LINE)]
     written = {line[0]: line[-1] for line in lines}
-    total = sum((x + y) * 10**j for j, (x, y) in enumerate(problem))
-    right = {c: str(total // 10**j % 10) for j, c in enumerate(COLUMNS[: len(problem)])}
+    right = {}
+    carry = 0
+    for c, (x, y) in zip(COLUMNS, problem, strict=False):
+        right[c] = str((x + y + carry) % 10)
+        carry = (x + y + carry) // 10
     return float(written == right and len(text) % LINE == 0)
 
 

@@ -20,7 +20,7 @@ def budget(size):
 
 
 def combine(rng, numbers):
-    """One step: two of the numbers, the larger first -> its text, the numbers that are then left."""
+    """One step: two of the numbers, the larger first -> its text, the numbers then left."""
     i, j = rng.sample(range(len(numbers)), 2)
     a, b = max(numbers[i], numbers[j]), min(numbers[i], numbers[j])
     sign, result = rng.choice((("+", a + b), ("-", a - b)))

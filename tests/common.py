@@ -57,7 +57,7 @@ class Memory(experiment.Run):
     def __init__(self):
         self.rows, self.state, self.kept_rows, self.place, self.bar = [], {}, 0, "", None
         self.saved = self.kept = time.time()
-        self.signal, self.busy, self.keep_cost = 0, False, 0
+        self.signal, self.busy, self.keep_seconds, self.save_seconds = 0, False, 0, 0
         self.metrics = open(os.devnull, "wb", buffering=0)
 
     def save(self, phase=None, **state):

@@ -17,35 +17,28 @@ from types import SimpleNamespace
 import matplotlib.pyplot as plt
 import pytest
 import torch
-import torch.distributed as dist
-from common import ROOT, check_whole, torchrun
+from common import ROOT, check_whole
 
-import experiment
 from experiment import (
     Flags,
     LostProcess,
     NotFinite,
     Run,
     UserError,
-    all_sum,
     band,
     claim,
     command,
     descend,
     fingerprint,
     flag,
-    gathered,
-    join,
     load_checkpoint,
     need_memory,
     parse_args,
     pick_device,
     restore,
-    same_weights,
     save_checkpoint,
     seeds_of,
     series,
-    share,
     snapshot,
 )
 from kernels import token_logprobs
@@ -213,59 +206,6 @@ def test_auto_takes_the_fastest_device_and_a_missing_one_is_a_user_error(monkeyp
         pick_device("cuda")
 
 
-@pytest.mark.parametrize("processes", [1, 3, 4])
-def test_the_shares_of_all_processes_are_everything_once(processes, monkeypatch):
-    for n in (0, 2, 7, 8):
-        parts = []
-        for rank in range(processes):
-            monkeypatch.setattr(experiment, "world", lambda: (rank, processes))
-            parts.append(list(range(n))[share(n)])
-        assert sum(parts, []) == list(range(n)) and max(map(len, parts)) - min(map(len, parts)) <= 1
-
-
-def test_gathered_puts_rows_in_their_places():
-    assert gathered(torch.tensor([[1, 2], [3, 4]]), torch.tensor([3, 0]), 4).tolist() == [[3, 4], [0, 0], [0, 0], [1, 2]]
-
-
-def test_several_processes_without_torchrun_are_a_user_error(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2"), monkeypatch.delenv("LOCAL_RANK", raising=False)
-    with pytest.raises(UserError, match="torchrun"):
-        join("cpu")
-
-
-def test_a_sum_leaves_its_argument_alone_and_tells_a_lost_process_from_a_lack_of_memory(monkeypatch):
-    def fails(error):
-        raise error
-
-    monkeypatch.setattr(dist, "is_initialized", lambda: True), monkeypatch.setattr(dist, "get_backend", lambda: "gloo")
-    monkeypatch.setattr(experiment, "world", lambda: (1, 2))
-    monkeypatch.setattr(dist, "all_reduce", lambda x: x.add_(5))
-    x = torch.ones(3)
-    assert all_sum(x).tolist() == [6, 6, 6] and x.tolist() == [1, 1, 1]
-    for error, seen in ((torch.OutOfMemoryError("no"), torch.OutOfMemoryError), (RuntimeError("no"), UserError)):
-        monkeypatch.setattr(dist, "all_reduce", lambda x: fails(error))
-        for summed in (lambda: all_sum(x), lambda: same_weights(torch.nn.Linear(2, 2))):
-            with pytest.raises(seen):
-                summed()
-
-
-def test_every_process_gets_the_weights_of_rank_0_and_none_trains_where_rank_0_cannot_write(tmp_path):
-    (tmp_path / "file").touch(), (tmp_path / "worker.py").write_text("""import sys, torch, test_experiment as t, experiment as run
-def main():
-    run.join("cpu")
-    torch.manual_seed(run.world()[0])
-    model = run.same_weights(torch.nn.Linear(5, 5))
-    torch.manual_seed(0)
-    assert all(map(torch.equal, model.parameters(), torch.nn.Linear(5, 5).parameters()))
-    print("same weights", file=sys.stderr)
-    run.Run(t.Config(out=sys.argv[1]))
-    print("trained in vain", file=sys.stderr)
-run.command(main)
-""")
-    rc, output = torchrun(tmp_path / "worker.py", tmp_path / "file")
-    assert rc != 0 and output.count("same weights") == 2 and "in vain" not in output and output.count("error: cannot write to") == 1, output
-
-
 def test_a_mistake_on_the_command_line_is_one_line_and_exit_code_2(tmp_path):
     done = subprocess.run([sys.executable, ROOT / "reinforce.py", "--nonsense"], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2 and done.stdout == ""
@@ -365,7 +305,7 @@ def test_a_row_is_logged_once(tmp_path, handlers):
 def test_a_save_is_due_after_half_a_minute_or_twenty_times_what_one_takes(tmp_path, handlers, monkeypatch):
     run, now = Run(Config(out=str(tmp_path))), time.time()
     for cost, seconds, due in ((0, 29, False), (0, 31, True), (10, 199, False), (10, 201, True)):
-        run.saved, run.cost = now, cost
+        run.saved, run.save_seconds = now, cost
         monkeypatch.setattr(time, "time", lambda: now + seconds)
         assert bool(run.due) == due
 
@@ -476,7 +416,7 @@ def test_rows_logged_outside_of_loops_survive_and_rows_inside_go_with_their_stat
     with pytest.raises(SystemExit), Run(Config(out=str(tmp_path))) as run:
         run.log_once(lambda: dict(x=1), step=0)
         for step in run.loop("train", 3, *fresh_training()[:2], random.Random(0)):
-            run.kept, run.keep_cost = time.time(), 1000     # too dear to keep again
+            run.kept, run.keep_seconds = time.time(), 1000     # too dear to keep again
             run.log_once(lambda: dict(x=2), step=step + 1)
             if step == 1:
                 raise SystemExit(130)
@@ -707,5 +647,5 @@ def test_a_run_without_triton_compiler_display_or_network(tmp_path):
         grpo.command(grpo.main)"""
     env = {k: v for k, v in os.environ.items() if k not in ("DISPLAY", "WAYLAND_DISPLAY", "CXX")} | {"PATH": str(tmp_path), "MPLBACKEND": "TkAgg", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", code, "--quick", "--out", tmp_path / "run"], cwd=ROOT, env=env, capture_output=True, text=True)
-    assert done.returncode == 0 and "seed, cpu, 1 threads" in done.stdout.splitlines()[0], done.stderr
+    assert done.returncode == 0 and "cpu, 1 threads" in done.stdout.splitlines()[0], done.stderr
     assert check_whole(tmp_path / "run") == "train"
