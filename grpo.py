@@ -35,9 +35,10 @@ How this differs from the papers:
 4. A KL in the reward (--kl k1) is not divided by a group's std: in a group without a right answer
    that would blow its noise up to 1.
 
-    python grpo.py                          under 3 minutes on two cores
-    python grpo.py --loss grpo --beta 0.01  another method, and a pull to the base
-    python grpo.py --task countdown         another task, or your own (docs/bring_your_own_task.md)
+    python grpo.py                                under 3 minutes on two cores
+    python grpo.py --loss grpo --beta 0.01        another method, and a pull to the base
+    python grpo.py --task countdown --size 3      another task
+    python grpo.py --task sorting.py --size 5     your own (docs/bring_your_own_task.md)
 
 What to see: held-out pass@1 from about .27 to over .95 in 45 steps; guessed carries from half of
 the lines to almost none. The value of the loss says nothing about success: watch `reward`.
@@ -175,7 +176,7 @@ def policy_loss(logp, old_logp, adv, mask, ratio, eps_low, eps_high):
     logp, old_logp, mask (R, T), adv (R, 1). The clip takes the gradient away only where A > 0 and
     rho > 1 + eps_high, or A < 0 and rho < 1 - eps_low: where the step already went far enough.
     """
-    if ratio == "none":
+    if ratio == "none":  # REINFORCE
         return -adv * logp, torch.zeros_like(mask)
     log_rho = logp - old_logp
     if ratio == "sequence":
@@ -183,10 +184,11 @@ def policy_loss(logp, old_logp, adv, mask, ratio, eps_low, eps_high):
         lengths = mask.sum(1, keepdim=True).clamp_min(1)  # (R, 1)
         mean_log_rho = (log_rho * mask).sum(1, keepdim=True) / lengths  # (R, 1)
         log_rho = mean_log_rho.detach() + logp - logp.detach()
-    rho = log_rho.clamp(-20, 20).exp()
+    rho = log_rho.clamp(-20, 20).exp()  # (R, T); never inf
     clipped = rho.clamp(1 - eps_low, 1 + eps_high)
     if ratio == "cispo":  # the weight is clipped, the gradient never lost
         return -clipped.detach() * adv * logp, torch.zeros_like(mask)
+    # Where the clipped product is the smaller one the loss is constant: no gradient
     silenced = ((adv > 0) & (rho > 1 + eps_high)) | ((adv < 0) & (rho < 1 - eps_low))
     return -torch.minimum(rho * adv, clipped * adv), silenced.float() * mask
 
@@ -268,6 +270,7 @@ def warm_up(config, task, run, seed, device):
 
 def sample(model, task, problems, n, config, generator, uniforms=None):
     """n answers to each problem -> Rollout, texts, rewards (P, n). What did not end is wrong."""
+    # P prompts of any lengths; row i of the R = P * n answers is one to problem i // n
     prompts = [task.tokenizer.encode(task.prompt(problem)) for problem in problems]
     stop = task.tokenizer.stop
     rollout = generate(
@@ -298,11 +301,13 @@ def collect(model, task, config, rng, generator):
     while not drawn or (dynamic and sum(map(len, kept)) < P and len(drawn) < 4):
         problems = [task.draw(rng, config.size) for _ in range(P)]
         rollout, _, rewards = sample(model, task, problems, config.group, config, generator)
+        # from a group that is all right or all wrong nothing is learnt: its advantages are 0
         keep = (rewards.std(1) > 0) | (not dynamic)  # (P,)
         rollouts.append(rollout[keep.repeat_interleave(config.group)])
         kept.append(rewards[keep])
         drawn.append(rewards)
         tokens += int(rollout.mask.sum())
+    # What is logged tells of all answers that were drawn, dropped ones included
     everything = torch.cat(drawn).double()  # (P of all calls, G)
     statistics = dict(
         reward=everything.mean().item(),
@@ -325,7 +330,8 @@ def score(model, rollout, rows, config):
     logp, entropy = token_logprobs(
         hidden, model.lm_head.weight, part.ids[:, 1:], config.temperature
     )
-    pad = (1, rollout.ids.shape[1] - part.ids.shape[1])  # back to (rows, T)
+    # a state predicts the token after it: column 0 has no score. Back to (rows, T)
+    pad = (1, rollout.ids.shape[1] - part.ids.shape[1])
     return F.pad(logp, pad), F.pad(entropy, pad)
 
 
@@ -362,8 +368,10 @@ def token_losses(model, rollout, rows, adv, old_logp, ref_logp, config):
         method.eps_low,
         method.eps_high,
     )
+    # An entropy bonus keeps the policy from deciding too early
     loss = loss - config.entropy_bonus * entropy
     metrics = dict(entropy=entropy, clip_fraction=silenced)
+    # A KL to the base keeps it from drifting (k1 is in the advantage already)
     if config.beta:
         kl = kl_estimate(logp, ref_logp[rows], config.kl)
         metrics["kl"] = kl
@@ -388,7 +396,7 @@ def update(model, base, optimizer, rollout, rewards, config, budget, generator):
     total = Counter()
     for minibatch in order.tensor_split(config.minibatches):
         mask = rollout.mask[minibatch]
-        weights = aggregation_weights(mask, config.method.aggregation, budget)
+        weights = aggregation_weights(mask, config.method.aggregation, budget)  # (its rows, T)
         optimizer.zero_grad()
         # 3. The gradient is summed over pieces that the memory can hold
         for rows, a in zip(minibatch.split(config.micro_batch), weights.split(config.micro_batch)):
@@ -408,6 +416,7 @@ def update(model, base, optimizer, rollout, rewards, config, budget, generator):
 
 def evaluate(model, task, config, ks=(1, 16)):
     """pass@k of max(ks) answers to each held-out problem; guessed carries if the task has them."""
+    # The same problems and random numbers at each evaluation
     rng, generator = random.Random("held out"), torch.Generator().manual_seed(0)
     problems = [task.draw(rng, config.size, held_out=True) for _ in range(config.eval_prompts)]
     n = max(ks)
