@@ -240,8 +240,9 @@ def claims_of(ratio, gpt, seeds):
 def main():
     config = parse_args(Config, __doc__)
     device = pick_device(config.device)
-    grpo.build(config, rambling, device)
+    model = grpo.build(config, rambling, device)  # an impossible shape ends here
     with Run(config) as run:
+        run.introduce(device, model.config.parameters)
         for arm in ARMS:
             for seed in range(config.seed, config.seed + 8):
                 where = dict(phase="no model", arm=arm, seed=seed, step=300)

@@ -91,7 +91,8 @@ def figure(config, run):
         text = f"groups without variance, {kind} minus independent, same base and problems"
         less = dull[kind] - dull["iid"]
         source = "arXiv 2607.01179"
-        claims.append(claim(kind, text, source, "fewer", less, "<", 0, config.seeds))
+        fewer = claim(kind, text, source, "fewer", less, "<", 0, config.seeds)
+        claims.append(fewer)
     return fig, claims
 
 
@@ -99,8 +100,9 @@ def main():
     config = parse_args(Config, __doc__)
     device = pick_device(config.device)
     task = tasks.load(config.task)
-    grpo.build(config, task, device)
+    model = grpo.build(config, task, device)  # an impossible shape ends here
     with Run(config) as run:
+        run.introduce(device, model.config.parameters)
         for seed in seeds_of(config):
             base = grpo.warm_up(config, task, run, seed, device)
             for kind in SAMPLERS:

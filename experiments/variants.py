@@ -163,8 +163,9 @@ def main():
     device = pick_device(config.device)
     task = tasks.load(config.task)
     arms = [replace(config, loss=loss) for loss in LOSSES]  # refused here if one is impossible
-    grpo.build(config, task, device)
+    model = grpo.build(config, task, device)  # an impossible shape ends here
     with Run(config) as run:
+        run.introduce(device, model.config.parameters)
         for seed in seeds_of(config):
             base = grpo.warm_up(config, task, run, seed, device)
             for arm in arms:
