@@ -181,7 +181,7 @@ def parse_args(Config, doc, argv=None):
                 fail(
                     f"--resume continues a run with {name} = {values.get(name)}, not {given[name]}"
                 )
-        if given.get("steps", math.inf) < (values["steps"] or 0):
+        if given.get("steps", math.inf) < (values.get("steps") or 0):
             fail(
                 f"--resume goes on with a run of {values['steps']} steps: {given['steps']} are fewer"
             )
