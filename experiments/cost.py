@@ -286,6 +286,7 @@ def main():
     with Run(config) as run:
         run.introduce(device, sum(p.numel() for p in models["TTT"][0].parameters()))
         measure(config, run, device, models)
+        run.save()
         run.finish(*figure(config, run))
 
 

@@ -704,18 +704,19 @@ def test_training_learns_to_learn():
 COMMANDS = {"ttt": "ttt.py", "context": "experiments.context", "cost": "experiments.cost"}
 
 
-@pytest.mark.parametrize("name, also", [("ttt", ("samples.txt",)), ("context", ()), ("cost", ())])
+@pytest.mark.parametrize("name, also", [("ttt", ("samples.txt",)), ("context", ())])
 def test_a_quick_run_writes_figure_metrics_claims_config_and_checkpoint(name, also, tmp_path):
     assert check_quick(COMMANDS[name], tmp_path, also=also) == name
 
 
-def test_a_resume_of_cost_measures_nothing_again(tmp_path, monkeypatch):
+def test_a_quick_run_of_cost_writes_all_and_a_resume_measures_nothing_again(tmp_path, monkeypatch):
     calls, decode = [], cost.decode
     monkeypatch.setattr(cost, "decode", lambda model, context, eta, config, *more: calls.append(context) or decode(model, context, eta, config, *more))
-    finish("experiments.cost", "--quick", "--context", 128, "--out", tmp_path)
-    before = metrics(tmp_path), len(calls)
+    assert check_quick("experiments.cost", tmp_path, "--context", 128) == "cost"
+    before = metrics(tmp_path)
+    assert len(calls) == len(before) + 3 == 18              # the first call of each of three arms warms up
     finish("experiments.cost", "--resume", "--out", tmp_path)
-    assert before == (metrics(tmp_path), 18) and len(calls) == 18 + 3       # only the three that warm up
+    assert metrics(tmp_path) == before and len(calls) == 18 + 3
 
 
 @pytest.mark.parametrize("command", COMMANDS.values())
