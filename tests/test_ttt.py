@@ -1,4 +1,4 @@
-"""ttt.py: gradients of gradients against finite differences, what a step may and may not touch, the reader, the tasks, and the command."""
+"""ttt.py and its experiments: gradients of gradients against finite differences, what a step may and may not touch, the reader, the tasks, the commands."""
 import copy
 import json
 import math
@@ -8,42 +8,50 @@ import signal
 import time
 from types import SimpleNamespace
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
 from common import Memory, check_help, check_mistake, check_quick, check_resume, complain, finish, launch, metrics
 
 import ttt
-from experiment import UserError, load_checkpoint
+from experiment import UserError, load_checkpoint, parse_args
+from experiments import context, cost
+from experiments.cost import Reader
 from model import GPT, GPTConfig
+from pretrain import load_documents
+from tasks import text
+from tasks.maps import V, documents, floor
+from tasks.text import passages, stretches
 from ttt import (
+    ALL,
     ARMS,
-    FIGURES,
+    FAST,
     Config,
-    Reader,
-    V,
     build,
-    documents,
     dynamic_evaluation,
-    floor,
     inner_update,
-    passages,
     read,
     score_then_step,
-    stretches,
     token_losses,
 )
 
+SHAPE = dict(n_layer=2, n_head=2, n_embd=16, n_fast=24, chunk=8, window=5)
+
 
 def small(**choices):
-    return Config(**{**dict(n_layer=2, n_head=2, n_embd=16, n_fast=24, batch=3, length=32, chunk=8, window=5, steps=4, seeds=1, lr=2e-3, checkpointing=False,
-                            context=64, eval_docs=3), **choices})
+    return Config(**{**SHAPE, **dict(batch=3, length=32, steps=4, eval_docs=3), **choices})
+
+
+def trained(config, memory, arm, seed, draw, steps=None):
+    torch.manual_seed(seed)
+    return ttt.train(config, memory, arm, seed, build(config, V, arm == "full attention"), draw, steps or config.steps)
 
 
 def model_of(full=False, seed=0, dtype=torch.float32, **choices):
     torch.manual_seed(seed)
-    model = build(small(**choices), V, full).to(dtype)
+    model = build(small(**choices), V, full)
+    torch.nn.init.normal_(model.blocks[-1].attn.proj.weight, std=0.05)
+    model = model.to(dtype)
     for block in model.blocks:      # away from the start, where W_0 is next to nothing
         torch.nn.init.normal_(block.attn.qkv.weight, std=0.3)
     with torch.no_grad():
@@ -231,17 +239,17 @@ def test_the_reader_gives_what_the_whole_document_gives(arm, pieces):
     assert torch.allclose(loss, read(model, ids, eta, 8), atol=1e-4)
 
 
-@pytest.mark.skipif(ttt.allocated("cpu") is None, reason="glibc counts, others do not")
+@pytest.mark.skipif(cost.allocated("cpu") is None, reason="glibc counts, others do not")
 def test_what_a_reader_keeps_does_not_grow_by_the_allocators_own_count():
     """A list of what it keeps cannot know what is kept by mistake: a graph that hangs on the fast weights, say."""
     model, sizes = model_of(n_embd=64, n_fast=128), []
     Reader(model, 1, 1.0, 8).feed(ids_of(1, 400))       # what the first call of everything allocates stays
-    before = ttt.allocated("cpu")
+    before = cost.allocated("cpu")
     reader = Reader(model, 1, 1.0, 8)
     for i, part in enumerate(ids_of(1, 2400).split(8, 1)):
         reader.feed(part)
         if i % 100 == 99:
-            sizes.append(ttt.allocated("cpu") - before)
+            sizes.append(cost.allocated("cpu") - before)
     least = sum(t.numel() * t.element_size() for t in (*reader.cache.k, *reader.cache.v, *reader.fast, reader.x, reader.ids))
     assert 0.9 * least < sizes[0] < least + 2 ** 20 and max(sizes) - min(sizes) < 2 ** 18
 
@@ -279,16 +287,23 @@ def test_full_attention_sees_everything_in_its_last_layer_only():
 def test_the_last_block_starts_as_any_other():
     """Built after GPT has drawn its weights, it would have torch's: three times as large, and no arm learns well."""
     torch.manual_seed(0)
-    model = build(small(n_embd=64, figure="context"), V)
+    model = build(small(n_embd=64), V)
     for name, p in model.blocks[-1].named_parameters():
         if p.dim() == 2:
             twin = dict(model.blocks[0].named_parameters()).get(name)
             assert p.std().item() == pytest.approx(0.02 if twin is None else twin.std().item(), rel=0.1), name
 
 
-@pytest.mark.parametrize("full", [False, True])
-def test_on_maps_every_arm_starts_with_a_last_attention_that_is_heard(full):
-    assert build(small(n_embd=64), V, full).blocks[-1].attn.proj.weight.std().item() == pytest.approx(0.05, rel=0.1)
+def test_on_maps_every_arm_starts_from_its_seed_with_a_last_attention_that_is_heard(monkeypatch):
+    models = {}
+    monkeypatch.setattr(ttt, "train", lambda config, run, arm, seed, model, *_: models.setdefault(arm, model))
+    monkeypatch.setattr(ttt, "log_losses", lambda *_: None)
+    assert ttt.compare(small(n_embd=64), Memory(), 3, "cpu") == models and tuple(models) == ARMS
+    for arm, model in models.items():
+        assert model.blocks[-1].attn.proj.weight.std().item() == pytest.approx(0.05, rel=0.1)
+        torch.manual_seed(3)
+        alike = build(small(n_embd=64), V, arm == "full attention").state_dict()
+        assert all(torch.equal(w, alike[name]) for name, w in model.state_dict().items() if name != "blocks.1.attn.proj.weight")
 
 
 def test_the_forward_pass_is_that_of_w_0():
@@ -385,21 +400,22 @@ def test_passages_do_not_overlap_and_take_one_of_each_document_first():
 
 
 def test_texts_are_held_out_and_too_short_ones_are_one_clear_line(tmp_path, monkeypatch):
-    read, train_bpe = [], ttt.train_bpe
-    monkeypatch.setattr(ttt, "train_bpe", lambda text, n: read.append(text) or train_bpe(text, n))
+    read, train_bpe = [], text.train_bpe
+    monkeypatch.setattr(text, "train_bpe", lambda text, n: read.append(text) or train_bpe(text, n))
     for i in range(10):
         (tmp_path / f"{i}.txt").write_text(f"{i} " * 400)
-    train, test = ttt.texts(small(data=str(tmp_path), vocab_size=270))
-    texts = lambda docs: {tuple(ids.tolist()) for ids in docs}
-    assert len(train) == 8 and len(test) == 2 and len(texts(train) | texts(test)) == 10 and set(read[0]) == set("12346789 ")
+    docs = load_documents(str(tmp_path))
+    train, test = text.split(docs, 270, 32, 80)
+    known = lambda docs: {tuple(ids.tolist()) for ids in docs}
+    assert len(train) == 8 and len(test) == 2 and len(known(train) | known(test)) == 10 and set(read[0]) == set("12346789 ")
     most = max(map(len, train))
     with pytest.raises(UserError, match=f"to train on has more than {most} tokens"):
-        ttt.texts(small(data=str(tmp_path), vocab_size=270, length=most))
-    least = max(map(len, test)) - 16                    # with the 16 tokens of small's targets
-    assert passages(test, least - 1 + 16 + 1, 3).shape[1] == least + 16 and ttt.texts(small(data=str(tmp_path), vocab_size=270, context=least - 1))
-    with pytest.raises(UserError, match=f"to test on has more than {least + 16} tokens"):
-        ttt.texts(small(data=str(tmp_path), vocab_size=270, context=least))
-    (train,), (test,) = ttt.texts(small(data=str(tmp_path / "0.txt"), vocab_size=270))
+        text.split(docs, 270, most, 80)
+    least = max(map(len, test))
+    assert passages(test, least, 3).shape[1] == least and text.split(docs, 270, 32, least - 1)
+    with pytest.raises(UserError, match=f"to test on has more than {least} tokens"):
+        text.split(docs, 270, 32, least)
+    (train,), (test,) = text.split(docs[:1], 270, 32, 80)
     assert len(train) > 3 * len(test) > 100
 
 
@@ -408,6 +424,11 @@ def test_texts_are_held_out_and_too_short_ones_are_one_clear_line(tmp_path, monk
 
 def claims_of(figure):
     return {c["id"]: (c["ours"], c["threshold"], c["holds"]) for c in figure[1]}
+
+
+class Standin(tuple):
+    """(arm, seed), in place of a trained model."""
+    lm_head = SimpleNamespace(weight=torch.zeros(1))
 
 
 def test_the_claims_of_memory_are_those_of_known_losses_and_nothing_is_measured_twice(monkeypatch):
@@ -428,11 +449,17 @@ def test_the_claims_of_memory_are_those_of_known_losses_and_nothing_is_measured_
         assert torch.equal(ids, tests.setdefault(model[1], ids)) and ids.shape == (3, 33) and chunk == 8
         return torch.stack([loss(model, eta) + beside for beside in (-1, 0, 1)])
 
-    monkeypatch.setattr(ttt, "train", lambda config, run, arm, seed, *_: (arm, seed))
+    monkeypatch.setattr(ttt, "train", lambda config, run, arm, seed, *_: Standin((arm, seed)))
     monkeypatch.setattr(ttt, "losses", losses)
     monkeypatch.setattr(ttt, "dynamic_evaluation", lambda model, ids, eta, decay, chunk: loss(model, eta, decay))
     memory = Memory()
-    fig, claims = ttt.figure_memory(small(seeds=2), memory, "cpu")
+
+    def figure(config):
+        for seed in range(2):
+            ttt.compare(config, memory, seed, "cpu")
+        return ttt.figure(config, memory)
+
+    fig, claims = figure(small(seeds=2))
     expected = {"floor": (f"{1.0 - floor():.3g}", "<= 0.25", False), "full": (f"{0.8 - floor():.3g}", "<= 0.3", True),
                 "dynamic": ("0.8", ">= 1.5", False),                    # (2.6 - 1) / 2 in seed 1: fast MLP, best eta 1; (2.7 - .9) / 2 in seed 0: all weights
                 "off": ("0.2", "<= 0.3", True)}                         # (2.5 - 2.9) / 2, and .1 in seed 0
@@ -443,20 +470,43 @@ def test_the_claims_of_memory_are_those_of_known_losses_and_nothing_is_measured_
     assert curve(seed=0, eta=0.3, decay=0.1)[-1] == pytest.approx(2.8) and curve(seed=0, eta=0.3, decay=0.0)[-1] == pytest.approx(2.7)
     assert [r["step"] for r in memory.rows if (r["arm"], r["seed"]) == ("TTT", 0)] == list(range(2, 33, 2))
     measured = len(calls)
-    assert claims_of(ttt.figure_memory(small(seeds=2), memory, "cpu")) == expected and len(calls) == measured
-    assert claims_of(ttt.figure_memory(small(seeds=2, steps=5), memory, "cpu")) == expected and len(calls) == 2 * measured
+    assert claims_of(figure(small(seeds=2))) == expected and len(calls) == measured
+    assert claims_of(figure(small(seeds=2, steps=5))) == expected and len(calls) == 2 * measured
 
 
-def context_figure(monkeypatch, ttt_late, dynamic):
-    """figure_context with two seeds, contexts of 64 and 256, 16 targets; TTT's loss after 256 by seed; dynamic: (kind, eta) -> losses after 64, 256."""
-    train_docs, test_docs = [torch.arange(500)], [torch.arange(1000, 1600)]
+def test_samples_show_which_tokens_each_arm_gave_more_than_one_half(monkeypatch):
+    def losses(model, ids, eta, chunk, rows):
+        loss = torch.full((3, 32), 0.7)
+        if model == "ttt":
+            assert eta == 1.0
+            loss[0, -9:] = 0.69         # just more than one half, of nine tokens
+            loss[1, -8:] = 0.0
+        return loss
+
+    monkeypatch.setattr(ttt, "losses", losses)
+    prompts, answers = ttt.examples(small(), {"TTT": "ttt", "sliding window": "window"})
+    ends = documents(np.random.default_rng([0, 2]), 3, 33)[:, -16:]
+    assert [prompt.split()[3:] for prompt in prompts] == [["abcdefghijklmnopqrstuvwxyz012345"[i] for i in end] for end in ends]
+    assert answers["window"] == [(" ".join("-" * 16), False)] * 3
+    known = [prompt.split()[3:] for prompt in prompts]
+    assert answers["TTT"] == [(" ".join(["-"] * 7 + known[0][7:]), True), (" ".join(["-"] * 8 + known[1][8:]), False), (" ".join("-" * 16), False)]
+
+
+def context_figure(monkeypatch, folder, ttt_late, dynamic):
+    """The command with two seeds, contexts of 64 and 256, 16 targets; TTT's loss after 256 by seed; dynamic: (kind, eta) -> losses after 64, 256."""
     known = {("TTT", 1.0): ((3.0, ttt_late[0]), (3.0, ttt_late[1])), ("TTT", 0): ((3.3, 3.25), (3.3, 3.15)),        # by seed
              ("sliding window", 0): ((3.4, 3.3), (3.4, 3.4))}
 
-    def train(config, run, arm, seed, device, vocab, draw):
+    def split(texts, vocab_size, train_least, test_least):
+        assert (vocab_size, train_least, test_least) == (300, 32, 272)
+        return [torch.arange(500)], [torch.arange(1000, 1600)]
+
+    def train(config, run, arm, seed, model, draw, steps):
         ids = draw(np.random.default_rng(seed))
-        assert ids.shape == (3, 33) and ids.max() < 500
-        return arm, seed
+        assert ids.shape == (3, 33) and ids.max() < 500 and steps == config.steps == 4
+        torch.manual_seed(seed)
+        assert torch.equal(model.wte.weight, build(config, 300).wte.weight)
+        return Standin((arm, seed))
 
     def row(value, T):
         return torch.cat((torch.full((T - 17,), 99.0), torch.full((16,), value)))     # only the targets, the last 16, have the loss that counts
@@ -466,38 +516,43 @@ def context_figure(monkeypatch, ttt_late, dynamic):
             return torch.zeros(1, 32)
         late = {80: False, 272: True}[ids.shape[1] - 1]
         assert ids[:, -1].tolist() == [1272, 1545]
-        value = known[model[0], eta][model[1]][late] if (model[0], eta) in known else dynamic(ttt.FAST, eta)[late]
+        value = known[model[0], eta][model[1]][late] if (model[0], eta) in known else dynamic(FAST, eta)[late]
         return torch.stack([row(value, ids.shape[1])] * 2)
 
     def dynamic_evaluation(model, ids, eta, decay, chunk):
         assert model[0] == "sliding window" and decay == 0
-        return row(dynamic(ttt.ALL, eta)[len(ids) == 273], len(ids))
+        return row(dynamic(ALL, eta)[len(ids) == 273], len(ids))
 
+    monkeypatch.setattr(context, "split", split)
     monkeypatch.setattr(ttt, "train", train)
     monkeypatch.setattr(ttt, "losses", losses)
     monkeypatch.setattr(ttt, "dynamic_evaluation", dynamic_evaluation)
-    monkeypatch.setattr(ttt, "speed", lambda measure, tokens, device: measure() is not None and tokens / 2)
-    memory = Memory()
-    return ttt.figure_context(small(figure="context", context=256, seeds=2), memory, "cpu", train_docs, test_docs), memory
+    monkeypatch.setattr(context, "clock", lambda device, time=iter(range(10 ** 6)): 2 * next(time))
+    made, figure = [], context.figure
+    monkeypatch.setattr(context, "figure", lambda config, run: made.append((figure(config, run), run)) or made[0][0])
+    monkeypatch.setattr(context.Run, "finish", lambda *_: None)
+    flags = SHAPE | dict(batch=3, length=32, steps=4, eval_docs=3, context=256, seeds=2, vocab_size=300, out=folder)
+    finish("experiments.context", *(word for name, value in flags.items() for word in (f"--{name.replace('_', '-')}", value)))
+    return made[0]
 
 
-def test_the_claims_of_context_are_those_of_known_losses_and_the_strongest_rival_stands_there(monkeypatch):
+def test_the_claims_of_context_are_those_of_known_losses_and_the_strongest_rival_stands_there(monkeypatch, tmp_path):
     """Which eta is best differs: all weights at .3 after 256 tokens, at 1 after 64."""
-    dynamic = lambda kind, eta: (3.3, 3.1) if kind == ttt.FAST else {0.3: (3.2, 2.42), 1.0: (2.9, 2.7)}.get(eta, (9.0, 9.0))
-    figure, memory = context_figure(monkeypatch, (2.5, 2.3), dynamic)
+    dynamic = lambda kind, eta: (3.3, 3.1) if kind == FAST else {0.3: (3.2, 2.42), 1.0: (2.9, 2.7)}.get(eta, (9.0, 9.0))
+    figure, memory = context_figure(monkeypatch, tmp_path, (2.5, 2.3), dynamic)
     assert claims_of(figure) == {"ttt": ("0.5", "> 0", True), "over dynamic, trained length": ("-0.1 (-0.1 ± 0; all weights, eta = 1)", "> 0", False),
                                  "over dynamic, longest": ("-0.08 (0.02 ± 0.14; all weights, eta = 0.3)", "> 0", False),
                                  "over dynamic, fall": ("-0.28 (-0.18 ± 0.14; all weights, eta = 0.3)", "> 0", False)}
     assert [r["loss"] for r in memory.rows if r["arm"] == "TTT, updates off"] == pytest.approx([3.3, 3.25, 3.3, 3.15])
     assert "dynamic evaluation, all weights, eta = 0.3" in figure[0].axes[0].get_legend_handles_labels()[1]
     assert "is level with dynamic evaluation, all weights (2.420)" in figure[0].get_suptitle()
-    assert {(r["arm"], r["tokens_per_s"]) for r in memory.rows if r["phase"] == "speed"} == {(arm, 16) for arm in ("TTT", "sliding window", ttt.FAST, ttt.ALL)}
+    assert {(r["arm"], r["tokens_per_s"]) for r in memory.rows if r["phase"] == "speed"} == {(arm, 16) for arm in ("TTT", "sliding window", FAST, ALL)}
     assert "64 to 79 tokens deep minus 256 to 271 tokens deep" in figure[1][0]["claim"]
 
 
 @pytest.mark.parametrize("late, verdict, holds", [(2.2, "behind", False), (2.6, "ahead of", True)])
-def test_the_title_of_context_says_who_is_ahead_at_the_longest(monkeypatch, late, verdict, holds):
-    figure, _ = context_figure(monkeypatch, (2.5, 2.3), lambda kind, eta: (3.3, late + 0.001 * eta))
+def test_the_title_of_context_says_who_is_ahead_at_the_longest(monkeypatch, tmp_path, late, verdict, holds):
+    figure, _ = context_figure(monkeypatch, tmp_path, (2.5, 2.3), lambda kind, eta: (3.3, late + 0.001 * eta))
     assert f"is {verdict} dynamic evaluation" in figure[0].get_suptitle() and claims_of(figure)["over dynamic, longest"][2] == holds
 
 
@@ -511,14 +566,20 @@ def test_the_claims_of_cost_are_those_of_known_costs(monkeypatch):
         return {"read_us_per_token": 7.0 if long else 1.0, "us_per_token": time * (9 if seed == 2 else 1),
                 "bytes": (160 if long else 10) if full else 100 * (grows[0] if long else 1) if eta else 50 - long}
 
-    monkeypatch.setattr(ttt, "decode", decode)
-    memory, claims = Memory(), lambda memory: claims_of(ttt.figure_cost(small(figure="cost", context=256, seeds=3), memory, "cpu"))
+    config = cost.Config(**SHAPE, context=256, seeds=3)
+
+    def claims(memory):
+        cost.measure(config, memory, "cpu", cost.arms(config))
+        return claims_of(cost.figure(config, memory))
+
+    monkeypatch.setattr(cost, "decode", decode)
+    memory = Memory()
     assert claims(memory) == {"time": ("1.1 ± 0", "<= 1.15", True), "memory": ("1 ± 0", "<= 1.15", True), "full time": ("4 ± 0", ">= 1.5", True)}
     assert {r["bytes"] for r in memory.rows if r["arm"] == "sliding window"} == {50, 49}
     grows[0] = 16.0         # what a graph kept by mistake does
     assert claims(Memory())["memory"] == ("16 ± 0", "<= 1.15", False)
     grows[0] = 1.0
-    monkeypatch.setattr(ttt, "decode", lambda *args: decode(*args) | {"bytes": None})
+    monkeypatch.setattr(cost, "decode", lambda *args: decode(*args) | {"bytes": None})
     assert claims(Memory())["memory"][2] is False
 
 
@@ -537,19 +598,18 @@ def test_decoding_counts_time_per_token_once_warm(monkeypatch):
             return torch.zeros(1)
 
     counts = iter((107, 100))
-    monkeypatch.setattr(ttt, "Reader", Slow)
-    monkeypatch.setattr(ttt, "allocated", lambda device: next(counts))
-    monkeypatch.setattr(ttt, "time", SimpleNamespace(perf_counter=lambda: -7.0, process_time=lambda: clock[0]))
-    assert ttt.decode(None, 32, 1.0, small(), "cpu", 0) == {"read_us_per_token": 1e6, "us_per_token": 2e6, "bytes": 7} and seen == [8] * 4 + [1] * 40
+    monkeypatch.setattr(cost, "Reader", Slow)
+    monkeypatch.setattr(cost, "allocated", lambda device: next(counts))
+    monkeypatch.setattr(cost, "time", SimpleNamespace(perf_counter=lambda: -7.0, process_time=lambda: clock[0]))
+    assert cost.decode(None, 32, 1.0, small(), "cpu", 0) == {"read_us_per_token": 1e6, "us_per_token": 2e6, "bytes": 7} and seen == [8] * 4 + [1] * 40
 
 
-@pytest.mark.parametrize("figure", ["memory", "cost"])
-def test_a_flag_beats_what_the_figure_would_take(figure, monkeypatch, tmp_path):
-    seen = []
-    monkeypatch.setattr(ttt, f"figure_{figure}", lambda config, *_: seen.append(config) or (plt.figure(), []))
-    finish("ttt.py", "--figure", figure, "--chunk", 8, "--window", 5, "--out", tmp_path)
-    config, = seen
-    assert (config.chunk, config.window, config.n_embd, config.n_fast) == (8, 5, ttt.SIZES[figure]["n_embd"], ttt.SIZES[figure]["n_fast"])
+@pytest.mark.parametrize("module, n_embd, n_fast", [(ttt, 64, 128), (context, 128, 256), (cost, 128, 256)])
+def test_a_flag_beats_the_default_of_a_lesson_and_of_an_experiment(module, n_embd, n_fast):
+    config = parse_args(module.Config, "", ["--chunk", "8", "--window", "5"])
+    assert (config.chunk, config.window, config.n_embd, config.n_fast) == (8, 5, n_embd, n_fast)
+    config = parse_args(module.Config, "", ["--quick", "--chunk", "8"])
+    assert (config.chunk, config.window, config.n_embd, config.n_fast) == (8, 8, 32, 32)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -559,7 +619,7 @@ def test_every_arm_sees_the_same_documents_and_only_ttt_steps_inside(monkeypatch
     seen, original = [], ttt.read
     monkeypatch.setattr(ttt, "read", lambda model, ids, eta, *rest, **more: seen.append((ids, eta)) or original(model, ids, eta, *rest, **more))
     for arm in ARMS:
-        ttt.train(small(steps=20), Memory(), arm, 0, "cpu", V, lambda rng: documents(rng, 2, 17))
+        trained(small(steps=20), Memory(), arm, 0, lambda rng: documents(rng, 2, 17))
     for a, b, c in zip(seen[:20], seen[20:40], seen[40:]):
         assert torch.equal(a[0], b[0]) and torch.equal(a[0], c[0]) and b[1] == c[1] == 0
     etas = [eta for _, eta in seen[:20]]
@@ -570,7 +630,7 @@ def test_every_arm_sees_the_same_documents_and_only_ttt_steps_inside(monkeypatch
 def test_training_by_hand(arm):
     """The schedule, the clip, the optimizer and the seeds: weights after four steps."""
     config, draw, rng, norms = small(lr=0.5), lambda rng: documents(rng, 3, 33), random.Random(3), []
-    trained = ttt.train(config, Memory(), arm, 3, "cpu", V, draw)
+    result = trained(config, Memory(), arm, 3, draw)
     torch.manual_seed(3)
     model = build(config, V, full=arm == "full attention")
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.1, fused=True)
@@ -581,9 +641,9 @@ def test_training_by_hand(arm):
         optimizer.step()
         optimizer.zero_grad()
     assert max(norms) > 1
-    for (name, p), q in zip(model.named_parameters(), trained.parameters(), strict=True):
+    for (name, p), q in zip(model.named_parameters(), result.parameters(), strict=True):
         torch.testing.assert_close(q, p, rtol=1e-4, atol=1e-5, msg=name)
-    assert trained.config.window == model.config.window == (None if arm == "full attention" else 5)
+    assert result.config.window == model.config.window == (None if arm == "full attention" else 5)
 
 
 def test_an_interrupted_training_goes_on_to_the_bit_and_every_arm_and_seed_is_trained():
@@ -596,7 +656,7 @@ def test_an_interrupted_training_goes_on_to_the_bit_and_every_arm_and_seed_is_tr
         resumed = False
 
     whole, halted, draw = Memory(), Interrupted(), lambda rng: documents(rng, 2, 17)
-    run = lambda memory: [ttt.train(small(), memory, arm, seed, "cpu", V, draw) for seed in range(2) for arm in ARMS]
+    run = lambda memory: [trained(small(), memory, arm, seed, draw) for seed in range(2) for arm in ARMS]
     models = run(whole)
     with pytest.raises(KeyboardInterrupt):
         run(halted)
@@ -615,13 +675,13 @@ def test_in_memory_the_window_trains_longer_than_the_others_and_to_the_end_of_it
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *a: rates.append(self.param_groups[0]["lr"]) or step(self, *a))
     for longer in (1, 3):
         rates.clear()
-        ttt.train(small(steps=20), memory, "sliding window", longer, "cpu", V, lambda rng: documents(rng, 2, 17), longer)
+        trained(small(steps=20), memory, "sliding window", longer, lambda rng: documents(rng, 2, 17), 20 * longer)
         assert rates == [ttt.lr_at(i, 20 * longer, 2e-3, 40) for i in range(20 * longer)]
-    monkeypatch.setattr(ttt, "train", lambda config, run, arm, seed, device, vocab, draw, longer: rates.append((arm, longer)) or 1 / 0)
+    monkeypatch.setattr(ttt, "train", lambda config, run, arm, seed, model, draw, steps: rates.append((arm, steps)))
+    monkeypatch.setattr(ttt, "log_losses", lambda *_: None)
     rates.clear()
-    with pytest.raises(ZeroDivisionError):
-        ttt.figure_memory(small(), Memory(), "cpu")
-    assert rates == [("TTT", 1)] and ttt.LONGER == {"sliding window": 5}
+    ttt.compare(small(), Memory(), 0, "cpu")
+    assert rates == [("TTT", 4), ("sliding window", 20), ("full attention", 4)]
 
 
 def test_documents_are_read_a_few_at_a_time(monkeypatch):
@@ -635,47 +695,79 @@ def test_training_learns_to_learn():
     """Documents of four tokens each, in any order: what the window has not seen, the steps know."""
     draw = lambda rng: torch.from_numpy(np.take_along_axis(rng.random((8, V)).argsort(1), rng.integers(4, size=(8, 65)), 1))
     config = small(steps=100, batch=8, length=64, chunk=16, n_embd=32, n_fast=32, lr=4e-3, window=2)
-    model = ttt.train(config, Memory(), "TTT", 0, "cpu", V, draw)
+    model = trained(config, Memory(), "TTT", 0, draw)
     ids = torch.cat([draw(np.random.default_rng(i)) for i in range(8)])
     late = lambda eta: read(model, ids, eta, 16)[:, -16:].mean().item()
     assert late(1.0) < late(0) - 0.25
 
 
-@pytest.mark.parametrize("figure", FIGURES)
-def test_a_quick_run_writes_figure_metrics_claims_config_and_checkpoint(figure, tmp_path):
-    assert check_quick("ttt.py", tmp_path, "--figure", figure) == figure
+COMMANDS = {"ttt": "ttt.py", "context": "experiments.context", "cost": "experiments.cost"}
 
 
-def test_help_lists_every_flag():
-    check_help("ttt.py")
+@pytest.mark.parametrize("name, also", [("ttt", ("samples.txt",)), ("context", ())])
+def test_a_quick_run_writes_figure_metrics_claims_config_and_checkpoint(name, also, tmp_path):
+    assert check_quick(COMMANDS[name], tmp_path, also=also) == name
 
 
-@pytest.mark.parametrize("flags", ["--bogus", "--steps 0", "--chunk 24", "--length 24 --chunk 8", "--figure none", "--lr nan", "--n-embd 65", "--window 0", "--resume",
-                                   "--figure context --data /nowhere", "--steps 1e3", "--seed -1", "--eta -1", "--eta 1e300", "--n-head 3", "--n-head 64",
-                                   "--n-embd 100000000", "--n-layer 100000000000"])
+def test_a_quick_run_of_cost_writes_all_and_a_resume_measures_nothing_again(tmp_path, monkeypatch):
+    calls, decode = [], cost.decode
+    monkeypatch.setattr(cost, "decode", lambda model, context, eta, config, *more: calls.append(context) or decode(model, context, eta, config, *more))
+    assert check_quick("experiments.cost", tmp_path, "--context", 128) == "cost"
+    before = metrics(tmp_path)
+    assert len(calls) == len(before) + 3 == 18              # the first call of each of three arms warms up
+    finish("experiments.cost", "--resume", "--out", tmp_path)
+    assert metrics(tmp_path) == before and len(calls) == 18 + 3
+
+
+@pytest.mark.parametrize("command", COMMANDS.values())
+def test_help_lists_every_flag(command):
+    check_help(command)
+
+
+@pytest.mark.parametrize("flags", ["--bogus", "--steps 0", "--chunk 24", "--length 24 --chunk 8", "--lr nan", "--n-embd 65", "--window 0", "--resume",
+                                   "--steps 1e3", "--seed -1", "--eta -1", "--eta 1e300", "--n-head 3", "--n-head 64", "--n-embd 100000000", "--n-layer 100000000000"])
 def test_a_mistake_in_the_flags_is_one_line_and_exit_code_2(flags, tmp_path):
     check_mistake("ttt.py", flags, tmp_path)
 
 
-@pytest.mark.parametrize("flags", ["--n-layer 4000000000", "--n-embd 65536 --n-layer 1000000", "--batch 4000000000", "--eval-docs 4000000000", "--length 4000000000",
-                                   "--figure context --vocab-size 4000000000", "--figure context --context 4000000000", "--figure cost --window 4000000000",
-                                   "--figure cost --chunk 4000000000", "--figure cost --context 4000000000"])
-def test_what_the_machine_cannot_hold_is_one_line_before_anything_is_allocated(flags, tmp_path, monkeypatch):
-    monkeypatch.setattr(ttt, "texts", lambda config: pytest.fail("read texts first"))
-    assert " parameters" in complain("ttt.py", "--quick", "--out", tmp_path, *flags.split()) and not list(tmp_path.iterdir())
+@pytest.mark.parametrize("command, flags", [("experiments.context", "--data /nowhere"), ("experiments.context", "--chunk 24"), ("experiments.context", "--n-head 3"),
+                                            ("experiments.cost", "--n-head 3"), ("experiments.cost", "--resume")])
+def test_a_mistake_in_the_flags_of_an_experiment_is_one_line_and_exit_code_2(command, flags, tmp_path):
+    check_mistake(command, flags, tmp_path)
 
 
-@pytest.mark.parametrize("figure", FIGURES)
-def test_the_parameters_are_counted_without_making_them(figure):
-    config = small(figure=figure, n_layer=5)
-    assert ttt.size(config, 40) == sum(p.numel() for p in build(config, 40).parameters())
+def test_texts_too_short_for_the_flags_of_context_are_one_line(tmp_path):
+    for i in range(5):
+        (tmp_path / f"{i}.txt").write_text(f"{i} " * 200)
+    flags = ("--quick", "--data", str(tmp_path), "--out", str(tmp_path / "out"))
+    assert "to train on has more than 2048 tokens" in complain("experiments.context", *flags, "--length", "2048")
+    assert "to test on has more than 4032 tokens" in complain("experiments.context", *flags, "--context", "4000")
 
 
-@pytest.mark.parametrize("flags", ["--data x", "--vocab-size 300", "--context 512", "--figure cost --steps 7", "--figure cost --lr 1", "--figure cost --batch 2",
-                                   "--figure cost --length 64", "--figure cost --eval-docs 3", "--figure cost --dtype bfloat16", "--figure cost --checkpointing",
-                                   "--figure cost --data x", "--figure cost --vocab-size 300"])
-def test_a_flag_that_does_nothing_in_a_figure_is_refused(flags, tmp_path):
-    assert "does nothing here" in complain("ttt.py", "--out", tmp_path, *flags.split())
+@pytest.mark.parametrize("command, flags", [("ttt.py", "--n-layer 4000000000"), ("ttt.py", "--n-embd 65536"), ("ttt.py", "--batch 4000000000"),
+                                            ("ttt.py", "--eval-docs 4000000000"), ("ttt.py", "--length 4000000000"), ("ttt.py", "--n-fast 4000000000"),
+                                            ("experiments.context", "--vocab-size 4000000000"), ("experiments.context", "--context 4000000000"),
+                                            ("experiments.cost", "--window 4000000000"), ("experiments.cost", "--chunk 4000000000"),
+                                            ("experiments.cost", "--context 4000000000")])
+def test_what_no_machine_holds_is_one_line_before_anything_is_allocated(command, flags, tmp_path):
+    assert "must be" in complain(command, "--quick", "--out", tmp_path, *flags.split()) and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", COMMANDS.values())
+def test_a_model_that_this_machine_cannot_hold_is_one_line_before_anything_is_read_or_written(command, tmp_path, monkeypatch):
+    def need_memory(size, what, *_):
+        raise UserError(what)
+
+    monkeypatch.setattr("model.need_memory", need_memory)
+    monkeypatch.setattr(context, "load_documents", lambda data: pytest.fail("read texts first"))
+    assert " parameters" in complain(command, "--quick", "--out", tmp_path) and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command, flags", [("ttt.py", "--data x"), ("ttt.py", "--vocab-size 300"), ("ttt.py", "--context 512"),
+                                            *(("experiments.cost", flags) for flags in ("--steps 7", "--lr 1", "--batch 2", "--length 64", "--eval-docs 3", "--checkpointing",
+                                                                                        "--data x", "--vocab-size 300"))])
+def test_a_flag_that_would_do_nothing_is_refused(command, flags, tmp_path):
+    assert "unrecognized arguments" in complain(command, "--out", tmp_path, *flags.split())
 
 
 @pytest.mark.parametrize("flags, number", [("--lr 1e6", "gradient norm is nan at step 2 of TTT 0"), ("--lr 1e20", "loss is nan at step 2 of TTT 0"),
@@ -707,16 +799,16 @@ def test_a_signal_is_heeded_at_once_while_documents_are_tested_on_and_nothing_is
 
 def test_a_resume_refuses_a_text_that_is_no_longer_the_same(tmp_path):
     (tmp_path / "a.txt").write_text("".join(f"{i} " for i in range(2000)))
-    flags = ("--quick", "--figure", "context", "--steps", "2", "--data", str(tmp_path / "a.txt"), "--out", str(tmp_path / "out"))
-    finish("ttt.py", *flags)
+    flags = ("--quick", "--steps", "2", "--data", str(tmp_path / "a.txt"), "--out", str(tmp_path / "out"))
+    finish("experiments.context", *flags)
     (tmp_path / "a.txt").write_text("".join(f"{i} " for i in range(2100)))
-    assert "--data" in complain("ttt.py", "--resume", "--out", str(tmp_path / "out"))
+    assert "--data" in complain("experiments.context", "--resume", "--out", str(tmp_path / "out"))
 
 
 def test_interrupt_and_resume_give_the_metrics_of_an_uninterrupted_run_to_the_bit(tmp_path):
-    check_resume("ttt.py", tmp_path, (dict(arm="TTT"), dict(phase="test", arm=ttt.ALL)), "--quick", "--steps", 20)
+    check_resume("ttt.py", tmp_path, (dict(arm="TTT"), dict(phase="test", arm=ALL)), "--quick", "--steps", 20)
 
 
 def test_context_interrupted_goes_on_to_the_bit(tmp_path):
     (tmp_path / "a.txt").write_text("".join(f"{i} " for i in range(2000)))
-    check_resume("ttt.py", tmp_path, (dict(arm="sliding window"), dict(phase="speed", arm=ttt.ALL)), "--quick", "--figure", "context", "--data", tmp_path / "a.txt")
+    check_resume("experiments.context", tmp_path, (dict(arm="sliding window"), dict(phase="speed", arm=ALL)), "--quick", "--data", tmp_path / "a.txt")
