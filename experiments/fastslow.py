@@ -2,14 +2,17 @@
 
     python -m experiments.fastslow          about 3 minutes on two cores
 
-Three stages; in each, answers must obey a rule that nobody names. The base model knows each rule by a word in the hint slot.
+Three stages; in each, answers must obey a rule that nobody names. The base model knows each rule by
+a word in the hint slot.
 
-fast    every 6 steps the population, at most 4 words for the hint slot, and 4 random others are tried on 8 prompts each; those
-        with at least half of the best one's reward live on
+fast    every 6 steps the population, at most 4 words for the hint slot, and 4 random others are
+        tried on 8 prompts each; those with at least half of the best one's reward live on
 slow    GRPO, each group's answers spread over the population
 
-What to see: with both, every stage is learnt, the first one from fewer sampled tokens than by the weights alone.
+What to see: with both, every stage is learnt, the first one from fewer sampled tokens than by the
+weights alone.
 """
+
 import copy
 import random
 from dataclasses import dataclass
@@ -19,13 +22,47 @@ import numpy as np
 import torch
 
 from engine import generate
-from experiment import Flags, Run, UserError, claim, command, descend, flag, parse_args, pick_device, seeds_of, series
+from experiment import (
+    Flags,
+    Run,
+    UserError,
+    claim,
+    command,
+    descend,
+    flag,
+    parse_args,
+    pick_device,
+    seeds_of,
+    series,
+)
 from opd import advantages, divergence
-from tasks.walkers import answer, answer_logprobs, curves, first_at, from_scratch, mean, model_files, over, shape
-from tasks.walks import ANSWER, EOS, NOHINT, PASSWORDS, PROMPT, RULES, crossing, prompt, renames, reward, text
+from tasks.walkers import (
+    answer,
+    answer_logprobs,
+    curves,
+    first_at,
+    from_scratch,
+    mean,
+    model_files,
+    over,
+    shape,
+)
+from tasks.walks import (
+    ANSWER,
+    EOS,
+    NOHINT,
+    PASSWORDS,
+    PROMPT,
+    RULES,
+    crossing,
+    prompt,
+    renames,
+    reward,
+    text,
+)
 
 ARMS = "fast and slow", "slow", "fast"
-SLOTS = (NOHINT, *RULES, *PASSWORDS[:8], *range(8))      # what may stand in the third hint slot
+SLOTS = (NOHINT, *RULES, *PASSWORDS[:8], *range(8))  # what may stand in the third hint slot
 
 
 @dataclass
@@ -53,99 +90,129 @@ def obeyed(pair, tokens, rule):
     return reward(pair, tokens) * renames(tokens, rule)
 
 
+def attempt(model, pairs, words, rule, generator):
+    """One answer to each pair with its word in the hint slot -> the rollout, rewards (B,)."""
+    prompts = [prompt_with(word)(pair) for pair, word in zip(pairs, words)]
+    rollout = generate(model, prompts, 1, ANSWER, stop=EOS, generator=generator)
+    rewards = [obeyed(pair, tokens, rule) for pair, tokens in zip(pairs, rollout.tokens())]
+    return rollout, torch.tensor(rewards, device=rollout.ids.device)
+
+
+def survivors(trial, rewards):
+    """The words of `trial`, at most 4, with half of the best one's reward or more, best first.
+
+    rewards: 8 for each word, word by word.
+    """
+    scores = rewards.view(-1, 8).mean(1).tolist()
+    ranked = sorted(zip(scores, trial), key=lambda pair: -pair[0])
+    best = ranked[0][0]
+    return [word for score, word in ranked if score >= best / 2][:4]
+
+
 def fast_and_slow(config, run, arm, seed, base):
-    """The three stages of an arm -> the trained model, its best word. Logs the success of the deployed pair."""
+    """The three stages of an arm -> the trained model, its best word. Logs their success."""
     phase = f"{arm} {seed}"
     model = copy.deepcopy(base)
-    device = base.lm_head.weight.device
-    optimizer = torch.optim.AdamW(model.parameters(), config.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), config.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True
+    )
     rng = random.Random(seed)
     generator = torch.Generator().manual_seed(seed)
     kept = dict(population=[NOHINT], sampled=0)
     for step in run.loop(phase, 3 * config.steps, model, optimizer, rng, generator, kept):
         rule = step // config.steps
-        population = kept["population"]
         train_pairs, test_pairs = crossing(rule)
-
-        def attempt(pairs, words):
-            """One answer to each pair with its word in the hint slot -> the rollout, rewards (B,)."""
-            prompts = [prompt_with(word)(pair) for pair, word in zip(pairs, words)]
-            rollout = generate(model, prompts, 1, ANSWER, stop=EOS, generator=generator)
-            kept["sampled"] += int(rollout.mask.sum())
-            rewards = [obeyed(pair, tokens, rule) for pair, tokens in zip(pairs, rollout.tokens())]
-            return rollout, torch.tensor(rewards, device=device)
-
+        # 1. Fast: which words to go on with
         if "fast" in arm and step % 6 == 0:
-            trial = population + rng.sample([word for word in SLOTS if word not in population], 4)
+            others = [word for word in SLOTS if word not in kept["population"]]
+            trial = kept["population"] + rng.sample(others, 4)
             pairs = rng.choices(train_pairs, k=8) * len(trial)
-            _, rewards = attempt(pairs, [word for word in trial for _ in range(8)])
-            scores = rewards.view(-1, 8).mean(1).tolist()
-            ranked = sorted(zip(scores, trial), key=lambda pair: -pair[0])
-            best = ranked[0][0]
-            population = kept["population"] = [word for score, word in ranked if score >= best / 2][:4]
+            words = [word for word in trial for _ in range(8)]
+            rollout, rewards = attempt(model, pairs, words, rule, generator)
+            kept["sampled"] += int(rollout.mask.sum())
+            kept["population"] = survivors(trial, rewards)
+        population = kept["population"]
+        # 2. Slow: a step of GRPO
         if "slow" in arm:
-            pairs = [pair for pair in rng.choices(train_pairs, k=config.batch // config.group) for _ in range(config.group)]
+            asked = rng.choices(train_pairs, k=config.batch // config.group)
+            pairs = [pair for pair in asked for _ in range(config.group)]
             words = [population[i % len(population)] for i in range(config.batch)]
-            rollout, rewards = attempt(pairs, words)
+            rollout, rewards = attempt(model, pairs, words, rule, generator)
+            kept["sampled"] += int(rollout.mask.sum())
             y, mask = rollout.ids[:, PROMPT:], rollout.mask[:, PROMPT:]
-            surprise = divergence(answer_logprobs(model, rollout.ids), None, y, "token")        # (B, T)
-            advantage = advantages(rewards.view(-1, config.group)).view(-1, 1)                  # (B, 1)
-            loss = (advantage * surprise * mask).sum() / mask.sum()
+            lp = answer_logprobs(model, rollout.ids)  # (B, T, V)
+            advantage = advantages(rewards.view(-1, config.group)).view(-1, 1)  # (B, 1)
+            loss = (advantage * divergence(lp, None, y, "token") * mask).sum() / mask.sum()
             optimizer.zero_grad()
             loss.backward()
             descend(optimizer, loss)
+        # 3. Log
         if (step + 1) % 5 == 0 or (step + 1) % config.steps == 0:
             word = population[0]
-            answers = answer(model, test_pairs, prompt_with(word), 4, 10_000 + 1000 * seed + step)
-            success = mean([obeyed(*a, rule) for a in answers])
-            run.log(phase="train", arm=arm, seed=seed, step=step + 1, stage=rule, sampled_tokens=kept["sampled"], **{"pass@1": success}, word=word)
-            run.say(stage=rule, **{"pass@1": success}, word=word)
+            eval_seed = 10_000 + 1000 * seed + step
+            answers = answer(model, test_pairs, prompt_with(word), 4, eval_seed)
+            row = {"pass@1": mean([obeyed(*a, rule) for a in answers]), "word": word}
+            row |= dict(stage=rule, sampled_tokens=kept["sampled"])
+            run.log(phase="train", arm=arm, seed=seed, step=step + 1, **row)
+            run.say(**{"stage": rule, "pass@1": row["pass@1"]})
     return model, kept["population"][0]
 
 
 def show(run, **deployed):
     """What each model, with its word, answers to three held-out problems of the last stage."""
     pairs = crossing(2)[1][:3]
-    written = {
-        name: [(text(tokens), obeyed(pair, tokens, 2)) for pair, tokens in answer(model, pairs, prompt_with(word), 1, 0)]
-        for name, (model, word) in deployed.items()
-    }
+    written = {}
+    for name, (model, word) in deployed.items():
+        answers = answer(model, pairs, prompt_with(word), 1, 0)
+        written[name] = [(text(tokens), obeyed(pair, tokens, 2)) for pair, tokens in answers]
     run.samples([text(prompt(pair)) for pair in pairs], **written)
 
 
 def figure(config, run):
     n, stage = config.seeds, config.steps
     fig, axes = plt.subplots(1, 2, figsize=(14, 5), layout="constrained")
-    curves(axes[0], run, ARMS, "pass@1", "", "held-out pass@1 under the stage's rule", unit="step")
+    ylabel = "held-out pass@1 under the stage's rule"
+    curves(axes[0], run, ARMS, "pass@1", "", ylabel, unit="step")
     for i in (1, 2):
         axes[0].axvline(i * stage, color="k", lw=0.5)
     axes[0].legend()
-    ends = {}
-    first = {arm: first_at(run, arm, 0.75, stage=0) for arm in ARMS}
+    ends, spent = {}, {}
     for i, arm in enumerate(ARMS):
         x, y = series(run, "pass@1", phase="train", arm=arm)
-        ends[arm] = y[:, np.isin(x, [stage, 2 * stage, 3 * stage])]             # (seeds, stages)
-        spent, y = (series(run, key, phase="train", arm=arm, stage=0)[1] for key in ("sampled_tokens", "pass@1"))
-        axes[1].plot(spent.T / 1e3, y.T, color=f"C{i}", lw=1, marker=".")
+        ends[arm] = y[:, np.isin(x, [stage, 2 * stage, 3 * stage])]  # (seeds, stages)
+        first_stage = dict(phase="train", arm=arm, stage=0)
+        spent[arm] = series(run, "sampled_tokens", **first_stage)[1]
+        y = series(run, "pass@1", **first_stage)[1]
+        axes[1].plot(spent[arm].T / 1e3, y.T, color=f"C{i}", lw=1, marker=".")
+    learnt = {arm: (e >= 0.75).sum(1) for arm, e in ends.items()}  # (seeds,)
+    stages = {arm: count.sum() for arm, count in learnt.items()}
     # Who never gets there has needed at least all that it sampled
-    spent = series(run, "sampled_tokens", phase="train", arm="slow", stage=0)[1][:, -1]
-    ratio = over(np.minimum(first["slow"], spent), first["fast and slow"])
-    never = " (at least: not all seeds get there)" * bool(np.isinf(first["slow"]).any())
+    slow = first_at(run, "slow", 0.75, stage=0)
+    both = first_at(run, "fast and slow", 0.75, stage=0)
+    ratio = over(np.minimum(slow, spent["slow"][:, -1]), both)
+    never = " (at least: not all seeds get there)" * bool(np.isinf(slow).any())
     ratios = ", ".join(f"{r:.1f}" for r in ratio)
-    learnt = {arm: (e >= 0.75).sum() for arm, e in ends.items()}
-    axes[0].set_title(f"Stages learnt, of {3 * n}: " + ", ".join(f"{arm} {count}" for arm, count in learnt.items()))
+    counts = ", ".join(f"{arm} {count}" for arm, count in stages.items())
+    axes[0].set_title(f"Stages learnt, of {3 * n}: {counts}")
     axes[1].axhline(0.75, color="k", ls=":", lw=1)
-    axes[1].set(title=f"First stage, each seed: tokens to .75, slow over both: {ratios}", xlabel="sampled tokens (thousands)",
-                ylabel="held-out pass@1", ylim=(-0.02, 1.02))
-    more = (ends["fast and slow"] >= 0.75).sum(1) - (ends["slow"] >= 0.75).sum(1)
+    axes[1].set_title(f"First stage, each seed: tokens to .75, slow over both: {ratios}")
+    axes[1].set(xlabel="sampled tokens (thousands)", ylabel="held-out pass@1", ylim=(-0.02, 1.02))
+    more = learnt["fast and slow"] - learnt["slow"]
     higher = (ends["fast and slow"] - ends["fast"]).mean(1)
+    speed = f"tokens to .75 in the first stage, weights only over both, worst seed{never}"
     source = "Tiwari et al., arXiv 2605.12484"
+    # fmt: off
     return fig, [
-        claim("both", f"stages at .75 or more, fast and slow (of {3 * n})", source, "all 3", learnt["fast and slow"], ">=", 3 * n, n),
-        claim("slow", "stages of three at .75 or more, both minus weights only", source, "weights stall", more, ">=", 1, n, f" ({learnt['slow']} of {3 * n})"),
-        claim("fast", "pass@1 at the ends of the stages, both minus prompt only", source, "lower ceiling", higher, ">", 0, n, f" ({learnt['fast']} of {3 * n})"),
-        claim("speed", f"tokens to .75 in the first stage, weights only over both, worst seed{never}", source, "1.4 to 3 (steps)", ratio.min(), ">=", 1.4, n, f" ({ratios})"),
+        claim("both", f"stages at .75 or more, fast and slow (of {3 * n})", source,
+              "all 3", stages["fast and slow"], ">=", 3 * n, n),
+        claim("slow", "stages of three at .75 or more, both minus weights only", source,
+              "weights stall", more, ">=", 1, n, f" ({stages['slow']} of {3 * n})"),
+        claim("fast", "pass@1 at the ends of the stages, both minus prompt only", source,
+              "lower ceiling", higher, ">", 0, n, f" ({stages['fast']} of {3 * n})"),
+        claim("speed", speed, source,
+              "1.4 to 3 (steps)", ratio.min(), ">=", 1.4, n, f" ({ratios})"),
     ]
+    # fmt: on
 
 
 def main():
