@@ -683,28 +683,24 @@ def figure_mask(config, run, device):
     success, twice = f"pass@1 of {budget}", f"pass@1 of {2 * budget}"
     names = {design: [f"{design}, {arm}" for arm in arms] for design in designs}
     nats, tries = ({design: equal_success(run, *names[design], key, success) for design in designs} for key in ("nats", "unique_attempts"))
-    fig, axes = plt.subplots(2, 2, figsize=(13, 9), layout="constrained")
+    at_end = {key: {design: of(run, names[design][0], key) - of(run, names[design][1], key) for design in designs} for key in ("nats", twice, "gap")}
+    fig, axes = plt.subplots(2, 2, figsize=(14, 9), layout="constrained")
+    axes = axes.flatten()
+    axes[1].sharey(axes[0])
     for design, color in zip(designs, ("C0", "C1")):
         for arm, style in zip(names[design], ("-", "--")):
-            for ax, key in zip(axes[0], ("nats", "unique_attempts")):
-                curves = zip(series(run, success, phase="rl", arm=arm)[1], series(run, key, phase="rl", arm=arm)[1])
-                for i, (s, y) in enumerate(curves):
-                    ax.plot(np.maximum.accumulate(s), y, style, color=color, label=arm if i == 0 else None)
-            for ax, key in zip(axes[1], (twice, "gap")):
+            for i, (s, y) in enumerate(zip(series(run, success, phase="rl", arm=arm)[1], series(run, "nats", phase="rl", arm=arm)[1])):
+                levels = np.linspace(s[0], s.max(), 50)
+                axes[0].plot(levels, at_success(s, y, levels), style, color=color, label=arm if i == 0 else None)
+            for ax, key in zip(axes[1:], at_end):
                 band(ax, *series(run, key, phase="rl", arm=arm), arm, color=color, ls=style)
-    both = lambda y, digits=2: "; ".join(f"{design}: {told(x, digits)}" for design, x in y.items())
-    at_end = {key: {design: of(run, names[design][0], key) - of(run, names[design][1], key) for design in designs} for key in ("nats", twice, "gap")}
-    axes[0, 0].set(title=f"At equal success, full - masked: {both(nats, 3)}", ylabel="entropy (nats per token)", ylim=(0, None))
-    axes[0, 1].set(title=f"At equal success, full - masked: {both(tries)}", ylabel="different attempts", ylim=(0, None))
-    axes[1, 0].set(title=f"At the end, full - masked: {both(at_end[twice])}", ylabel=f"held-out pass@1 at {2 * budget} tokens", ylim=(0, 1))
-    axes[1, 1].set(title=f"At the end, full - masked: {both(at_end['gap'])}", ylabel="verdict gap", ylim=(0, 1))
-    for ax in axes[0]:
-        ax.set_xlabel(f"held-out pass@1 at {budget} tokens (best so far; a line is a seed)")
-    for ax in axes[1]:
-        ax.set_xlabel("batches")
-    for ax in axes.flat:
+    both = lambda y, digits=2: "; ".join(f"{design} {told(x, digits)}" for design, x in y.items())
+    axes[0].set(title=f"At equal success: {both(nats, 3)}", ylabel="entropy (nats per token)", xlabel=f"held-out pass@1 at {budget} tokens (a line is a seed)")
+    for ax, (key, y), label in zip(axes[1:], at_end.items(), ("entropy (nats per token)", f"held-out pass@1 at {2 * budget} tokens", "verdict gap")):
+        ax.set(title=f"At the end: {both(y)}", ylabel=label, xlabel="batches", ylim=(0, 1) if key != "nats" else None)
+    for ax in axes:
         ax.legend()
-    fig.suptitle(f"With and without negative advantages, entropy at equal success (nats): {both(nats, 3)} ({config.steps} batches, {n} seed{'s' * (n > 1)})")
+    fig.suptitle(f"Full minus masked: with and without negative advantages, at one update a batch and at 16 ({config.steps} batches, {n} seed{'s' * (n > 1)})")
     many, one = "16 updates", nats["1 update"]
     return fig, [
         claim("one entropy", "1 update a batch: size of the entropy's difference at equal success", "derived", "0", abs(one.mean()), "<=", 0.05, n, f" ({told(one, 3)})"),

@@ -1,8 +1,11 @@
-"""experiment.py: what every script needs and none should say twice: flags, the folder of a run, checkpoints, several processes, claims.
+"""experiment.py: what every script needs and none should say twice: flags, the folder of a run,
+checkpoints, several processes, claims.
 
-A script is a `Config` whose fields are flags, and a `main` that hands it to a `Run`. The run writes config.json, metrics.jsonl, claims.json
-and the figure to --out, saves what a loop needs to go on, and survives an interrupt: `--resume` goes on to the bit on a CPU.
+A script is a `Config` whose fields are flags, and a `main` that hands it to a `Run`. The run writes
+config.json, metrics.jsonl, claims.json and the figure to --out, saves what a loop needs to go on,
+and survives an interrupt: `--resume` goes on to the bit on a CPU.
 """
+
 import argparse
 import contextlib
 import copy
@@ -26,18 +29,23 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-matplotlib.use("Agg")       # figures are files: no display is needed
+matplotlib.use("Agg")  # figures are files: no display is needed
 
 
-# ---------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Flags
 
+
 class UserError(ValueError):
-    """A mistake of the person at the keyboard: `command` prints it as one line and exits with code 2."""
+    """A mistake of the person at the keyboard: `command` prints it as one line and exits with code
+    2.
+    """
 
 
 class NotFinite(UserError):
-    """A loss, a gradient norm, a weight or a logit that is no number: the run ends before it can spoil what is saved."""
+    """A loss, a gradient norm, a weight or a logit that is no number: the run ends before it can
+    spoil what is saved.
+    """
 
 
 class LostProcess(UserError):
@@ -45,9 +53,11 @@ class LostProcess(UserError):
 
 
 def command(main):
-    """Run a script's main. A UserError is one line on stderr and exit code 2, said by rank 0 only; SIGINT and SIGTERM exit with 130 and 143, a closed pipe with 141.
+    """Run a script's main. A UserError is one line on stderr and exit code 2, said by rank 0 only;
+    SIGINT and SIGTERM exit with 130 and 143, a closed pipe with 141.
 
-    Nothing that a terminal or a pipe can't take keeps a run from writing its results: characters that it lacks are replaced.
+    Nothing that a terminal or a pipe can't take keeps a run from writing its results: characters
+    that it lacks are replaced.
     """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -58,16 +68,21 @@ def command(main):
         main()
         sys.stdout.flush()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)        # the interpreter flushes stdout once more when it ends
+        # the interpreter flushes stdout once more when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         raise SystemExit(128 + signal.SIGPIPE) from None
     except (UserError, MemoryError, RuntimeError) as e:
         if not isinstance(e, UserError) and not out_of_memory(e):
             raise
         if int(os.environ.get("RANK", 0)) == 0 or isinstance(e, LostProcess):
-            text = str(e) if isinstance(e, UserError) else f"out of memory ({str(e).splitlines()[0] if str(e) else 'no more to be had'})"
+            text = (
+                str(e)
+                if isinstance(e, UserError)
+                else f"out of memory ({str(e).splitlines()[0] if str(e) else 'no more to be had'})"
+            )
             print(f"{Path(sys.argv[0]).name}: error: {' '.join(text.split())}", file=sys.stderr)
         else:
-            time.sleep(10)      # torchrun ends all when the first one goes: rank 0 speaks before
+            time.sleep(10)  # torchrun ends all when the first one goes: rank 0 speaks before
         raise SystemExit(2) from None
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -83,17 +98,25 @@ def out_of_memory(e):
 
 
 def flag(default, help, quick=None, choices=None, low=None, high=None):
-    """A Config field that is a flag: its default, its help line, its value under --quick, the values it may take."""
-    return field(default=default, metadata=dict(help=help, quick=quick, choices=choices, low=low, high=high))
+    """A Config field that is a flag: its default, its help line, its value under --quick, the
+    values it may take.
+    """
+    return field(
+        default=default, metadata=dict(help=help, quick=quick, choices=choices, low=low, high=high)
+    )
 
 
 @dataclass
 class Flags:
     """What every script takes. A script's Config adds its own, and may give these other defaults."""
-    seed: int = flag(0, "random seed; with --seeds K: the first of K", low=0, high=2 ** 32 - 1)
+
+    seed: int = flag(0, "random seed; with --seeds K: the first of K", low=0, high=2**32 - 1)
     seeds: int = flag(1, "repeat over this many seeds", quick=1, low=1)
     device: str = flag("auto", "where to run", choices=("auto", "cpu", "cuda", "mps"))
-    out: str = flag("", "folder for figure, samples, metrics, claims and checkpoint (default out/ and the script's name)")
+    out: str = flag(
+        "",
+        "folder for figure, samples, metrics, claims and checkpoint (default out/ and the script's name)",
+    )
     resume: bool = flag(False, "go on from the checkpoint in --out")
     quick: bool = flag(False, "a run of a few seconds that shows nothing but that it runs")
 
@@ -104,29 +127,47 @@ class Flags:
 
 
 def parse_args(Config, doc, argv=None):
-    """A Config from the command line. Every field is a flag; --quick sets the fields' quick values, explicit flags win.
+    """A Config from the command line. Every field is a flag; --quick sets the fields' quick values,
+    explicit flags win.
 
-    --resume takes the flags of the run in --out; an explicit flag that contradicts them is an error (but more --steps: train on).
-    A Config may have a method `idle() -> {field: why}`: the flags that do nothing beside the others. To give one of them is an error, too.
+    --resume takes the flags of the run in --out; an explicit flag that contradicts them is an error
+    (but more --steps: train on). A Config may have a method `idle() -> {field: why}`: the flags
+    that do nothing beside the others. To give one of them is an error, too.
     """
+
     def fail(message):
         raise UserError(message)
 
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-                                     argument_default=argparse.SUPPRESS)
+    parser = argparse.ArgumentParser(
+        description=doc,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
     parser.error = fail
     for f in dataclasses.fields(Config):
         name = "--" + f.name.replace("_", "-")
-        text = f.metadata["help"] + ("" if f.default in (None, "", False) else f" (default {f.default})")
+        text = f.metadata["help"] + (
+            "" if f.default in (None, "", False) else f" (default {f.default})"
+        )
         if f.type is bool:
             parser.add_argument(name, action=argparse.BooleanOptionalAction, help=text)
         else:
-            parser.add_argument(name, type=f.type, choices=f.metadata["choices"], help=text,
-                                metavar=None if f.metadata["choices"] else f.type.__name__.upper())
+            parser.add_argument(
+                name,
+                type=f.type,
+                choices=f.metadata["choices"],
+                help=text,
+                metavar=None if f.metadata["choices"] else f.type.__name__.upper(),
+            )
     given = vars(parser.parse_args(argv))
     values = {}
     if given.get("quick"):
-        values = {f.name: f.metadata["quick"] for f in dataclasses.fields(Config) if f.metadata["quick"] is not None}
+        values = {
+            f.name: f.metadata["quick"]
+            for f in dataclasses.fields(Config)
+            if f.metadata["quick"] is not None
+        }
     if given.get("resume"):
         out = given.get("out") or f"out/{Config().name}"
         saved = load_checkpoint(Path(out) / "model.pt")
@@ -137,18 +178,26 @@ def parse_args(Config, doc, argv=None):
             fail("--resume: the checkpoint was made by another version of this script")
         for name in set(given) - {"resume", "steps", "out"}:
             if given[name] != values.get(name):
-                fail(f"--resume continues a run with {name} = {values.get(name)}, not {given[name]}")
+                fail(
+                    f"--resume continues a run with {name} = {values.get(name)}, not {given[name]}"
+                )
         if given.get("steps", math.inf) < (values["steps"] or 0):
-            fail(f"--resume goes on with a run of {values['steps']} steps: {given['steps']} are fewer")
+            fail(
+                f"--resume goes on with a run of {values['steps']} steps: {given['steps']} are fewer"
+            )
     config = Config(**{**values, **given})
     config.out = config.out or f"out/{config.name}"
     for f in dataclasses.fields(Config):
         value, low, high = getattr(config, f.name), f.metadata["low"], f.metadata["high"]
         if isinstance(value, float) and not math.isfinite(value):
             fail(f"--{f.name.replace('_', '-')} is {value}: must be finite")
-        if value is not None and (low is not None and value < low or high is not None and value > high):
-            fail(f"--{f.name.replace('_', '-')} is {value}: must be {'' if low is None else f'at least {low}'}"
-                 f"{' and ' if None not in (low, high) else ''}{'' if high is None else f'at most {high}'}")
+        if value is not None and (
+            low is not None and value < low or high is not None and value > high
+        ):
+            fail(
+                f"--{f.name.replace('_', '-')} is {value}: must be {'' if low is None else f'at least {low}'}"
+                f"{' and ' if None not in (low, high) else ''}{'' if high is None else f'at most {high}'}"
+            )
         if type(value) in (int, float) and abs(value) > LARGEST[type(value)]:
             fail(f"--{f.name.replace('_', '-')} is {value}: must be at most {LARGEST[type(value)]}")
     for name, why in (config.idle() if hasattr(config, "idle") else {}).items():
@@ -157,39 +206,62 @@ def parse_args(Config, doc, argv=None):
     return config
 
 
-LARGEST = {int: 2 ** 32 - 1, float: 1e30}       # a seed's range; what squares of fp32 numbers that are used with a flag can nearly hold
+# a seed's range; what squares of fp32 numbers that are used with a flag can nearly hold
+LARGEST = {int: 2**32 - 1, float: 1e30}
 
 
 def need_memory(size, what, device="cpu"):
-    """UserError if `size` bytes are more than the machine (or its GPU) has: said before anything is allocated."""
-    has = torch.cuda.mem_get_info()[1] if device == "cuda" else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    """UserError if `size` bytes are more than the machine (or its GPU) has: said before anything is
+    allocated.
+    """
+    has = (
+        torch.cuda.mem_get_info()[1]
+        if device == "cuda"
+        else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    )
     if size > has:
-        raise UserError(f"{what}: {size / 2 ** 30:,.1f} GiB, of which this {'GPU' if device == 'cuda' else 'machine'} has {has / 2 ** 30:,.1f}")
+        raise UserError(
+            f"{what}: {size / 2**30:,.1f} GiB, of which this {'GPU' if device == 'cuda' else 'machine'} has {has / 2**30:,.1f}"
+        )
 
 
 def pick_device(name):
-    """--device's value -> "cpu", "cuda" or "mps"; auto takes the fastest there is. UserError for one that this machine lacks."""
-    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    """--device's value -> "cpu", "cuda" or "mps"; auto takes the fastest there is. UserError for
+    one that this machine lacks.
+    """
+    available = {
+        "cpu": True,
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+    }
     name = next(d for d in ("cuda", "mps", "cpu") if available[d]) if name == "auto" else name
     if not available[name]:
         raise UserError(f"--device {name}: this machine has none")
-    if name == "cuda":      # cuDNN's attention plans anew for each length, and decoding meets a new one at every step
+    # cuDNN's attention plans anew for each length, and decoding meets a new one at every step
+    if name == "cuda":
         torch.backends.cuda.enable_cudnn_sdp(False)
     return name
 
 
-# ---------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Several processes: all they ever exchange is sums
 
+
 def join(device):
-    """Under torchrun, meet the other processes, one on each GPU (nccl) or all on the CPU (gloo). Only rank 0 prints."""
+    """Under torchrun, meet the other processes, one on each GPU (nccl) or all on the CPU (gloo).
+    Only rank 0 prints.
+    """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return
     if not {"RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} <= set(os.environ):
-        raise UserError("WORLD_SIZE is set, but not by torchrun: start several processes with torchrun")
+        raise UserError(
+            "WORLD_SIZE is set, but not by torchrun: start several processes with torchrun"
+        )
     local = int(os.environ["LOCAL_RANK"])
     if device == "mps" or device == "cuda" and local >= torch.cuda.device_count():
-        raise LostProcess(f"process {local + 1} of this machine finds no {device} device of its own; --device cpu takes any number")
+        raise LostProcess(
+            f"process {local + 1} of this machine finds no {device} device of its own; --device cpu takes any number"
+        )
     if device == "cuda":
         torch.cuda.set_device(local)
     dist.init_process_group("nccl" if device == "cuda" else "gloo")
@@ -209,34 +281,49 @@ def share(n):
 
 
 def all_sum(x):
-    """The sum of a tensor over the processes, in each of them: the same bits. UserError if one of them is no longer there."""
+    """The sum of a tensor over the processes, in each of them: the same bits. UserError if one of
+    them is no longer there.
+    """
     if not dist.is_initialized():
         return x
     total = x.to("cuda" if dist.get_backend() == "nccl" else "cpu", copy=True)
     try:
         dist.all_reduce(total)
-    except torch.OutOfMemoryError:      # a RuntimeError too
+    except torch.OutOfMemoryError:  # a RuntimeError too
         raise
     except RuntimeError as e:
-        raise LostProcess(f"rank {world()[0]} lost another process of this run ({type(e).__name__})") from None
+        raise LostProcess(
+            f"rank {world()[0]} lost another process of this run ({type(e).__name__})"
+        ) from None
     return total.to(x.device)
 
 
 def gathered(part, rows, n):
-    """A tensor of n rows, of which this process holds those at `rows` (a slice or an index) -> all of it."""
+    """A tensor of n rows, of which this process holds those at `rows` (a slice or an index) -> all
+    of it.
+    """
     whole = part.new_zeros(n, *part.shape[1:])
     whole[rows] = part
     return all_sum(whole)
 
 
 def sum_gradients(model):
-    """What data parallelism is: every process has the gradient of its own rows, the batch's is their sum, and all take the same step.
+    """What data parallelism is: every process has the gradient of its own rows, the batch's is
+    their sum, and all take the same step.
 
-    A sum, not a mean, because each loss is divided by the counts of the whole batch (all_sum of rows and tokens): a mean of means would give
-    a token of the process that has fewer of them more weight. DistributedDataParallel hides this, and overlaps it with the backward pass.
+    A sum, not a mean, because each loss is divided by the counts of the whole batch (all_sum of
+    rows and tokens): a mean of means would give a token of the process that has fewer of them more
+    weight. DistributedDataParallel hides this, and overlaps it with the backward pass.
     """
     if dist.is_initialized():
-        flat = all_sum(torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in model.parameters()]))
+        flat = all_sum(
+            torch.cat(
+                [
+                    (torch.zeros_like(p) if p.grad is None else p.grad).flatten()
+                    for p in model.parameters()
+                ]
+            )
+        )
         for p, g in zip(model.parameters(), flat.split([p.numel() for p in model.parameters()])):
             p.grad = g.view_as(p)
 
@@ -250,14 +337,17 @@ def same_weights(model):
     return model
 
 
-# ---------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Checkpoints and the folder of a run
+
 
 @contextlib.contextmanager
 def whole(path):
-    """A binary file that is written whole or not at all: under a name of its own, flushed to disk, then renamed over `path`.
+    """A binary file that is written whole or not at all: under a name of its own, flushed to disk,
+    then renamed over `path`.
 
-    UserError if it can't be written (no right, no room): then nothing new is left, and an older file is as it was.
+    UserError if it can't be written (no right, no room): then nothing new is left, and an older
+    file is as it was.
     """
     path = Path(path)
     try:
@@ -281,12 +371,14 @@ def save_checkpoint(path, **state):
     with whole(path) as f:
         try:
             torch.save(state, f)
-        except RuntimeError as e:       # what torch's writer makes of a full disk
+        except RuntimeError as e:  # what torch's writer makes of a full disk
             raise UserError(f"cannot write {path}: {str(e).splitlines()[0]}") from None
 
 
 def load_checkpoint(path):
-    """What save_checkpoint wrote, as a dict on the CPU. A file that is missing or damaged is a UserError that names it."""
+    """What save_checkpoint wrote, as a dict on the CPU. A file that is missing or damaged is a
+    UserError that names it.
+    """
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -296,14 +388,22 @@ def load_checkpoint(path):
 
 
 def fingerprint(path):
-    """A hash of a file, or of all files of a folder, that a run depends on; of a name that is neither, the name. Resume compares it."""
+    """A hash of a file, or of all files of a folder, that a run depends on; of a name that is
+    neither, the name. Resume compares it.
+    """
     path, digest = Path(path), hashlib.sha256()
-    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path] if path.is_file() else []
+    files = (
+        sorted(p for p in path.rglob("*") if p.is_file())
+        if path.is_dir()
+        else [path]
+        if path.is_file()
+        else []
+    )
     try:
         for file in files:
             digest.update(str(file.relative_to(path)).encode())
             with open(file, "rb") as f:
-                while block := f.read(2 ** 24):
+                while block := f.read(2**24):
                     digest.update(block)
     except OSError as e:
         raise UserError(f"cannot read {path}: {e.strerror}") from None
@@ -311,12 +411,16 @@ def fingerprint(path):
 
 
 def descend(optimizer, loss, clip=1.0):
-    """The end of every training step: cut the gradient to norm `clip`, take the optimizer's step -> the norm before the cut.
+    """The end of every training step: cut the gradient to norm `clip`, take the optimizer's step ->
+    the norm before the cut.
 
-    loss: the step's, a number. NotFinite, and no step, if it or the norm is none: the weights are then as they were.
+    loss: the step's, a number. NotFinite, and no step, if it or the norm is none: the weights are
+    then as they were.
     """
     loss = loss.item() if isinstance(loss, torch.Tensor) else loss
-    norm = torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], clip).item()
+    norm = torch.nn.utils.clip_grad_norm_(
+        [p for group in optimizer.param_groups for p in group["params"]], clip
+    ).item()
     for name, value in (("loss", loss), ("gradient norm", norm)):
         if not math.isfinite(value):
             raise NotFinite(f"the {name} is {value}")
@@ -325,14 +429,24 @@ def descend(optimizer, loss, clip=1.0):
 
 
 def snapshot(step, model, optimizer, rng, generator=None, **more):
-    """All that a loop needs to go on, to the bit. NotFinite if a weight is no number: such a state is never saved."""
+    """All that a loop needs to go on, to the bit. NotFinite if a weight is no number: such a state
+    is never saved.
+    """
     if not all(torch.isfinite(p).all() for p in model.state_dict().values()):
         raise NotFinite("a weight is no longer finite")
-    still = lambda tensors: {k: v.detach().to("cpu", copy=True) for k, v in tensors.items()}        # the model trains on, and so do its moments
+    # the model trains on, and so do its moments
+    still = lambda tensors: {k: v.detach().to("cpu", copy=True) for k, v in tensors.items()}
     if optimizer:
         optimizer = optimizer.state_dict()
         optimizer["state"] = {i: still(moments) for i, moments in optimizer["state"].items()}
-    return dict(step=step, model=still(model.state_dict()), optimizer=optimizer, rng=rng.getstate(), generator=generator and generator.get_state(), **more)
+    return dict(
+        step=step,
+        model=still(model.state_dict()),
+        optimizer=optimizer,
+        rng=rng.getstate(),
+        generator=generator and generator.get_state(),
+        **more,
+    )
 
 
 def restore(state, model, optimizer, rng, generator=None):
@@ -342,55 +456,81 @@ def restore(state, model, optimizer, rng, generator=None):
     model.load_state_dict(state["model"])
     rng.setstate(state["rng"])
     if state["optimizer"]:
-        optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))        # it takes tensors as they are, and trains on in them
+        # it takes tensors as they are, and trains on in them
+        optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
     if state["generator"] is not None:
         generator.set_state(state["generator"])
     return state["step"]
 
 
 class Run:
-    """The folder of one run: config.json, metrics.jsonl, claims.json, the figure, and model.pt with the state of each phase of the run.
+    """The folder of one run: config.json, metrics.jsonl, claims.json, the figure, and model.pt with
+    the state of each phase of the run.
 
         with Run(config) as run:
             for step in run.loop("base 0", config.steps, model, optimizer, rng): ...
 
-    `state` maps a phase ("base 0", "dapo 2") to what it needs to go on. `loop` keeps it after every step, in memory, and writes it when that is
-    `due`: every 30 s (less often if writing takes longer than 1.5 s). SIGINT and SIGTERM end the run at once, wherever it is, during an evaluation
-    too; so does a number that is not finite. What was kept last is then written: --resume makes anew only what came after it.
+    `state` maps a phase ("base 0", "dapo 2") to what it needs to go on. `loop` keeps it after every
+    step, in memory, and writes it when that is `due`: every 30 s (less often if writing takes
+    longer than 1.5 s). SIGINT and SIGTERM end the run at once, wherever it is, during an evaluation
+    too; so does a number that is not finite. What was kept last is then written: --resume makes
+    anew only what came after it.
 
-    The folder is the run's own if it holds a run's config.json: files that no run wrote are never deleted or overwritten. also: names of further
-    files that the script writes. inputs: name -> fingerprint of what the run depends on beside its flags; resume refuses others.
-    Of several processes rank 0 writes, saves and heeds signals; the others end when they lose it. UserError for a folder that cannot be
-    written or holds somebody else's files, or a checkpoint without its rows.
+    The folder is the run's own if it holds a run's config.json: files that no run wrote are never
+    deleted or overwritten. also: names of further files that the script writes. inputs: name ->
+    fingerprint of what the run depends on beside its flags; resume refuses others. Of several
+    processes rank 0 writes, saves and heeds signals; the others end when they lose it. UserError
+    for a folder that cannot be written or holds somebody else's files, or a checkpoint without its
+    rows.
     """
 
     def __init__(self, config, also=(), inputs=None):
-        self.config, self.name, self.dir, self.rows, self.state = dataclasses.asdict(config), config.name, Path(config.out), [], {}
+        self.config, self.name, self.dir, self.rows, self.state = (
+            dataclasses.asdict(config),
+            config.name,
+            Path(config.out),
+            [],
+            {},
+        )
         self.inputs, self.kept_rows, self.place, self.bar = inputs or {}, 0, "", None
         self.started = self.saved = self.kept = time.time()
-        self.signal, self.busy, self.cost, self.keep_cost = 0, False, 0, 0      # the signal that came while busy; the seconds that the last save took
+        # the signal that came while busy; the seconds that the last save took
+        self.signal, self.busy, self.cost, self.keep_cost = 0, False, 0, 0
         if config.resume:
             checkpoint = load_checkpoint(self.dir / "model.pt")
             self.state, n = checkpoint["state"], checkpoint["rows"]
             for name, value in self.inputs.items():
                 if checkpoint.get("inputs", {}).get(name) != value:
-                    raise UserError(f"--resume: {name} is no longer what the run in {self.dir} began with")
-            try:                                                    # what came after the checkpoint is made again
-                self.rows = [json.loads(line) for line in (self.dir / "metrics.jsonl").read_text().splitlines()[:n]]
+                    raise UserError(
+                        f"--resume: {name} is no longer what the run in {self.dir} began with"
+                    )
+            # what came after the checkpoint is made again
+            try:
+                self.rows = [
+                    json.loads(line)
+                    for line in (self.dir / "metrics.jsonl").read_text().splitlines()[:n]
+                ]
             except (OSError, ValueError):
                 self.rows = []
             if len(self.rows) < n:
-                raise UserError(f"{self.dir / 'metrics.jsonl'} does not hold the {n} rows that model.pt goes on from")
+                raise UserError(
+                    f"{self.dir / 'metrics.jsonl'} does not hold the {n} rows that model.pt goes on from"
+                )
             self.kept_rows = n
         if int(os.environ.get("WORLD_SIZE", 1)) != world()[1]:
             raise UserError("this script, or what its flags ask for, runs in one process")
         self.handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
         if world()[0]:
             try:
-                all_sum(torch.zeros(1))     # wait for rank 0's folder
+                all_sum(torch.zeros(1))  # wait for rank 0's folder
             except LostProcess:
                 raise UserError("rank 0 says what is wrong with its folder") from None
-            self.metrics, self.write, self.save, self.saved = open(os.devnull, "wb", buffering=0), lambda *_: None, lambda *_, **__: None, math.inf
+            self.metrics, self.write, self.save, self.saved = (
+                open(os.devnull, "wb", buffering=0),
+                lambda *_: None,
+                lambda *_, **__: None,
+                math.inf,
+            )
             for s in self.handlers:
                 signal.signal(s, signal.SIG_IGN)
             return
@@ -402,41 +542,75 @@ class Run:
                 foreign = mine - owned - set(also if owned else ())
                 for name in sorted(foreign):
                     if os.path.lexists(self.dir / name):
-                        raise UserError(f"{self.dir} holds {name}, which no run wrote: choose another --out")
-                for name in owned - {"config.json"}:       # another run's: nothing of it goes with this one's rows
+                        raise UserError(
+                            f"{self.dir} holds {name}, which no run wrote: choose another --out"
+                        )
+                # another run's: nothing of it goes with this one's rows
+                for name in owned - {"config.json"}:
                     (self.dir / name).unlink(missing_ok=True)
         except OSError as e:
             raise UserError(f"cannot write to {self.dir}: {e.strerror}") from None
         try:
-            revision = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent).stdout
-        except OSError:     # no git here
+            revision = subprocess.run(
+                ["git", "describe", "--always", "--dirty"],
+                capture_output=True,
+                text=True,
+                cwd=Path(__file__).parent,
+            ).stdout
+        except OSError:  # no git here
             revision = ""
         self.revision = revision.strip() or "unknown"
-        if config.resume:       # the code that made the rows, not only the last to touch them
+        if config.resume:  # the code that made the rows, not only the last to touch them
             before = checkpoint["revision"]
-            self.revision = before if before.endswith(self.revision) else f"{before}, resumed at {self.revision}"
-        self.write("config.json", json.dumps({       # first of all: it says whose folder this is
-            "name": self.name, "config": self.config, "torch": torch.__version__, "python": platform.python_version(),
-            "threads": torch.get_num_threads(), "revision": self.revision}, indent=1))
+            self.revision = (
+                before
+                if before.endswith(self.revision)
+                else f"{before}, resumed at {self.revision}"
+            )
+        self.write(
+            "config.json",
+            json.dumps(
+                {  # first of all: it says whose folder this is
+                    "name": self.name,
+                    "config": self.config,
+                    "torch": torch.__version__,
+                    "python": platform.python_version(),
+                    "threads": torch.get_num_threads(),
+                    "revision": self.revision,
+                },
+                indent=1,
+            ),
+        )
         self.write("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows))
         self.metrics = open(self.dir / "metrics.jsonl", "ab", buffering=0)
-        all_sum(torch.zeros(1))         # the others wait for it
+        all_sum(torch.zeros(1))  # the others wait for it
         for s in self.handlers:
             signal.signal(s, self.interrupt)
 
     def files(self, name):
         """What the run of a script writes."""
-        return {"config.json", "metrics.jsonl", "claims.json", "samples.txt", "model.pt", f"{name}.png"}
+        return {
+            "config.json",
+            "metrics.jsonl",
+            "claims.json",
+            "samples.txt",
+            "model.pt",
+            f"{name}.png",
+        }
 
     def owned(self):
-        """The names in the folder that the run whose config.json is there has written: none if there is no config.json. UserError if it is not a run's."""
+        """The names in the folder that the run whose config.json is there has written: none if
+        there is no config.json. UserError if it is not a run's.
+        """
         try:
             past = json.loads((self.dir / "config.json").read_text())
             return self.files(past["name"]) if past["config"] and past["revision"] else set()
         except FileNotFoundError:
             return set()
         except (ValueError, LookupError, TypeError):
-            raise UserError(f"{self.dir / 'config.json'} is not a run's: choose another --out") from None
+            raise UserError(
+                f"{self.dir / 'config.json'} is not a run's: choose another --out"
+            ) from None
 
     def __enter__(self):
         return self
@@ -447,10 +621,12 @@ class Run:
             self.bar.close()
         if world()[0] == 0 and isinstance(error, NotFinite):
             self.save()
-            error.args = (f"{error}{self.place and ' at '}{self.place}; {self.dir / 'model.pt'} holds what was finite",)
+            error.args = (
+                f"{error}{self.place and ' at '}{self.place}; {self.dir / 'model.pt'} holds what was finite",
+            )
         if world()[0] == 0 and isinstance(error, (SystemExit, BrokenPipeError)):
             for s in self.handlers:
-                signal.signal(s, signal.SIG_DFL)        # a second signal does not wait
+                signal.signal(s, signal.SIG_DFL)  # a second signal does not wait
             self.save()
             with contextlib.suppress(BrokenPipeError):
                 print(f"\nsaved {self.dir / 'model.pt'}: --resume goes on from here", flush=True)
@@ -459,7 +635,9 @@ class Run:
             signal.signal(s, handler)
 
     def interrupt(self, number, _):
-        """The handler while the run is on: end at once, or as soon as what must not be cut in two is done."""
+        """The handler while the run is on: end at once, or as soon as what must not be cut in two
+        is done.
+        """
         self.signal = number
         if not self.busy:
             raise SystemExit(128 + number)
@@ -493,20 +671,29 @@ class Run:
                     raise OSError(28, "No space left on device")
             except OSError as e:
                 self.metrics.truncate(end)
-                raise UserError(f"cannot write {self.dir / 'metrics.jsonl'}: {e.strerror}") from None
+                raise UserError(
+                    f"cannot write {self.dir / 'metrics.jsonl'}: {e.strerror}"
+                ) from None
             self.rows.append(row)
 
     def introduce(self, device, parameters):
         """The first line that a run prints."""
         seed, seeds = self.config["seed"], self.config["seeds"]
-        print(f"{self.name}: seed {seed}, {seeds} seed{'s' * (seeds > 1)}, {device}, {torch.get_num_threads()} threads, {parameters:,} parameters", flush=True)
+        print(
+            f"{self.name}: seed {seed}, {seeds} seed{'s' * (seeds > 1)}, {device}, {torch.get_num_threads()} threads, {parameters:,} parameters",
+            flush=True,
+        )
 
     def say(self, **numbers):
         """Put some numbers beside the progress bar."""
-        self.bar.set_postfix_str(", ".join(f"{name} {value:.3f}" for name, value in numbers.items()))
+        self.bar.set_postfix_str(
+            ", ".join(f"{name} {value:.3f}" for name, value in numbers.items())
+        )
 
     def samples(self, prompts, **answers):
-        """Print, and write to samples.txt, what each model answers to some prompts. answers: model's name -> [(text, reward)], one for each prompt."""
+        """Print, and write to samples.txt, what each model answers to some prompts. answers:
+        model's name -> [(text, reward)], one for each prompt.
+        """
         lines = []
         for i, prompt in enumerate(prompts):
             lines.append(prompt)
@@ -523,10 +710,14 @@ class Run:
             with whole(self.dir / f"{self.name}.png") as f:
                 fig.savefig(f, dpi=110, format="png")
         self.claims(claims)
-        print(f"\n{self.dir / self.name}.png, metrics.jsonl, claims.json, model.pt: {time.time() - self.started:.0f} s")
+        print(
+            f"\n{self.dir / self.name}.png, metrics.jsonl, claims.json, model.pt: {time.time() - self.started:.0f} s"
+        )
 
     def log_once(self, measure, **where):
-        """Log measure() -> {name: value} as the row `where`, and save if that is due. A resumed run that has the row does not measure again."""
+        """Log measure() -> {name: value} as the row `where`, and save if that is due. A resumed run
+        that has the row does not measure again.
+        """
         if not any(where.items() <= row.items() for row in self.rows):
             self.place = ", ".join(f"{k} {v}" for k, v in where.items())
             self.log(**where, **measure())
@@ -534,18 +725,29 @@ class Run:
             if self.due:
                 self.save()
 
-    def loop(self, phase, steps, model, optimizer, rng, generator=None, kept=None, until=None, bar=True):
-        """The steps that a phase has still to take: `for step in run.loop(...)`, from 0 or from where the run was interrupted, to steps - 1.
+    def loop(
+        self, phase, steps, model, optimizer, rng, generator=None, kept=None, until=None, bar=True
+    ):
+        """The steps that a phase has still to take: `for step in run.loop(...)`, from 0 or from
+        where the run was interrupted, to steps - 1.
 
-        Restores model, optimizer and random streams, keeps them after each step, shows a bar (`run.bar`). kept: a dict of whatever else the loop
-        carries from step to step; what was saved of it is put into it. until() ends the loop before `steps`. Never `break`: the end saves, too.
+        Restores model, optimizer and random streams, keeps them after each step, shows a bar
+        (`run.bar`). kept: a dict of whatever else the loop carries from step to step; what was
+        saved of it is put into it. until() ends the loop before `steps`. Never `break`: the end
+        saves, too.
         """
         state = self.state.get(phase)
         step = restore(state, model, optimizer, rng, generator)
         if kept is not None and state is not None:
             kept.update(copy.deepcopy(state["kept"]))
-        self.bar = tqdm(desc=phase, initial=step, total=None if steps >= 10 ** 9 else steps, disable=not bar or world()[0] > 0)
-        still = lambda: snapshot(step, model, optimizer, rng, generator, kept=copy.deepcopy(kept))      # what was kept must not change with what goes on
+        self.bar = tqdm(
+            desc=phase,
+            initial=step,
+            total=None if steps >= 10**9 else steps,
+            disable=not bar or world()[0] > 0,
+        )
+        # what was kept must not change with what goes on
+        still = lambda: snapshot(step, model, optimizer, rng, generator, kept=copy.deepcopy(kept))
         while step < steps and not (until and until()):
             self.place = f"step {step + 1} of {phase}"
             yield step
@@ -566,7 +768,9 @@ class Run:
         return time.time() - self.saved > max(30, 20 * self.cost)
 
     def keep(self, phase=None, **state):
-        """Remember, in memory, what a phase needs to go on, and that the rows so far go with it. Without a phase: the rows alone, outside of loops."""
+        """Remember, in memory, what a phase needs to go on, and that the rows so far go with it.
+        Without a phase: the rows alone, outside of loops.
+        """
         with self.uncut():
             if phase is not None:
                 self.state[phase] = state
@@ -578,27 +782,56 @@ class Run:
         started = time.time()
         if phase is not None:
             self.keep(phase, **state)
-        save_checkpoint(self.dir / "model.pt", state=self.state, rows=self.kept_rows, config=self.config, revision=self.revision, inputs=self.inputs)
+        save_checkpoint(
+            self.dir / "model.pt",
+            state=self.state,
+            rows=self.kept_rows,
+            config=self.config,
+            revision=self.revision,
+            inputs=self.inputs,
+        )
         self.saved, self.cost = time.time(), time.time() - started
 
     def claims(self, claims):
-        """Write claims.json and print it as a table. Each claim holds or does not: both are results."""
+        """Write claims.json and print it as a table. Each claim holds or does not: both are
+        results.
+        """
         self.write("claims.json", json.dumps(claims, indent=1))
         print(f"\n{'claim':<58} {'paper':>18} {'ours':>16} {'threshold':>10}  holds")
         for c in claims:
-            print(f"{c['claim']:<58} {c['paper']!s:>18} {c['ours']!s:>16} {c['threshold']:>10}  {'yes' if c['holds'] else 'NO'}")
+            print(
+                f"{c['claim']:<58} {c['paper']!s:>18} {c['ours']!s:>16} {c['threshold']:>10}  {'yes' if c['holds'] else 'NO'}"
+            )
 
 
 def claim(id, text, source, paper, value, op, threshold, seeds, beside=""):
-    """One row of claims.json: what was measured, held to its threshold. value: a number, or one of each seed (seeds,), of which the mean is held
-    to the threshold and told with the standard deviation; what is not finite never holds. op: >= or <=; > or < where the threshold is 0, because
-    there a tie must not hold. `beside` is printed next to it."""
-    assert op in ((">", "<") if threshold == 0 else (">=", "<=", ">", "<")), f"{id}: {op} {threshold} would hold on a tie"
+    """One row of claims.json: what was measured, held to its threshold. value: a number, or one of
+    each seed (seeds,), of which the mean is held to the threshold and told with the standard
+    deviation; what is not finite never holds. op: >= or <=; > or < where the threshold is 0,
+    because there a tie must not hold. `beside` is printed next to it.
+    """
+    assert op in ((">", "<") if threshold == 0 else (">=", "<=", ">", "<")), (
+        f"{id}: {op} {threshold} would hold on a tie"
+    )
     value = np.asarray(value, dtype=float)
-    with np.errstate(invalid="ignore"):     # the spread of what is not finite is nan
+    with np.errstate(invalid="ignore"):  # the spread of what is not finite is nan
         mean, spread = value.mean(), f" ± {value.std(ddof=1):.2g}" if value.size > 1 else ""
-    holds = {">=": mean >= threshold, "<=": mean <= threshold, ">": mean > threshold, "<": mean < threshold}[op] and np.isfinite(value).all()
-    return dict(id=id, claim=text, source=source, paper=paper, ours=f"{mean:.3g}{spread}{beside}", threshold=f"{op} {threshold:.3g}", holds=bool(holds), seeds=seeds)
+    holds = {
+        ">=": mean >= threshold,
+        "<=": mean <= threshold,
+        ">": mean > threshold,
+        "<": mean < threshold,
+    }[op] and np.isfinite(value).all()
+    return dict(
+        id=id,
+        claim=text,
+        source=source,
+        paper=paper,
+        ours=f"{mean:.3g}{spread}{beside}",
+        threshold=f"{op} {threshold:.3g}",
+        holds=bool(holds),
+        seeds=seeds,
+    )
 
 
 def seeds_of(config):
@@ -607,8 +840,15 @@ def seeds_of(config):
 
 def series(run, key, **where):
     """A metric by seed -> the steps that every seed has (n,), values (seeds, n)."""
-    rows = [r for r in run.rows if r.get(key) is not None and all(r.get(k) == v for k, v in where.items())]
-    by_seed = [{r["step"]: r[key] for r in rows if r["seed"] == seed} for seed in sorted({r["seed"] for r in rows})]
+    rows = [
+        r
+        for r in run.rows
+        if r.get(key) is not None and all(r.get(k) == v for k, v in where.items())
+    ]
+    by_seed = [
+        {r["step"]: r[key] for r in rows if r["seed"] == seed}
+        for seed in sorted({r["seed"] for r in rows})
+    ]
     x = sorted(set.intersection(*map(set, by_seed))) if by_seed else []
     return np.array(x), np.array([[d[i] for i in x] for d in by_seed])
 
@@ -616,11 +856,15 @@ def series(run, key, **where):
 def band(ax, x, y, label, **style):
     """The mean of y (seeds, n), with one standard deviation over the seeds shaded."""
     if len(x):
-        line, = ax.plot(x, y.mean(0), label=label, **style)
+        (line,) = ax.plot(x, y.mean(0), label=label, **style)
         spread = y.std(0, ddof=1) if len(y) > 1 else 0 * y[0]
-        ax.fill_between(x, y.mean(0) - spread, y.mean(0) + spread, color=line.get_color(), alpha=0.15, lw=0)
+        ax.fill_between(
+            x, y.mean(0) - spread, y.mean(0) + spread, color=line.get_color(), alpha=0.15, lw=0
+        )
 
 
 def lr_at(step, steps, peak, warmup=20):
-    """The learning rate of a step: up to `peak` in a line over `warmup` steps, then down in a cosine to a tenth of it."""
+    """The learning rate of a step: up to `peak` in a line over `warmup` steps, then down in a
+    cosine to a tenth of it.
+    """
     return peak * min((step + 1) / warmup, 0.55 + 0.45 * math.cos(math.pi * step / steps))

@@ -1,44 +1,53 @@
-"""kernels.py: the two places where a language model spends its memory and time, written so that it does not.
+"""kernels.py: the two places where a language model spends its memory and time, written so that it
+does not.
 
-1. `token_logprobs`: log-probability and entropy of every target token, straight from the hidden states and the head's weight.
-   With logits z = h W^T / temperature, p = softmax(z) and lse = log sum exp z,
+1. `token_logprobs`: log-probability and entropy of every target token, straight from the hidden
+   states and the head's weight. With logits z = h W^T / temperature, p = softmax(z) and lse = log
+   sum exp z,
 
        logp = z[target] - lse          d logp / dz = onehot(target) - p
        H    = lse - sum_v p_v z_v      d H    / dz = -p * (log p + H)
 
-   Both gradients need nothing but p, and p can be recomputed from z and lse. So the (tokens, V) logits are never stored: the
-   forward pass walks over blocks of the vocabulary with an online softmax (Milakov & Gimelshein, arXiv 1805.02867), keeps one
-   lse and one H per token, and the backward pass computes each block of logits a second time (Cut Cross-Entropy, Wijmans et
-   al., arXiv 2411.09009). Price: 4 matrix products instead of 3. Walking over the vocabulary, not over the tokens, writes each
-   row of the weight's gradient once, so it is never accumulated in bf16.
+   Both gradients need nothing but p, and p can be recomputed from z and lse. So the (tokens, V)
+   logits are never stored: the forward pass walks over blocks of the vocabulary with an online
+   softmax (Milakov & Gimelshein, arXiv 1805.02867), keeps one lse and one H per token, and the
+   backward pass computes each block of logits a second time (Cut Cross-Entropy, Wijmans et al.,
+   arXiv 2411.09009). Price: 4 matrix products instead of 3. Walking over the vocabulary, not over
+   the tokens, writes each row of the weight's gradient once, so it is never accumulated in bf16.
 
-   On a GPU (`triton`) the products stay cuBLAS's, and one Triton kernel makes a single pass over each block between them. A block of
-   logits costs 4 bytes of traffic in the forward and 10 in the backward pass, against 8 C operations per logit: at C = 4,096 that is
-   2,300 operations per byte where an H200 balances at about 200. A kernel that also multiplies, as CCE's do, would save that tenth
-   of the time and lose more to cuBLAS. (Counted, not measured: no GPU was at hand.)
+   On a GPU (`triton`) the products stay cuBLAS's, and one Triton kernel makes a single pass over
+   each block between them. A block of logits costs 4 bytes of traffic in the forward and 10 in the
+   backward pass, against 8 C operations per logit: at C = 4,096 that is 2,300 operations per byte
+   where an H200 balances at about 200. A kernel that also multiplies, as CCE's do, would save that
+   tenth of the time and lose more to cuBLAS. (Counted, not measured: no GPU was at hand.)
 
-2. `attention`: grouped-query, causal or sliding-window. `reference` spells the equation out; `sdpa` calls torch's kernels; `triton` is
-   FlashAttention-2 (Dao, arXiv 2307.08691), forward and backward. With S = Q K^T / sqrt(D), P = softmax(S) and O = P V:
+2. `attention`: grouped-query, causal or sliding-window. `reference` spells the equation out; `sdpa`
+   calls torch's kernels; `triton` is FlashAttention-2 (Dao, arXiv 2307.08691), forward and
+   backward. With S = Q K^T / sqrt(D), P = softmax(S) and O = P V:
 
        dV = P^T dO        dP = dO V^T        dQ = dS K / sqrt(D)        dK = dS^T Q / sqrt(D)
        dS = P * (dP - delta),  delta_i = sum_j P_ij dP_ij = sum_j P_ij (dO_i . V_j) = dO_i . O_i
 
-   dS is softmax's own gradient, diag(p) - p p^T for each row, and delta, the one thing in it that needs a whole row, is known from O
-   alone. So with one lse per row every tile of P is 2^(S - lse), computed again wherever it is needed: forward the tile's 2 products,
-   backward 3 for dQ and 4 for dK and dV, in two kernels that each write their own rows once: 7 products instead of 5, no atomics, the
-   same sum every time (for the same tile). Nothing of size T^2 ever reaches memory.
+   dS is softmax's own gradient, diag(p) - p p^T for each row, and delta, the one thing in it that
+   needs a whole row, is known from O alone. So with one lse per row every tile of P is 2^(S - lse),
+   computed again wherever it is needed: forward the tile's 2 products, backward 3 for dQ and 4 for
+   dK and dV, in two kernels that each write their own rows once: 7 products instead of 5, no
+   atomics, the same sum every time (for the same tile). Nothing of size T^2 ever reaches memory.
 
-   Why that is fast. A tile of M queries by N keys is 4 M N D operations forward and reads 4 N D bytes of K and V (bf16): M operations per
-   byte, 128 here, and the neighbours that read the same K and V find them in the L2 cache. Spelled out, attention writes and reads its
-   scores at least twice, 8 bytes per 4 D operations: 32 per byte at D = 64, a sixth of what the GPU needs to be busy. What is left to
-   save is the softmax itself: a Hopper multiprocessor does 4,096 operations of products a cycle but 16 exponentials, so at D = 64 the one
-   exp2 of a score takes as long as its 4 D = 256 operations. Hence scale and log2(e) in one multiply-add before it, tiles that nobody
-   sees skipped, and masks only in tiles at an edge.
+   Why that is fast. A tile of M queries by N keys is 4 M N D operations forward and reads 4 N D
+   bytes of K and V (bf16): M operations per byte, 128 here, and the neighbours that read the same K
+   and V find them in the L2 cache. Spelled out, attention writes and reads its scores at least
+   twice, 8 bytes per 4 D operations: 32 per byte at D = 64, a sixth of what the GPU needs to be
+   busy. What is left to save is the softmax itself: a Hopper multiprocessor does 4,096 operations
+   of products a cycle but 16 exponentials, so at D = 64 the one exp2 of a score takes as long as
+   its 4 D = 256 operations. Hence scale and log2(e) in one multiply-add before it, tiles that
+   nobody sees skipped, and masks only in tiles at an edge.
 
 3. `RMSNormFunction`: the norm whose backward pass torch leaves in pieces.
 
 `python bench.py kernels` measures all of them.
 """
+
 import functools
 import math
 import os
@@ -51,12 +60,16 @@ import torch.nn.functional as F
 try:
     import triton
     import triton.language as tl
-except ImportError:     # the Triton kernels below are then defined but cannot run
+except ImportError:  # the Triton kernels below are then defined but cannot run
     triton, tl = None, SimpleNamespace(constexpr=bool)
 
-INTERPRET = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")     # Triton runs its kernels in numpy: slow, but needs no GPU
-BLOCK = 2 ** 24     # logits in flight at once: 64 MiB in fp32. Larger blocks are no faster, smaller ones starve the matrix product
-COMPILE_V = 16384   # vocabularies from this size on repay the 5 to 20 s that torch.compile takes on its first call
+# Triton runs its kernels in numpy: slow, but needs no GPU
+INTERPRET = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+# logits in flight at once: 64 MiB in fp32. Larger blocks are no faster, smaller ones starve the
+# matrix product
+BLOCK = 2**24
+# vocabularies from this size on repay the 5 to 20 s that torch.compile takes on its first call
+COMPILE_V = 16384
 
 
 def wide(x):
@@ -64,32 +77,50 @@ def wide(x):
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-# ---------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # token_logprobs
+
 
 def token_logprobs(hidden, weight, targets, temperature=1.0, impl="auto"):
     """Log-probability of each target, and entropy of the distribution it comes from, both in nats.
 
-    hidden (..., C), weight (V, C), targets (...) int64 in [0, V) -> logp (...), entropy (...), both fp32 (reference: fp64 of fp64). Differentiable in hidden and
-    weight with any per-token upstream gradient. `impl`: reference | chunked | compiled | triton | auto (the fastest that runs here).
-    Raises ValueError for an unknown impl, for triton where it cannot run, for a temperature below 1e-30, and on a CPU for a
-    target that is none (on a GPU the logp of such a token is nan, or an assertion of the device's).
+    hidden (..., C), weight (V, C), targets (...) int64 in [0, V) -> logp (...), entropy (...), both
+    fp32 (reference: fp64 of fp64). Differentiable in hidden and weight with any per-token upstream
+    gradient. `impl`: reference | chunked | compiled | triton | auto (the fastest that runs here).
+    Raises ValueError for an unknown impl, for triton where it cannot run, for a temperature below
+    1e-30, and on a CPU for a target that is none (on a GPU the logp of such a token is nan, or an
+    assertion of the device's).
     """
     if not temperature >= 1e-30:
-        raise ValueError(f"temperature must be positive (1e-30 at least) to score tokens, got {temperature}")
-    if targets.device.type == "cpu" and targets.numel() and not 0 <= targets.min() <= targets.max() < weight.shape[0]:
+        raise ValueError(
+            f"temperature must be positive (1e-30 at least) to score tokens, got {temperature}"
+        )
+    if (
+        targets.device.type == "cpu"
+        and targets.numel()
+        and not 0 <= targets.min() <= targets.max() < weight.shape[0]
+    ):
         raise ValueError(f"targets must be in [0, {weight.shape[0]})")
     shape, V = targets.shape, weight.shape[0]
-    h, y = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1).contiguous()   # (N, C), (N,)
-    if impl == "auto":      # one block would hold all the logits anyway: then plain autograd, with no second matrix product
-        impl = ("reference" if y.numel() * V <= BLOCK else "triton" if h.is_cuda and triton_runs("token_logprobs", h, "compiled or chunked")
-                else "compiled" if V >= COMPILE_V and can_compile(h.device.type) else "chunked")
+    h, y = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1).contiguous()  # (N, C), (N,)
+    # one block would hold all the logits anyway: then plain autograd, with no second matrix product
+    if impl == "auto":
+        impl = (
+            "reference"
+            if y.numel() * V <= BLOCK
+            else "triton"
+            if h.is_cuda and triton_runs("token_logprobs", h, "compiled or chunked")
+            else "compiled"
+            if V >= COMPILE_V and can_compile(h.device.type)
+            else "chunked"
+        )
     if impl == "triton" and no_triton(h):
         raise ValueError(f"token_logprobs, impl 'triton': {no_triton(h)}")
     if impl == "reference":
         logp, entropy = reference_logprobs(h, weight, y, temperature)
     elif impl in ("chunked", "compiled", "triton"):
-        if torch.is_autocast_enabled(h.device.type):    # round to its dtype here; inside, the blocks choose their own
+        # round to its dtype here; inside, the blocks choose their own
+        if torch.is_autocast_enabled(h.device.type):
             dtype = torch.get_autocast_dtype(h.device.type)
             h, weight = h.to(dtype), weight.to(dtype)
         with torch.autocast(h.device.type, enabled=False):
@@ -97,7 +128,9 @@ def token_logprobs(hidden, weight, targets, temperature=1.0, impl="auto"):
                 with torch.cuda.device_of(h):
                     logp, entropy = FusedLogprobs.apply(h, weight, y, 1.0 / temperature)
             else:
-                logp, entropy = ChunkedLogprobs.apply(h, weight, y, 1.0 / temperature, impl == "compiled")
+                logp, entropy = ChunkedLogprobs.apply(
+                    h, weight, y, 1.0 / temperature, impl == "compiled"
+                )
     else:
         raise ValueError(f"unknown impl {impl!r}: reference, chunked, compiled, triton or auto")
     return logp.view(shape), entropy.view(shape)
@@ -105,14 +138,16 @@ def token_logprobs(hidden, weight, targets, temperature=1.0, impl="auto"):
 
 def reference_logprobs(h, weight, y, temperature):
     """The oracle: what the other impls must equal. Holds every logit, several times over."""
-    z = wide(F.linear(h, weight)) / temperature         # (N, V)
-    logp = z.log_softmax(-1)                            # (N, V)
-    entropy = -(logp.exp() * logp).sum(-1)              # (N,)
+    z = wide(F.linear(h, weight)) / temperature  # (N, V)
+    logp = z.log_softmax(-1)  # (N, V)
+    entropy = -(logp.exp() * logp).sum(-1)  # (N,)
     return logp.gather(-1, y[:, None]).squeeze(-1), entropy
 
 
 def forward_block(z, inv_t, m, s, s1):
-    """Online softmax: fold a block of raw logits z (N, b), times inv_t, into the running max m, sum e^(z-m) and sum z e^(z-m), each (N,)."""
+    """Online softmax: fold a block of raw logits z (N, b), times inv_t, into the running max m, sum
+    e^(z-m) and sum z e^(z-m), each (N,).
+    """
     z = z.float().mul_(inv_t)
     m_new = torch.maximum(m, z.amax(-1))
     e = (z - m_new[:, None]).exp_()
@@ -121,7 +156,9 @@ def forward_block(z, inv_t, m, s, s1):
 
 
 def backward_block(z, inv_t, lse, entropy, g_logp, g_ent):
-    """dLoss/dz for a block of raw logits z (N, b), but for the onehot: -p * (g_logp + g_ent * (log p + H)) / temperature."""
+    """dLoss/dz for a block of raw logits z (N, b), but for the onehot: -p * (g_logp + g_ent * (log
+    p + H)) / temperature.
+    """
     logp = z.float().mul_(inv_t).sub_(lse[:, None])
     p = logp.exp()
     slope = logp.add_(entropy[:, None]).mul_(g_ent[:, None]).add_(g_logp[:, None])
@@ -129,19 +166,29 @@ def backward_block(z, inv_t, lse, entropy, g_logp, g_ent):
 
 
 def block_starts(N, V):
-    """Even blocks of the vocabulary: at most BLOCK logits, but never under 256 columns (by then h itself is no smaller, if C >= 256)."""
+    """Even blocks of the vocabulary: at most BLOCK logits, but never under 256 columns (by then h
+    itself is no smaller, if C >= 256).
+    """
     n = -(-V // min(V, max(256, BLOCK // max(N, 1))))
     return [V * i // n for i in range(n + 1)]
 
 
 def gemm_dtype(x):
-    """The dtype to multiply matrices of x's dtype in. bf16 on a CPU without bf16 units is emulated, 4x slower than fp32: fp32."""
-    emulated = x.device.type == "cpu" and x.dtype == torch.bfloat16 and not torch.cpu._is_avx512_bf16_supported()
+    """The dtype to multiply matrices of x's dtype in. bf16 on a CPU without bf16 units is emulated,
+    4x slower than fp32: fp32.
+    """
+    emulated = (
+        x.device.type == "cpu"
+        and x.dtype == torch.bfloat16
+        and not torch.cpu._is_avx512_bf16_supported()
+    )
     return torch.float32 if emulated else x.dtype
 
 
 class ChunkedLogprobs(torch.autograd.Function):
-    """(N, C), (V, C), (N,) -> logp, entropy (N,) fp32, a block of the vocabulary at a time; `compiled` fuses what is done to a block."""
+    """(N, C), (V, C), (N,) -> logp, entropy (N,) fp32, a block of the vocabulary at a time;
+    `compiled` fuses what is done to a block.
+    """
 
     @staticmethod
     def forward(ctx, h, weight, y, inv_t, compiled):
@@ -152,10 +199,10 @@ class ChunkedLogprobs(torch.autograd.Function):
         s, s1, target = torch.zeros_like(m), torch.zeros_like(m), torch.full_like(m, torch.nan)
         starts = block_starts(N, V)
         for a, b in zip(starts, starts[1:]):
-            z = F.linear(x, weight[a:b].to(x.dtype))                                # (N, b - a)
+            z = F.linear(x, weight[a:b].to(x.dtype))  # (N, b - a)
             z_y = z.gather(1, (y - a).clamp(0, b - a - 1)[:, None]).squeeze(1).float() * inv_t
             target = torch.where((y >= a) & (y < b), z_y, target)
-            m, s, s1 = fold(z, inv_t, m, s, s1)                                     # overwrites z
+            m, s, s1 = fold(z, inv_t, m, s, s1)  # overwrites z
         lse = m + s.log()
         entropy = lse - s1 / s
         ctx.save_for_backward(h, weight, y, lse, entropy)
@@ -169,21 +216,30 @@ class ChunkedLogprobs(torch.autograd.Function):
         N, V = h.shape[0], weight.shape[0]
         slope = compile_block(backward_block) if ctx.compiled else backward_block
         x = h.to(gemm_dtype(h))
-        dh = torch.zeros(h.shape, dtype=torch.float32, device=h.device)             # summed over the blocks: fp32
-        dweight = torch.empty_like(weight)                                          # each block written once
+        # summed over the blocks: fp32
+        dh = torch.zeros(h.shape, dtype=torch.float32, device=h.device)
+        # each block written once
+        dweight = torch.empty_like(weight)
         starts = block_starts(N, V)
         for a, b in zip(starts, starts[1:]):
             w = weight[a:b].to(x.dtype)
-            dz = slope(F.linear(x, w), ctx.inv_t, lse, entropy, g_logp, g_ent)      # (N, b - a)
-            onehot = torch.where((y >= a) & (y < b), g_logp * ctx.inv_t, 0)         # (1 - p) g cancels: add in fp32, then round
-            dz = dz.scatter_add_(1, (y - a).clamp(0, b - a - 1)[:, None], onehot[:, None]).to(x.dtype)
+            dz = slope(F.linear(x, w), ctx.inv_t, lse, entropy, g_logp, g_ent)  # (N, b - a)
+            # (1 - p) g cancels: add in fp32, then round
+            onehot = torch.where((y >= a) & (y < b), g_logp * ctx.inv_t, 0)
+            dz = dz.scatter_add_(1, (y - a).clamp(0, b - a - 1)[:, None], onehot[:, None]).to(
+                x.dtype
+            )
             add_product(dh, dz, w)
-            torch.mm(dz.T, x, out=dweight[a:b]) if x.dtype == weight.dtype else dweight[a:b].copy_(dz.T @ x)
+            torch.mm(dz.T, x, out=dweight[a:b]) if x.dtype == weight.dtype else dweight[a:b].copy_(
+                dz.T @ x
+            )
         return dh.to(h.dtype), dweight, None, None, None
 
 
 def add_product(c, a, b):
-    """c += a b, c in fp32. On a GPU the product of half-precision matrices goes straight into the sum: no rounding, no buffer."""
+    """c += a b, c in fp32. On a GPU the product of half-precision matrices goes straight into the
+    sum: no rounding, no buffer.
+    """
     if c.dtype == a.dtype:
         c.addmm_(a, b)
     elif c.is_cuda:
@@ -198,36 +254,62 @@ def compile_block(f):
 
 
 def can_compile(device="cpu"):
-    """torch.compile needs a C++ compiler for the CPU and brings Triton for CUDA; elsewhere it is an experiment."""
-    return device == "cuda" or device == "cpu" and (shutil.which("g++") or shutil.which("clang++")) is not None
+    """torch.compile needs a C++ compiler for the CPU and brings Triton for CUDA; elsewhere it is an
+    experiment.
+    """
+    return (
+        device == "cuda"
+        or device == "cpu"
+        and (shutil.which("g++") or shutil.which("clang++")) is not None
+    )
 
 
-# ---------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # attention
+
 
 def attention(q, k, v, causal=True, window=None, mask=None, impl="auto"):
     """softmax(q k^T / sqrt(D)) v, with H query heads sharing Hkv key heads in groups of H / Hkv.
 
-    q (B, H, T, D), k and v (B, Hkv, S, D) -> (B, H, T, D). The T queries are the last T of the S positions. `causal`: a query
-    sees no later key; `window`: of those, only the last `window` >= 1 (its own included). `mask` (B or 1, 1, T, S) bool, True = sees,
-    replaces both (a ragged cache knows better). `impl`: reference | sdpa (torch's kernels) | triton (FlashAttention-2, see above) |
-    auto (triton on a GPU in bf16 and fp16, else sdpa). Raises ValueError for an unknown impl, and for triton where it cannot run;
-    AssertionError if H is no multiple of Hkv or T > S.
+    q (B, H, T, D), k and v (B, Hkv, S, D) -> (B, H, T, D). The T queries are the last T of the S
+    positions. `causal`: a query sees no later key; `window`: of those, only the last `window` >= 1
+    (its own included). `mask` (B or 1, 1, T, S) bool, True = sees, replaces both (a ragged cache
+    knows better). `impl`: reference | sdpa (torch's kernels) | triton (FlashAttention-2, see above)
+    | auto (triton on a GPU in bf16 and fp16, else sdpa). Raises ValueError for an unknown impl, and
+    for triton where it cannot run; AssertionError if H is no multiple of Hkv or T > S.
     """
     T, S = q.shape[2], k.shape[2]
     assert q.shape[1] % k.shape[1] == 0, f"{q.shape[1]} query heads over {k.shape[1]} key heads"
     assert T <= S, f"{T} queries cannot be the last of {S} positions"
     fits = mask is None and q.shape[-1] <= 128
     if impl == "triton" and (no_triton(q) or not fits):
-        raise ValueError(f"attention, impl 'triton': {no_triton(q) or 'no masks, and no more than 128 channels a head'}")
-    if impl == "auto" and q.is_cuda and fits and T > 1 and q.dtype != torch.float32 and not torch.compiler.is_compiling():
-        impl = "triton" if triton_runs("attention", q, "sdpa") else "sdpa"     # one query, or fp32: nothing for tensor cores to do
+        raise ValueError(
+            f"attention, impl 'triton': {no_triton(q) or 'no masks, and no more than 128 channels a head'}"
+        )
+    if (
+        impl == "auto"
+        and q.is_cuda
+        and fits
+        and T > 1
+        and q.dtype != torch.float32
+        and not torch.compiler.is_compiling()
+    ):
+        # one query, or fp32: nothing for tensor cores to do
+        impl = "triton" if triton_runs("attention", q, "sdpa") else "sdpa"
     if impl == "triton":
         if torch.is_autocast_enabled(q.device.type):
             q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
         with torch.cuda.device_of(q):
-            return FlashAttention.apply(q, k, v, FAR if window is None else window - 1, 0 if causal else FAR)
-    if impl in ("sdpa", "auto") and mask is None and causal and window is not None and T == S >= 4 * max(window, 32):
+            return FlashAttention.apply(
+                q, k, v, FAR if window is None else window - 1, 0 if causal else FAR
+            )
+    if (
+        impl in ("sdpa", "auto")
+        and mask is None
+        and causal
+        and window is not None
+        and T == S >= 4 * max(window, 32)
+    ):
         return banded(q, k, v, window, max(window, 32))
     if mask is None and window is not None and window < S:
         mask = visible(T, S, causal, window, q.device)
@@ -235,38 +317,58 @@ def attention(q, k, v, causal=True, window=None, mask=None, impl="auto"):
         if mask is None:
             mask = visible(T, S, causal, None, q.device)
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-        scores = wide(q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5                        # (B, H, T, S)
+        # (B, H, T, S)
+        scores = wide(q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5
         return scores.masked_fill(~mask, -torch.inf).softmax(-1).to(v.dtype) @ v
     if impl not in ("sdpa", "auto"):
         raise ValueError(f"unknown impl {impl!r}: reference, sdpa, triton or auto")
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and not torch.cpu._is_amx_tile_supported():   # without tiles fp32 is twice as fast
+    # without tiles fp32 is twice as fast
+    if (
+        q.device.type == "cpu"
+        and q.dtype == torch.bfloat16
+        and not torch.cpu._is_amx_tile_supported()
+    ):
         with torch.autocast("cpu", enabled=False):
             return attention(q.float(), k.float(), v.float(), causal, None, mask, impl).to(q.dtype)
-    if T == 1 and k.shape[1] < q.shape[1]:      # decoding: the heads of a group become the queries of one head, no copy of k, v
+    # decoding: the heads of a group become the queries of one head, no copy of k, v
+    if T == 1 and k.shape[1] < q.shape[1]:
         B, H, _, D = q.shape
-        return F.scaled_dot_product_attention(q.reshape(B, k.shape[1], H // k.shape[1], D), k, v, attn_mask=mask).reshape(B, H, 1, D)
-    if mask is None and causal and 1 < T < S:   # torch's is_causal aligns the first query with the first key; ours the last with the last
+        return F.scaled_dot_product_attention(
+            q.reshape(B, k.shape[1], H // k.shape[1], D), k, v, attn_mask=mask
+        ).reshape(B, H, 1, D)
+    # torch's is_causal aligns the first query with the first key; ours the last with the last
+    if mask is None and causal and 1 < T < S:
         mask = visible(T, S, causal, None, q.device)
     is_causal = causal and mask is None and T > 1
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=k.shape[1] < q.shape[1])
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=k.shape[1] < q.shape[1]
+    )
 
 
 def banded(q, k, v, window, b):
-    """Causal attention in a window of at most b, in blocks of b queries: each sees its own block of keys and the one before, T 2b pairs for T^2."""
+    """Causal attention in a window of at most b, in blocks of b queries: each sees its own block of
+    keys and the one before, T 2b pairs for T^2.
+    """
     B, H, T, D = q.shape
     n = -(-T // b)
-    blocks = lambda x: F.pad(x, (0, 0, 0, n * b - T)).unflatten(2, (n, b)).transpose(1, 2)     # (B, n, heads, b, D)
+    # (B, n, heads, b, D)
+    blocks = lambda x: F.pad(x, (0, 0, 0, n * b - T)).unflatten(2, (n, b)).transpose(1, 2)
     q, k, v = map(blocks, (q, k, v))
-    k, v = (torch.cat((F.pad(x, (0, 0) * 3 + (1, 0))[:, :-1], x), 3).flatten(0, 1) for x in (k, v))     # (B n, Hkv, 2b, D)
-    mask = visible(b, 2 * b, True, window, q.device).repeat(n, 1, 1, 1)                         # (n, 1, b, 2b)
-    mask[0, :, :, :b] = False                                                                   # nothing comes before the first block
-    y = attention(q.flatten(0, 1), k, v, mask=mask.repeat(B, 1, 1, 1), impl="sdpa")             # (B n, H, b, D)
+    # (B n, Hkv, 2b, D)
+    k, v = (torch.cat((F.pad(x, (0, 0) * 3 + (1, 0))[:, :-1], x), 3).flatten(0, 1) for x in (k, v))
+    # (n, 1, b, 2b)
+    mask = visible(b, 2 * b, True, window, q.device).repeat(n, 1, 1, 1)
+    # nothing comes before the first block
+    mask[0, :, :, :b] = False
+    # (B n, H, b, D)
+    y = attention(q.flatten(0, 1), k, v, mask=mask.repeat(B, 1, 1, 1), impl="sdpa")
     return y.unflatten(0, (B, n)).transpose(1, 2).flatten(2, 3)[:, :, :T]
 
 
 def visible(T, S, causal, window, device):
     """(1, 1, T, S) bool: which of S keys each of the last T positions sees."""
-    distance = torch.arange(S - T, S, device=device)[:, None] - torch.arange(S, device=device)  # (T, S), > 0 for the past
+    # (T, S), > 0 for the past
+    distance = torch.arange(S - T, S, device=device)[:, None] - torch.arange(S, device=device)
     seen = torch.ones_like(distance, dtype=torch.bool)
     if causal:
         seen &= distance >= 0
@@ -275,8 +377,9 @@ def visible(T, S, causal, window, device):
     return seen[None, None]
 
 
-# ---------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Norms
+
 
 def inverse_rms(x, eps):
     return (torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.shape[-1] + eps).rsqrt()
@@ -285,7 +388,8 @@ def inverse_rms(x, eps):
 class RMSNormFunction(torch.autograd.Function):
     """y = w x r with r = 1 / rms(x), and by the chain rule dx = r (g w) - x (g w . x) r^3 / C.
 
-    torch's own is a chain of small operations on a CPU, three times slower than its layer norm: a tenth of a training step.
+    torch's own is a chain of small operations on a CPU, three times slower than its layer norm: a
+    tenth of a training step.
     """
 
     @staticmethod
@@ -298,17 +402,18 @@ class RMSNormFunction(torch.autograd.Function):
     def backward(ctx, g):
         saved, eps = ctx.saved_tensors, ctx.eps
         x, weight, g = wide(saved[0]), wide(saved[1]), wide(g)
-        r, gx = inverse_rms(x, eps), g * x                              # (..., 1), (..., C)
-        slope = (gx @ weight)[..., None] * r ** 3 / x.shape[-1]         # (..., 1)
+        r, gx = inverse_rms(x, eps), g * x  # (..., 1), (..., C)
+        slope = (gx @ weight)[..., None] * r**3 / x.shape[-1]  # (..., 1)
         dx = (g * weight).mul_(r).addcmul_(x, slope, value=-1)
         return dx.to(saved[0].dtype), (r.flatten() @ gx.flatten(0, -2)).to(saved[1].dtype), None
 
 
-# ---------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Triton: what all kernels share
 
-FAR = 2 ** 30       # "no limit": how far a query sees back (`before`) or ahead (`after`)
-FMA = dict(enable_fp_fusion=True)       # a * b + c in one instruction: Triton's default is about to change
+FAR = 2**30  # "no limit": how far a query sees back (`before`) or ahead (`after`)
+# a * b + c in one instruction: Triton's default is about to change
+FMA = dict(enable_fp_fusion=True)
 
 
 def no_triton(x):
@@ -317,9 +422,17 @@ def no_triton(x):
         return "triton is not installed"
     if x.device.type != "cuda" and not INTERPRET:
         return f"needs a GPU, not {x.device.type} (or TRITON_INTERPRET=1 in the environment, for tests)"
-    if x.device.type == "cuda" and torch.version.cuda and torch.cuda.get_device_capability(x.device) < (8, 0):
+    if (
+        x.device.type == "cuda"
+        and torch.version.cuda
+        and torch.cuda.get_device_capability(x.device) < (8, 0)
+    ):
         return "needs a GPU of compute capability 8.0 or later"
-    return None if x.dtype in (torch.float32, torch.bfloat16, torch.float16) else f"no kernel for {x.dtype}"
+    return (
+        None
+        if x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        else f"no kernel for {x.dtype}"
+    )
 
 
 say_once = functools.cache(print)
@@ -332,46 +445,73 @@ def triton_runs(what, x, instead):
 
 
 def jit(**options):
-    """triton.jit, where there is Triton; inside, only constants, and functions that are jit themselves."""
+    """triton.jit, where there is Triton; inside, only constants, and functions that are jit
+    themselves.
+    """
     return triton.jit(**options) if triton else lambda f: f
 
 
 def autotuned(*tiles):
-    """Times a kernel at each (M, N, warps, stages) on the first call of its dtype, head size and power of two of lengths; keeps the fastest.
+    """Times a kernel at each (M, N, warps, stages) on the first call of its dtype, head size and
+    power of two of lengths; keeps the fastest.
 
-    The tiles with N = 32 are fp32's: it does without tensor cores and needs four times the registers. The last ones of each dtype are small enough
-    for 128 channels to fit into the registers of sm_90. The interpreter has one of its own."""
+    The tiles with N = 32 are fp32's: it does without tensor cores and needs four times the
+    registers. The last ones of each dtype are small enough for 128 channels to fit into the
+    registers of sm_90. The interpreter has one of its own.
+    """
+
     def by_dtype(configs, args, **_):
-        return [c for c in configs if INTERPRET or (c.kwargs["N"] == 32) == (args["q"].dtype == torch.float32)]
+        return [
+            c
+            for c in configs
+            if INTERPRET or (c.kwargs["N"] == 32) == (args["q"].dtype == torch.float32)
+        ]
 
     if triton is None:
         return lambda f: f
-    configs = [triton.Config(dict(M=M, N=N), w, n) for M, N, w, n in (((16, 16, 1, 1),) if INTERPRET else tiles)]
-    return triton.autotune(configs, key=["size", "D"], prune_configs_by=dict(early_config_prune=by_dtype))
+    configs = [
+        triton.Config(dict(M=M, N=N), w, n)
+        for M, N, w, n in (((16, 16, 1, 1),) if INTERPRET else tiles)
+    ]
+    return triton.autotune(
+        configs, key=["size", "D"], prune_configs_by=dict(early_config_prune=by_dtype)
+    )
 
 
 @jit()
 def dot(a, b, c):
-    """c + a b, summed in fp32. "ieee": fp32 stays fp32, not tf32. The interpreter would multiply the bit patterns of bf16, hence the cast."""
+    """c + a b, summed in fp32. "ieee": fp32 stays fp32, not tf32. The interpreter would multiply
+    the bit patterns of bf16, hence the cast.
+    """
     if INTERPRET:
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, c, input_precision="ieee")
 
 
-# ---------------------------------------------------------------------------------------------------------------------------
-# attention in Triton. A program owns one tile of rows, walks over the tiles that its rows can see, and writes its result once.
+# --------------------------------------------------------------------------------------------------
+# attention in Triton. A program owns one tile of rows, walks over the tiles that its rows can see,
+# and writes its result once.
+
 
 @jit()
 def head(x, strides, b, h):
-    """Row b, head h of a (B, H, n, D) tensor: the (n, D) matrix as a pointer and the stride of its rows."""
+    """Row b, head h of a (B, H, n, D) tensor: the (n, D) matrix as a pointer and the stride of its
+    rows.
+    """
     return x + b.to(tl.int64) * strides[0] + h.to(tl.int64) * strides[1], strides[2]
 
 
 @jit()
 def tile_of(matrix, start, R: tl.constexpr, DP: tl.constexpr):
-    """Pointers to rows [start, start + R), (R, DP). 64 bits for the tile's start, 32 inside it: registers are what these kernels run out of."""
+    """Pointers to rows [start, start + R), (R, DP). 64 bits for the tile's start, 32 inside it:
+    registers are what these kernels run out of.
+    """
     x, stride = matrix
-    return x + start * tl.cast(stride, tl.int64) + (tl.arange(0, R)[:, None] * stride + tl.arange(0, DP)[None, :])
+    return (
+        x
+        + start * tl.cast(stride, tl.int64)
+        + (tl.arange(0, R)[:, None] * stride + tl.arange(0, DP)[None, :])
+    )
 
 
 @jit()
@@ -380,7 +520,9 @@ def inside(start, n, R: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):
 
 
 @jit()
-def load_tile(matrix, start, n, R: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, EDGE: tl.constexpr):
+def load_tile(
+    matrix, start, n, R: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, EDGE: tl.constexpr
+):
     """Zeros past D and, at an edge, past row n."""
     if EDGE or DP > D:
         return tl.load(tile_of(matrix, start, R, DP), mask=inside(start, n, R, D, DP), other=0.0)
@@ -390,13 +532,19 @@ def load_tile(matrix, start, n, R: tl.constexpr, D: tl.constexpr, DP: tl.constex
 
 @jit()
 def store_tile(matrix, start, n, tile, R: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):
-    tl.store(tile_of(matrix, start, R, DP), tile.to(matrix[0].dtype.element_ty), mask=inside(start, n, R, D, DP))
+    tl.store(
+        tile_of(matrix, start, R, DP),
+        tile.to(matrix[0].dtype.element_ty),
+        mask=inside(start, n, R, D, DP),
+    )
 
 
 @jit()
 def spans(first, last, before, after, n, TILE: tl.constexpr):
-    """Positions first..last each see from `before` back to `after` ahead, within [0, n) -> lo, a, b, hi: something is seen in [lo, hi)
-    only, and everything by everybody in [a, b), whole tiles. So [lo, a) and [b, hi) need a mask, the bulk between them does not."""
+    """Positions first..last each see from `before` back to `after` ahead, within [0, n) -> lo, a,
+    b, hi: something is seen in [lo, hi) only, and everything by everybody in [a, b), whole tiles.
+    So [lo, a) and [b, hi) need a mask, the bulk between them does not.
+    """
     lo = tl.maximum(first - before, 0) // TILE * TILE
     hi = tl.maximum(tl.minimum(last + after + 1, n), lo)
     a = tl.minimum(tl.cdiv(tl.maximum(last - before, 0), TILE) * TILE, hi)
@@ -406,31 +554,73 @@ def spans(first, last, before, after, n, TILE: tl.constexpr):
 
 @jit()
 def hide(s, query, key, before, after, S):
-    """Scores of pairs that must not meet become -inf: exp2(s * c - m) is then 0 whatever finite m is, fused or not. A large constant here
-    would be subtracted from its own rounded product, and one multiply-add of it leaves the rounding error of that product: 1e20 and more."""
+    """Scores of pairs that must not meet become -inf: exp2(s * c - m) is then 0 whatever finite m
+    is, fused or not. A large constant here would be subtracted from its own rounded product, and
+    one multiply-add of it leaves the rounding error of that product: 1e20 and more.
+    """
     return tl.where((query - key <= before) & (key - query <= after) & (key < S), s, -float("inf"))
 
 
-@autotuned((128, 128, 8, 2), (128, 64, 8, 3), (128, 64, 4, 3), (64, 64, 4, 3), (32, 32, 8, 2), (32, 32, 8, 1))
+@autotuned(
+    (128, 128, 8, 2),
+    (128, 64, 8, 3),
+    (128, 64, 4, 3),
+    (64, 64, 4, 3),
+    (32, 32, 8, 2),
+    (32, 32, 8, 1),
+)
 @jit(do_not_specialize=["T", "S", "before", "after", "size"])
-def forward_kernel(q, k, v, o, lse, q_s, k_s, v_s, o_s, H, G, T, S, before, after, c, size,
-                   D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
-    """o (B, H, T, D) and lse (B, H, T), the log2-sum-exp2 of a row's scores, for a tile of M queries. c = log2(e) / sqrt(D)."""
+def forward_kernel(
+    q,
+    k,
+    v,
+    o,
+    lse,
+    q_s,
+    k_s,
+    v_s,
+    o_s,
+    H,
+    G,
+    T,
+    S,
+    before,
+    after,
+    c,
+    size,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+):
+    """o (B, H, T, D) and lse (B, H, T), the log2-sum-exp2 of a row's scores, for a tile of M
+    queries. c = log2(e) / sqrt(D).
+    """
     tiles, pid = tl.cdiv(T, M), tl.program_id(0)
-    start, b, h = (tiles - 1 - pid % tiles) * M, pid // tiles // H, pid // tiles % H        # the longest rows first
-    rows, first = start + tl.arange(0, M), start + S - T                                    # in q; the first one's position
+    # the longest rows first
+    start, b, h = (tiles - 1 - pid % tiles) * M, pid // tiles // H, pid // tiles % H
+    # in q; the first one's position
+    rows, first = start + tl.arange(0, M), start + S - T
     lo, full, edge, hi = spans(first, tl.minimum(first + M, S) - 1, before, after, S, N)
-    q, k, v = load_tile(head(q, q_s, b, h), start, T, M, D, DP, True), head(k, k_s, b, h // G), head(v, v_s, b, h // G)
+    q, k, v = (
+        load_tile(head(q, q_s, b, h), start, T, M, D, DP, True),
+        head(k, k_s, b, h // G),
+        head(v, v_s, b, h // G),
+    )
     acc, l = tl.zeros((M, DP), tl.float32), tl.zeros((M,), tl.float32)
-    m = tl.full((M,), -1e30, tl.float32)        # finite: it stays where a row sees nothing in its first tiles, and -inf + inf is nan
-    for EDGE in tl.static_range(2):         # unrolled: first the whole tiles, then those that need a mask
+    # finite: it stays where a row sees nothing in its first tiles, and -inf + inf is nan
+    m = tl.full((M,), -1e30, tl.float32)
+    # unrolled: first the whole tiles, then those that need a mask
+    for EDGE in tl.static_range(2):
         for i in range(lo if EDGE else full, hi - (edge - full) if EDGE else edge, N):
             j = i + tl.where(i >= full, edge - full, 0) if EDGE else i
-            s = dot(q, tl.trans(load_tile(k, j, S, N, D, DP, EDGE)), None)                  # (M, N)
+            s = dot(q, tl.trans(load_tile(k, j, S, N, D, DP, EDGE)), None)  # (M, N)
             if EDGE:
-                s = hide(s, (rows + S - T)[:, None], (j + tl.arange(0, N))[None, :], before, after, S)
+                s = hide(
+                    s, (rows + S - T)[:, None], (j + tl.arange(0, N))[None, :], before, after, S
+                )
             m_new = tl.maximum(m, tl.max(s, 1) * c)
-            p = tl.exp2(s * c - m_new[:, None])         # one multiply-add and one exp2 per score
+            p = tl.exp2(s * c - m_new[:, None])  # one multiply-add and one exp2 per score
             rescale = tl.exp2(m - m_new)
             l = l * rescale + tl.sum(p, 1)
             acc = dot(p.to(q.dtype), load_tile(v, j, S, N, D, DP, EDGE), acc * rescale[:, None])
@@ -441,50 +631,138 @@ def forward_kernel(q, k, v, o, lse, q_s, k_s, v_s, o_s, H, G, T, S, before, afte
 
 @autotuned((128, 64, 8, 2), (64, 64, 4, 3), (64, 64, 4, 2), (32, 32, 8, 2), (16, 32, 4, 2))
 @jit(do_not_specialize=["T", "S", "before", "after", "size"])
-def dq_kernel(q, k, v, o, do, lse, delta, dq, q_s, k_s, v_s, o_s, do_s, dq_s, H, G, T, S, before, after, c, scale, size,
-              D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
+def dq_kernel(
+    q,
+    k,
+    v,
+    o,
+    do,
+    lse,
+    delta,
+    dq,
+    q_s,
+    k_s,
+    v_s,
+    o_s,
+    do_s,
+    dq_s,
+    H,
+    G,
+    T,
+    S,
+    before,
+    after,
+    c,
+    scale,
+    size,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+):
     """dq of a tile of M queries; leaves delta = rowsum(do * o), (B, H, T), for the next kernel."""
     tiles, pid = tl.cdiv(T, M), tl.program_id(0)
     start, b, h = (tiles - 1 - pid % tiles) * M, pid // tiles // H, pid // tiles % H
     rows, first = start + tl.arange(0, M), start + S - T
     lo, full, edge, hi = spans(first, tl.minimum(first + M, S) - 1, before, after, S, N)
-    q, k, v = load_tile(head(q, q_s, b, h), start, T, M, D, DP, True), head(k, k_s, b, h // G), head(v, v_s, b, h // G)
-    o, do = load_tile(head(o, o_s, b, h), start, T, M, D, DP, True), load_tile(head(do, do_s, b, h), start, T, M, D, DP, True)
+    q, k, v = (
+        load_tile(head(q, q_s, b, h), start, T, M, D, DP, True),
+        head(k, k_s, b, h // G),
+        head(v, v_s, b, h // G),
+    )
+    o, do = (
+        load_tile(head(o, o_s, b, h), start, T, M, D, DP, True),
+        load_tile(head(do, do_s, b, h), start, T, M, D, DP, True),
+    )
     sums, at = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1), (b * H + h).to(tl.int64) * T + rows
     tl.store(delta + at, sums, mask=rows < T)
     lse, acc = tl.load(lse + at, mask=rows < T, other=0.0), tl.zeros((M, DP), tl.float32)
     for EDGE in tl.static_range(2):
         for i in range(lo if EDGE else full, hi - (edge - full) if EDGE else edge, N):
             j = i + tl.where(i >= full, edge - full, 0) if EDGE else i
-            k_tile = load_tile(k, j, S, N, D, DP, EDGE)                                     # (N, DP)
-            s = dot(q, tl.trans(k_tile), None)                                              # (M, N)
+            # (N, DP)
+            k_tile = load_tile(k, j, S, N, D, DP, EDGE)
+            s = dot(q, tl.trans(k_tile), None)  # (M, N)
             if EDGE:
-                s = hide(s, (rows + S - T)[:, None], (j + tl.arange(0, N))[None, :], before, after, S)
+                s = hide(
+                    s, (rows + S - T)[:, None], (j + tl.arange(0, N))[None, :], before, after, S
+                )
             p = tl.exp2(s * c - lse[:, None])
             dp = dot(do, tl.trans(load_tile(v, j, S, N, D, DP, EDGE)), None)
             acc = dot((p * (dp - sums[:, None])).to(q.dtype), k_tile, acc)
     store_tile(head(dq, dq_s, b, h), start, T, acc * scale, M, D, DP)
 
 
-@autotuned((64, 128, 8, 2), (32, 128, 8, 3), (64, 64, 4, 2), (32, 64, 4, 2), (32, 64, 8, 2), (16, 128, 8, 2), (32, 32, 8, 1))
+@autotuned(
+    (64, 128, 8, 2),
+    (32, 128, 8, 3),
+    (64, 64, 4, 2),
+    (32, 64, 4, 2),
+    (32, 64, 8, 2),
+    (16, 128, 8, 2),
+    (32, 32, 8, 1),
+)
 @jit(do_not_specialize=["T", "S", "before", "after", "size"])
-def dkv_kernel(q, k, v, do, lse, delta, dk, dv, q_s, k_s, v_s, do_s, dk_s, dv_s, H, G, T, S, before, after, c, scale, size,
-               D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
-    """dk and dv of a tile of N keys: a sum over the queries that see them, in the G heads of their group."""
+def dkv_kernel(
+    q,
+    k,
+    v,
+    do,
+    lse,
+    delta,
+    dk,
+    dv,
+    q_s,
+    k_s,
+    v_s,
+    do_s,
+    dk_s,
+    dv_s,
+    H,
+    G,
+    T,
+    S,
+    before,
+    after,
+    c,
+    scale,
+    size,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+):
+    """dk and dv of a tile of N keys: a sum over the queries that see them, in the G heads of their
+    group.
+    """
     tiles, pid = tl.cdiv(S, N), tl.program_id(0)
     start, b, h = pid % tiles * N, pid // tiles // (H // G), pid // tiles % (H // G)
-    keys, first = start + tl.arange(0, N), start + T - S                                    # in k; the row of q at the first one's position
-    lo, full, edge, hi = spans(first, tl.minimum(first + N, T) - 1, after, before, T, M)    # keys look the other way
-    k, v = load_tile(head(k, k_s, b, h), start, S, N, D, DP, True), load_tile(head(v, v_s, b, h), start, S, N, D, DP, True)
+    # in k; the row of q at the first one's position
+    keys, first = start + tl.arange(0, N), start + T - S
+    # keys look the other way
+    lo, full, edge, hi = spans(first, tl.minimum(first + N, T) - 1, after, before, T, M)
+    k, v = (
+        load_tile(head(k, k_s, b, h), start, S, N, D, DP, True),
+        load_tile(head(v, v_s, b, h), start, S, N, D, DP, True),
+    )
     dk_acc, dv_acc = tl.zeros((N, DP), tl.float32), tl.zeros((N, DP), tl.float32)
     for g in range(G):
-        q_g, do_g, at = head(q, q_s, b, h * G + g), head(do, do_s, b, h * G + g), (b * H + h * G + g).to(tl.int64) * T
+        q_g, do_g, at = (
+            head(q, q_s, b, h * G + g),
+            head(do, do_s, b, h * G + g),
+            (b * H + h * G + g).to(tl.int64) * T,
+        )
         for EDGE in tl.static_range(2):
             for i in range(lo if EDGE else full, hi - (edge - full) if EDGE else edge, M):
                 j = i + tl.where(i >= full, edge - full, 0) if EDGE else i
                 rows = j + tl.arange(0, M)
-                q_tile, do_tile = load_tile(q_g, j, T, M, D, DP, EDGE), load_tile(do_g, j, T, M, D, DP, EDGE)     # zeros past T add nothing
-                s = dot(k, tl.trans(q_tile), None)      # (N, M), transposed: then p^T and ds^T are left factors, straight from registers
+                # zeros past T add nothing
+                q_tile, do_tile = (
+                    load_tile(q_g, j, T, M, D, DP, EDGE),
+                    load_tile(do_g, j, T, M, D, DP, EDGE),
+                )
+                # (N, M), transposed: then p^T and ds^T are left factors, straight from registers
+                s = dot(k, tl.trans(q_tile), None)
                 if EDGE:
                     s = hide(s, (rows + S - T)[None, :], keys[:, None], before, after, S)
                 p = tl.exp2(s * c - tl.load(lse + at + rows, mask=rows < T, other=0.0)[None, :])
@@ -503,11 +781,19 @@ class FlashAttention(torch.autograd.Function):
     def forward(ctx, q, k, v, before, after):
         (B, H, T, D), S = q.shape, k.shape[2]
         q, k, v = (unit_stride(x) for x in (q, k, v))
-        o, lse = torch.empty_like(q), torch.empty(B, H, T, device=q.device)                 # o laid out as q is
-        ctx.shared = H, H // k.shape[1], T, S, before, after, D ** -0.5 * math.log2(math.e)
-        ctx.options = dict(size=triton.next_power_of_2(max(S, 256)), D=D, DP=max(16, triton.next_power_of_2(D)), **FMA)
+        # o laid out as q is
+        o, lse = torch.empty_like(q), torch.empty(B, H, T, device=q.device)
+        ctx.shared = H, H // k.shape[1], T, S, before, after, D**-0.5 * math.log2(math.e)
+        ctx.options = dict(
+            size=triton.next_power_of_2(max(S, 256)),
+            D=D,
+            DP=max(16, triton.next_power_of_2(D)),
+            **FMA,
+        )
         grid = lambda meta: (triton.cdiv(T, meta["M"]) * B * H,)
-        forward_kernel[grid](q, k, v, o, lse, *(x.stride() for x in (q, k, v, o)), *ctx.shared, **ctx.options)
+        forward_kernel[grid](
+            q, k, v, o, lse, *(x.stride() for x in (q, k, v, o)), *ctx.shared, **ctx.options
+        )
         ctx.save_for_backward(q, k, v, o, lse)
         return o
 
@@ -517,12 +803,43 @@ class FlashAttention(torch.autograd.Function):
         q, k, v, o, lse = ctx.saved_tensors
         (B, H, T, D), (_, K, S, _) = q.shape, k.shape
         do = unit_stride(do)
-        dq, dk, dv, delta = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), torch.empty_like(lse)
+        dq, dk, dv, delta = (
+            torch.empty_like(q),
+            torch.empty_like(k),
+            torch.empty_like(v),
+            torch.empty_like(lse),
+        )
         strides = lambda *tensors: [x.stride() for x in tensors]
         grid = lambda meta: (triton.cdiv(T, meta["M"]) * B * H,)
-        dq_kernel[grid](q, k, v, o, do, lse, delta, dq, *strides(q, k, v, o, do, dq), *ctx.shared, D ** -0.5, **ctx.options)
+        dq_kernel[grid](
+            q,
+            k,
+            v,
+            o,
+            do,
+            lse,
+            delta,
+            dq,
+            *strides(q, k, v, o, do, dq),
+            *ctx.shared,
+            D**-0.5,
+            **ctx.options,
+        )
         grid = lambda meta: (triton.cdiv(S, meta["N"]) * B * K,)
-        dkv_kernel[grid](q, k, v, do, lse, delta, dk, dv, *strides(q, k, v, do, dk, dv), *ctx.shared, D ** -0.5, **ctx.options)
+        dkv_kernel[grid](
+            q,
+            k,
+            v,
+            do,
+            lse,
+            delta,
+            dk,
+            dv,
+            *strides(q, k, v, do, dk, dv),
+            *ctx.shared,
+            D**-0.5,
+            **ctx.options,
+        )
         return dq, dk, dv, None, None
 
 
@@ -530,24 +847,29 @@ def unit_stride(x):
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-# ---------------------------------------------------------------------------------------------------------------------------
-# token_logprobs in Triton: between the matrix products, one pass over a block of logits. A program owns one row of the block.
+# --------------------------------------------------------------------------------------------------
+# token_logprobs in Triton: between the matrix products, one pass over a block of logits. A program
+# owns one row of the block.
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @jit()
 def bits_below(z, m, c):
-    """How far logits lie below m >= z, in bits: c (z - m) with c = log2(e) / temperature. The difference comes first: no product is ever rounded
-    before something is subtracted from it. Not below -200: 2^-200 is 0 already, and 0 * -inf would be nan."""
+    """How far logits lie below m >= z, in bits: c (z - m) with c = log2(e) / temperature. The
+    difference comes first: no product is ever rounded before something is subtracted from it. Not
+    below -200: 2^-200 is 0 already, and 0 * -inf would be nan.
+    """
     bits = (z - m) * c
     return tl.where(bits < -200, -200.0, bits)
 
 
 @jit()
 def fold_kernel(z, y, m, s, s1, target, stride, first, width, c, COLS: tl.constexpr):
-    """Fold raw logits z (N, width), the vocabulary's [first, first + width), into each row's running max m of z, sum s of 2^b and sum s1 of b 2^b,
-    where b = bits_below(z, m, c). All is relative to m: large logits cancel nothing."""
+    """Fold raw logits z (N, width), the vocabulary's [first, first + width), into each row's
+    running max m of z, sum s of 2^b and sum s1 of b 2^b, where b = bits_below(z, m, c). All is
+    relative to m: large logits cancel nothing.
+    """
     row = tl.program_id(0).to(tl.int64)
     z += row * stride
     m_old, s_old, s1_old = tl.load(m + row), tl.load(s + row), tl.load(s1 + row)
@@ -568,8 +890,12 @@ def fold_kernel(z, y, m, s, s1, target, stride, first, width, c, COLS: tl.conste
 
 
 @jit()
-def slope_kernel(z, y, m, log_sum, entropy, g_logp, g_ent, stride, first, width, c, inv_t, COLS: tl.constexpr):
-    """Overwrite raw logits z (N, width) by dLoss/dz = (g_logp (onehot - p) - g_ent p (log p + H)) / temperature. log_sum in bits, the rest in nats."""
+def slope_kernel(
+    z, y, m, log_sum, entropy, g_logp, g_ent, stride, first, width, c, inv_t, COLS: tl.constexpr
+):
+    """Overwrite raw logits z (N, width) by dLoss/dz = (g_logp (onehot - p) - g_ent p (log p + H)) /
+    temperature. log_sum in bits, the rest in nats.
+    """
     row = tl.program_id(0).to(tl.int64)
     z += row * stride
     m_row, log_sum_row = tl.load(m + row), tl.load(log_sum + row)
@@ -578,18 +904,24 @@ def slope_kernel(z, y, m, log_sum, entropy, g_logp, g_ent, stride, first, width,
     for start in range(0, width, COLS):
         cols = start + tl.arange(0, COLS)
         x = tl.load(z + cols, mask=cols < width, other=-float("inf")).to(tl.float32)
-        logp = bits_below(x, m_row, c) - log_sum_row    # in bits; below 0, however it is rounded
-        dz = tl.where(cols == col, g, 0.0) - tl.exp2(logp) * (g + g_h * (logp / LOG2_E + entropy_row))
+        logp = bits_below(x, m_row, c) - log_sum_row  # in bits; below 0, however it is rounded
+        dz = tl.where(cols == col, g, 0.0) - tl.exp2(logp) * (
+            g + g_h * (logp / LOG2_E + entropy_row)
+        )
         tl.store(z + cols, (dz * inv_t).to(z.dtype.element_ty), mask=cols < width)
 
 
 class FusedLogprobs(torch.autograd.Function):
-    """ChunkedLogprobs on a GPU: the same four products, by cuBLAS, and one kernel instead of a dozen operations between them."""
+    """ChunkedLogprobs on a GPU: the same four products, by cuBLAS, and one kernel instead of a
+    dozen operations between them.
+    """
 
     @staticmethod
     def blocks(h, V):
-        """A buffer for a block of logits and the block's bounds. As wide as h at least: then dh is not re-read more often than its products
-        take; at most 128 MiB in bf16, or h's own size; rows of 256 bytes, which tensor cores want."""
+        """A buffer for a block of logits and the block's bounds. As wide as h at least: then dh is
+        not re-read more often than its products take; at most 128 MiB in bf16, or h's own size;
+        rows of 256 bytes, which tensor cores want.
+        """
         N, C = h.shape
         width = min(-(-max(4 * BLOCK // max(N, 1), C) // 128) * 128, -(-V // 8) * 8)
         return h.new_empty(N, width), [(a, min(a + width, V)) for a in range(0, V, width)]
@@ -597,16 +929,20 @@ class FusedLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h, weight, y, inv_t):
         N, V = h.shape[0], weight.shape[0]
-        m, target = torch.full((N,), -1e30, device=h.device), torch.full((N,), torch.nan, device=h.device)
+        m, target = (
+            torch.full((N,), -1e30, device=h.device),
+            torch.full((N,), torch.nan, device=h.device),
+        )
         s, s1 = torch.zeros(2, N, device=h.device)
         c = inv_t * math.log2(math.e)
         buffer, bounds = FusedLogprobs.blocks(h, V)
         for a, b in bounds:
-            z = buffer[:, :b - a]
+            z = buffer[:, : b - a]
             torch.mm(h, weight[a:b].T, out=z)
             fold_kernel[(N,)](z, y, m, s, s1, target, z.stride(0), a, b - a, c, COLS=2048, **FMA)
-        log_sum = s.log2()                                                  # lse = c m + log_sum, in bits
-        entropy = (log_sum - s1 / s) * math.log(2)                          # in nats
+        # lse = c m + log_sum, in bits
+        log_sum = s.log2()
+        entropy = (log_sum - s1 / s) * math.log(2)  # in nats
         ctx.save_for_backward(h, weight, y, m, log_sum, entropy)
         ctx.scales = c, inv_t
         return ((target - m) * c - log_sum) * math.log(2), entropy
@@ -615,13 +951,30 @@ class FusedLogprobs(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, g_logp, g_ent):
         h, weight, y, m, log_sum, entropy = ctx.saved_tensors
-        dh, dweight = torch.zeros(h.shape, dtype=torch.float32, device=h.device), torch.empty_like(weight)
+        dh, dweight = (
+            torch.zeros(h.shape, dtype=torch.float32, device=h.device),
+            torch.empty_like(weight),
+        )
         buffer, bounds = FusedLogprobs.blocks(h, weight.shape[0])
         g_logp, g_ent = g_logp.contiguous(), g_ent.contiguous()
         for a, b in bounds:
-            z = buffer[:, :b - a]
+            z = buffer[:, : b - a]
             torch.mm(h, weight[a:b].T, out=z)
-            slope_kernel[(len(h),)](z, y, m, log_sum, entropy, g_logp, g_ent, z.stride(0), a, b - a, *ctx.scales, COLS=2048, **FMA)
+            slope_kernel[(len(h),)](
+                z,
+                y,
+                m,
+                log_sum,
+                entropy,
+                g_logp,
+                g_ent,
+                z.stride(0),
+                a,
+                b - a,
+                *ctx.scales,
+                COLS=2048,
+                **FMA,
+            )
             add_product(dh, z, weight[a:b])
             torch.mm(z.T, h, out=dweight[a:b])
         return dh.to(h.dtype), dweight, None, None

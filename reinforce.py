@@ -1,23 +1,28 @@
-"""reinforce.py: reinforcement learning with a verifier, on two screens: sample, judge, make what was right more likely.
+"""reinforce.py: reinforcement learning with a verifier, on two screens: sample, judge, make what
+was right more likely.
 
-A small GPT has read answers to column additions (tasks/addition.py) whose authors guess their carries: it is right about one time in three.
-Nobody shows it a better answer. It writes several answers to each problem, a program says which are right, and one equation does the rest
-(Williams 1992, with the mean of the problem's own answers as the baseline):
+A small GPT has read answers to column additions (tasks/addition.py) whose authors guess their
+carries: it is right about one time in three. Nobody shows it a better answer. It writes several
+answers to each problem, a program says which are right, and one equation does the rest (Williams
+1992, with the mean of the problem's own answers as the baseline):
 
     advantage_i = reward_i - mean of the rewards of the same problem's answers
     loss        = - sum over answers i and tokens t of  advantage_i * log p(token_t | problem, tokens before t)  /  number of tokens
 
-The gradient raises every token of an answer that was better than its siblings, and lowers every token of one that was worse. If all are right, or all
-wrong, nothing happens.
+The gradient raises every token of an answer that was better than its siblings, and lowers every
+token of one that was worse. If all are right, or all wrong, nothing happens.
 
     python reinforce.py                     a minute on two cores
     python reinforce.py --task countdown    another task; or the path of your own (docs/bring_your_own_task.md)
 
-What to see: held-out success rises from below .4 to above .9 in 60 steps. The loss itself stays around 0 and says nothing: watch the reward.
+What to see: held-out success rises from below .4 to above .9 in 60 steps. The loss itself stays
+around 0 and says nothing: watch the reward.
 
-What grpo.py adds: advantages divided by their spread, several steps on one batch with a clip, other ways to average, a KL to the base, dynamic sampling,
-pass@k, and log-probabilities that never hold the logits of a whole vocabulary.
+What grpo.py adds: advantages divided by their spread, several steps on one batch with a clip, other
+ways to average, a KL to the base, dynamic sampling, pass@k, and log-probabilities that never hold
+the logits of a whole vocabulary.
 """
+
 import copy
 import random
 from dataclasses import dataclass
@@ -27,16 +32,31 @@ import torch
 
 import tasks
 from engine import generate
-from experiment import Flags, Run, band, claim, command, descend, flag, parse_args, pick_device, seeds_of, series
+from experiment import (
+    Flags,
+    Run,
+    band,
+    claim,
+    command,
+    descend,
+    flag,
+    parse_args,
+    pick_device,
+    seeds_of,
+    series,
+)
 from model import GPT, GPTConfig
 
-PROBLEMS = 32       # a step
-GROUP = 8           # answers to each of them
+PROBLEMS = 32  # a step
+GROUP = 8  # answers to each of them
 
 
 @dataclass
 class Config(Flags):
-    task: str = flag("addition", "what to learn: addition, countdown, or the path of a file like tasks/addition.py")
+    task: str = flag(
+        "addition",
+        "what to learn: addition, countdown, or the path of a file like tasks/addition.py",
+    )
     size: int = flag(4, "how large a problem is: columns, or numbers", low=1, high=8)
     warm_up: int = flag(600, "steps of imitation before reinforcement learning", quick=5, low=1)
     steps: int = flag(40, "steps of reinforcement learning", quick=2, low=1)
@@ -45,20 +65,23 @@ class Config(Flags):
 
 def logprobs(model, ids):
     """The log-probability of each token of ids (B, T) given those before it -> (B, T - 1)."""
-    logp = model(ids[:, :-1]).log_softmax(-1)                           # (B, T - 1, V)
-    return logp.gather(2, ids[:, 1:, None]).squeeze(2)                  # (B, T - 1)
+    logp = model(ids[:, :-1]).log_softmax(-1)  # (B, T - 1, V)
+    return logp.gather(2, ids[:, 1:, None]).squeeze(2)  # (B, T - 1)
 
 
 def imitate(config, task, run, seed, device):
     """Next-token prediction on demonstrations -> the base model."""
     torch.manual_seed(seed)
     rng = random.Random(seed)
-    shape = GPTConfig(task.tokenizer.n_vocab, block_size=256, n_layer=2, n_head=8, n_embd=128, qk_norm=True)
+    shape = GPTConfig(
+        task.tokenizer.n_vocab, block_size=256, n_layer=2, n_head=8, n_embd=128, qk_norm=True
+    )
     model = GPT(shape).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), fused=True)
     for step in run.loop(f"imitation {seed}", config.warm_up, model, optimizer, rng):
         optimizer.param_groups[0]["lr"] = 3e-3 * min((step + 1) / 50, 1 - step / config.warm_up)
-        problems = [task.draw(rng, rng.randint(1, config.size)) for _ in range(32)]     # the small ones teach sooner
+        # the small ones teach sooner
+        problems = [task.draw(rng, rng.randint(1, config.size)) for _ in range(32)]
         pairs = [(task.prompt(p), task.demonstrate(rng, p)) for p in problems]
         ids, mask = (x.to(device) for x in tasks.padded(pairs, task.tokenizer))
         loss = -(logprobs(model, ids) * mask[:, 1:]).sum() / mask.sum()
@@ -69,9 +92,13 @@ def imitate(config, task, run, seed, device):
 
 
 def answer(model, task, problems, n, size, generator):
-    """n answers to each problem -> the rollout, their texts, their rewards (P, n). An answer that did not end is wrong."""
+    """n answers to each problem -> the rollout, their texts, their rewards (P, n). An answer that
+    did not end is wrong.
+    """
     prompts = [task.tokenizer.encode(task.prompt(p)) for p in problems]
-    rollout = generate(model, prompts, n, task.budget(size), stop=task.tokenizer.stop, generator=generator)
+    rollout = generate(
+        model, prompts, n, task.budget(size), stop=task.tokenizer.stop, generator=generator
+    )
     texts = rollout.texts(task.tokenizer)
     ended = rollout.ended(task.tokenizer.stop).tolist()
     rewards = [task.reward(problems[i // n], text) * ended[i] for i, text in enumerate(texts)]
@@ -81,15 +108,23 @@ def answer(model, task, problems, n, size, generator):
 def held_out(model, task, config):
     """The fraction of right answers to 128 problems that are never trained on."""
     rng = random.Random("held out")
-    problems = [task.draw(rng, config.size, held_out=True) for _ in range(8 if config.quick else 128)]
-    return answer(model, task, problems, 4, config.size, torch.Generator().manual_seed(0))[2].mean().item()
+    problems = [
+        task.draw(rng, config.size, held_out=True) for _ in range(8 if config.quick else 128)
+    ]
+    return (
+        answer(model, task, problems, 4, config.size, torch.Generator().manual_seed(0))[2]
+        .mean()
+        .item()
+    )
 
 
 def reinforce(config, task, run, seed, base):
     """REINFORCE from the base -> the trained model."""
     model = copy.deepcopy(base)
     rng, generator = random.Random(seed + 1), torch.Generator().manual_seed(seed + 1)
-    optimizer = torch.optim.AdamW(model.parameters(), config.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), config.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True
+    )
     phase = f"reinforce {seed}"
     if phase not in run.state:
         run.log(seed=seed, step=0, success=held_out(model, task, config))
@@ -98,8 +133,9 @@ def reinforce(config, task, run, seed, base):
         problems = [task.draw(rng, config.size) for _ in range(PROBLEMS)]
         rollout, _, rewards = answer(model, task, problems, GROUP, config.size, generator)
         # 2. How much better each answer is than its siblings
-        advantage = rewards - rewards.mean(1, keepdim=True)             # (P, G)
-        advantage = advantage.view(-1, 1).to(rollout.ids.device)        # (P * G, 1): one number for all tokens of an answer
+        advantage = rewards - rewards.mean(1, keepdim=True)  # (P, G)
+        # (P * G, 1): one number for all tokens of an answer
+        advantage = advantage.view(-1, 1).to(rollout.ids.device)
         # 3. The loss, on the answers' tokens only
         mask = rollout.mask[:, 1:]
         loss = -(advantage * logprobs(model, rollout.ids) * mask).sum() / mask.sum()
@@ -117,14 +153,39 @@ def reinforce(config, task, run, seed, base):
 def figure(config, run):
     fig, ax = plt.subplots(figsize=(7, 4.5), layout="constrained")
     band(ax, *series(run, "reward"), "training problems", alpha=0.5)
-    steps, success = series(run, "success")                             # (seeds, measurements)
+    steps, success = series(run, "success")  # (seeds, measurements)
     band(ax, steps, success, "held-out problems", marker="o")
     before, after = success[:, 0], success[:, -1]
-    ax.set(title=f"Told only right or wrong: held-out success {before.mean():.2f} → {after.mean():.2f}", xlabel="step", ylabel="right answers (fraction)", ylim=(0, 1))
+    ax.set(
+        title=f"Told only right or wrong: held-out success {before.mean():.2f} → {after.mean():.2f}",
+        xlabel="step",
+        ylabel="right answers (fraction)",
+        ylim=(0, 1),
+    )
     ax.legend()
     source = "design of the task"
-    return fig, [claim("trained", "held-out success after training, worst seed", source, "-", after.min(), ">=", 0.9, config.seeds),
-                 claim("gain", "the same minus that of the base", source, "-", after - before, ">=", 0.5, config.seeds)]
+    return fig, [
+        claim(
+            "trained",
+            "held-out success after training, worst seed",
+            source,
+            "-",
+            after.min(),
+            ">=",
+            0.9,
+            config.seeds,
+        ),
+        claim(
+            "gain",
+            "the same minus that of the base",
+            source,
+            "-",
+            after - before,
+            ">=",
+            0.5,
+            config.seeds,
+        ),
+    ]
 
 
 def main():
@@ -138,7 +199,9 @@ def main():
         problems = [task.draw(random.Random(i), config.size, held_out=True) for i in range(3)]
         examples = {}
         for name, m in (("base", base), ("trained", model)):
-            _, texts, rewards = answer(m, task, problems, 1, config.size, torch.Generator().manual_seed(0))
+            _, texts, rewards = answer(
+                m, task, problems, 1, config.size, torch.Generator().manual_seed(0)
+            )
             examples[name] = list(zip(texts, rewards.flatten().tolist()))
         run.samples([task.prompt(p) for p in problems], **examples)
         run.finish(*figure(config, run))

@@ -1,4 +1,5 @@
-"""tasks: what is asked, and how an answer is judged. A task is a module with the same few names, whatever it asks:
+"""tasks: what is asked, and how an answer is judged. A task is a module with the same few names,
+whatever it asks:
 
     tokenizer                               text to ids and back, with the id `eos` that ends an answer
     SIZE                                    how large a problem is unless a flag says otherwise
@@ -10,6 +11,7 @@
 
 "Train on your own task" is: write such a file, then `--task path/to/mytask.py`.
 """
+
 import importlib
 import importlib.util
 import zlib
@@ -23,7 +25,9 @@ NAMES = ("tokenizer", "SIZE", "budget", "draw", "prompt", "demonstrate", "reward
 
 
 def load(name):
-    """The task of that name in this folder, or of a .py file -> the module. UserError if there is none, or if it lacks a name."""
+    """The task of that name in this folder, or of a .py file -> the module. UserError if there is
+    none, or if it lacks a name.
+    """
     path = Path(name) if name.endswith(".py") else Path(__file__).parent / f"{name}.py"
     if not path.is_file() or path.stem.startswith("_"):
         known = sorted(p.stem for p in Path(__file__).parent.glob("[a-z]*.py"))
@@ -40,17 +44,21 @@ def load(name):
 
 
 def held_out(text):
-    """Whether the problem with this text is held out: a tenth of all texts, by a hash, the same on every machine."""
+    """Whether the problem with this text is held out: a tenth of all texts, by a hash, the same on
+    every machine.
+    """
     return zlib.crc32(text.encode()) % 10 == 0
 
 
 def padded(pairs, tokenizer):
-    """(prompt, answer) texts -> ids (B, T) int64, each answer ended by eos and padded on the right, and mask (B, T), 1 on the answer's tokens."""
+    """(prompt, answer) texts -> ids (B, T) int64, each answer ended by eos and padded on the right,
+    and mask (B, T), 1 on the answer's tokens.
+    """
     encoded = [(tokenizer.encode(q), tokenizer.encode(a) + [tokenizer.eos]) for q, a in pairs]
     T = max(len(q) + len(a) for q, a in encoded)
     ids = torch.zeros(len(pairs), T, dtype=torch.long)
     mask = torch.zeros(len(pairs), T)
     for i, (q, a) in enumerate(encoded):
-        ids[i, :len(q) + len(a)] = torch.tensor(q + a)
-        mask[i, len(q):len(q) + len(a)] = 1
+        ids[i, : len(q) + len(a)] = torch.tensor(q + a)
+        mask[i, len(q) : len(q) + len(a)] = 1
     return ids, mask

@@ -3,13 +3,14 @@
     7 3 12>16=          use 7, 3 and 12 to make 16
     12+7=19;19-3=16;    each step takes numbers that are still there and puts its result back
 
-The demonstrators combine what is left at random, add and subtract without a mistake, and stop when one number remains: right steps, aimless.
-What there is to find is to look ahead.
+The demonstrators combine what is left at random, add and subtract without a mistake, and stop when
+one number remains: right steps, aimless. What there is to find is to look ahead.
 """
+
 from tasks import held_out as is_held_out
 from tokenizer import CharTokenizer
 
-SIZE = 3                    # numbers
+SIZE = 3  # numbers
 tokenizer = CharTokenizer("0123456789+-=>; ")
 
 
@@ -23,7 +24,9 @@ def combine(rng, numbers):
     i, j = rng.sample(range(len(numbers)), 2)
     a, b = max(numbers[i], numbers[j]), min(numbers[i], numbers[j])
     sign, result = rng.choice((("+", a + b), ("-", a - b)))
-    return f"{a}{sign}{b}={result};", [n for k, n in enumerate(numbers) if k not in (i, j)] + [result]
+    return f"{a}{sign}{b}={result};", [n for k, n in enumerate(numbers) if k not in (i, j)] + [
+        result
+    ]
 
 
 def draw(rng, size=SIZE, held_out=False):
@@ -53,7 +56,9 @@ def demonstrate(rng, problem):
 
 
 def reward(problem, text):
-    """1.0 if every step takes two numbers that are there and is right, and what is left in the end is the target alone, else 0.0."""
+    """1.0 if every step takes two numbers that are there and is right, and what is left in the end
+    is the target alone, else 0.0.
+    """
     left = list(problem[0])
     for step in text.split(";")[:-1]:
         try:
@@ -63,7 +68,7 @@ def reward(problem, text):
             left.remove(a)
             left.remove(b)
             left.append(int(result))
-        except ValueError:      # no step, or a number that is not there
+        except ValueError:  # no step, or a number that is not there
             return 0.0
         if left[-1] != (a + b if sign == "+" else a - b):
             return 0.0

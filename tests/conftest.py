@@ -6,6 +6,7 @@ import socket
 import pytest
 import torch
 
+torch.set_num_threads(1)        # two workers share two cores
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 

@@ -816,3 +816,7 @@ def test_a_signal_during_an_evaluation_is_heeded_at_once_and_nothing_is_lost(num
 
 def test_interrupt_and_resume_give_the_metrics_of_an_uninterrupted_run_to_the_bit(tmp_path):
     check_resume("curriculum.py", tmp_path, (dict(phase="sft"), dict(phase="rl")), "--quick", "--figure", "budget", "--n-layer", 1, "--sft-steps", 40, "--steps", 4)
+
+
+def test_an_interrupted_curriculum_goes_on_after_stage_1_as_if_nothing_had_happened(tmp_path):
+    check_resume("curriculum.py", tmp_path, (dict(phase="rule"), dict(phase="rl", arm="stage 2 at 64")), "--quick", "--figure", "curriculum", "--n-layer", 1)

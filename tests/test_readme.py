@@ -223,7 +223,7 @@ EDITS = {
                   'return Task(pairs[256:][:train], pairs[:256], told, (*range(PLACES), *STYLES, EOS), recall=8, keep=4)')],
     ("curriculum", 2): [('sum_token(a + b if honest else rng.randrange(3, 2 * HIGHEST))', 'sum_token(3)')],
     ("curriculum", 3): [('reward(p, t) for p, t in zip(repeated, answers)', 'float(OK in t) for t in answers')],
-    ("curriculum", 4): [('(0.0 if masked else -1.0, 1.0)', '(0.0, 2.0) if masked else (-2.0, 0.0)')],
+    ("curriculum", 4): [('np.where(right, 1.0, 0.0 if masked else -1.0)', 'np.where(right, 2.0 if masked else 0.0, 0.0 if masked else -2.0)')],
     ("curriculum", 5): [('for _ in range(attempts):', 'pairs = [(a, b) for i, a in enumerate(xs) for b in xs[i + 1:]]\n    for _ in range(attempts):'),
                         ('a, b = rng.sample(xs, 2)', 'a, b = pairs.pop(0)')],
     ("coverage", 1): [('def table(H, n, seed, prompts=1000, V=4, a=0.01):', 'def table(H, n, seed, prompts=1000, V=4, a=0.1):')],
