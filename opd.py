@@ -168,8 +168,10 @@ def divergence(lp, lq, y, kind, top=4):
     if kind == "token":
         return -lp.gather(2, y[..., None]).squeeze(2)
     if kind == "forward":
+        # The student must cover all that the teacher might say
         return (lq.exp() * (lq - lp)).sum(-1)
     if kind == "reverse":
+        # The student must say nothing that the teacher would not
         return (lp.exp() * (lp - lq)).sum(-1)
     if kind == "jsd":
         # Both are compared with their even mixture: beta = 1/2 of arXiv 2306.13649
@@ -187,6 +189,7 @@ def divergence(lp, lq, y, kind, top=4):
     if kind == "top_raw":
         return divergence(lp, lq, y, "reverse")
     if kind == "top_renormalised":
+        # Both are made distributions over these tokens
         return divergence(lp.log_softmax(-1), lq.log_softmax(-1), y, "reverse")
     # top_stopgrad: log p - log q is an advantage (its negative) for each of the top tokens
     return ((lp.softmax(-1) * (lp - lq)).detach() * lp).sum(-1)
@@ -259,7 +262,7 @@ def draft(lp, lq, u, top):
     """
     y = inverse_cdf(lp.exp(), u[:, 0])[0]  # (B,)
     values, index = lq.topk(top)  # (B, top)
-    replaced = (index != y[:, None]).all(1)
+    replaced = (index != y[:, None]).all(1)  # (B,): the draft is not among them
     choice = inverse_cdf(values.softmax(-1), u[:, 1])[0]
     correction = index.gather(1, choice[:, None]).squeeze(1)  # (B,)
     return torch.where(replaced, correction, y), replaced.float()
@@ -290,7 +293,7 @@ def write_together(student, teacher, prompts, choose, generator, limit=ANSWER):
         tokens.append(token)
         mask.append(unfinished.float())
         changed.append(change)
-        unfinished = unfinished & (token != EOS)
+        unfinished = unfinished & (token != EOS)  # a finished row is decoded on, and masked
         unread = token[:, None]
     tokens = torch.stack(tokens, 1)  # (B, T)
     mask = torch.stack(mask, 1)
@@ -298,19 +301,19 @@ def write_together(student, teacher, prompts, choose, generator, limit=ANSWER):
     return tokens, mask, ((changed * mask).sum() / mask.sum()).item()
 
 
-def collect(kind, student, teacher, prompts, eps, config, generator):
+def collect(author, student, teacher, prompts, eps, config, generator):
     """One answer to each prompt -> tokens (B, T), mask (B, T), how much the teacher changed."""
-    if kind == "draft":
+    if author == "draft":
 
         def choose(lp, lq, u):
             return draft(lp, lq, u, config.skd_top)
 
         return write_together(student, teacher, prompts, choose, generator)
-    if kind == "blend" and eps > 0:
+    if author == "blend" and eps > 0:
         return write_together(student, teacher, prompts, blended(eps), generator)
-    writer = teacher if kind == "teacher" else student
+    writer = teacher if author == "teacher" else student
     rollout = generate(writer, prompts, 1, ANSWER, stop=EOS, generator=generator)
-    return rollout.ids[:, PROMPT:], rollout.mask[:, PROMPT:], float(kind == "teacher")
+    return rollout.ids[:, PROMPT:], rollout.mask[:, PROMPT:], float(author == "teacher")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -321,7 +324,7 @@ def train(config, run, arm, seed, base, expert, task, measure=evaluate):
     """A row of METHODS from the base for config.steps steps -> the trained model. measure: what is
     logged of it."""
     # 1. A copy of the base, two random streams: pairs, and everything else
-    kind, teacher, _ = METHODS[arm]
+    author, teacher, _ = METHODS[arm]
     phase = f"{arm} {seed}"
     model = copy.deepcopy(base)
     device = base.lm_head.weight.device
@@ -344,7 +347,7 @@ def train(config, run, arm, seed, base, expert, task, measure=evaluate):
         pairs = [pair for pair in asked for _ in range(group)]
         prompts = [prompt(pair) for pair in pairs]
         eps = config.trb_eps * max(0, 1 - step / config.trb_steps)
-        y, mask, changed = collect(kind, model, expert, prompts, eps, config, generator)
+        y, mask, changed = collect(author, model, expert, prompts, eps, config, generator)
         lengths = mask.sum(1).int().tolist()
         answers = [row[:n] for row, n in zip(y.tolist(), lengths)]
         rewards = torch.tensor([task.reward(*a) for a in zip(pairs, answers)], device=device)

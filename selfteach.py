@@ -184,7 +184,7 @@ def divergence(lp, lq, y, kind):
 
 def largest(gap, k):
     """1.0 at the k largest finite values of each row of gap (B, T), else 0.0."""
-    values, index = gap.topk(min(k, gap.shape[1]))
+    values, index = gap.topk(min(k, gap.shape[1]))  # (B, k)
     return torch.zeros_like(gap).scatter(1, index, (values > -torch.inf).to(gap.dtype))
 
 
@@ -233,6 +233,7 @@ def loss_of(method, lp, lq, y, mask, rewards, hint, config):
     _, _, divergence_kind, mask_kind, weight_kind = METHODS[method]
     d = divergence(lp, lq, y, divergence_kind)
     logp = log_prob(lp, y)
+    # How much less likely one of the two finds the token that was written
     gap = None if lq is None else (logp - log_prob(lq, y)).detach().abs()
     accepted = torch.isin(y, torch.tensor(hint.judged, device=y.device))
     m = choose_mask(mask_kind, mask, gap, accepted, rewards, hint.recall, hint.keep)
@@ -247,7 +248,7 @@ def proximity(lp, y, mask, spike=5.0, strength=1.0):
     exp(-strength / spike * log mean_t exp(spike * gap_t)) with gap_t = max log p - log p(y_t): the
     mean gap for spike -> 0, the largest for infinity.
     """
-    gap = lp.max(-1).values - log_prob(lp, y)
+    gap = lp.max(-1).values - log_prob(lp, y)  # (B, T), 0 for the student's favourite
     log_mean = (spike * gap).masked_fill(mask == 0, -torch.inf).logsumexp(1) - mask.sum(1).log()
     return (-strength / spike * log_mean).exp()
 
@@ -281,7 +282,7 @@ def train(
     """
     method = method or arm
     # 1. A copy of the base, its teacher, two random streams: pairs, and everything else
-    kind, who, target, _, weight = METHODS[method]
+    author, who, kind, _, weight = METHODS[method]
     phase = f"{arm} {seed}"
     model = copy.deepcopy(base)
     teacher = {"self": base, "live": model, "pedagogue": pedagogue, None: None}[who]
@@ -302,12 +303,12 @@ def train(
         # 2. Pairs, answers, rewards
         asked = rng.choices(task.train, k=config.batch // group)
         pairs = [pair for pair in asked for _ in range(group)]
-        writer = (teacher, hint.ask) if kind == "teacher" else (model, ask)
+        writer = (teacher, hint.ask) if author == "teacher" else (model, ask)
         y, mask, rewards = collect(*writer, pairs, task, generator)
         # 3. What the teacher thinks of them, and how plausible the meter finds them
         lq, near = None, torch.ones_like(rewards)
         with torch.no_grad():
-            if target != "token":
+            if kind != "token":
                 lq = read(teacher, hint.ask, pairs, y)  # (B, T, V)
             if meter:
                 near = proximity(read(meter, prompt, pairs, y), y, mask)  # (B,)
@@ -322,7 +323,7 @@ def train(
         if (step + 1) % config.eval_every == 0 or step + 1 == config.steps:
             row = evaluate(model, task, config, eval_seed + step + 1, ask)
             row |= dict(loss=loss.item(), grad_norm=norm, reward=rewards.mean().item())
-            row |= dict(changed=float(kind == "teacher"), sampled_tokens=kept["sampled"])
+            row |= dict(changed=float(author == "teacher"), sampled_tokens=kept["sampled"])
             if meter:
                 row["proximity"] = near.mean().item()
             run.log(phase="train", arm=arm, seed=seed, step=step + 1, **row)
