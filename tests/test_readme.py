@@ -1,4 +1,4 @@
-"""README.md says what results/ holds. `python tests/test_readme.py --write` puts the tables, the exercises and the line counts there."""
+"""README.md and docs/ say what results/ holds. `python tests/test_readme.py --write` puts the tables, the exercises and the times there."""
 import builtins
 import dataclasses
 import dis
@@ -10,10 +10,8 @@ import shlex
 import sys
 import types
 from pathlib import Path
-from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
-import numpy as np
 import pytest
 from common import Memory, launch
 
@@ -21,28 +19,42 @@ from experiment import parse_args
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results"
-README = (ROOT / "README.md").read_text()
-FIGURES = sorted(RESULTS.rglob("*.png"))
+PAGES = {p: p.read_text() for p in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
+TEXT = "\n".join(PAGES.values())
+NAMES = sorted(p.parent.name for p in RESULTS.glob("*/claims.json"))        # of lessons and experiments
 HEAD = "| claim | source | paper | ours | threshold | holds |\n|---|---|---|---|---|---|\n"
-CLAIMS = re.compile(r"(!\[[^\]]*\]\(results/(\w+)/(\w+)\.png\)\n(?:(?!<details>|!\[).*\n)*)<details><summary>Claims.*\n\n(?:\|.*\n)*\n</details>\n")
+CLAIMS = re.compile(
+    r"(!\[[^\]]*\]\(\.\./results/(\w+)/\w+\.png\)\n(?:(?!<details>|!\[).*\n)*)"
+    r"<details><summary>Claims.*\n\n(?:\|.*\n)*\n</details>\n"
+)
 EXERCISES = re.compile(r"(<details><summary><code>(\w+)\.py</code>)[^\n]*\n(?:(?!</details>).*\n)*</details>\n")
-FILE = re.compile(r"^(\| \[`(\w+\.py)`\].*\| )[^|]*( \|[^|]*\| )\d+ \|$", re.M)
+LESSON = re.compile(r"^(\| \[`(\w+\.py)`\]\(\2\) \|[^|]*\| )[^|]*( \|[^|]*\|)$", re.M)
 
 
 def read(path):
     return json.loads((RESULTS / path).read_text())
 
 
-def table(script, figure):
-    claims = read(f"{script}/{figure}.claims.json")
-    rows = "".join(f"| {c['claim']} | {c['source']} | {c['paper']} | {c['ours']} | {c['threshold']} | {'yes' if c['holds'] else '**no**'} |\n" for c in claims)
-    return f"<details><summary>Claims: {sum(c['holds'] for c in claims)} of {len(claims)} hold</summary>\n\n{HEAD}{rows}\n</details>\n"
+def rows_of(name):
+    return [json.loads(line) for line in (RESULTS / name / "metrics.jsonl").read_text().splitlines()]
+
+
+def table(name):
+    claims = read(f"{name}/claims.json")
+    rows = ""
+    for c in claims:
+        holds = "yes" if c["holds"] else "**no**"
+        rows += f"| {c['claim']} | {c['source']} | {c['paper']} | {c['ours']} | {c['threshold']} | {holds} |\n"
+    hold = sum(c["holds"] for c in claims)
+    return f"<details><summary>Claims: {hold} of {len(claims)} hold</summary>\n\n{HEAD}{rows}\n</details>\n"
 
 
 def exercises(script):
     tasks = read("exercises.json")
-    return f"</summary>\n\n{tasks['about'][script]}\n\n" + "".join(f"**{i}.** {e['exercise']}\n\n```bash\n{e['command']}\n```\n\n*What should happen.* {e['expect']}\n\n"
-        for i, e in enumerate(tasks[script], 1)) + "</details>\n"
+    text = f"</summary>\n\n{tasks['about'][script]}\n\n"
+    for i, e in enumerate(tasks[script], 1):
+        text += f"**{i}.** {e['exercise']}\n\n```bash\n{e['command']}\n```\n\n*What should happen.* {e['expect']}\n\n"
+    return text + "</details>\n"
 
 
 def minutes(script):
@@ -51,86 +63,59 @@ def minutes(script):
 
 
 def rewritten(text):
-    text = CLAIMS.sub(lambda m: m[1] + table(m[2], m[3]), text)
+    text = CLAIMS.sub(lambda m: m[1] + table(m[2]), text)
     text = EXERCISES.sub(lambda m: m[1] + exercises(m[2]), text)
-    return FILE.sub(lambda m: f"{m[1]}{minutes(m[2])}{m[3]}{len((ROOT / m[2]).read_text().splitlines())} |", text)
+    return LESSON.sub(lambda m: f"{m[1]}{minutes(m[2])}{m[3]}", text)
 
 
-def test_the_tables_the_exercises_and_the_line_counts_are_up_to_date():
-    assert rewritten(README) == README
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_tables_exercises_and_times_are_up_to_date(page):
+    assert rewritten(PAGES[page]) == PAGES[page]
 
 
-@pytest.mark.parametrize("png", FIGURES, ids=lambda p: f"{p.parent.name}/{p.stem}")
-def test_a_figure_is_shown_with_its_command_and_claims(png):
-    script, figure = png.parent.name, png.stem
-    assert [m[3] for m in CLAIMS.finditer(README) if m[2] == script].count(figure) == 1 or not png.with_suffix(".claims.json").exists()
-    assert f"(results/{script}/{figure}.png)" in README and f"python {script}.py" in README
-    assert png.read_bytes().startswith(b"\x89PNG")
+def test_the_front_page_is_short():
+    assert len(PAGES[ROOT / "README.md"].split()) <= 1800
 
 
-@pytest.mark.parametrize("path", sorted(RESULTS.rglob("*.claims.json")), ids=lambda p: f"{p.parent.name}/{p.name}")
-def test_results_hold_the_metrics_the_config_and_the_figure_of_every_claim(path):
-    stem = path.name.removesuffix(".claims.json")
-    assert all((path.parent / f"{stem}{suffix}").stat().st_size for suffix in (".png", ".jsonl", ".config.json"))
-    config = json.loads((path.parent / f"{stem}.config.json").read_text())
-    assert config["revision"] not in ("", "unknown") and stem in (config["config"]["figure"], config["config"].get("init"))
-    assert all(json.loads(line) for line in (path.parent / f"{stem}.jsonl").read_text().splitlines())
+@pytest.mark.parametrize("name", NAMES)
+def test_a_figure_is_shown_with_its_command_and_claims(name):
+    assert [m[2] for m in CLAIMS.finditer(TEXT)].count(name) == 1
+    assert f"python {name}.py" in TEXT or f"python -m experiments.{name}" in TEXT or f"python -m electives.{name}" in TEXT
+    assert (RESULTS / name / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_results_hold_the_metrics_and_the_config_of_every_claim(name):
+    assert read(f"{name}/config.json")["revision"] not in ("", "unknown") and rows_of(name)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
 # Claims
 
-TRAINERS = {"grpo": ("warm_up", "train", "length_bias_gpt"), "opd": ("from_scratch", "train", "fast_and_slow"), "curriculum": ("warm_up", "train"),
-            "coverage": ("train", "fine_tune"), "ttt": ("train", "decode", "passages")}
-
-
-class Trained:
-    """Whatever training returns: never looked into, because all measurements are among the rows already."""
-    config = SimpleNamespace(figure="")
-
-    def __iter__(self):
-        return iter((self, self, self))
-
-    def __len__(self):
-        return 3
-
-    def save_pretrained(self, *_, **__):
-        pass
-
-
 class Replay(Memory):
     """A Run whose rows are those of results/."""
-    def __init__(self, rows, folder):
+    def __init__(self, name):
         super().__init__()
-        self.rows, self.dir = rows, folder
+        self.rows = rows_of(name)
 
     def log(self, **row):
         raise AssertionError(f"not in results: {row}")
 
 
-def replayed(script, figure, folder):
-    """What the present code makes of the metrics in results/, training nothing -> the figure, its claims."""
-    module, recorded = importlib.import_module(script), read(f"{script}/{figure}.config.json")["config"]
+def module_of(name):
+    """The lesson at the root, the experiment or the elective of that name."""
+    folder = next(f for f in ("", "experiments/", "electives/") if (ROOT / f"{f}{name}.py").exists())
+    return importlib.import_module(f"{folder}{name}".replace("/", "."))
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if n != "scale"])
+def test_the_claims_are_what_the_present_code_makes_of_the_metrics(name):
+    module, recorded = module_of(name), read(f"{name}/config.json")["config"]
     fields = {f.name for f in dataclasses.fields(module.Config)}
     config = module.Config(**{k: v for k, v in recorded.items() if k in fields and k not in ("out", "resume")})
-    rows = [json.loads(line) for line in (RESULTS / script / f"{figure}.jsonl").read_text().splitlines()]
-    with pytest.MonkeyPatch.context() as patch:
-        for name in TRAINERS[script]:
-            patch.setattr(module, name, lambda *_, **__: Trained())
-        if script == "curriculum":
-            patch.setattr(module, "pk_train", lambda *_, steps, **__: np.tile(np.linspace(0.1, 1, steps)[:, None], 3))
-            patch.setattr(module, "pk_reuse", lambda *_, **__: np.tile(np.linspace(0.05, 1, 9)[:, None], 4))
-        texts = ([], []) if (script, figure) == ("ttt", "context") else ()
-        return getattr(module, f"figure_{config.figure}")(config, Replay(rows, folder), "cpu", *texts)
-
-
-@pytest.mark.parametrize("path", [p for p in sorted(RESULTS.rglob("*.claims.json")) if p.parent.name in TRAINERS], ids=lambda p: f"{p.parent.name}/{p.name}")
-def test_the_claims_are_what_the_present_code_makes_of_the_metrics(path, tmp_path):
-    script, figure = path.parent.name, path.name.removesuffix(".claims.json")
-    same = lambda claims: [c for c in claims if not c["id"].startswith("pk")]      # the p^k model runs anew in each figure, and takes seconds
-    claims = replayed(script, figure, tmp_path)[1]
+    claims = module.figure(config, Replay(name))[1]
     plt.close("all")
-    assert same(claims) == same(read(f"{script}/{figure}.claims.json"))
+    assert claims == read(f"{name}/claims.json")
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -147,17 +132,16 @@ def numbers_in(x):
     return () if x is None or isinstance(x, bool) else (float(x),)
 
 
-def numbers_of(script, figure):
+def numbers_of(name):
     """What a figure's files say: claims, flags, and of the metrics the last row of each phase, arm and seed, with the means over seeds."""
-    known, last, means = set(numbers_in([read(f"{script}/{figure}.claims.json"), read(f"{script}/{figure}.config.json")])), {}, {}
-    for line in (RESULTS / script / f"{figure}.jsonl").read_text().splitlines():
-        row = json.loads(line)
-        name = tuple((k, v) for k, v in row.items() if isinstance(v, str))
-        last.setdefault((name, row.get("seed")), {}).update(row)
-    for (name, _), row in last.items():
+    known, last, means = set(numbers_in([read(f"{name}/claims.json"), read(f"{name}/config.json")])), {}, {}
+    for row in rows_of(name):
+        key = tuple((k, v) for k, v in row.items() if isinstance(v, str))
+        last.setdefault((key, row.get("seed")), {}).update(row)
+    for (key, _), row in last.items():
         known.update(numbers_in(row))
         for k, v in row.items():
-            means.setdefault((name, k), []).append(v)
+            means.setdefault((key, k), []).append(v)
     return known | {sum(v) / len(v) for v in means.values() if all(isinstance(x, (int, float)) for x in v)}
 
 
@@ -175,19 +159,18 @@ def found(number, known):
     return any(abs(value - abs(k) * s) <= 0.5001 * 10 ** -digits for k in known for s in scales)
 
 
-SHARED = set(numbers_in([read(name) for name in ("times.json", "tried.json", "exercises.json", "kernels/benchmark.json")]))
-SHARED |= set(numbers_in((RESULTS / "model/benchmark.txt").read_text()))
-SECTIONS = [s for s in re.split(r"^(?=###? )", README, flags=re.M) if told(s)]
+SHARED = set(numbers_in([read(name) for name in ("times.json", "tried.json", "exercises.json", "bench/benchmark.json")]))
+SHARED |= set(numbers_in((RESULTS / "bench/benchmark.txt").read_text()))
+SECTIONS = [s for s in re.split(r"^(?=##? )", TEXT, flags=re.M) if told(s)]
 
 
 @pytest.mark.parametrize("section", SECTIONS, ids=lambda s: s.splitlines()[0].strip("# "))
 def test_every_number_is_found_in_results(section):
-    shown = [(s, f) for s, f in re.findall(r"\(results/(\w+)/(\w+)\.png\)", section) if (RESULTS / s / f"{f}.claims.json").exists()]
-    if not shown:                   # a section without a figure may tell of all
-        shown = [(p.parent.name, p.name.removesuffix(".claims.json")) for p in RESULTS.rglob("*.claims.json")]
-        known = SHARED.union(*(numbers_in(read(f"{s}/{f}.{kind}.json")) for s, f in shown for kind in ("claims", "config")))
-    else:
-        known = SHARED.union(*(numbers_of(s, f) for s, f in shown))
+    shown = [name for name in re.findall(r"\(\.\./results/(\w+)/\w+\.png\)", section) if name in NAMES]
+    if shown:
+        known = SHARED.union(*map(numbers_of, shown))
+    else:       # a section without a figure may tell of all
+        known = SHARED.union(*(numbers_in(read(f"{name}/{kind}.json")) for name in NAMES for kind in ("claims", "config")))
     assert [n for n in told(section) if not found(n, known)] == []
 
 
@@ -201,7 +184,7 @@ def test_a_number_that_is_in_no_result_is_missed():
 
 @pytest.mark.parametrize("script", read("exercises.json")["about"])
 def test_an_exercise_quotes_the_file_and_tells_what_was_measured(script):
-    source, tasks = (ROOT / f"{script}.py").read_text(), read("exercises.json")[script]
+    source, tasks = "".join((ROOT / path).read_text() for path in SOURCES), read("exercises.json")[script]
     assert len(tasks) == 5
     for e in tasks:
         quotes = re.findall(r"`([^`]+)`", e["exercise"])
@@ -265,19 +248,33 @@ def commonprefix(a, b):
 
 
 def changed(script, number, folder):
-    """The module of a script with an exercise's edits, from a file of its own in a folder (Triton reads its source)."""
-    source = (ROOT / f"{script}.py").read_text()
+    """A copy of the project in a folder, with an exercise's edits -> the paths that they change. Each old line stands in one place of the project."""
+    for path in SOURCES:
+        (folder / path).parent.mkdir(exist_ok=True)
+        (folder / path).write_text((ROOT / path).read_text())
+    edited = []
     for old, new in EDITS.get((script, number), []):
-        assert source.count(old) == 1, f"{source.count(old)} times in {script}.py: {old}"
-        source = source.replace(old, new)
-    path = folder / f"{script}.py"
-    path.write_text(source)
-    spec = importlib.util.spec_from_file_location(script, path)
-    module = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, script, module)
-        spec.loader.exec_module(module)
-    return module, compile(source, path, "exec")
+        places = [path for path in SOURCES if old in (folder / path).read_text()]
+        count = sum((folder / path).read_text().count(old) for path in places)
+        assert count == 1, f"{count} times in {', '.join(map(str, places))}: {old}"
+        (folder / places[0]).write_text((folder / places[0]).read_text().replace(old, new))
+        edited.append(places[0])
+    return edited
+
+
+SOURCES = [p.relative_to(ROOT) for f in (".", "tasks", "experiments", "electives") for p in sorted((ROOT / f).glob("*.py"))]
+MODULES = {str(p.with_suffix("")).replace("/", ".").removesuffix(".__init__") for p in SOURCES} | {"experiments", "electives"}
+
+
+@pytest.fixture
+def elsewhere(monkeypatch, tmp_path):
+    """Imports in this test find the project's modules in tmp_path."""
+    before = {name: sys.modules.pop(name) for name in MODULES if name in sys.modules}
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield tmp_path
+    for name in MODULES:
+        sys.modules.pop(name, None)
+    sys.modules.update(before)
 
 
 def unknown_names(code, module):
@@ -298,29 +295,33 @@ def test_an_exercise_asks_for_the_changes_that_the_tests_make(script, number):
 
 
 @pytest.mark.parametrize("script, number", list(EDITS))
-def test_the_change_of_an_exercise_can_be_made_in_one_place_and_leaves_no_name_unknown(script, number, tmp_path):
-    module, code = changed(script, number, tmp_path)
-    assert unknown_names(code, module) == set()
+def test_the_change_of_an_exercise_can_be_made_in_one_place_and_leaves_no_name_unknown(script, number, elsewhere):
+    for path in changed(script, number, elsewhere):
+        module = importlib.import_module(str(path.with_suffix("")).replace("/", ".").removesuffix(".__init__"))
+        assert Path(module.__file__) == elsewhere / path
+        assert unknown_names(compile((elsewhere / path).read_text(), path, "exec"), module) == set()
 
 
-SCRIPTS = [(script, number) for script, number in TASKS for line in read("exercises.json")[script][number - 1]["command"].splitlines()
-           if line.startswith(f"python {script}.py")]
-
-
-@pytest.mark.parametrize("script, number", dict.fromkeys(SCRIPTS))
-def test_the_command_of_an_exercise_is_one_and_runs_quickly_after_the_change(script, number, tmp_path, monkeypatch):
-    """All flags are read as they are; then the run has only those whose value --quick does not choose."""
-    monkeypatch.setattr(sys, "argv", ["pytest"])
-    module, _ = changed(script, number, tmp_path)
-    monkeypatch.setitem(sys.modules, script, module)
-    quick = {"--" + f.name.replace("_", "-") for f in dataclasses.fields(module.Config) if f.metadata["quick"] is not None}
+def commands(script, number):
+    """The runs that an exercise asks for: module, flags, whether they come before the change."""
     for line in read("exercises.json")[script][number - 1]["command"].splitlines():
-        if not line.startswith(f"python {script}.py"):
-            continue
-        given = shlex.split(line, comments=True)[2:]
+        words = shlex.split(line, comments=True)
+        if words[:2] == ["python", "-m"]:
+            yield words[2], words[3:], "# before the change" in line
+        elif words[:1] == ["python"] and words[1].endswith(".py"):
+            yield words[1].removesuffix(".py"), words[2:], "# before the change" in line
+
+
+@pytest.mark.parametrize("script, number", [task for task in TASKS if list(commands(*task))])
+def test_the_command_of_an_exercise_is_one_and_runs_quickly_after_the_change(script, number, elsewhere):
+    """All flags are read as they are; then the run has only those whose value --quick does not choose."""
+    changed(script, number, elsewhere)
+    for name, given, before in commands(script, number):
+        Config = importlib.import_module(name).Config
+        quick = {"--" + f.name.replace("_", "-") for f in dataclasses.fields(Config) if f.metadata["quick"] is not None}
         if "--resume" not in given:
-            parse_args(module.Config, "", given)
-        if (script, number) not in EDITS or "# before the change" in line:
+            parse_args(Config, "", given)
+        if (script, number) not in EDITS or before:
             continue
         kept, i = [], 0
         while i < len(given):
@@ -328,38 +329,41 @@ def test_the_command_of_an_exercise_is_one_and_runs_quickly_after_the_change(scr
             if given[i] not in quick | {"--out"}:
                 kept += given[i:i + width]
             i += width
-        code, _, err = launch(f"{script}.py", *kept, *([] if "--resume" in kept else ["--quick"]), "--out", tmp_path / "out")
+        code, _, err = launch(name, *kept, *([] if "--resume" in kept else ["--quick"]), "--out", elsewhere / "out")
         assert code == 0, err
-        assert (tmp_path / "out" / "claims.json").exists()
+        assert (elsewhere / "out" / "claims.json").exists()
 
 
 PIECES = {("curriculum", 4), ("pretrain", 4), ("kernels", 2), ("kernels", 3), ("kernels", 4)}     # python -c "..." that takes seconds
 
 
 @pytest.mark.parametrize("script, number", sorted(PIECES))
-def test_a_piece_of_code_in_an_exercise_runs_after_the_change(script, number, tmp_path, monkeypatch, capsys):
+def test_a_piece_of_code_in_an_exercise_runs_after_the_change(script, number, elsewhere, capsys):
+    changed(script, number, elsewhere)
     command = read("exercises.json")[script][number - 1]["command"]
     piece = re.search(r'python -c "(.*?)"$', command, re.S | re.M)[1]
-    monkeypatch.setitem(sys.modules, script, changed(script, number, tmp_path)[0])
     exec(compile(piece, "exercise", "exec"), {"__name__": "exercise"})
     assert capsys.readouterr().out
 
 
-def test_every_test_that_the_readme_names_exists():
+def test_every_test_that_the_pages_name_exists():
     tests = "".join(p.read_text() for p in (ROOT / "tests").glob("test_*.py"))
-    named = re.findall(r"`(test_\w+)`", README)
+    named = re.findall(r"`(test_\w+)`", TEXT)
     assert len(named) > 20 and [name for name in named if f"def {name}(" not in tests] == []
 
 
-def test_every_file_the_readme_links_to_exists():
-    assert [path for path in re.findall(r"\]\((?!http|#)([^)]+)\)", README) if not (ROOT / path).exists()] == []
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_every_file_that_a_page_links_to_exists(page):
+    assert [path for path in re.findall(r"\]\((?!http|#)([^)#]+)", PAGES[page]) if not (page.parent / path).exists()] == []
 
 
-def test_every_script_stands_in_the_table_of_files():
-    assert {p.name for p in ROOT.glob("*.py")} == {m[2] for m in FILE.finditer(README)}
+def test_every_lesson_foundation_and_experiment_stands_on_a_page():
+    assert [p.name for p in ROOT.glob("*.py") if f"({p.name})" not in PAGES[ROOT / "README.md"]] == []
+    assert [p.stem for p in ROOT.glob("experiments/[a-z]*.py") if f"experiments.{p.stem}" not in TEXT] == []
 
 
 if __name__ == "__main__":
     if sys.argv[1:] != ["--write"]:
         raise SystemExit("python tests/test_readme.py --write")
-    (ROOT / "README.md").write_text(rewritten(README))
+    for page, text in PAGES.items():
+        page.write_text(rewritten(text))
