@@ -305,11 +305,9 @@ def test_the_change_of_an_exercise_can_be_made_in_one_place_and_leaves_no_name_u
 def commands(script, number):
     """The runs that an exercise asks for: module, flags, whether they come before the change."""
     for line in read("exercises.json")[script][number - 1]["command"].splitlines():
-        words = shlex.split(line, comments=True)
-        if words[:2] == ["python", "-m"]:
-            yield words[2], words[3:], "# before the change" in line
-        elif words[:1] == ["python"] and words[1].endswith(".py"):
-            yield words[1].removesuffix(".py"), words[2:], "# before the change" in line
+        if re.match(r"python (-m (experiments|electives)\.)?\w+", line) and not line.startswith("python -c"):
+            _, *words = shlex.split(line.replace("python -m ", "python "), comments=True)
+            yield words[0].removesuffix(".py"), words[1:], "# before the change" in line
 
 
 @pytest.mark.parametrize("script, number", [task for task in TASKS if list(commands(*task))])
