@@ -23,7 +23,7 @@ nats from 4 tokens, 2.8 from 10, and .8 from all of them at the end of a documen
 (`test_a_rule_written_by_hand_says_what_windows_allow_and_what_documents_do`.)
 
     python ttt.py                       2 to 5 minutes on two cores
-    python -m experiments.context       real text: loss against the length of the context (40 min)
+    python -m experiments.context       real text: loss against the length of the context (25 min)
     python -m experiments.cost          time and memory per token against that length (1 min)
 
 What to see: TTT falls nearly to the floor, as full attention does, in constant memory. The same
