@@ -14,7 +14,7 @@ the tenth the opposite one, and nobody can tell which. The base was trained on a
 and samples any. Fine-tuning first mends the coverage (ways that the data never take vanish), then
 breaks it: cross-entropy ends at .9 and .1, or further apart, and the rarer path falls below 1/N.
 
-    python coverage.py                          2 minutes on two cores
+    python coverage.py                          3 minutes on two cores
     python -m experiments.selection             which checkpoint to take? a tournament of coverage
     python -m experiments.dco                   a loss that leaves alone what is likely enough
     python -m experiments.horizon               long answers have a larger KL, not a larger Cov_N
@@ -23,8 +23,8 @@ breaks it: cross-entropy ends at .9 and .1, or further apart, and the rarer path
 
 What to see: the KL falls all the time; Pass@8 rises a little, then falls below its start, while
 Cov_4 falls a little, then rises. `samples.txt` holds 8 answers to each of three graphs: the base
-spreads them over four paths, the fine-tuned model writes one or two. (Of the third graph the right
-path is the rarer one.)
+spreads them over two to four paths, the fine-tuned model writes one, 8 times. Of the third graph
+the right path is the rarer one: the base finds it among 8, the fine-tuned model does not.
 
 How this differs from the paper:
 1. A model of 0.2 million parameters; graphs of 3 layers of 3 nodes (2 forks). The paper: 11

@@ -299,7 +299,7 @@ def outcome(rollout, rewards):
 def practise(model, optimizer, problems, budget, config, generator):
     """One step of GRPO -> row of metrics, sampled tokens."""
     # 1. Answers, and which of them are right
-    rollout, _, rewards = answer(model, problems, config.group, budget, generator)
+    rollout, texts, rewards = answer(model, problems, config.group, budget, generator)
     # 2. How much better each is than the others to its problem
     adv = advantages(rewards)
     # 3. More of what was better, less of what was worse

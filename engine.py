@@ -436,13 +436,6 @@ def side_by_side(ids, lens, tokens, logps):
     return Rollout(out[:, :T], mask[:, :T], logp[:, :T], lens)
 
 
-def skip_draws(rows, config, generator):
-    """Draw, and drop, the numbers that generate takes for so many rows: processes that share a
-    batch share one random stream.
-    """
-    torch.rand(rows, config.max_new_tokens, dtype=torch.float64, generator=generator)
-
-
 # --------------------------------------------------------------------------------------------------
 # On a GPU: the same steps as CUDA graphs
 

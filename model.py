@@ -257,18 +257,3 @@ class GPT(nn.Module):
         a sliding window, or biases together with QK-norm.
         """
         hf_save(self, Path(folder), like, stop)
-
-
-def checkpoint_for(task, what, name, max_new_tokens, dtype=torch.float32):
-    """The model in a folder or of a hub id, if it can hold the task's longest prompt with its
-    answer, and knows the tokenizer's ids. what: the flag.
-    """
-    model = GPT.from_pretrained(name, dtype)
-    positions = task.longest + max_new_tokens - 1
-    if model.config.block_size < positions or model.config.vocab_size < task.tokenizer.n_vocab:
-        raise UserError(
-            f"{what} {name}: has {model.config.block_size} positions and {model.config.vocab_size} "
-            f"ids; the longest prompt and --max-new-tokens need {positions}, the tokenizer "
-            f"{task.tokenizer.n_vocab}"
-        )
-    return model

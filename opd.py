@@ -1,6 +1,6 @@
 """opd.py: on-policy distillation and its family. A student learns from an expert.
 
-    python opd.py                        six methods, one base model, 2 seeds: 3 minutes, two cores
+    python opd.py                        six methods, one base model, 2 seeds: 4 minutes, two cores
     python opd.py --arms opd,opd_jsd     any rows of METHODS
 
 The task is a map that only the weights know (tasks/walks.py): a prompt names two places, an answer

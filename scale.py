@@ -86,8 +86,8 @@ from tasks.wordproblems import load_model, load_teacher, word_problems
 # the rows that need a teacher, but no map, hint or judge: name -> who writes, which divergence
 DISTILLATION = {
     name: (writer, kind)
-    for name, (writer, teacher, kind, mask, weight) in METHODS.items()
-    if teacher == "expert" and writer in ("student", "teacher") and (mask, weight) == ("all", "one")
+    for name, (writer, teacher, kind) in METHODS.items()
+    if teacher == "expert" and writer in ("student", "teacher")
 }
 TEMPLATE = "{question}\\nThink step by step. End with the answer as: #### number"
 LOGITS = 2**26  # (tokens, V) log-probabilities at once: 256 MiB, a few times over

@@ -23,7 +23,7 @@ nats from 4 tokens, 2.8 from 10, and .8 from all of them at the end of a documen
 (`test_a_rule_written_by_hand_says_what_windows_allow_and_what_documents_do`.)
 
     python ttt.py                       2 to 5 minutes on two cores
-    python -m experiments.context       real text: loss against the length of the context (40 min)
+    python -m experiments.context       real text: loss against the length of the context (25 min)
     python -m experiments.cost          time and memory per token against that length (1 min)
 
 What to see: TTT falls nearly to the floor, as full attention does, in constant memory. The same
@@ -133,7 +133,7 @@ class FastBlock(Block):
     def __init__(self, config, layer, n_fast, rotary=True):
         super().__init__(config, layer)
         C = config.n_embd
-        self.rotary = rotary
+        self.rotary = rotary  # False: attention does not know how far back a token is
         self.norm_in = RMSNorm(C, config.norm_eps)
         self.norm_out = RMSNorm(C, config.norm_eps)
         # a norm's output has size 1, whatever W is; embeddings have 0.02
@@ -168,6 +168,7 @@ class TTT(GPT):
         # GPT's initial weights, not torch's
         last.load_state_dict(self.blocks[-1].state_dict(), strict=False)
         self.blocks[-1] = last
+        # the last norm comes after the fast weights, so that `hidden` must not apply it
         self.final, self.norm = self.norm, nn.Identity()
         if full:  # and a cache, which goes by config.window, keeps it
             config.window = last.attn.window = None
@@ -238,7 +239,8 @@ def inner_update(fast, grads, eta):
     fast, grads: tuples of (B, C, F), (B, F, C); |g| is over both matrices.
     """
     norm = sum(g.square().sum((1, 2)) for g in grads).sqrt()  # (B,)
-    scale = eta / norm.clamp_min(1.0)
+    # a chunk that surprises has a long gradient: the clip bounds what one step can do to W
+    scale = eta / norm.clamp_min(1.0)  # (B,)
     return tuple(w - scale[:, None, None] * g for w, g in zip(fast, grads, strict=True))
 
 
@@ -248,10 +250,13 @@ def score_then_step(model, x, y, fast, eta, outer=False):
     outer: differentiable, gradients of gradients included.
     """
     with torch.enable_grad():
+        # at test time W is all that learns, and nothing remembers how it came about; in training W
+        # hangs on W_0 and on all chunks so far
         if not outer:
             fast = tuple(w.detach().requires_grad_() for w in fast)
-        loss = token_losses(model, x, y, fast)
+        loss = token_losses(model, x, y, fast)  # (B, b)
         # the sum over documents: each has its own W, and gets the gradient of its own mean
+        # create_graph: the gradient is itself a function of the weights, to be differentiated
         grads = torch.autograd.grad(loss.mean(1).sum(), fast, create_graph=outer)
     if not outer:
         loss = loss.detach()
@@ -277,11 +282,12 @@ def read(model, ids, eta, chunk, outer=False, checkpointing=False):
 
     if checkpointing:
         step = functools.partial(checkpoint, step, use_reentrant=True)
+    # a chunk's losses are of the W that the chunks before it made
     losses = []
     for part_x, part_y in zip(x.split(chunk, 1), y.split(chunk, 1), strict=True):
         loss, *fast = step(part_x, part_y, *fast)
         losses.append(loss)
-    return torch.cat(losses, 1)
+    return torch.cat(losses, 1)  # (B, T)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -303,6 +309,7 @@ def train(config, run, arm, seed, model, draw, steps):
         optimizer.param_groups[0]["lr"] = lr_at(step, steps, config.lr, 40)
         # the inner steps grow over the first tenth: W_0 is of no use yet
         eta = config.eta * min(1.0, 0.1 + 9 * step / steps) if arm == "TTT" else 0
+        # the arms of a seed draw the same documents
         ids = draw(np.random.default_rng(rng.getrandbits(64))).to(device)
         loss = read(
             model, ids, eta, config.chunk, outer=True, checkpointing=config.checkpointing
@@ -338,6 +345,7 @@ def dynamic_evaluation(model, ids, eta, decay, chunk):
     for a in range(0, len(ids) - 1, chunk):
         first = max(0, a - reach)
         part = ids[None, first : a + chunk + 1]  # (1, reach + chunk + 1)
+        # the weights below have moved, too: states from before the last step are of no use
         x = model.hidden(part[:, :-1])
         # of the chunk alone: (chunk,)
         loss = token_losses(model, x, part[:, 1:], model.fast(1))[0, a - first :]
@@ -390,6 +398,7 @@ def compare(config, run, seed, device):
         nn.init.normal_(model.blocks[-1].attn.proj.weight, std=0.05)
         steps = config.steps * LONGER.get(arm, 1)
         models[arm] = train(config, run, arm, seed, model.to(device), draw, steps)
+    # other maps than those of training: a permutation of 32 is hardly ever drawn twice
     test = documents(np.random.default_rng([seed, 1]), config.eval_docs, config.length + 1)
     for arm, model in models.items():
         log_losses(config, run, seed, arm, model, test, config.eta if arm == "TTT" else 0)
@@ -414,7 +423,7 @@ def measured(config, run):
     def curve(arm, **swept):
         return series(run, "loss", phase="test", arm=arm, steps=config.steps, **swept)[1]
 
-    arms = {arm: curve(arm) for arm in (*ARMS, OFF)}
+    arms = {arm: curve(arm) for arm in (*ARMS, OFF)}  # each (seeds, PARTS)
     swept = {(arm, eta, decay): curve(arm, eta=eta, decay=decay) for arm, eta, decay in SWEEP}
     dynamic = {}
     for kind in (FAST, ALL):

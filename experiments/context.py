@@ -7,11 +7,17 @@ gets longer than any in training?
 The lesson (ttt.py) draws documents from random maps. Here the same model, larger, reads documents
 in tokens of a BPE, sees 32 of them at once, trains at a length of 1,024, and is tested on the same
 tokens after 64 to 16,384 others. Beside it the same model without steps, and dynamic evaluation of
-that: plain SGD at test time, on the fast MLP or on all weights, with the best of several step sizes
-for each claim.
+that: plain SGD at test time, on the fast MLP or on all weights, with the best of several step
+sizes.
 
+<<<<<<< .merge_file_1TLwH6
 What to see: on text dynamic evaluation gains much, too: by steps on all weights, at five times the
 cost, it is far behind test-time training after 1,024 tokens and level with it after 16,384.
+=======
+What to see: test-time training goes on gaining out to 16 times the trained length. On text dynamic
+evaluation gains much, too: by steps on all weights, at five times the cost, it is far behind
+test-time training after 1,024 tokens and level with it after 16,384.
+>>>>>>> .merge_file_yg1Pyt
 
 How this differs from the paper, beside what the lesson says:
 1. 0.6 million parameters, trained for minutes; windows of 32 tokens, chunks of 64.
@@ -120,8 +126,9 @@ def measure_arm(config, run, arm, seed, model, test, device):
             # only what comes before the targets is cut
             ids = test[:, -context - targets(config) - 1 :]
             measure = partial(target_loss, config, kind, model, ids, eta)
-            where = dict(phase="test", arm=name, seed=seed, steps=config.steps, step=context)
-            run.log_once(measure, **where)
+            run.log_once(
+                measure, phase="test", arm=name, seed=seed, steps=config.steps, step=context
+            )
         # once for each kind: the step size changes nothing
         if kind != OFF and eta not in ETAS.get(kind, ())[1:]:
             ids = test[:1, : config.length + 1]
@@ -135,9 +142,10 @@ def measure_arm(config, run, arm, seed, model, test, device):
 
 def curves(config, run):
     """Name -> loss (seeds, contexts) of all that was measured."""
-    where = dict(phase="test", steps=config.steps)
     names = ("TTT", OFF, WINDOW, *SWEEP)
-    return {name: series(run, "loss", arm=name, **where)[1] for name in names}
+    return {
+        name: series(run, "loss", phase="test", arm=name, steps=config.steps)[1] for name in names
+    }
 
 
 def cost(run, kind):
@@ -171,8 +179,12 @@ def figure(config, run):
     draw_losses(left, config, {name: loss[name] for name in shown.values()})
     draw_costs(right, config, run, {k: loss[name] for k, name in shown.items() if k != OFF})
     for ax in (left, right):
+<<<<<<< .merge_file_1TLwH6
         ax.minorticks_off()
         ax.legend(loc="best", fontsize=9)
+=======
+        ax.legend()
+>>>>>>> .merge_file_yg1Pyt
     rival = strongest(loss, at_the_longest)
     kind, _ = SWEEP[rival]
     ahead = loss[rival][:, -1] - loss["TTT"][:, -1]  # (seeds,): of TTT
@@ -198,7 +210,8 @@ def draw_losses(ax, config, loss):
     ax.set(title=f"Loss on the same {n} tokens", ylabel="loss (nats per token)", xscale="log")
     ax.set_xlabel(f"tokens before the first of them (before the last: {n - 1} more)")
     ax.set_xticks(lengths, lengths)
-    ax.axvline(config.length, color="k", ls=":", label="length in training")
+    ax.margins(y=0.5)  # room for the legend
+    ax.axvline(config.length, color="k", label="length in training")
 
 
 def draw_costs(ax, config, run, loss):
@@ -238,8 +251,13 @@ def judge(config, loss):
     def at_the_trained(y):
         return -y[:, lengths.index(trained)]
 
+<<<<<<< .merge_file_1TLwH6
     longest = strongest(loss, at_the_longest)
 
+=======
+    at_longest = strongest(loss, at_the_longest)
+    # the fall alone would choose the step size that ruins the start
+>>>>>>> .merge_file_yg1Pyt
     return [
         claim(
             "ttt",
@@ -259,15 +277,28 @@ def judge(config, loss):
             strongest(loss, at_the_trained),
         ),
         over_dynamic(
+<<<<<<< .merge_file_1TLwH6
             "over dynamic, longest", f"loss {deep(lengths[-1])}", at_the_longest, loss, longest
         ),
         # by a fall alone the step that ruins the start would be the strongest
+=======
+            "over dynamic, longest",
+            f"loss {deep(lengths[-1])}",
+            at_the_longest,
+            loss,
+            at_longest,
+        ),
+>>>>>>> .merge_file_yg1Pyt
         over_dynamic(
             "over dynamic, fall",
             "how much less its loss falls between the first claim's depths",
             fall,
             loss,
+<<<<<<< .merge_file_1TLwH6
             longest,
+=======
+            at_longest,
+>>>>>>> .merge_file_yg1Pyt
         ),
     ]
 
@@ -281,13 +312,13 @@ def main():
     train_docs, test_docs = split(
         texts, config.vocab_size, config.length, config.context + targets(config)
     )
-    digest = hashlib.sha256("".join(texts).encode()).hexdigest()
+    digest = hashlib.sha256("".join(texts).encode())
     test = passages(test_docs, config.context + targets(config) + 1, config.eval_docs)
 
     def draw(rng):
         return stretches(rng, train_docs, config.batch, config.length + 1)
 
-    with Run(config, inputs={"the text that --data names": digest}) as run:
+    with Run(config, inputs={"the text that --data names": digest.hexdigest()}) as run:
         run.introduce(device, sum(p.numel() for p in parameters))
         for seed in seeds_of(config):
             for arm in ("TTT", WINDOW):

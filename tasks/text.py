@@ -23,12 +23,16 @@ def split(texts, vocab_size, train_least, test_least):
         train = [texts[0][:cut]]
         test = [texts[0][cut:]]
     tokenizer = train_bpe("".join(train), vocab_size)
-    parts = []
-    for purpose, part, least in (("train", train, train_least), ("test", test, test_least)):
-        parts.append([torch.tensor(tokenizer.encode_ordinary(text)) for text in part])
-        if not any(len(ids) > least for ids in parts[-1]):
+    train_ids = [torch.tensor(tokenizer.encode_ordinary(text)) for text in train]
+    test_ids = [torch.tensor(tokenizer.encode_ordinary(text)) for text in test]
+    for purpose, docs, least in (
+        ("train", train_ids, train_least),
+        ("test", test_ids, test_least),
+    ):
+        longest = max(len(ids) for ids in docs)
+        if longest <= least:
             raise UserError(f"--data: no document to {purpose} on has more than {least} tokens")
-    return parts
+    return train_ids, test_ids
 
 
 def stretches(rng, docs, B, T):
@@ -36,13 +40,16 @@ def stretches(rng, docs, B, T):
 
     A document is drawn in proportion to the places where a stretch can start. rng: numpy's.
     """
-    docs = [d for d in docs if len(d) >= T]
-    starts = np.array([len(d) - T + 1 for d in docs])
+    docs = [ids for ids in docs if len(ids) >= T]
+    starts = np.array([len(ids) - T + 1 for ids in docs])  # how many there are in each
+    share = starts / starts.sum()
+    picks = rng.choice(len(docs), B, p=share)
     rows = []
-    for i in rng.choice(len(docs), B, p=starts / starts.sum()):
+    for i in picks:
         first = rng.integers(starts[i])
-        rows.append(docs[i][first : first + T])
-    return torch.stack(rows)
+        row = docs[i][first : first + T]
+        rows.append(row)
+    return torch.stack(rows)  # (B, T)
 
 
 def passages(docs, T, n):
@@ -50,5 +57,9 @@ def passages(docs, T, n):
 
     One of each document that is long enough, then a second of each; none overlaps another.
     """
-    starts = sorted((a, i) for i, d in enumerate(docs) for a in range(0, len(d) - T + 1, T))
-    return torch.stack([docs[i][a : a + T] for a, i in starts[:n]])
+    starts = []
+    for i, ids in enumerate(docs):
+        for first in range(0, len(ids) - T + 1, T):
+            starts.append((first, i))
+    starts.sort()  # the first passage of every document, then the second ones
+    return torch.stack([docs[i][first : first + T] for first, i in starts[:n]])

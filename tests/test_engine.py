@@ -34,7 +34,6 @@ def follows(counts, probs):
     return ((observed - expected) ** 2 / np.maximum(expected, 1e-9)).sum() < critical
 
 
-
 def prefill(gpt, lens, capacity):
     """A cache that has read random prompts of these lengths, padded on the right, and what each row has read."""
     torch.manual_seed(0)
@@ -45,7 +44,6 @@ def prefill(gpt, lens, capacity):
     return cache, [row[:n].tolist() for row, n in zip(ids, lens)]
 
 
-
 def feed(gpt, cache, histories, T=1):
     """Give each row T more tokens through the cache: the logits must be those of a full pass over the row alone."""
     new = torch.randint(V, (len(histories), T))
@@ -53,7 +51,6 @@ def feed(gpt, cache, histories, T=1):
     for row, h, ours in zip(new.tolist(), histories, logits):
         h += row
         torch.testing.assert_close(ours, gpt(torch.tensor([h]))[0, -T:], rtol=0, atol=1e-5)
-
 
 
 def test_more_positions_than_the_block_are_an_error_with_a_cache_and_without():
@@ -73,7 +70,6 @@ def test_cached_logits_are_those_of_the_full_pass(variant, lens):
         feed(gpt, cache, histories, T)
 
 
-
 @pytest.mark.parametrize("lens, T, capacity", [([3, 3], 1, 4), ([3, 3], 1, 7), ([3, 3], 3, 6), ([2, 5], 1, 7), ([2, 5, 4], 2, 9)])
 def test_a_window_needs_a_cache_of_its_own_size_only_at_any_length(lens, T, capacity):
     gpt = make(window=4)
@@ -82,14 +78,12 @@ def test_a_window_needs_a_cache_of_its_own_size_only_at_any_length(lens, T, capa
         feed(gpt, cache, histories, T)
 
 
-
 def test_without_a_window_a_full_cache_is_an_error_not_a_wrong_answer():
     gpt = make()
     cache, histories = prefill(gpt, [3, 3], 4)
     feed(gpt, cache, histories)
     with pytest.raises(AssertionError):
         feed(gpt, cache, histories)
-
 
 
 @pytest.mark.parametrize("rolled_back", [[6, 6], [8, 5]])
@@ -104,7 +98,6 @@ def test_rejected_tokens_leave_no_trace(rolled_back, window):
         feed(gpt, cache, histories, T)
 
 
-
 def test_rolling_back_past_what_a_sliding_cache_holds_is_an_error_not_a_wrong_answer():
     gpt = make(window=4)
     cache, histories = prefill(gpt, [3, 3], 7)
@@ -112,7 +105,6 @@ def test_rolling_back_past_what_a_sliding_cache_holds_is_an_error_not_a_wrong_an
         feed(gpt, cache, histories)     # 8 tokens: the first 4 are gone
     with pytest.raises(AssertionError):     # 5 tokens: the next one would see token 2
         cache.set_lens([5, 5])
-
 
 
 @pytest.mark.parametrize("lens", [[4, 4], [2, 5]])
@@ -128,7 +120,6 @@ def test_the_clones_of_a_prefill_go_their_own_ways(lens):
         clones.expand(2, 12)
 
 
-
 @pytest.mark.parametrize("lens", [[5, 5, 5, 5, 5], [1, 3, 2, 3, 1]])
 @pytest.mark.parametrize("window, capacity", [(None, 30), (4, 7)])
 def test_rows_that_leave_do_not_disturb_those_that_stay(lens, window, capacity):
@@ -142,13 +133,11 @@ def test_rows_that_leave_do_not_disturb_those_that_stay(lens, window, capacity):
     feed(gpt, cache, histories)
 
 
-
 def uncached_greedy(gpt, prompt, n):
     ids = list(prompt)
     for _ in range(n):
         ids.append(int(gpt(torch.tensor([ids]))[0, -1].argmax()))
     return ids[len(prompt):]
-
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -157,7 +146,6 @@ def test_cached_greedy_is_uncached_greedy_token_for_token(variant):
     rollout = generate(gpt, PROMPTS, max_new_tokens=20, temperature=0)
     assert rollout.tokens() == [uncached_greedy(gpt, p, 20) for p in PROMPTS]
     assert rollout.logp.eq(0).all()     # a choice that is certain
-
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -171,10 +159,8 @@ def test_a_row_of_a_batch_is_the_row_alone(variant):
         torch.testing.assert_close(batch.logp[r][batch.mask[r] > 0], alone.logp[alone.mask > 0], rtol=0, atol=1e-5)
 
 
-
 SETTINGS = {"sampled": dict(), "greedy": dict(temperature=0), "stop": dict(stop=1), "stops": dict(stop=[4, 1]), "truncated": dict(top_k=9, top_p=0.8, temperature=0.7, stop=2),
             "uniforms": dict(uniforms=torch.rand(24, generator=seeded(), dtype=torch.float64), stop=3)}
-
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU"))])
@@ -192,7 +178,6 @@ def test_decoding_on_fixed_shapes_gives_the_tokens_of_decoding_step_by_step(monk
         torch.testing.assert_close(static.logp, rollouts[0].logp, rtol=0, atol=1e-5)
 
 
-
 def test_decoding_on_fixed_shapes_goes_on_past_the_slots_of_a_span(monkeypatch):
     gpt, rollouts = make(block_size=200).double(), []
     monkeypatch.setattr(engine, "SPAN", 30)
@@ -200,7 +185,6 @@ def test_decoding_on_fixed_shapes_goes_on_past_the_slots_of_a_span(monkeypatch):
         monkeypatch.setattr(engine, "STATIC_ON", where)
         rollouts.append(generate(gpt, PROMPTS, max_new_tokens=150, generator=seeded()).tokens())
     assert rollouts[0] == rollouts[1]
-
 
 
 @pytest.mark.parametrize("stop", range(4))      # 0 is also the padding, and every prompt holds some stop
@@ -221,7 +205,6 @@ def test_stopping_cuts_rows_and_changes_nothing_else(gpt, length, uniforms, stop
         assert stopped.logp[r, :p].eq(0).all() and stopped.logp[r, p + n:].eq(0).all()
 
 
-
 @pytest.mark.parametrize("where", [(), ("cpu",)])
 def test_a_row_ends_at_whichever_of_several_ids_comes_first(monkeypatch, where):
     monkeypatch.setattr(engine, "STATIC_ON", where), monkeypatch.setattr(engine, "SPAN", 5)
@@ -233,7 +216,6 @@ def test_a_row_ends_at_whichever_of_several_ids_comes_first(monkeypatch, where):
         assert rows.tokens() == [row[:end[0] + 1] if end else row for row, end in zip(free, ends)]
         assert rows.lengths.tolist() == [len(row) for row in rows.tokens()] and rows.mask.sum() == rows.lengths.sum()
     assert sample([3]).tokens() == sample(3).tokens() == sample(torch.tensor([3])).tokens() and sample([]).tokens() == free
-
 
 
 @pytest.mark.parametrize("where", [(), ("cpu",)])
@@ -253,7 +235,6 @@ def test_a_logit_that_is_not_finite_is_an_error_at_whatever_step(monkeypatch, wh
         generate(gpt, PROMPTS, max_new_tokens=7, temperature=temperature, generator=seeded())
 
 
-
 class Looks(TorchDispatchMode):
     """How often a value is fetched from the device."""
     n = 0
@@ -261,7 +242,6 @@ class Looks(TorchDispatchMode):
     def __torch_dispatch__(self, f, types, args=(), kwargs=None):
         self.n += f is torch.ops.aten._local_scalar_dense.default
         return f(*args, **(kwargs or {}))
-
 
 
 def test_nothing_is_fetched_from_the_device_between_two_looks_at_who_has_stopped(monkeypatch):
@@ -272,7 +252,6 @@ def test_nothing_is_fetched_from_the_device_between_two_looks_at_who_has_stopped
             generate(make(), PROMPTS, max_new_tokens=new, stop=[1, 2], generator=seeded())
         fetched.append(looks.n)
     assert 0 < fetched[0] == fetched[1]
-
 
 
 def test_memory_that_was_never_written_is_never_felt():
@@ -286,12 +265,10 @@ def test_memory_that_was_never_written_is_never_felt():
         torch.use_deterministic_algorithms(False)
 
 
-
 def test_the_generators_seed_decides_the_tokens():
     gpt = make()
     draw = lambda seed: generate(gpt, PROMPTS, n=4, max_new_tokens=8, generator=seeded(seed)).tokens()
     assert draw(1) == draw(1) != draw(2)
-
 
 
 def test_the_models_weights_are_not_trained_by_sampling():
@@ -299,13 +276,11 @@ def test_the_models_weights_are_not_trained_by_sampling():
     assert not generate(gpt, PROMPTS, max_new_tokens=3, generator=seeded()).logp.requires_grad
 
 
-
 def test_prompts_of_different_lengths_can_be_continued_under_autocast_and_no_rows_at_all_be_read():
     gpt = make()
     with torch.autocast("cpu", torch.bfloat16):
         assert generate(gpt, PROMPTS, n=2, max_new_tokens=4, generator=seeded()).ids.shape[0] == 2 * len(PROMPTS)
     assert gpt.hidden(torch.zeros(0, 3, dtype=torch.long)).shape == (0, 3, gpt.config.n_embd)
-
 
 
 def test_a_step_that_cannot_be_captured_runs_eagerly_from_then_on_and_on_the_stream_it_came_from(monkeypatch):
@@ -320,7 +295,6 @@ def test_a_step_that_cannot_be_captured_runs_eagerly_from_then_on_and_on_the_str
     assert engine.captured(step, gpu) is step and streams == ["the caller's"] and engine.STATIC_ON == ()
 
 
-
 @pytest.mark.parametrize("prompts, kwargs", [([[1], []], {}), ([], {}), ([[1] * 60], dict(max_new_tokens=6)), ([[1] * 65], dict(max_new_tokens=1)),
                                              *(([[1]], wrong) for wrong in (
                                                  dict(temperature=-0.5), dict(temperature=1e-39), dict(uniforms=torch.tensor([float("nan")])), dict(uniforms=torch.tensor([0])), dict(n=0), dict(max_new_tokens=0), dict(top_k=0), dict(top_p=0), dict(top_p=1e-46), dict(top_p=float("nan")), dict(top_p=1.5),
@@ -328,7 +302,6 @@ def test_a_step_that_cannot_be_captured_runs_eagerly_from_then_on_and_on_the_str
 def test_bad_requests_are_value_errors(prompts, kwargs):
     with pytest.raises(ValueError):
         generate(make(), prompts, **{"max_new_tokens": 2, **kwargs})
-
 
 
 def test_emulated_bf16_is_sampled_from_a_copy_in_fp32(monkeypatch):
@@ -339,19 +312,9 @@ def test_emulated_bf16_is_sampled_from_a_copy_in_fp32(monkeypatch):
     assert rows == generate(gpt.float(), PROMPTS, n=4, max_new_tokens=8, generator=seeded()).tokens()
 
 
-
-def test_skipping_draws_takes_the_numbers_that_sampling_takes():
-    a, b = seeded(), seeded()
-    generate(make(), PROMPTS, n=3, max_new_tokens=5, generator=a, stop=1)
-    engine.skip_draws(12, SimpleNamespace(max_new_tokens=5), b)
-    assert torch.equal(a.get_state(), b.get_state())
-
-
-
 def test_the_last_position_of_the_block_can_be_used():
     gpt = make()
     assert generate(gpt, [[1] * 60], max_new_tokens=5, temperature=0).tokens() == [uncached_greedy(gpt, [1] * 60, 5)]
-
 
 
 def law(gpt, prompt, length, stop, temperature):
@@ -367,7 +330,6 @@ def law(gpt, prompt, length, stop, temperature):
     return {**open_, **closed}
 
 
-
 @pytest.mark.parametrize("dtype", [None, torch.float64, torch.float32])
 @pytest.mark.parametrize("stop, temperature", [(None, 1.0), (2, 1.6)])
 def test_sampled_sequences_follow_the_exact_law(dtype, stop, temperature):
@@ -381,14 +343,12 @@ def test_sampled_sequences_follow_the_exact_law(dtype, stop, temperature):
         assert follows([counts[s] for s in exact], list(exact.values()))
 
 
-
 def test_first_tokens_of_a_group_follow_the_models_probabilities():
     gpt = make()
     rollout = generate(gpt, PROMPTS, n=2000, max_new_tokens=1, generator=seeded())
     for i, prompt in enumerate(PROMPTS):
         first = [row[0] for row in rollout.tokens()[i * 2000:(i + 1) * 2000]]
         assert follows(np.bincount(first, minlength=V), gpt(torch.tensor([prompt]))[0, -1].double().softmax(-1).numpy())
-
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -405,7 +365,6 @@ def test_one_number_drives_64_tokens_exactly(dtype, probs):
         assert follows(np.bincount(pairs[:, 0] * V + pairs[:, 1], minlength=V * V), np.outer(probs, probs).ravel())
 
 
-
 def test_fresh_bits_arrive_when_half_of_a_number_is_spent():
     """8 equal tokens take 3 bits each, one octal digit: the 26 bits of half a float64 last for 9 tokens."""
     u, fresh = torch.rand(50, generator=seeded(1), dtype=torch.float64), torch.rand(50, 27, generator=seeded(2), dtype=torch.float64)
@@ -414,13 +373,11 @@ def test_fresh_bits_arrive_when_half_of_a_number_is_spent():
     assert torch.equal(rows, torch.cat([octal(u), octal(fresh[:, 8]), octal(fresh[:, 17])], dim=1).long())
 
 
-
 def test_rows_with_neighbouring_numbers_part_for_good():
     """Lattice points that agree on their first bits get fresh bits of their own."""
     rows = np.array(generate(known([1 / 8] * 8), [[0]], 200, 60, uniforms=torch.full((200,), 0.3), generator=seeded()).tokens())
     assert (rows[:, 0] == rows[0, 0]).all()
     assert follows([np.bincount(column, minlength=8) for column in rows[:, 20:].T], [[1 / 8] * 8] * 40)
-
 
 
 def test_the_first_token_inverts_the_cdf_at_the_rows_number():
@@ -431,7 +388,6 @@ def test_the_first_token_inverts_the_cdf_at_the_rows_number():
     assert first == np.searchsorted(cdf, u.numpy(), side="right").tolist()
 
 
-
 def test_a_lattice_covers_the_first_tokens_evenly():
     gpt, k = make(), 64
     for delta in torch.rand(20, generator=seeded(), dtype=torch.float64):
@@ -440,14 +396,12 @@ def test_a_lattice_covers_the_first_tokens_evenly():
         assert ((counts - k * gpt(torch.tensor([PROMPTS[1]]))[0, -1].softmax(-1)).abs() < 1 + 1e-4).all()
 
 
-
 def test_inverse_cdf_never_leaves_the_support():
     probs = torch.tensor([[0.0, 0.5, 0.0, 0.5, 0.0], [0.1, 0.2, 0.7, 0.0, 0.0]])
     for u in (0.0, 0.5, 1 - 2 ** -53, 1.0):     # a float32 rounded up by the caller can be 1
         token, place = inverse_cdf(probs, torch.full((2,), u, dtype=torch.float64))
         assert (probs.gather(1, token[:, None]) > 0).all()
         assert ((0 <= place) & (place <= 1)).all()
-
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1, 1.7])
@@ -460,7 +414,6 @@ def test_the_samplers_logp_is_the_scorers(temperature, variant):
     torch.testing.assert_close(r.logp[:, 1:], logp * r.mask[:, 1:], rtol=0, atol=1e-4)
 
 
-
 @pytest.mark.parametrize("top_k, top_p", [(3, None), (None, 0.7), (5, 0.8)])
 def test_under_top_k_and_top_p_logp_is_that_of_the_truncated_distribution(top_k, top_p):
     gpt = make()
@@ -471,11 +424,9 @@ def test_under_top_k_and_top_p_logp_is_that_of_the_truncated_distribution(top_k,
     torch.testing.assert_close(r.logp[:, 1:][drawn], logp[drawn], rtol=0, atol=1e-4)
 
 
-
 def test_top_k_of_one_is_greedy():
     gpt = make()
     assert generate(gpt, PROMPTS, max_new_tokens=10, top_k=1, generator=seeded()).tokens() == [uncached_greedy(gpt, p, 10) for p in PROMPTS]
-
 
 
 @pytest.mark.parametrize("top_p", [0.01, 0.5, 0.9, 0.999])
@@ -490,10 +441,8 @@ def test_truncate_keeps_the_smallest_set_of_the_k_largest_that_reaches_p(top_k, 
         assert torch.equal(kept[order[:size]], row[order[:size]])
 
 
-
 def test_truncate_stops_at_the_token_that_reaches_p():
     assert [truncate(torch.zeros(1, 4), None, p).isfinite().sum().item() for p in (0.25, 0.5, 0.51, 1)] == [1, 2, 3, 4]
-
 
 
 def test_the_texts_are_what_was_generated_without_the_stop_token():
@@ -504,7 +453,6 @@ def test_the_texts_are_what_was_generated_without_the_stop_token():
     assert rollout.texts(tokenizer) == ["cd", "efg"]
     tokenizer.stop = [256, ord("g")]
     assert rollout.texts(tokenizer) == ["cd", "ef"]
-
 
 
 def test_indexing_and_joining_rollouts_keep_every_row():

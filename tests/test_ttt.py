@@ -537,8 +537,8 @@ def context_figure(monkeypatch, folder, ttt_late, dynamic):
 
 
 def test_the_claims_of_context_are_those_of_known_losses_and_the_strongest_rival_stands_there(monkeypatch, tmp_path):
-    """Which eta is best differs: all weights at .3 after 256 tokens, at 1 after 64."""
-    dynamic = lambda kind, eta: (3.3, 3.1) if kind == FAST else {0.3: (3.2, 2.42), 1.0: (2.9, 2.7)}.get(eta, (9.0, 9.0))
+    """Which eta is best differs: all weights at .3 after 256 tokens, at 1 after 64. At 3 the loss falls most, from a ruined start: that does not count."""
+    dynamic = lambda kind, eta: (3.3, 3.1) if kind == FAST else {0.3: (3.2, 2.42), 1.0: (2.9, 2.7), 3.0: (9.0, 8.0)}.get(eta, (9.0, 9.0))
     figure, memory = context_figure(monkeypatch, tmp_path, (2.5, 2.3), dynamic)
     assert claims_of(figure) == {"ttt": ("0.5", "> 0", True), "over dynamic, trained length": ("-0.1 (-0.1 ± 0; all weights, eta = 1)", "> 0", False),
                                  "over dynamic, longest": ("-0.08 (0.02 ± 0.14; all weights, eta = 0.3)", "> 0", False),
