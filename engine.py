@@ -151,8 +151,6 @@ class Rollout:
     mask: torch.Tensor  # (R, T) fp32, 1 on generated tokens up to and with the stop token
     logp: torch.Tensor  # (R, T) fp32, of each generated token, in the law it was drawn from
     prompt_lens: torch.Tensor  # (R,) int64
-    # (R,) int64, where several processes hold a batch together: this one's rows in it
-    rows = None
 
     @property
     def lengths(self):

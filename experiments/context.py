@@ -10,14 +10,9 @@ tokens after 64 to 16,384 others. Beside it the same model without steps, and dy
 that: plain SGD at test time, on the fast MLP or on all weights, with the best of several step
 sizes.
 
-<<<<<<< .merge_file_1TLwH6
-What to see: on text dynamic evaluation gains much, too: by steps on all weights, at five times the
-cost, it is far behind test-time training after 1,024 tokens and level with it after 16,384.
-=======
 What to see: test-time training goes on gaining out to 16 times the trained length. On text dynamic
 evaluation gains much, too: by steps on all weights, at five times the cost, it is far behind
 test-time training after 1,024 tokens and level with it after 16,384.
->>>>>>> .merge_file_yg1Pyt
 
 How this differs from the paper, beside what the lesson says:
 1. 0.6 million parameters, trained for minutes; windows of 32 tokens, chunks of 64.
@@ -179,12 +174,7 @@ def figure(config, run):
     draw_losses(left, config, {name: loss[name] for name in shown.values()})
     draw_costs(right, config, run, {k: loss[name] for k, name in shown.items() if k != OFF})
     for ax in (left, right):
-<<<<<<< .merge_file_1TLwH6
-        ax.minorticks_off()
-        ax.legend(loc="best", fontsize=9)
-=======
         ax.legend()
->>>>>>> .merge_file_yg1Pyt
     rival = strongest(loss, at_the_longest)
     kind, _ = SWEEP[rival]
     ahead = loss[rival][:, -1] - loss["TTT"][:, -1]  # (seeds,): of TTT
@@ -251,13 +241,8 @@ def judge(config, loss):
     def at_the_trained(y):
         return -y[:, lengths.index(trained)]
 
-<<<<<<< .merge_file_1TLwH6
-    longest = strongest(loss, at_the_longest)
-
-=======
     at_longest = strongest(loss, at_the_longest)
     # the fall alone would choose the step size that ruins the start
->>>>>>> .merge_file_yg1Pyt
     return [
         claim(
             "ttt",
@@ -277,28 +262,18 @@ def judge(config, loss):
             strongest(loss, at_the_trained),
         ),
         over_dynamic(
-<<<<<<< .merge_file_1TLwH6
-            "over dynamic, longest", f"loss {deep(lengths[-1])}", at_the_longest, loss, longest
-        ),
-        # by a fall alone the step that ruins the start would be the strongest
-=======
             "over dynamic, longest",
             f"loss {deep(lengths[-1])}",
             at_the_longest,
             loss,
             at_longest,
         ),
->>>>>>> .merge_file_yg1Pyt
         over_dynamic(
             "over dynamic, fall",
             "how much less its loss falls between the first claim's depths",
             fall,
             loss,
-<<<<<<< .merge_file_1TLwH6
-            longest,
-=======
             at_longest,
->>>>>>> .merge_file_yg1Pyt
         ),
     ]
 

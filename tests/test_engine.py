@@ -1,7 +1,6 @@
 """engine.py: the cache changes nothing, samples follow the model's law."""
 import itertools
 from collections import Counter
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
