@@ -76,7 +76,7 @@ from experiment import (
     series,
     world,
 )
-from grpo import LOSSES, advantages, aggregation_weights, kl_estimate, surrogate
+from grpo import LOSSES, advantages, aggregation_weights, kl_estimate, policy_loss
 from kernels import token_logprobs
 from model import GPT
 from opd import METHODS, divergence
@@ -379,7 +379,7 @@ def update(model, base, optimizer, rollout, rewards, config, generator):
             logp = score(model, rollout, rows, config)
             # in a batch's only gradient step the policy is still the old one
             old = old_logp[rows] if config.minibatches > 1 else logp.detach()
-            loss, _ = surrogate(logp, old, adv[rows], m, ratio, eps_low, eps_high)
+            loss, _ = policy_loss(logp, old, adv[rows], m, ratio, eps_low, eps_high)
             loss = loss * correction_weights(old, rollout.logp[rows], m, config.correction)
             if config.beta:
                 loss = loss + config.beta * kl_estimate(logp, ref_logp[rows], "k3")

@@ -202,8 +202,8 @@ EDITS = {
     ("grpo", 5): [('rng.shuffle(order)', '')],
     ("opd", 2): [('return PASSWORDS[zlib.crc32(repr(tuple(pair)).encode()) % len(PASSWORDS)]', 'return PASSWORDS[0]')],
     ("opd", 3): [('return (logp - logq).detach() * logp', 'return logp - logq')],
-    ("opd", 4): [('return Task(pairs[256:][:train], pairs[:256], told, (*range(PLACES), EOS), recall=8, keep=4)',
-                  'return Task(pairs[256:][:train], pairs[:256], told, (*range(PLACES), *STYLES, EOS), recall=8, keep=4)')],
+    ("opd", 4): [('PASSWORD = Hint(prompt_with_password, (*range(PLACES), EOS), recall=8, keep=4)',
+                  'PASSWORD = Hint(prompt_with_password, (*range(PLACES), *range(49, 53), EOS), recall=8, keep=4)')],
     ("curriculum", 2): [('total = a + b if honest else rng.randrange(3, 2 * HIGHEST)', 'total = 3')],
     ("curriculum", 3): [('rollout, texts, rewards = answer(model, problems, config.group, budget, generator)',
                          'rollout, texts, rewards = answer(model, problems, config.group, budget, generator)\n'
