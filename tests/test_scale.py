@@ -141,7 +141,6 @@ def close(a, b, tolerance):
 # One process takes the lessons' steps
 
 
-TOY = dict(n_layer=1, n_head=2, n_embd=32, digits=2, prompts=4, group=4, max_new_tokens=16)
 STEPS = [dict(), dict(minibatches=2), dict(beta=0.1)]
 
 
@@ -149,7 +148,7 @@ STEPS = [dict(), dict(minibatches=2), dict(beta=0.1)]
 @pytest.mark.parametrize("loss", LOSSES)
 def test_one_process_takes_the_step_of_grpo_to_the_bit(loss, choices):
     choices = dict(choices, micro_batch=3)
-    theirs = grpo.Config(**TOY, loss=loss, **choices)
+    theirs = grpo.Config(loss=loss, prompts=4, group=4, **choices)
     ours = Config(method=loss, task="addition", prompts=4, group=4, max_new_tokens=16, **choices)
     toy = tasks.load("addition")
     shape = GPTConfig(toy.tokenizer.n_vocab, 256, 1, 2, 32, qk_norm=True)
@@ -165,10 +164,10 @@ def test_one_process_takes_the_step_of_grpo_to_the_bit(loss, choices):
     problems = [toy.draw(random.Random(i), 1 + i % 3) for i in range(4)]  # ragged
     rollout, _, _ = scale.sample(policy(0), task, problems, 4, ours, seeded())
     after = []
-    for update, config in ((grpo.update, theirs), (scale.update, ours)):
+    for update, more in ((grpo.update, (theirs, 16)), (scale.update, (ours,))):
         model, base = policy(0), policy(1)
         optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
-        row = update(model, base, optimizer, rollout, REWARDS, config, seeded(1))
+        row = update(model, base, optimizer, rollout, REWARDS, *more, seeded(1))
         after.append((flat(model), row["grad_norm"]))
     assert torch.equal(after[0][0], after[1][0]) and after[0][1] == after[1][1] > 0
     assert not torch.equal(after[0][0], flat(policy(0)))
