@@ -24,9 +24,7 @@ How this differs from the papers:
    dynamic sampling; no reward that depends on length.
 3. GSPO's clip range (arXiv 2507.18071: 3e-4, 4e-4) is 100 times wider: a small model's sequence
    ratio moves more in one step.
-4. With stratified or lattice samples (--sampler, arXiv 2607.01179) a group's answers depend on one
-   another: its mean is no longer an unbiased baseline.
-5. A KL in the reward (--kl k1) is not divided by a group's std: in a group without a right answer
+4. A KL in the reward (--kl k1) is not divided by a group's std: in a group without a right answer
    that would blow its noise up to 1.
 
     python grpo.py                          under 3 minutes on two cores
@@ -40,7 +38,6 @@ the lines to almost none. The value of the loss says nothing about success: watc
 import copy
 import math
 import random
-import time
 from collections import Counter
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -90,8 +87,6 @@ LOSSES = {
 }
 ADVANTAGES = "std", "mean", "rloo", "batch", "positive"
 AGGREGATIONS = "sequence", "token", "constant", "sum"
-SAMPLERS = "iid", "stratified", "lattice"
-EVAL_SAMPLES = 16  # answers to each held-out problem, during training
 
 
 @dataclass
@@ -114,9 +109,6 @@ class Config(Flags):
     entropy_bonus: float = flag(0.0, "coefficient of the entropy", low=0)
     prompts: int = flag(32, "problems in a step", quick=4, low=1, high=4096)
     group: int = flag(16, "answers to each problem", quick=4, low=2, high=1024)
-    sampler: str = flag(
-        "iid", "a group's random numbers: independent, or spread out", choices=SAMPLERS
-    )
     temperature: float = flag(1.0, "of sampling, in training and evaluation", low=1e-3)
     minibatches: int = flag(1, "gradient steps on a batch of answers", low=1)
     micro_batch: int = flag(64, "answers in a forward pass", low=1, high=65536)
@@ -126,13 +118,16 @@ class Config(Flags):
     def __post_init__(self):
         answers = self.group * (1 if self.method.dynamic else self.prompts)
         if self.minibatches > answers:
-            raise UserError(
-                f"--minibatches {self.minibatches}: a batch may have no more than {answers} answers"
-            )
+            raise UserError(f"--minibatches: a batch may have no more than {answers} answers")
 
     def idle(self):
         """The flags that do nothing beside the others -> why."""
         return {} if self.beta else {"kl": "--beta is 0"}
+
+    @property
+    def ks(self):
+        """The k of the pass@k after training."""
+        return (1, 2, 4) if self.quick else (1, 2, 4, 8, 16, 32, 64)
 
     @property
     def method(self):
@@ -230,23 +225,6 @@ def pass_at_k(n, correct, k):
     return 1 - (1 - c[..., None] / j).prod(-1)
 
 
-def group_uniforms(prompts, group, kind, generator):
-    """The number in [0, 1) that drives all of an answer's draws: (prompts * group,); iid: None.
-
-    Each is uniform on its own. stratified: one in each of `group` equal intervals, in random order.
-    lattice: an even grid with one random shift for each group.
-    """
-    if kind == "iid":
-        return None
-    grid = torch.arange(group, dtype=torch.float64) / group
-    if kind == "lattice":
-        shift = torch.rand(prompts, 1, dtype=torch.float64, generator=generator)
-        return ((grid + shift) % 1).flatten()
-    u = grid + torch.rand(prompts, group, dtype=torch.float64, generator=generator) / group
-    order = torch.rand(prompts, group, generator=generator).argsort(1)  # (P, G)
-    return u.gather(1, order).flatten()
-
-
 # --------------------------------------------------------------------------------------------------
 # The base model
 
@@ -263,47 +241,24 @@ def build(config, task, device):
     return GPT(shape).to(device)
 
 
-def demonstration(rng, task, size):
-    """A prompt and a demonstrator's answer. Smaller problems teach the same steps sooner."""
-    problem = task.draw(rng, rng.randint(1, size))
-    return task.prompt(problem), task.demonstrate(rng, problem)
-
-
-def warm_up(config, task, run, seed, device, draw=demonstration):
+def warm_up(config, task, run, seed, device):
     """Supervised training on demonstrations, from scratch -> the base model."""
     torch.manual_seed(seed)
     rng = random.Random(seed)
     model = build(config, task, device)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), 3e-3, betas=(0.9, 0.95), weight_decay=0.01, fused=True
-    )
-    for step in run.loop(f"base {seed}", config.sft_steps, model, optimizer, rng):
-        # Up in a line, then down in a line
-        optimizer.param_groups[0]["lr"] = 3e-3 * min((step + 1) / 50, 1 - step / config.sft_steps)
-        pairs = [draw(rng, task, config.size) for _ in range(32)]
-        pairs.sort(key=lambda pair: len(pair[0] + pair[1]))
-        count = sum(len(answer) + 1 for _, answer in pairs)  # with the token that ends an answer
-        total = 0.0
-        optimizer.zero_grad()
-        for half in (pairs[:16], pairs[16:]):  # the short ones, then the long ones: less padding
-            ids, mask = (x.to(device) for x in tasks.padded(half, task.tokenizer))  # (16, T) each
-            hidden = model.hidden(ids[:, :-1])  # (16, T - 1, C)
-            logp, _ = token_logprobs(hidden, model.lm_head.weight, ids[:, 1:])  # (16, T - 1)
-            loss = -(logp * mask[:, 1:]).sum() / count  # on the answers' tokens only
-            loss.backward()
-            total += loss.item()
-        descend(optimizer, total)
-        if step % 50 == 0 or step + 1 == config.sft_steps:
-            run.log(phase="sft", seed=seed, step=step, loss=total)
-            run.say(loss=total)
-    return model
+
+    def demonstration():  # smaller problems teach the same steps sooner
+        problem = task.draw(rng, rng.randint(1, config.size))
+        return task.prompt(problem), task.demonstrate(rng, problem)
+
+    return tasks.imitate(model, task.tokenizer, demonstration, run, seed, config.sft_steps, rng)
 
 
 # --------------------------------------------------------------------------------------------------
 # A step: sample, judge, descend
 
 
-def sample(model, task, problems, n, config, generator, sampler="iid"):
+def sample(model, task, problems, n, config, generator, uniforms=None):
     """n answers to each problem -> Rollout, texts, rewards (P, n). What did not end is wrong."""
     prompts = [task.tokenizer.encode(task.prompt(problem)) for problem in problems]
     stop = task.tokenizer.stop
@@ -315,7 +270,7 @@ def sample(model, task, problems, n, config, generator, sampler="iid"):
         config.temperature,
         stop=stop,
         generator=generator,
-        uniforms=group_uniforms(len(problems), n, sampler, generator),
+        uniforms=uniforms,
     )
     texts = rollout.texts(task.tokenizer)
     ended = rollout.ended(stop).tolist()
@@ -334,17 +289,15 @@ def collect(model, task, config, rng, generator):
     tokens = 0
     while not drawn or (dynamic and sum(map(len, kept)) < P and len(drawn) < 4):
         problems = [task.draw(rng, config.size) for _ in range(P)]
-        rollout, _, rewards = sample(
-            model, task, problems, config.group, config, generator, config.sampler
-        )
-        keep = rewards.std(1) > 0 if dynamic else torch.ones(P, dtype=torch.bool)  # (P,)
+        rollout, _, rewards = sample(model, task, problems, config.group, config, generator)
+        keep = (rewards.std(1) > 0) | (not dynamic)  # (P,)
         rollouts.append(rollout[keep.repeat_interleave(config.group)])
         kept.append(rewards[keep])
         drawn.append(rewards)
         tokens += int(rollout.mask.sum())
-    everything = torch.cat(drawn)  # (P of all calls, G)
+    everything = torch.cat(drawn).double()  # (P of all calls, G)
     statistics = dict(
-        reward=everything.double().mean().item(),
+        reward=everything.mean().item(),
         zero_variance=(everything.std(1) == 0).double().mean().item(),
         tokens=tokens,
     )
@@ -397,9 +350,9 @@ def token_losses(model, rollout, rows, adv, old_logp, ref_logp, config):
         old,
         adv[rows],
         rollout.mask[rows],
-        ratio=method.ratio,
-        eps_low=method.eps_low,
-        eps_high=method.eps_high,
+        method.ratio,
+        method.eps_low,
+        method.eps_high,
     )
     loss = loss - config.entropy_bonus * entropy
     metrics = dict(entropy=entropy, clip_fraction=silenced)
@@ -445,10 +398,11 @@ def update(model, base, optimizer, rollout, rewards, config, budget, generator):
 # Training
 
 
-def evaluate(model, task, config, n, ks):
-    """pass@k of n answers to each held-out problem, and guessed carries where the task has them."""
+def evaluate(model, task, config, ks=(1, 16)):
+    """pass@k of max(ks) answers to each held-out problem, and guessed carries where the task has them."""
     rng, generator = random.Random("held out"), torch.Generator().manual_seed(0)
     problems = [task.draw(rng, config.size, held_out=True) for _ in range(config.eval_prompts)]
+    n = max(ks)
     # as many answers at once as in training: more are slower on a CPU
     at_once = max(1, config.prompts * config.group // n)
     texts, correct = [], []
@@ -468,15 +422,6 @@ def mean(x):
     return x.mean().item() if len(x) else None
 
 
-SHOWN = "step reward pass@1 guessed_carries entropy length_right length_wrong zero_variance".split()
-
-
-def show(row):
-    """Print a row of metrics, each as wide as its title."""
-    cells = ["" if row.get(name) is None else f"{row[name]:.3g}" for name in SHOWN]
-    print("  ".join(f"{cell:>{len(name)}}" for name, cell in zip(SHOWN, cells)), flush=True)
-
-
 def train(config, task, run, seed, base, tokens=math.inf):
     """RL from the base for config.steps steps, or until `tokens` are sampled -> the trained model."""
     # 1. A copy of the base, an optimizer, two random streams: problems, and everything else
@@ -486,11 +431,9 @@ def train(config, task, run, seed, base, tokens=math.inf):
     )
     rng, generator = random.Random(seed + 1), torch.Generator().manual_seed(seed + 1)
     phase, where = f"{config.loss} {seed}", dict(phase="rl", arm=config.loss, seed=seed)
-    ks = 1, EVAL_SAMPLES
+    budget = task.budget(config.size)
     if phase not in run.state:
-        at_start = evaluate(model, task, config, EVAL_SAMPLES, ks)
-        run.log(**where, step=0, sampled_tokens=0, **at_start)
-    print("  ".join(SHOWN))
+        run.log(**where, step=0, sampled_tokens=0, **evaluate(model, task, config))
     kept = dict(sampled=0)
     steps = run.loop(
         phase,
@@ -501,32 +444,25 @@ def train(config, task, run, seed, base, tokens=math.inf):
         generator,
         kept,
         until=lambda: kept["sampled"] >= tokens,
-        bar=False,
     )
     for step in steps:
         # 2. Sample, judge, take the gradient steps
-        started = time.time()
         rollout, rewards, row = collect(model, task, config, rng, generator)
-        sampled = row.pop("tokens")
-        budget = task.budget(config.size)
+        kept["sampled"] += row.pop("tokens")
         row |= update(model, base, optimizer, rollout, rewards, config, budget, generator)
         # 3. Log
-        kept["sampled"] += sampled
-        seconds = time.time() - started
         lengths, right = rollout.lengths.float().cpu(), rewards.flatten() > 0  # (R,) each
         row |= dict(
             length=mean(lengths),
             length_right=mean(lengths[right]),
             length_wrong=mean(lengths[~right]),
             sampled_tokens=kept["sampled"],
-            seconds=seconds,
-            tokens_per_s=sampled / seconds,
         )
         last = step + 1 == config.steps or kept["sampled"] >= tokens
         if last or (step + 1) % config.eval_every == 0:
-            row |= evaluate(model, task, config, EVAL_SAMPLES, ks)
+            row |= evaluate(model, task, config)
         run.log(**where, step=step + 1, **row)
-        show(run.rows[-1])
+        run.say(reward=row["reward"], entropy=row["entropy"])
     return model
 
 
@@ -535,38 +471,26 @@ def train(config, task, run, seed, base, tokens=math.inf):
 
 
 def figure(config, run):
-    final_rows = [row for row in run.rows if row["phase"] == "pass@k"]
+    arms = "base", config.loss
+    last = {(row["arm"], row["seed"]): row for row in run.rows if row["phase"] == "pass@k"}
 
-    def final(arm, key):
-        """The last value of each seed (seeds,); nan for one that has no such number."""
-        rows = [row for row in final_rows if row["arm"] == arm]
-        last = [[row[key] for row in rows if row["seed"] == seed][-1] for seed in seeds_of(config)]
-        return np.array(last, dtype=float)
+    def final(key):
+        """What was measured after training, of the base and of the trained model (seeds,)."""
+        return [
+            np.array([last[arm, seed][key] for seed in seeds_of(config)], dtype=float)
+            for arm in arms
+        ]
 
-    ks = [int(key.removeprefix("pass@")) for key in final_rows[0] if key.startswith("pass@")]
-    has_guesses = "guessed_carries" in final_rows[0]
-    arms = dict(base="base", trained=config.loss)
-    pass_1 = {name: final(arm, "pass@1") for name, arm in arms.items()}
-    before, after = pass_1.values()
-
-    fig, axes = plt.subplots(2, 3, figsize=(13, 7), layout="constrained")
+    before, after = final("pass@1")
+    told = f"held-out pass@1 {before.mean():.2f} → {after.mean():.2f}"
     panels = [
-        (
-            "Answers that are right",
-            "fraction",
-            {"reward": "training problems", "pass@1": "held-out problems"},
-        ),
-        ("Gradient", "norm", {"grad_norm": "before it is cut to 1"}),
-        ("Entropy", "nats per token", {"entropy": "training problems"}),
-        (
-            "Length of right and wrong answers",
-            "tokens",
-            {"length_right": "right", "length_wrong": "wrong"},
-        ),
-        ("Groups all right or all wrong", "fraction", {"zero_variance": "training problems"}),
+        ("Right answers: reward in training, pass@1 held out", "fraction", ["reward", "pass@1"]),
+        ("Gradient before it is cut", "norm", ["grad_norm"]),
+        ("Entropy", "nats per token", ["entropy"]),
+        ("Length of right and wrong answers", "tokens", ["length_right", "length_wrong"]),
+        ("Groups all right or all wrong", "fraction", ["zero_variance"]),
     ]
-    title = f"held-out pass@1 {before.mean():.2f} → {after.mean():.2f} ({config.seeds} seed{'s' * (config.seeds > 1)})"
-    source = "design of the task"
+    source, seeds = "design of the task", config.seeds
     claims = [
         claim(
             "gain",
@@ -576,67 +500,50 @@ def figure(config, run):
             (after - before).min(),
             ">=",
             0.5,
-            config.seeds,
+            seeds,
             f" ({before.mean():.2f}, {after.mean():.2f})",
         ),
         claim(
-            "trained",
-            "pass@1 after RL, worst seed",
-            source,
-            "-",
-            after.min(),
-            ">=",
-            0.90,
-            config.seeds,
+            "trained", "pass@1 after RL, worst seed", source, "-", after.min(), ">=", 0.90, seeds
         ),
     ]
-    if has_guesses:
-        guesses_0, guesses_1 = (
-            final("base", "guessed_carries"),
-            final(config.loss, "guessed_carries"),
-        )
-        panels[1] = (
-            "Lines whose carry was a guess",
-            "fraction",
-            {"guessed_carries": "held-out problems"},
-        )
-        title = f"guessed carries {guesses_0.mean():.2f} → {guesses_1.mean():.2f}, {title}"
+    if "guessed_carries" in run.rows[-1]:
+        guessed, left = final("guessed_carries")
+        told = f"guessed carries {guessed.mean():.2f} → {left.mean():.2f}, {told}"
+        panels[1] = ("Lines whose carry was a guess, held out", "fraction", ["guessed_carries"])
         claims.append(
             claim(
                 "order",
                 "carries guessed after RL, worst seed (base)",
                 source,
                 "-",
-                guesses_1.max(),
+                left.max(),
                 "<=",
                 0.05,
-                config.seeds,
-                f" ({guesses_0.mean():.2f})",
+                seeds,
+                f" ({guessed.mean():.2f})",
             )
         )
-    fig.suptitle(f"Told only right or wrong: {title}")
-    for ax, (name, unit, keys) in zip(axes.flat, panels):
-        for key, label in keys.items():
-            band(ax, *series(run, key, phase="rl", arm=config.loss), label)
-        ax.set(title=name, xlabel="RL step", ylabel=unit)
+
+    fig, axes = plt.subplots(2, 3, figsize=(13, 7), layout="constrained")
+    fig.suptitle(f"Told only right or wrong: {told} ({seeds} seed{'s' * (seeds > 1)})")
+    for ax, (title, unit, keys) in zip(axes.flat, panels):
+        for key in keys:
+            band(ax, *series(run, key, phase="rl", arm=config.loss), key)
+        ax.set(title=title, xlabel="RL step", ylabel=unit)
         if ax.lines:
             ax.legend()
-    last = []
-    for label, arm in (("base", "base"), ("after RL", config.loss)):
-        curve = np.stack([final(arm, f"pass@{k}") for k in ks], 1)  # (seeds, ks)
-        band(axes[1, 2], ks, curve, label, marker="o")
-        last.append(curve[:, -1].mean())
-    unseen = "\n(both at 1: a crossing can't be seen)" if last == [1, 1] else ""
-    axes[1, 2].set(
-        title=f"pass@{ks[-1]}: base {last[0]:.2f}, after RL {last[1]:.2f}{unseen}",
-        xlabel="k (samples)",
-        ylabel="held-out pass@k",
-        xscale="log",
-        ylim=(0, 1.02),
-    )
-    axes[1, 2].set_xticks(ks, ks)
-    axes[1, 2].minorticks_off()
-    axes[1, 2].legend()
+    ax = axes[1, 2]
+    curves = np.array([final(f"pass@{k}") for k in config.ks])  # (ks, arms, seeds)
+    for i, arm in enumerate(arms):
+        band(ax, config.ks, curves[:, i].T, arm, marker="o")
+    base, trained = curves[-1].mean(1)
+    title = f"pass@{config.ks[-1]}: base {base:.2f}, after RL {trained:.2f}"
+    if base == trained == 1:
+        title += "\n(both at 1: a crossing can't be seen)"
+    ax.set(title=title, xlabel="k (samples)", ylabel="held-out pass@k", ylim=(0, 1.02))
+    ax.set_xscale("log", base=2)
+    ax.legend()
     return fig, claims
 
 
@@ -644,28 +551,19 @@ def main():
     config = parse_args(Config, __doc__)
     device = pick_device(config.device)
     task = tasks.load(config.task)
-    model = build(config, task, device)  # an impossible shape ends here, before anything is written
-    n = 4 if config.quick else 64
-    ks = [2**i for i in range(int(math.log2(n)) + 1)]
+    build(config, task, device)  # an impossible shape ends here, before anything is written
+    problems = [task.draw(random.Random(i), config.size, held_out=True) for i in range(3)]
     with Run(config) as run:
-        run.introduce(device, sum(p.numel() for p in model.parameters()))
         for seed in seeds_of(config):
             base = warm_up(config, task, run, seed, device)
             trained = train(config, task, run, seed, base)
+            examples = {}
             for arm, model in (("base", base), (config.loss, trained)):
-                run.log_once(
-                    lambda: evaluate(model, task, config, n, ks),
-                    phase="pass@k",
-                    arm=arm,
-                    seed=seed,
-                    step=config.steps,
-                )
-        problems = [task.draw(random.Random(i), config.size, held_out=True) for i in range(3)]
-        examples = {}
-        for name, model in (("base", base), ("trained", trained)):
-            generator = torch.Generator().manual_seed(0)
-            _, texts, rewards = sample(model, task, problems, 1, config, generator)
-            examples[name] = list(zip(texts, rewards.flatten().tolist()))
+                where = dict(phase="pass@k", arm=arm, seed=seed, step=config.steps)
+                run.log_once(lambda: evaluate(model, task, config, config.ks), **where)
+                generator = torch.Generator().manual_seed(0)
+                _, texts, rewards = sample(model, task, problems, 1, config, generator)
+                examples[arm] = list(zip(texts, rewards.flatten().tolist()))
         run.samples([task.prompt(problem) for problem in problems], **examples)
         run.finish(*figure(config, run))
 
