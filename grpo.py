@@ -230,14 +230,8 @@ def pass_at_k(n, correct, k):
 
 
 def build(config, task, device):
-    shape = GPTConfig(
-        task.tokenizer.n_vocab,
-        block_size=256,
-        n_layer=2,
-        n_head=8,
-        n_embd=config.n_embd,
-        qk_norm=True,
-    )
+    vocabulary, C = task.tokenizer.n_vocab, config.n_embd
+    shape = GPTConfig(vocabulary, block_size=256, n_layer=2, n_head=8, n_embd=C, qk_norm=True)
     return GPT(shape).to(device)
 
 
@@ -314,9 +308,8 @@ def score(model, rollout, rows, config):
     """
     part = rollout[rows]  # cut to its longest row
     hidden = model.hidden(part.ids[:, :-1])  # (rows, its T - 1, C)
-    logp, entropy = token_logprobs(
-        hidden, model.lm_head.weight, part.ids[:, 1:], config.temperature
-    )
+    head, targets = model.lm_head.weight, part.ids[:, 1:]
+    logp, entropy = token_logprobs(hidden, head, targets, config.temperature)
     pad = (1, rollout.ids.shape[1] - part.ids.shape[1])  # back to (rows, T)
     return F.pad(logp, pad), F.pad(entropy, pad)
 
@@ -334,8 +327,8 @@ def with_baseline(rewards, rollout, old_logp, ref_logp, config):
     adv = advantages(rewards.to(rollout.mask.device), kind)  # (P, G)
     if config.beta and config.kl == "k1":
         kl = kl_estimate(old_logp, ref_logp, "k1") * rollout.mask  # (R, T)
-        kl_kind = kind if kind in ("rloo", "batch") else "mean"  # never divided by std
-        adv = adv - config.beta * advantages(kl.sum(1).view_as(adv), kl_kind)
+        centred = "rloo" if kind == "rloo" else "mean"  # never divided by std
+        adv = adv - config.beta * advantages(kl.sum(1).view_as(adv), centred)
     return adv.reshape(-1, 1)
 
 
@@ -435,17 +428,11 @@ def train(config, task, run, seed, base, tokens=math.inf):
     if phase not in run.state:
         run.log(**where, step=0, sampled_tokens=0, **evaluate(model, task, config))
     kept = dict(sampled=0)
-    steps = run.loop(
-        phase,
-        config.steps,
-        model,
-        optimizer,
-        rng,
-        generator,
-        kept,
-        until=lambda: kept["sampled"] >= tokens,
-    )
-    for step in steps:
+
+    def enough():
+        return kept["sampled"] >= tokens
+
+    for step in run.loop(phase, config.steps, model, optimizer, rng, generator, kept, enough):
         # 2. Sample, judge, take the gradient steps
         rollout, rewards, row = collect(model, task, config, rng, generator)
         kept["sampled"] += row.pop("tokens")
@@ -458,11 +445,10 @@ def train(config, task, run, seed, base, tokens=math.inf):
             length_wrong=mean(lengths[~right]),
             sampled_tokens=kept["sampled"],
         )
-        last = step + 1 == config.steps or kept["sampled"] >= tokens
-        if last or (step + 1) % config.eval_every == 0:
+        if enough() or step + 1 == config.steps or (step + 1) % config.eval_every == 0:
             row |= evaluate(model, task, config)
         run.log(**where, step=step + 1, **row)
-        run.say(reward=row["reward"], entropy=row["entropy"])
+        run.say(reward=row["reward"])
     return model
 
 
@@ -475,75 +461,53 @@ def figure(config, run):
     last = {(row["arm"], row["seed"]): row for row in run.rows if row["phase"] == "pass@k"}
 
     def final(key):
-        """What was measured after training, of the base and of the trained model (seeds,)."""
-        return [
-            np.array([last[arm, seed][key] for seed in seeds_of(config)], dtype=float)
-            for arm in arms
-        ]
+        """What was measured after training, of the base and of the trained model: (seeds,) each."""
+        values = [[last[arm, seed][key] for seed in seeds_of(config)] for arm in arms]
+        return np.array(values, dtype=float)  # nan where there is no such number
 
-    before, after = final("pass@1")
-    told = f"held-out pass@1 {before.mean():.2f} → {after.mean():.2f}"
+    base, trained = final("pass@1")
+    told = f"held-out pass@1 {base.mean():.2f} → {trained.mean():.2f}"
     panels = [
-        ("Right answers: reward in training, pass@1 held out", "fraction", ["reward", "pass@1"]),
-        ("Gradient before it is cut", "norm", ["grad_norm"]),
-        ("Entropy", "nats per token", ["entropy"]),
-        ("Length of right and wrong answers", "tokens", ["length_right", "length_wrong"]),
-        ("Groups all right or all wrong", "fraction", ["zero_variance"]),
+        ("Right answers: reward in training, pass@1 held out", "fraction", "reward", "pass@1"),
+        ("Gradient before it is cut", "norm", "grad_norm"),
+        ("Entropy", "nats per token", "entropy"),
+        ("Length of right and wrong answers", "tokens", "length_right", "length_wrong"),
+        ("Groups all right or all wrong", "fraction", "zero_variance"),
     ]
     source, seeds = "design of the task", config.seeds
+    gain, text = (trained - base).min(), "held-out pass@1 after RL minus before, worst seed"
+    means = f" ({base.mean():.2f}, {trained.mean():.2f})"
+    worst = trained.min()
     claims = [
-        claim(
-            "gain",
-            "held-out pass@1 after RL minus before, worst seed",
-            source,
-            "-",
-            (after - before).min(),
-            ">=",
-            0.5,
-            seeds,
-            f" ({before.mean():.2f}, {after.mean():.2f})",
-        ),
-        claim(
-            "trained", "pass@1 after RL, worst seed", source, "-", after.min(), ">=", 0.90, seeds
-        ),
+        claim("gain", text, source, "-", gain, ">=", 0.5, seeds, means),
+        claim("trained", "pass@1 after RL, worst seed", source, "-", worst, ">=", 0.9, seeds),
     ]
     if "guessed_carries" in run.rows[-1]:
-        guessed, left = final("guessed_carries")
-        told = f"guessed carries {guessed.mean():.2f} → {left.mean():.2f}, {told}"
-        panels[1] = ("Lines whose carry was a guess, held out", "fraction", ["guessed_carries"])
-        claims.append(
-            claim(
-                "order",
-                "carries guessed after RL, worst seed (base)",
-                source,
-                "-",
-                left.max(),
-                "<=",
-                0.05,
-                seeds,
-                f" ({guessed.mean():.2f})",
-            )
-        )
+        base, trained = final("guessed_carries")
+        told = f"guessed carries {base.mean():.2f} → {trained.mean():.2f}, {told}"
+        panels[1] = ("Lines whose carry was a guess, held out", "fraction", "guessed_carries")
+        text, means = "carries guessed after RL, worst seed (base)", f" ({base.mean():.2f})"
+        worst = trained.max()
+        claims.append(claim("order", text, source, "-", worst, "<=", 0.05, seeds, means))
 
     fig, axes = plt.subplots(2, 3, figsize=(13, 7), layout="constrained")
     fig.suptitle(f"Told only right or wrong: {told} ({seeds} seed{'s' * (seeds > 1)})")
-    for ax, (title, unit, keys) in zip(axes.flat, panels):
+    for ax, (title, unit, *keys) in zip(axes.flat, panels):
         for key in keys:
             band(ax, *series(run, key, phase="rl", arm=config.loss), key)
         ax.set(title=title, xlabel="RL step", ylabel=unit)
         if ax.lines:
             ax.legend()
-    ax = axes[1, 2]
     curves = np.array([final(f"pass@{k}") for k in config.ks])  # (ks, arms, seeds)
     for i, arm in enumerate(arms):
-        band(ax, config.ks, curves[:, i].T, arm, marker="o")
+        band(axes[1, 2], config.ks, curves[:, i].T, arm, marker="o")
     base, trained = curves[-1].mean(1)
     title = f"pass@{config.ks[-1]}: base {base:.2f}, after RL {trained:.2f}"
     if base == trained == 1:
         title += "\n(both at 1: a crossing can't be seen)"
-    ax.set(title=title, xlabel="k (samples)", ylabel="held-out pass@k", ylim=(0, 1.02))
-    ax.set_xscale("log", base=2)
-    ax.legend()
+    axes[1, 2].set(title=title, xlabel="k (samples)", ylabel="held-out pass@k", ylim=(0, 1.02))
+    axes[1, 2].set_xscale("log", base=2)
+    axes[1, 2].legend()
     return fig, claims
 
 
@@ -559,8 +523,13 @@ def main():
             trained = train(config, task, run, seed, base)
             examples = {}
             for arm, model in (("base", base), (config.loss, trained)):
-                where = dict(phase="pass@k", arm=arm, seed=seed, step=config.steps)
-                run.log_once(lambda: evaluate(model, task, config, config.ks), **where)
+                run.log_once(
+                    lambda: evaluate(model, task, config, config.ks),
+                    phase="pass@k",
+                    arm=arm,
+                    seed=seed,
+                    step=config.steps,
+                )
                 generator = torch.Generator().manual_seed(0)
                 _, texts, rewards = sample(model, task, problems, 1, config, generator)
                 examples[arm] = list(zip(texts, rewards.flatten().tolist()))

@@ -162,7 +162,8 @@ def figure(config, run):
                     run, f"length_{outcome}", phase="rl", arm=arm
                 )  # (steps,), (seeds, steps)
                 band(with_gpt, x, y, **look)
-                tails.append(y[:, -10:].mean(1))
+                # no row at all has such a length where few coins are drawn
+                tails.append(y[:, -10:].mean(1) if len(x) else np.array([np.nan]))
         ratio[arm] = ends[0] / ends[1]
         if tails:  # a wrong answer that is a stop alone has no length to speak of
             gpt[arm] = np.where(tails[0] > 1, tails[0] / tails[1], np.nan)
