@@ -126,8 +126,8 @@ class Config(Flags):
 
     @property
     def ks(self):
-        """The k of the pass@k after training."""
-        return (1, 2, 4) if self.quick else (1, 2, 4, 8, 16, 32, 64)
+        """The k of the pass@k after training: 1, 2, 4 ... 64."""
+        return [2**i for i in range(3 if self.quick else 7)]
 
     @property
     def method(self):
@@ -230,8 +230,14 @@ def pass_at_k(n, correct, k):
 
 
 def build(config, task, device):
-    vocabulary, C = task.tokenizer.n_vocab, config.n_embd
-    shape = GPTConfig(vocabulary, block_size=256, n_layer=2, n_head=8, n_embd=C, qk_norm=True)
+    shape = GPTConfig(
+        task.tokenizer.n_vocab,
+        block_size=256,
+        n_layer=2,
+        n_head=8,
+        n_embd=config.n_embd,
+        qk_norm=True,
+    )
     return GPT(shape).to(device)
 
 
@@ -308,8 +314,9 @@ def score(model, rollout, rows, config):
     """
     part = rollout[rows]  # cut to its longest row
     hidden = model.hidden(part.ids[:, :-1])  # (rows, its T - 1, C)
-    head, targets = model.lm_head.weight, part.ids[:, 1:]
-    logp, entropy = token_logprobs(hidden, head, targets, config.temperature)
+    logp, entropy = token_logprobs(
+        hidden, model.lm_head.weight, part.ids[:, 1:], config.temperature
+    )
     pad = (1, rollout.ids.shape[1] - part.ids.shape[1])  # back to (rows, T)
     return F.pad(logp, pad), F.pad(entropy, pad)
 
@@ -322,7 +329,7 @@ def score_all(model, rollout, config):
 
 
 def with_baseline(rewards, rollout, old_logp, ref_logp, config):
-    """The advantage of each row (R, 1), --kl k1 included: a reward is lowered by its answer's KL."""
+    """The advantage of each row (R, 1). With --kl k1 an answer's KL is taken off its reward."""
     kind = config.method.advantage
     adv = advantages(rewards.to(rollout.mask.device), kind)  # (P, G)
     if config.beta and config.kl == "k1":
@@ -392,7 +399,7 @@ def update(model, base, optimizer, rollout, rewards, config, budget, generator):
 
 
 def evaluate(model, task, config, ks=(1, 16)):
-    """pass@k of max(ks) answers to each held-out problem, and guessed carries where the task has them."""
+    """pass@k of max(ks) answers to each held-out problem; guessed carries if the task has them."""
     rng, generator = random.Random("held out"), torch.Generator().manual_seed(0)
     problems = [task.draw(rng, config.size, held_out=True) for _ in range(config.eval_prompts)]
     n = max(ks)
@@ -416,7 +423,7 @@ def mean(x):
 
 
 def train(config, task, run, seed, base, tokens=math.inf):
-    """RL from the base for config.steps steps, or until `tokens` are sampled -> the trained model."""
+    """RL from the base, config.steps steps or until `tokens` are sampled -> the trained model."""
     # 1. A copy of the base, an optimizer, two random streams: problems, and everything else
     model = copy.deepcopy(base)
     optimizer = torch.optim.AdamW(
@@ -530,8 +537,9 @@ def main():
                     seed=seed,
                     step=config.steps,
                 )
-                generator = torch.Generator().manual_seed(0)
-                _, texts, rewards = sample(model, task, problems, 1, config, generator)
+                _, texts, rewards = sample(
+                    model, task, problems, 1, config, torch.Generator().manual_seed(0)
+                )
                 examples[arm] = list(zip(texts, rewards.flatten().tolist()))
         run.samples([task.prompt(problem) for problem in problems], **examples)
         run.finish(*figure(config, run))
