@@ -2,20 +2,28 @@
 
 A small GPT has read answers by demonstrators who do not take care (tasks/addition.py: they guess
 their carries, and are right about one time in four). It answers each problem many times, a program
-says which answers are right, and the loss makes the tokens of those likelier. With
-rho = exp(logp - old_logp), the new policy's probability of a token over the old one's:
+says which answers are right, and a step makes the tokens of those likelier. Of token t of answer i,
+with rho = exp(logp - old_logp), the probability now over the one before the step:
 
-    loss = sum_{i,t} a_{i,t} * ( L(rho_{i,t}, A_i) + beta * KL_{i,t} - entropy_bonus * H_{i,t} )
+    loss = sum_{i,t} a_{i,t} * (L(rho_{i,t}, A_i) + beta * KL_{i,t} - entropy_bonus * H_{i,t})
 
-    1. advantage    A   std (r_i - mean) / std     mean r_i - mean       rloo r_i - mean of the others
-                        batch r_i - mean of all    positive: mean's, but never below 0
-    2. ratio        L   none -A logp               token, sequence -min(rho A, clip(rho) A)
-                        cispo -sg(clip(rho)) A logp, where clip(rho) is in 1 - eps_low .. 1 + eps_high
-    3. aggregation  a   what a token's loss is divided by: its sequence's length, the batch's
-                        tokens, a constant, or the rows only
+    1. advantage A:    how much better the answer's reward r_i is than a baseline
+       std             (r_i - mean) / std of the answers to the same problem
+       mean, positive  r_i - mean; the same, but never below 0
+       rloo            r_i - mean of the others
+       batch           r_i - mean of all problems
+    2. ratio L:        what is minimised, where clip(rho) lies in 1 - eps_low .. 1 + eps_high
+       none            -A logp
+       token           -min(rho A, clip(rho) A)
+       sequence        the same, with the geometric mean of the answer's rho
+       cispo           -clip(rho) A logp, and no gradient through clip(rho)
+    3. aggregation a:  1 / what a token's loss is divided by
+       sequence        tokens of its answer, and answers
+       token           tokens of all answers
+       constant        tokens that an answer may have, and answers
+       sum             answers
 
-i counts answers, t their tokens, r_i is a reward; sg stops the gradient. `LOSSES` has the usual
-combinations by their names: to try another, add a row there.
+`LOSSES` has the usual combinations by their names: to try another, add a row there.
 
 How this differs from the papers:
 1. One gradient step on each batch of answers (--minibatches 1): rho = 1 and nothing is clipped.
@@ -28,7 +36,7 @@ How this differs from the papers:
    that would blow its noise up to 1.
 
     python grpo.py                          under 3 minutes on two cores
-    python grpo.py --loss grpo --beta 0.01  another method
+    python grpo.py --loss grpo --beta 0.01  another method, and a pull to the base
     python grpo.py --task countdown         another task, or your own (docs/bring_your_own_task.md)
 
 What to see: held-out pass@1 from about .27 to over .95 in 45 steps; guessed carries from half of

@@ -14,6 +14,7 @@ import copy
 import math
 import random
 from dataclasses import dataclass, replace
+from functools import partial
 from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
@@ -82,10 +83,10 @@ def length_bias(
     """
     rng = np.random.default_rng(seed)
     logit = np.full(2, np.log(hazard / (1 - hazard)))
-    path = []
-    for step in range(steps + 1):
+    lengths = []
+    for _ in range(steps + 1):
         h = 1 / (1 + np.exp(-logit))
-        path.append((1 - (1 - h) ** cap) / h)  # the mean of a geometric length cut at the cap
+        lengths.append((1 - (1 - h) ** cap) / h)  # the mean of a geometric length cut at the cap
         right = rng.integers(0, 2, prompts * group)
         drawn = rng.geometric(h[right])
         length = np.minimum(drawn, cap)
@@ -97,7 +98,13 @@ def length_bias(
         # d logp / d logit is 1 for a stop that was drawn, and -h for each draw
         slope = a * adv * ((drawn <= cap) - h[right] * length)
         logit = logit + lr * np.array([slope[right == 0].sum(), slope[right == 1].sum()])
-    return np.array(path)
+    return np.array(lengths)
+
+
+def path(arm, seed):
+    """Every tenth point of length_bias's path, as a row of metrics."""
+    wrong, right = length_bias(*ARMS[arm], seed)[::10].T.tolist()
+    return dict(at=list(range(0, 301, 10)), wrong=wrong, right=right)
 
 
 def ramble(rng):
@@ -158,9 +165,7 @@ def figure(config, run):
             band(without, np.array(paths[0]["at"]), y, **look)
             ends.append(y[:, -1])
             if arm in LOSSES:
-                x, y = series(
-                    run, f"length_{outcome}", phase="rl", arm=arm
-                )  # (steps,), (seeds, steps)
+                x, y = series(run, f"length_{outcome}", phase="rl", arm=arm)  # y (seeds, steps)
                 band(with_gpt, x, y, **look)
                 # no row at all has such a length where few coins are drawn
                 tails.append(y[:, -10:].mean(1) if len(x) else np.array([np.nan]))
@@ -175,19 +180,20 @@ def figure(config, run):
     with_gpt.set(
         title=f"With a GPT ({config.seeds} seeds)", xlabel="RL step", ylabel="mean length (tokens)"
     )
-    without.legend()
-    with_gpt.legend()
+    for ax in fig.axes:
+        if ax.lines:
+            ax.legend()
     fig.suptitle(
-        f"Nothing rewards length. With a GPT wrong answers end {told(gpt['grpo'])} times as long as "
-        f"right ones if a loss is divided by its answer's length, {told(gpt['dr_grpo'])} times if "
-        "by a constant",
+        f"Nothing rewards length. With a GPT wrong answers end {told(gpt['grpo'])} times as long "
+        f"as right ones if a loss is divided by its answer's length, "
+        f"{told(gpt['dr_grpo'])} times if by a constant",
         fontsize="medium",
     )
     return fig, claims_of(ratio, gpt, config.seeds)
 
 
 def claims_of(ratio, gpt, seeds):
-    """ratio, gpt: name of a loss -> wrong over right length, without a model (8,), with one (seeds,)."""
+    """Of wrong over right length: ratio without a model (8,), gpt with one (seeds,)."""
 
     def flat(x):
         return np.maximum(x, 1 / x)
@@ -236,15 +242,10 @@ def main():
     device = pick_device(config.device)
     grpo.build(config, rambling, device)
     with Run(config) as run:
-        for arm, choices in ARMS.items():
+        for arm in ARMS:
             for seed in range(config.seed, config.seed + 8):
-
-                def path():
-                    lengths = length_bias(*choices, seed)[::10]
-                    wrong, right = lengths.T.tolist()
-                    return dict(at=list(range(0, 301, 10)), wrong=wrong, right=right)
-
-                run.log_once(path, phase="no model", arm=arm, seed=seed, step=300)
+                where = dict(phase="no model", arm=arm, seed=seed, step=300)
+                run.log_once(partial(path, arm, seed), **where)
         for seed in seeds_of(config):
             base = warm_up(config, run, seed, device)
             for loss in ("grpo", "dr_grpo"):

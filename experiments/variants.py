@@ -61,7 +61,7 @@ def measured(config, run):
         curves = []
         for of_seed in rows[loss]:
             points = [(row["sampled_tokens"], row["pass@1"]) for row in of_seed if "pass@1" in row]
-            curves.append(np.interp(grid, *zip(*points)))
+            curves.append(np.interp(grid, *np.array(points).T))
         pass_1[loss] = np.array(curves)
         steps = [[row["clip_fraction"] for row in of_seed if row["step"]] for of_seed in rows[loss]]
         clipped[loss] = np.array([np.mean(fractions) for fractions in steps])
@@ -69,7 +69,7 @@ def measured(config, run):
 
 
 def draw(config, grid, pass_1, distance):
-    """The figure: pass@1 over sampled tokens, and distance: loss -> pass@1 minus grpo's (seeds,)."""
+    """pass@1 over sampled tokens, and at their end. distance: loss -> minus grpo's (seeds,)."""
     many = f"{config.seeds} seed{'s' * (config.seeds > 1)}"
     where = f"at {grid[-1] / 1000:.3g}k sampled tokens"
     fig, (curves, ends) = plt.subplots(1, 2, figsize=(13, 5), layout="constrained")
