@@ -20,7 +20,8 @@ from types import SimpleNamespace
 
 import torch
 
-from experiment import UserError
+from experiment import UserError, descend
+from kernels import token_logprobs
 
 NAMES = ("tokenizer", "SIZE", "budget", "draw", "prompt", "demonstrate", "reward")
 
@@ -65,21 +66,35 @@ def padded(pairs, tokenizer):
     return ids, mask
 
 
-def in_tokens(task):
-    """A task at its own SIZE as scale.py asks one: prompts are ids. Has what word_problems has."""
-    size = task.SIZE
+def imitate(model, tokenizer, draw, run, seed, steps, rng, peak=3e-3, batch=32):
+    """Supervised training on texts, loss on the answers' tokens only -> the model.
 
-    def held_out(rng, n):
-        return [task.draw(rng, size, held_out=True) for _ in range(n)]
-
-    def prompt(problem):
-        return task.tokenizer.encode(task.prompt(problem))
-
-    return SimpleNamespace(
-        tokenizer=task.tokenizer,
-        prompt=prompt,
-        draw=lambda rng: task.draw(rng, size),
-        held_out=held_out,
-        judged=True,
-        judge=lambda problem, text, finished: task.reward(problem, text) * finished,
+    draw() -> (prompt, answer), with `rng` as its only source of chance.
+    """
+    optimizer = torch.optim.AdamW(
+        model.parameters(), peak, betas=(0.9, 0.95), weight_decay=0.01, fused=True
     )
+    device = model.lm_head.weight.device
+    for step in run.loop(f"base {seed}", steps, model, optimizer, rng):
+        # up in a line, then down in a line
+        optimizer.param_groups[0]["lr"] = peak * min((step + 1) / 50, 1 - step / steps)
+        pairs = [draw() for _ in range(batch)]
+        pairs.sort(key=lambda pair: len(pair[0] + pair[1]))
+        count = sum(len(answer) + 1 for _, answer in pairs)  # with the token that ends an answer
+        total = 0.0
+        optimizer.zero_grad()
+        for half in (
+            pairs[: batch // 2],
+            pairs[batch // 2 :],
+        ):  # short ones, long ones: less padding
+            ids, mask = (x.to(device) for x in padded(half, tokenizer))  # (batch / 2, T) each
+            hidden = model.hidden(ids[:, :-1])  # (batch / 2, T - 1, C)
+            logp, _ = token_logprobs(hidden, model.lm_head.weight, ids[:, 1:])
+            loss = -(logp * mask[:, 1:]).sum() / count
+            loss.backward()
+            total += loss.item()
+        descend(optimizer, total)
+        if step % 50 == 0 or step + 1 == steps:
+            run.log(phase="sft", seed=seed, step=step, loss=total)
+            run.say(loss=total)
+    return model

@@ -1,6 +1,7 @@
-"""grpo.py: the task, each choice of the loss against closed forms, the gradient of a whole update, and the command with its resume."""
+"""grpo.py and its experiments: the task, each choice of the loss against closed forms, the gradient of a whole update, the command with its resume."""
 import copy
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -13,68 +14,63 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from common import ROOT, Memory, check_help, check_mistake, check_resume, check_whole, complain, finish, launch, metrics, torchrun
-from test_huggingface import make_json, merges_of, save_json
+from common import ROOT, Memory, check_help, check_mistake, check_resume, check_whole, complain, finish, launch, metrics
 
 import grpo
-from experiment import Run
-from grpo import (
-    COLUMNS,
-    LINE,
-    LOSSES,
-    Config,
-    Rollout,
-    UserError,
-    advantages,
-    aggregation_weights,
-    correction_weights,
-    demonstrate,
-    draw_problem,
-    generate,
-    group_uniforms,
-    guessed_carries,
-    kl_estimate,
-    length_bias,
-    pass_at_k,
-    question,
-    reward,
-    surrogate,
-    tokenizer,
-)
-from huggingface import load_chat_template, load_tokenizer
+from engine import Rollout, generate
+from experiment import UserError
+from experiments import length, samplers, variants
+from experiments.length import length_bias
+from experiments.samplers import group_uniforms
+from grpo import LOSSES, Config, advantages, aggregation_weights, kl_estimate, pass_at_k, policy_loss
+import tasks
 from model import GPT, GPTConfig
-from tasks.wordproblems import extract_answer, load_problems
+from tasks import addition
+from tasks.addition import COLUMNS, LINE, demonstrate, guessed_carries, prompt, reward, tokenizer
 
 REWARDS = torch.tensor([[1, 0, 0, 1], [0, 1, 1, 1], [0, 0, 0, 1], [1, 1, 0, 0.]])      # every group has right and wrong answers
 each_loss = pytest.mark.parametrize("loss", LOSSES)
 
 
+def task(budget=16):
+    """Addition, whose answers may take so many tokens."""
+    return SimpleNamespace(**{**vars(addition), "budget": lambda _: budget})
+
+
+TASK = task()
+
+
 def small(**choices):
-    return Config(**{**dict(n_layer=1, n_head=2, n_embd=32, digits=2, prompts=4, group=4, max_new_tokens=16, eval_prompts=4), **choices})
+    return Config(**{**dict(n_embd=32, size=2, prompts=4, group=4, eval_prompts=4), **choices})
 
 
-def policy(config, seed=0):
+def with_row(monkeypatch, **choices):
+    """A config whose loss is a row of LOSSES of its own: dr_grpo's with these choices."""
+    monkeypatch.setitem(LOSSES, "mine", LOSSES["dr_grpo"]._replace(**choices))
+    return small(loss="mine")
+
+
+def policy(seed=0):
     """A random model, sharpened until its distribution is far from uniform."""
     torch.manual_seed(seed)
-    model = grpo.build(config, "cpu")
+    model = GPT(GPTConfig(tokenizer.n_vocab, 256, 1, 2, 32, qk_norm=True))
     with torch.no_grad():
         for p in model.parameters():
             p.mul_(6 if p.dim() == 2 else 1)
     return model
 
 
-def answers(model, config, seed=0):
+def answers(model, config, seed=0, task=TASK):
     """A ragged rollout: questions of 1 to 3 columns, answers of any length up to the budget."""
     rng = random.Random(seed)
-    problems = [draw_problem(rng, 1 + i % 3) for i in range(config.prompts)]
-    return grpo.sample(model, problems, config.group, config, torch.Generator().manual_seed(seed), config.sampler)[0]
+    problems = [addition.draw(rng, 1 + i % 3) for i in range(config.prompts)]
+    return grpo.sample(model, task, problems, config.group, config, torch.Generator().manual_seed(seed))[0]
 
 
 def flat(model, gradient=False):
@@ -83,8 +79,8 @@ def flat(model, gradient=False):
 
 def one_update(config, rollout, lr=0.0, rewards=REWARDS):
     """A fresh policy after one update by plain SGD -> its last gradient (before the norm was cut), its weights, the logged metrics."""
-    model, base = policy(config), policy(config, seed=1)
-    metrics = grpo.update(model, base, torch.optim.SGD(model.parameters(), lr), rollout, rewards, config, torch.Generator().manual_seed(0))
+    model, base = policy(), policy(seed=1)
+    metrics = grpo.update(model, base, torch.optim.SGD(model.parameters(), lr), rollout, rewards, config, 16, torch.Generator().manual_seed(0))
     return flat(model, gradient=True) * max(1, metrics["grad_norm"]), flat(model), metrics
 
 
@@ -129,29 +125,28 @@ def test_reward_rejects_a_wrong_digit_a_missing_or_extra_column_and_a_partial_li
 
 
 def test_each_answer_is_judged_by_its_own_problem_and_earns_nothing_without_its_stop_token(monkeypatch):
-    q, a = tokenizer.encode(question(PROBLEM)), tokenizer.encode(ANSWER)
+    q, a = tokenizer.encode(prompt(PROBLEM)), tokenizer.encode(ANSWER)
     mask = torch.zeros(6, len(q + a) + 1)
     mask[:, len(q):] = 1
     mask[2::3, -1] = 0      # the third answer of each problem was cut off by the budget
     rollout = Rollout(torch.tensor([q + a + [tokenizer.eos]] * 6), mask, mask, torch.tensor([len(q)] * 6))
     monkeypatch.setattr(grpo, "generate", lambda *_, **__: rollout)
-    _, texts, rewards = grpo.sample(None, [PROBLEM, PROBLEM[::-1]], 3, small(), None)
+    _, texts, rewards = grpo.sample(None, TASK, [PROBLEM, PROBLEM[::-1]], 3, small(), None)
     assert texts == [ANSWER] * 6 and rewards.tolist() == [[1, 1, 0], [0, 0, 0]]
 
 
 def test_an_answer_is_finished_at_each_stop_id_of_its_tokenizer(monkeypatch):
     ids = torch.tensor([[0, 1, 7], [0, 1, 9], [0, 1, 5], [0, 7, 0]])        # the last one ends after its second token
     mask = torch.tensor([[0.0, 1, 1]] * 3 + [[0, 1, 0]])
-    task = SimpleNamespace(tokenizer=SimpleNamespace(eos=7, stop=[7, 9], decode=str), prompt=lambda p: [0], judge=lambda p, text, finished: float(finished))
-    monkeypatch.setattr(grpo, "task_of", lambda _: task)
+    asked = SimpleNamespace(tokenizer=SimpleNamespace(stop=[7, 9], decode=str, encode=lambda p: [0]), prompt=str, budget=lambda _: 2, reward=lambda p, text: 1)
     monkeypatch.setattr(grpo, "generate", lambda *_, **__: Rollout(ids, mask, mask, torch.ones(4, dtype=torch.long)))
-    assert grpo.sample(None, ["problem"], 4, small(), None)[2].tolist() == [[1, 1, 0, 1]]
+    assert grpo.sample(None, asked, ["problem"], 4, small(), None)[2].tolist() == [[1, 1, 0, 1]]
 
 
 def test_demonstrations_are_whole_lines_of_right_arithmetic_and_only_a_wrong_guess_spoils_one():
     rng, spoilt = random.Random(0), 0
     for _ in range(1000):
-        problem = draw_problem(rng, 5)
+        problem = addition.draw(rng, 5)
         text, written = demonstrate(rng, problem), {}
         assert re.fullmatch(r"([a-e]\d[A-E]\d{4})+", text)
         for line in re.findall("." * LINE, text):
@@ -175,7 +170,7 @@ def test_guessed_carries_are_0_from_right_to_left_and_all_from_left_to_right():
 
 def fake_sample(calls, rewards):
     """In place of grpo.sample: answers of 1 to 5 tokens whose ids say in which call and group they were drawn."""
-    def sample(_, problems, n, *__):
+    def sample(_, task, problems, n, *__):
         R = len(problems) * n
         column, group = torch.arange(6), torch.arange(R) // n
         mask = ((column > 0) & (column <= 1 + torch.arange(R)[:, None] % 5)).float()
@@ -186,19 +181,20 @@ def fake_sample(calls, rewards):
 
 
 def test_a_tenth_of_all_problems_is_held_out():
-    rng, held = random.Random(0), {question(draw_problem(random.Random(i), 2, held_out=True)) for i in range(3000)}
-    seen = {question(draw_problem(rng, 2)) for _ in range(3000)}
+    rng, held = random.Random(0), {prompt(addition.draw(random.Random(i), 2, held_out=True)) for i in range(3000)}
+    seen = {prompt(addition.draw(rng, 2)) for _ in range(3000)}
     assert 700 < len(held) < 1200 and len(seen) > 2500        # of 10,000
 
 
 def test_held_out_problems_are_never_trained_on(monkeypatch):
     config, shown, sampled = small(prompts=1000, sft_steps=30, eval_prompts=300), [], []
-    monkeypatch.setattr(grpo, "demonstrate", lambda rng, problem: shown.append(problem) or demonstrate(rng, problem))
+    watched = SimpleNamespace(**{**vars(addition), "demonstrate": lambda rng, problem: shown.append(problem) or demonstrate(rng, problem)})
     monkeypatch.setattr(grpo, "sample", fake_sample(sampled, lambda _, P, n: torch.zeros(P, n)))
-    grpo.warm_up(config, Memory(), 0, "cpu")
-    grpo.collect(None, config, random.Random(0), None)
-    grpo.evaluate(None, config, 1)
-    warmed, trained, held_out = ({question(p) for p in problems} for problems in (shown, *sampled))
+    grpo.warm_up(config, watched, Memory(), 0, "cpu")
+    grpo.collect(None, watched, config, random.Random(0), None)
+    grpo.evaluate(None, watched, config)
+    warmed, trained = ({prompt(p) for p in problems} for problems in (shown, sampled[0]))
+    held_out = {prompt(p) for problems in sampled[1:] for p in problems}
     assert min(map(len, (warmed, trained, held_out))) > 200 and not held_out & (warmed | trained)
 
 
@@ -224,6 +220,7 @@ def test_advantages_are_centred_by_group_or_batch_and_std_scales_to_one():
     r = torch.rand(5, 7, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(advantages(r, "mean"), r - r.mean(1, keepdim=True))
     torch.testing.assert_close(advantages(r, "batch"), r - r.mean())
+    torch.testing.assert_close(advantages(r, "positive"), (r - r.mean(1, keepdim=True)).clamp_min(0))
     torch.testing.assert_close(advantages(r, "std").std(1), torch.ones(5))
     torch.testing.assert_close(advantages(r, "std").mean(1), torch.zeros(5), atol=1e-6, rtol=0)
 
@@ -233,7 +230,7 @@ def test_advantages_are_centred_by_group_or_batch_and_std_scales_to_one():
                                            (0.5, -1, False), (0.9, -1, True), (1.2, -1, True), (1.5, -1, True)])
 def test_the_clip_silences_only_a_good_token_above_and_a_bad_one_below(ratio, rho, A, alive):
     logp = torch.tensor([[-1.0, -2.0]], requires_grad=True)
-    loss, silenced = surrogate(logp, logp.detach() - math.log(rho), torch.tensor([[A]]), torch.ones(1, 2), ratio, 0.2, 0.28)
+    loss, silenced = policy_loss(logp, logp.detach() - math.log(rho), torch.tensor([[A]]), torch.ones(1, 2), ratio, 0.2, 0.28)
     loss.sum().backward()
     torch.testing.assert_close(logp.grad, torch.full((1, 2), -A * rho * alive))
     torch.testing.assert_close(loss.detach(), torch.full((1, 2), -A * (rho if alive else min(max(rho, 0.8), 1.28))))
@@ -244,7 +241,7 @@ def test_the_clip_silences_only_a_good_token_above_and_a_bad_one_below(ratio, rh
 @pytest.mark.parametrize("A", [1, -1])
 def test_cispo_cuts_the_weight_and_never_loses_the_gradient(rho, weight, A):
     logp = torch.tensor([[-1.0, -2.0]], requires_grad=True)
-    loss, silenced = surrogate(logp, logp.detach() - math.log(rho), torch.tensor([[A]]), torch.ones(1, 2), "cispo", 1.0, 4.0)
+    loss, silenced = policy_loss(logp, logp.detach() - math.log(rho), torch.tensor([[A]]), torch.ones(1, 2), "cispo", 1.0, 4.0)
     loss.sum().backward()
     torch.testing.assert_close(logp.grad, torch.full((1, 2), -A * weight))
     assert not silenced.any()
@@ -256,7 +253,7 @@ def test_gspo_is_the_geometric_mean_of_the_ratios_and_its_gradient_is_the_finite
     logp = (old + 0.3 * torch.randn(3, 5, generator=g, dtype=torch.double)).requires_grad_()
     mask = (torch.arange(5) < torch.tensor([5, 2, 3])[:, None]).double()
     adv = torch.tensor([[1.0], [-2.0], [0.5]], dtype=torch.double)
-    per_token = lambda logp: surrogate(logp, old, adv, mask, "sequence", 0.9, 9.0)[0]
+    per_token = lambda logp: policy_loss(logp, old, adv, mask, "sequence", 0.9, 9.0)[0]
     for i, n in enumerate((5, 2, 3)):
         ratio = (logp - old)[i, :n].exp().prod() ** (1 / n)
         torch.testing.assert_close(per_token(logp)[i, :n], (-adv[i] * ratio).expand(n))
@@ -272,7 +269,7 @@ def test_each_name_is_the_loss_of_its_paper(loss):
     logp = torch.tensor([[-1.0, -9, -9], [-2, -0.5, -3]])
     m = small(loss=loss).method
     adv = advantages(torch.tensor([[1.0, 0.0]]), m.advantage).view(2, 1)
-    per_token, _ = surrogate(logp, logp - torch.tensor(rho).log(), adv, mask, m.ratio, m.eps_low, m.eps_high)
+    per_token, _ = policy_loss(logp, logp - torch.tensor(rho).log(), adv, mask, m.ratio, m.eps_low, m.eps_high)
     ours = (aggregation_weights(mask, m.aggregation, 8) * per_token).sum()
     terms = [[], []]
     for i, n in enumerate((1, 3)):
@@ -288,8 +285,9 @@ def test_each_name_is_the_loss_of_its_paper(loss):
 
 
 def test_a_flag_overrides_one_choice_of_the_method_and_leaves_the_others():
-    ours, dapo = small(loss="dapo", eps_high=0.0, advantage="mean").method, small(loss="dapo").method
-    assert vars(ours) == {**vars(dapo), "eps_high": 0.0, "advantage": "mean"} and dapo.eps_high == 0.28
+    dapo = LOSSES["dapo"]
+    assert small(loss="dapo").method == dapo
+    assert small(loss="dapo", advantage="mean").method == dapo._replace(advantage="mean") and small(loss="dapo", aggregation="sum").method == dapo._replace(aggregation="sum")
 
 
 @pytest.mark.parametrize("kind, short, long", [("sequence", 1 / 8, 1 / 128), ("token", 1 / 68, 1 / 68), ("constant", 1 / 128, 1 / 128), ("sum", 1 / 2, 1 / 2)])
@@ -335,36 +333,15 @@ def test_in_the_reward_k1_pulls_down_the_kl():
     torch.testing.assert_close(ours, torch.autograd.grad(kl(logp, ref), logits)[0])
 
 
-@pytest.mark.parametrize("kind, where", [("k1", "loss"), ("k2", "reward"), ("k3", "reward")])
-def test_an_estimator_is_refused_where_it_does_not_pull_to_the_base(kind, where):
-    with pytest.raises(UserError, match=kind):
-        small(beta=0.1, kl=kind, kl_in=where)
-    small(beta=0.1, kl=kind, kl_in={"loss": "reward", "reward": "loss"}[where])
-
-
-def ratios(*rows):
-    """old_logp and sampler_logp of which one row each has these ratios old / sampler, and a mask; past a row's end lies junk."""
-    T = max(map(len, rows)) + 1
-    log_w = torch.tensor([[math.log(w) for w in row] + [9.0] * (T - len(row)) for row in rows])
-    mask = torch.tensor([[1.0] * len(row) + [0.0] * (T - len(row)) for row in rows])
-    sampler = -torch.rand(mask.shape, generator=torch.Generator().manual_seed(0))
-    return (sampler + log_w).requires_grad_(), sampler, mask
-
-
-@pytest.mark.parametrize("kind, expected", [
-    ("none", [[1, 1, 1], [1, 1, 1]]), ("tis", [[0.3, 1.5, 2], [1, 2, 1]]), ("mis", [[0, 1.5, 0], [1, 0, 1]]),
-    ("seq_tis", [[0.3 * 1.5 * 3] * 3, [2] * 3])])
-def test_corrections_are_old_over_sampler_capped_dropped_or_by_sequence_and_carry_no_gradient(kind, expected):
-    old, sampler, mask = ratios([0.3, 1.5, 3.0], [1.0, 2.5, 1.0])
-    w = correction_weights(old, sampler, mask, kind)
-    torch.testing.assert_close(w[:, :3], torch.tensor(expected, dtype=torch.float32))
-    assert not w.requires_grad
-
-
-@pytest.mark.parametrize("kind", ["none", "tis", "seq_tis", "mis"])
-def test_a_correction_is_exactly_one_where_the_sampler_is_the_old_policy(kind):
-    old, _, mask = ratios([0.3, 1.5, 3.0], [1.0, 2.5])
-    assert (correction_weights(old, old.detach().clone(), mask, kind) == 1).all()
+def test_an_estimator_stands_where_it_pulls_to_the_base_k1_in_the_reward_the_others_in_the_loss(monkeypatch):
+    rollout = answers(policy(), small())
+    plain = one_update(small(loss="rloo"), rollout)
+    for kind in ("k1", "k2", "k3"):
+        monkeypatch.setattr(grpo, "advantages", lambda rewards, how: 0 * rewards)
+        in_the_loss, _, _ = one_update(small(loss="rloo", beta=0.1, kl=kind), rollout)
+        monkeypatch.undo()
+        in_all, _, told = one_update(small(loss="rloo", beta=0.1, kl=kind), rollout)
+        assert (in_the_loss == 0).all() == (kind == "k1") and not close(in_all, plain[0], 1e-3) and told["kl"] != 0
 
 
 def test_pass_at_k_is_the_fraction_of_subsets_with_a_right_answer():
@@ -430,9 +407,9 @@ def test_spread_out_samples_leave_fewer_groups_without_variance():
 
 
 def test_the_lattice_sampler_spreads_the_first_tokens_of_a_group():
-    config = small(group=64, prompts=2, sampler="lattice")
-    model, problems = policy(config), [PROBLEM, PROBLEM]
-    rollout, *_ = grpo.sample(model, problems, 64, config, torch.Generator().manual_seed(0), "lattice")
+    config, model = small(group=64, prompts=2), policy()
+    numbers = group_uniforms(2, 64, "lattice", torch.Generator().manual_seed(0))
+    rollout, *_ = grpo.sample(model, TASK, [PROBLEM, PROBLEM], 64, config, None, numbers)
     n = rollout.prompt_lens[0]
     p = model(rollout.ids[:1, :n]).softmax(-1)[0, -1]
     for group in rollout.ids[:, n].view(2, 64):
@@ -445,16 +422,17 @@ def test_the_lattice_sampler_spreads_the_first_tokens_of_a_group():
 @pytest.mark.parametrize("sampler", ["iid", "stratified", "lattice"])
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 1.5])
 def test_the_sampler_and_the_scorer_agree_on_every_log_probability(temperature, sampler):
-    config = small(temperature=temperature, sampler=sampler)
-    model = policy(config)
-    rollout = answers(model, config)
+    config, model = small(temperature=temperature), policy()
+    generator = torch.Generator().manual_seed(0)
+    problems = [addition.draw(random.Random(i), 1 + i % 3) for i in range(4)]
+    rollout, *_ = grpo.sample(model, TASK, problems, 4, config, generator, group_uniforms(4, 4, sampler, generator))
     logp = grpo.score_all(model, rollout, config)
     assert ((logp - rollout.logp) * rollout.mask).abs().max() < 1e-4 and (rollout.logp * rollout.mask).sum() < -10
 
 
 def test_the_stop_token_is_trained_on_and_a_question_may_hold_any_token():
-    config = small(max_new_tokens=32)
-    model = policy(config)
+    config = small()
+    model = policy()
     prompts = [[t] * (1 + t % 4) for t in range(tokenizer.n_vocab)]     # the padding (0) and the stop token among them
     rollout = generate(model, prompts, 4, 32, stop=tokenizer.eos, generator=torch.Generator().manual_seed(0))
     logp, finished = grpo.score_all(model, rollout, config), 0
@@ -478,10 +456,10 @@ def with_padding(rollout, columns=5):
 
 
 @each_loss
-@pytest.mark.parametrize("more", [dict(kl="k3", correction="seq_tis"), dict(kl="k1", kl_in="reward", correction="tis"), dict(minibatches=2, kl="k2")])
+@pytest.mark.parametrize("more", [dict(kl="k3"), dict(kl="k1"), dict(minibatches=2, kl="k2")])
 def test_padding_changes_neither_loss_nor_gradient_and_the_update_leaves_its_inputs_alone(loss, more):
     config = small(loss=loss, beta=0.1, entropy_bonus=0.01, micro_batch=8, **more)
-    rollout = answers(policy(config), config)
+    rollout = answers(policy(), config)
     before = copy.deepcopy(rollout)
     gradient, weights, metrics = one_update(config, rollout, lr=0.05)
     padded_gradient, padded_weights, padded_metrics = one_update(config, with_padding(rollout), lr=0.05)
@@ -493,9 +471,8 @@ def test_padding_changes_neither_loss_nor_gradient_and_the_update_leaves_its_inp
 @each_loss
 @pytest.mark.parametrize("minibatches", [1, 2])
 def test_the_gradient_and_the_metrics_are_the_same_for_any_micro_batch(loss, minibatches):
-    config = small(loss=loss, minibatches=minibatches, beta=0.1, entropy_bonus=0.01, correction="tis")
-    rollout = answers(policy(config), config)
-    rollout.logp += 0.3 * torch.randn(rollout.logp.shape, generator=torch.Generator().manual_seed(0))      # as from another sampler
+    config = small(loss=loss, minibatches=minibatches, beta=0.1, entropy_bonus=0.01)
+    rollout = answers(policy(), config)
     gradient, weights, metrics = one_update(config, rollout, lr=0.05)
     assert metrics["grad_norm"] > 0
     for size in (1, 2, 4, 8):
@@ -507,9 +484,9 @@ def test_the_gradient_and_the_metrics_are_the_same_for_any_micro_batch(loss, min
 @pytest.mark.parametrize("minibatches", [1, 4, 7])      # 7 does not divide the 16 rows
 def test_the_logged_loss_is_that_of_the_full_batch(loss, minibatches):
     config, rewards = small(loss=loss, prompts=2, group=8, minibatches=minibatches, beta=0.1, entropy_bonus=0.01, micro_batch=2), REWARDS.view(2, 8)
-    model, base, method = policy(config), policy(config, seed=1), config.method
+    model, base, method = policy(), policy(seed=1), config.method
     rollout, losses = answers(model, config), []
-    (logp, entropy), ref = (grpo.score(model, rollout, config, rollout.ids.shape[1])), grpo.score_all(base, rollout, config)
+    (logp, entropy), ref = grpo.score(model, rollout, torch.arange(16), config), grpo.score_all(base, rollout, config)
     adv = advantages(rewards, method.advantage).view(-1, 1)
     L = -adv * (logp if method.ratio in ("none", "cispo") else 1) + 0.1 * kl_estimate(logp, ref, "k3") - 0.01 * entropy
     rows = torch.arange(16) if minibatches == 1 else torch.randperm(16, generator=torch.Generator().manual_seed(0))
@@ -524,14 +501,14 @@ def test_the_logged_loss_is_that_of_the_full_batch(loss, minibatches):
 
 def test_each_minibatch_takes_its_own_step_with_its_own_gradient_and_the_norm_is_their_mean():
     config, seen = small(loss="rloo", minibatches=2), []
-    model, norms = policy(config), []
+    model, norms = policy(), []
     rollout, adv = answers(model, config), advantages(REWARDS, "rloo").view(16, 1)
     step = lambda: seen.append(flat(model, gradient=True))
     optimizer = SimpleNamespace(zero_grad=model.zero_grad, step=step, param_groups=[dict(params=list(model.parameters()))])
-    metrics = grpo.update(model, None, optimizer, rollout, REWARDS, config, torch.Generator().manual_seed(0))
+    metrics = grpo.update(model, None, optimizer, rollout, REWARDS, config, 16, torch.Generator().manual_seed(0))
     for rows, step in zip(torch.randperm(16, generator=torch.Generator().manual_seed(0)).chunk(2), seen, strict=True):
         model.zero_grad()
-        logp, _ = grpo.score(model, rollout[rows], config, rollout.ids.shape[1])
+        logp, _ = grpo.score(model, rollout, rows, config)
         (-adv[rows] * logp * rollout.mask[rows] / 8).sum().backward()
         norms.append(flat(model, gradient=True).norm().item())
         assert close(step * max(1, norms[-1]), flat(model, gradient=True), 1e-4)
@@ -539,8 +516,8 @@ def test_each_minibatch_takes_its_own_step_with_its_own_gradient_and_the_norm_is
 
 
 def test_a_kl_in_the_reward_lowers_each_answers_reward_and_stays_out_of_the_loss():
-    config = small(loss="rloo", beta=0.1, kl_in="reward")
-    model, base = policy(config), policy(config, seed=1)
+    config = small(loss="rloo", beta=0.1, kl="k1")
+    model, base = policy(), policy(seed=1)
     rollout = answers(model, config)
     k1 = ((grpo.score_all(model, rollout, config) - grpo.score_all(base, rollout, config)) * rollout.mask).sum(1).view(4, 4)
     gradient, _, metrics = one_update(config, rollout)
@@ -552,21 +529,21 @@ def test_a_kl_in_the_reward_lowers_each_answers_reward_and_stays_out_of_the_loss
 def test_a_kl_in_the_reward_pulls_as_strongly_as_beta_says_whatever_the_advantage(advantage):
     pull = {}
     for beta in (0.1, 0.001):
-        config = small(advantage=advantage, beta=beta, kl_in="reward")
-        pull[beta], *_ = one_update(config, answers(policy(config), config), rewards=torch.zeros(4, 4))     # groups all wrong: nothing but the KL
+        config = small(advantage=advantage, beta=beta, kl="k1")
+        pull[beta], *_ = one_update(config, answers(policy(), config), rewards=torch.zeros(4, 4))     # groups all wrong: nothing but the KL
     assert close(pull[0.1], 100 * pull[0.001], 1e-4) and pull[0.1].abs().max() > 0
 
 
 @pytest.mark.parametrize("prompts, group, minibatches", [(3, 2, 4), (3, 3, 4), (2, 8, 16), (4, 4, 1)])
 def test_a_batch_takes_as_many_gradient_steps_as_asked_for(prompts, group, minibatches):
     config, steps = small(loss="grpo", prompts=prompts, group=group, minibatches=minibatches), []
-    model = policy(config)
+    model = policy()
     optimizer = SimpleNamespace(zero_grad=model.zero_grad, step=lambda: steps.append(1), param_groups=[dict(params=list(model.parameters()))])
-    grpo.update(model, None, optimizer, answers(model, config), torch.arange(prompts * group).view(prompts, group) % 2.0, config, torch.Generator().manual_seed(0))
+    grpo.update(model, None, optimizer, answers(model, config), torch.arange(prompts * group).view(prompts, group) % 2.0, config, 16, torch.Generator().manual_seed(0))
     assert len(steps) == minibatches
 
 
-@pytest.mark.parametrize("choices, rows", [(dict(loss="grpo"), 16), (dict(loss="dapo"), 4), (dict(figure="variants"), 4)])
+@pytest.mark.parametrize("choices, rows", [(dict(loss="grpo"), 16), (dict(loss="dapo"), 4)])
 def test_more_gradient_steps_than_a_batch_may_have_rows_are_refused(choices, rows):
     small(minibatches=rows, **choices)
     with pytest.raises(UserError, match=f"no more than {rows}"):
@@ -574,57 +551,47 @@ def test_more_gradient_steps_than_a_batch_may_have_rows_are_refused(choices, row
 
 
 @pytest.mark.parametrize("aggregation", ["sequence", "token", "constant", "sum"])
-def test_on_policy_every_ratio_has_the_gradient_of_reinforce(aggregation):
-    config = small(advantage="std", aggregation=aggregation, ratio="none")
-    rollout = answers(policy(config), config)
-    reinforce, *_ = one_update(config, rollout)
+def test_on_policy_every_ratio_has_the_gradient_of_reinforce(aggregation, monkeypatch):
+    reinforced = with_row(monkeypatch, advantage="std", aggregation=aggregation, ratio="none")
+    rollout = answers(policy(), reinforced)
+    reinforce, *_ = one_update(reinforced, rollout)
     for loss in ("grpo", "dapo", "gspo", "cispo"):
-        gradient, _, metrics = one_update(dataclasses.replace(config, loss=loss, ratio=None), rollout)
+        gradient, _, metrics = one_update(small(loss=loss, aggregation=aggregation), rollout)
         assert close(gradient, reinforce, 1e-6) and metrics["clip_fraction"] == 0
-
-
-@pytest.mark.parametrize("kind", ["tis", "seq_tis", "mis"])
-def test_a_correction_changes_nothing_when_the_sampler_is_the_policy(kind):
-    config = small()
-    rollout = answers(policy(config), config)
-    plain, *_ = one_update(config, rollout)
-    assert close(one_update(dataclasses.replace(config, correction=kind), rollout)[0], plain)
-    rollout.logp += 0.5
-    assert not close(one_update(dataclasses.replace(config, correction=kind), rollout)[0], plain)
 
 
 @pytest.mark.parametrize("loss, clips", [("reinforce", False), ("grpo", True), ("dapo", True), ("gspo", True), ("cispo", False)])
 def test_clipping_sets_in_after_the_first_gradient_step_of_a_batch(loss, clips):
     config = small(loss=loss, minibatches=4)
-    rollout = answers(policy(config), config)
+    rollout = answers(policy(), config)
     *_, metrics = one_update(config, rollout, lr=1.0)
     assert (metrics["clip_fraction"] > 0) == clips and metrics["clip_fraction"] < 1
 
 
 def test_a_gradient_is_cut_to_norm_1_and_logged_as_it_was():
     config = small(loss="rloo")
-    rollout = answers(policy(config), config)
+    rollout = answers(policy(), config)
     gradient, weights, metrics = one_update(config, rollout, lr=0.5)
-    assert metrics["grad_norm"] > 2 and (weights - flat(policy(config))).norm() == pytest.approx(0.5, rel=1e-3)
+    assert metrics["grad_norm"] > 2 and (weights - flat(policy())).norm() == pytest.approx(0.5, rel=1e-3)
     assert gradient.norm() == pytest.approx(metrics["grad_norm"], rel=1e-3)
 
 
 def test_positive_only_takes_no_gradient_from_answers_below_their_baseline():
-    config = small(positive_only=True)
-    rollout = answers(policy(config), config)
+    config = small(advantage="positive")
+    rollout = answers(policy(), config)
     changed = copy.deepcopy(rollout)
     for i in (REWARDS.flatten() == 0).nonzero():
         changed.ids[i] = torch.where(rollout.mask[i] > 0, (rollout.ids[i] + 7) % 20, rollout.ids[i])
     gradient, *_ = one_update(config, rollout)
     assert torch.equal(one_update(config, changed)[0], gradient) and gradient.abs().max() > 1e-3
-    both = dataclasses.replace(config, positive_only=False)
+    both = dataclasses.replace(config, advantage=None)
     assert not close(one_update(both, changed)[0], one_update(both, rollout)[0], 0.1)
 
 
 @each_loss
 def test_a_constant_reward_moves_no_weight(loss, monkeypatch):
     config, sample, norms = small(loss=loss, steps=2, minibatches=2, lr=0.01), grpo.sample, []
-    base, run = policy(config), Memory()
+    base, run = policy(), Memory()
 
     def all_right(*args):
         rollout, texts, rewards = sample(*args)
@@ -632,18 +599,18 @@ def test_a_constant_reward_moves_no_weight(loss, monkeypatch):
 
     run.log = lambda **row: norms.append(row["grad_norm"]) if row["step"] else None
     monkeypatch.setattr(grpo, "sample", all_right)
-    assert torch.equal(flat(grpo.train(config, run, loss, 0, base)), flat(base)) and norms == [0, 0]
+    assert torch.equal(flat(grpo.train(config, TASK, run, 0, base)), flat(base)) and norms == [0, 0]
 
 
-@pytest.mark.parametrize("kind, where", [("k2", "loss"), ("k3", "loss"), ("k1", "reward")])
-def test_without_a_reward_the_kl_term_leads_back_to_the_base(kind, where):
-    config = small(beta=1.0, kl=kind, kl_in=where, loss="rloo", group=32, digits=1, max_new_tokens=8)
-    base = policy(config)
+@pytest.mark.parametrize("kind", ["k1", "k2", "k3"])
+def test_without_a_reward_the_kl_term_leads_back_to_the_base(kind):
+    config = small(beta=1.0, kl=kind, loss="rloo", group=32, size=1)
+    base = policy()
     model, g = copy.deepcopy(base), torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in model.parameters():
             p += 0.05 * torch.randn(p.shape, generator=g)
-    held = answers(base, config, seed=99)
+    held = answers(base, config, 99, task(8))
 
     def distance():
         with torch.no_grad():
@@ -652,7 +619,7 @@ def test_without_a_reward_the_kl_term_leads_back_to_the_base(kind, where):
 
     before, optimizer = distance(), torch.optim.AdamW(model.parameters(), 3e-3, weight_decay=0.0)
     for seed in range(40):
-        grpo.update(model, base, optimizer, answers(model, config, seed), torch.zeros(4, 32), config, g)
+        grpo.update(model, base, optimizer, answers(model, config, seed, task(8)), torch.zeros(4, 32), config, 8, g)
     assert before > 0.05 and distance() < before / 2
 
 
@@ -665,47 +632,36 @@ def test_dynamic_sampling_keeps_only_mixed_groups_and_counts_every_token(monkeyp
     calls = []
     monkeypatch.setattr(grpo, "sample", fake_sample(calls, rewards))
     config = small(loss="dapo", prompts=3, group=5)
-    rollout, kept, stats = grpo.collect(None, config, random.Random(0), None)
+    rollout, kept, stats = grpo.collect(None, TASK, config, random.Random(0), None)
     per_call = sum(1 + i % 5 for i in range(15))
     assert len(calls) == 3 and stats == pytest.approx(dict(tokens=3 * per_call, zero_variance=2 / 3, reward=21 / 45))     # of all that was sampled
     assert kept.sum(1).tolist() == [1, 2, 3] and rollout.ids[::5, 0].tolist() == [101, 202, 300]       # each group with its own rewards
     assert len(rollout.ids) == 15
 
     calls.clear()
-    rollout, kept, stats = grpo.collect(None, dataclasses.replace(config, loss="grpo"), random.Random(0), None)
+    rollout, kept, stats = grpo.collect(None, TASK, dataclasses.replace(config, loss="grpo"), random.Random(0), None)
     assert len(calls) == 1 and stats["tokens"] == per_call and kept.sum(1).tolist() == [0, 1, 5] and rollout.ids[::5, 0].tolist() == [100, 101, 102]
 
 
 def test_dynamic_sampling_gives_up_after_four_batches(monkeypatch):
     calls, config = [], small(loss="dapo")
     monkeypatch.setattr(grpo, "sample", fake_sample(calls, lambda _, P, n: torch.ones(P, n)))
-    rollout, rewards, stats = grpo.collect(None, config, random.Random(0), None)
+    rollout, rewards, stats = grpo.collect(None, TASK, config, random.Random(0), None)
     assert len(calls) == 4 and stats["zero_variance"] == 1 and stats["tokens"] == 4 * rollout.mask.sum() and (advantages(rewards, "std") == 0).all()
-
-
-@pytest.mark.parametrize("mine", [slice(0, 1), slice(1, 3)])
-def test_dynamic_sampling_of_several_processes_ends_when_together_they_have_enough(mine, monkeypatch):
-    calls, config = [], small(loss="dapo", prompts=3)
-    monkeypatch.setattr(grpo, "sample", fake_sample(calls, lambda _, P, n: torch.eye(n)[:P]))       # every group is mixed
-    monkeypatch.setattr(grpo, "share", lambda n: mine)
-    monkeypatch.setattr(grpo, "gathered", lambda part, rows, n: part)
-    rollout, rewards, _ = grpo.collect(None, config, random.Random(0), None)
-    assert len(calls) == 1 and len(rewards) == 3 and rollout.rows.tolist() == list(range(4 * mine.start, 4 * mine.stop))
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
 # Warm-up, evaluation, the loop
 
-PAIRS = [(question(problem), solve(problem, range(len(problem)))) for problem in (PROBLEM[:1], PROBLEM[:1], PROBLEM, PROBLEM * 2)]
+PAIRS = [(prompt(problem), solve(problem, range(len(problem)))) for problem in (PROBLEM[:1], PROBLEM[:1], PROBLEM, PROBLEM * 2)]
 
 
 def test_the_warm_up_minimises_the_mean_over_all_answer_tokens_and_teaches_the_stop_token(monkeypatch):
-    lrs, run, config, draws = [], Memory(), small(sft_steps=100, sft_batch=4), itertools.cycle(PAIRS)
+    lrs, run, draws = [], Memory(), itertools.cycle(PAIRS)
     step = torch.optim.AdamW.step
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: (lrs.append(self.param_groups[0]["lr"]), step(self)))
-    torch.manual_seed(5)
-    model, nll = grpo.build(config, "cpu"), []
-    trained = grpo.warm_up(config, run, 5, "cpu", lambda *_: next(draws))
+    trained = tasks.imitate(policy(), tokenizer, lambda: next(draws), run, 5, 100, random.Random(), batch=4)
+    model, nll = policy(), []
     for q, a in PAIRS:
         ids = torch.tensor([tokenizer.encode(q + a) + [tokenizer.eos]])
         nll.append(-model(ids[:, :-1]).log_softmax(-1).gather(2, ids[:, 1:, None])[0, len(q) - 1:, 0])
@@ -715,30 +671,28 @@ def test_the_warm_up_minimises_the_mean_over_all_answer_tokens_and_teaches_the_s
 
 
 def test_an_evaluation_counts_right_answers_and_guessed_carries_over_all_independent_samples(monkeypatch):
-    config, orders = small(eval_prompts=5, sampler="lattice", prompts=1, group=8), {1: [1, 0], 0: [0, 1]}     # 4 problems x 2 answers at a time
+    config, orders = small(eval_prompts=5, prompts=1, group=8), {1: [1, 0], 0: [0, 1]}     # 4 problems x 2 answers at a time
 
-    def sample(_, problems, n, config, generator, sampler="iid", mine=slice(None)):
-        assert sampler == "iid"
-        right = torch.tensor([[1, question(p) < "b5"] for p in problems]).float()
+    def sample(_, task, problems, n, config, generator):
+        assert n == 2 and len(problems) <= 4
+        right = torch.tensor([[1, prompt(p) < "b5"] for p in problems]).float()
         return None, [solve(p, orders[int(r)]) for p, row in zip(problems, right) for r in row], right
 
     monkeypatch.setattr(grpo, "sample", sample)
-    row = grpo.held_out(None, config, 2, (1, 2))
-    correct, guesses = grpo.evaluate(None, config, 2)
-    right = correct.sum().item() / 10
-    assert row == {"pass@1": pytest.approx(right), "pass@2": 1, "guessed_carries": pytest.approx(right)} and guesses == row["guessed_carries"]
-    assert correct.min() == 1 and correct.max() == 2
+    row = grpo.evaluate(None, TASK, config, (1, 2))
+    rng = random.Random("held out")
+    right = sum(prompt(addition.draw(rng, 2, held_out=True)) < "b5" for _ in range(5)) / 10
+    assert row == {"pass@1": pytest.approx(0.5 + right), "pass@2": 1, "guessed_carries": pytest.approx(0.5 + right)} and 0 < right < 0.5
 
 
 def test_each_seed_trains_its_own_copy_of_the_base_on_its_own_problems_and_answers_and_a_row_tells_right_from_wrong(monkeypatch):
     seen, run, config = {}, Memory(), small(steps=2, eval_every=5)
-    base = policy(config)
+    base = policy()
     before, rollout = flat(base), Rollout(torch.zeros(4, 9, dtype=torch.long), torch.zeros(4, 9), torch.zeros(4, 9), torch.ones(4, dtype=torch.long))
     for i, n in enumerate((2, 4, 6, 8)):
         rollout.mask[i, 1:n + 1] = 1
-    rollout.rows = torch.arange(4)
 
-    def collect(model, config, rng, generator):
+    def collect(model, task, config, rng, generator):
         draws.append((rng.random(), torch.rand(1, generator=generator).item()))
         return rollout, torch.tensor([[1.0, 0], [0, len(draws) - 1]]), dict(reward=0.25, zero_variance=0.5, tokens=20)
 
@@ -749,27 +703,25 @@ def test_each_seed_trains_its_own_copy_of_the_base_on_its_own_problems_and_answe
 
     monkeypatch.setattr(grpo, "collect", collect)
     monkeypatch.setattr(grpo, "update", update)
-    monkeypatch.setattr(grpo, "held_out", lambda *_: {"pass@1": 0.5})
+    monkeypatch.setattr(grpo, "evaluate", lambda *_: {"pass@1": 0.5})
     for seed in (0, 1):
         draws = seen[seed] = []
-        trained = grpo.train(config, run, "arm", seed, base)
+        trained = grpo.train(config, TASK, run, seed, base)
         assert torch.equal(flat(base), before) and not torch.equal(flat(trained), before)
     assert len({*seen[0], *seen[1]}) == 4 and len(run.state) == 2
     rows = [r for r in run.rows if r["seed"] == 1]
     assert [r["step"] for r in rows] == [0, 1, 2] and ["pass@1" in r for r in rows] == [True, False, True]
     assert [(r["length"], r["length_right"], r["length_wrong"], r["sampled_tokens"]) for r in rows[1:]] == [(5, 2, 6, 20), (5, 5, 5, 40)]
-    grpo.train(config, run, "arm", 1, base)      # finished: nothing to do
+    grpo.train(config, TASK, run, 1, base)      # finished: nothing to do
     assert len(run.rows) == 6
-    grpo.train(dataclasses.replace(config, steps=9), run, "budget", 0, base, tokens=30)
+    grpo.train(dataclasses.replace(config, steps=9, loss="grpo"), TASK, run, 0, base, tokens=30)
     assert [(r["step"], r["sampled_tokens"], "pass@1" in r) for r in run.rows[6:]] == [(0, 0, True), (1, 20, False), (2, 40, True)]
 
 
 def test_each_seed_warms_up_a_base_of_its_own():
-    run, config = Memory(), small(sft_steps=2, sft_batch=4)
-    bases = [grpo.warm_up(config, run, seed, "cpu") for seed in (0, 1, 0)]      # the last one is read from the checkpoint
+    run, config = Memory(), small(sft_steps=2)
+    bases = [grpo.warm_up(config, TASK, run, seed, "cpu") for seed in (0, 1, 0)]      # the last one is read from the checkpoint
     assert torch.equal(flat(bases[0]), flat(bases[2])) and not close(flat(bases[1]), flat(bases[0]), 0.1) and len(run.state) == 2
-    untrained = [grpo.warm_up(small(sft_steps=0), Memory(), seed, "cpu") for seed in (0, 1)]
-    assert not close(flat(untrained[1]), flat(untrained[0]), 0.1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -796,8 +748,8 @@ def test_a_step_of_the_policy_without_a_model_is_the_gradient_of_its_loss():
 
 
 def test_the_coin_in_the_question_is_the_reward_and_a_finished_arm_resumes(monkeypatch):
-    run, config, coins = Memory(), small(loss="grpo", steps=3, prompts=8, max_new_tokens=24, lr=0.0), []
-    base, update = policy(config), grpo.update
+    run, config, coins = Memory(), small(loss="grpo", steps=3, prompts=8, lr=0.0), []
+    base, update = policy(), grpo.update
 
     def spy(model, base, optimizer, rollout, rewards, *rest):
         first = torch.tensor([int(tokenizer.decode(row[:1])) for row in rollout.ids.tolist()])
@@ -807,91 +759,100 @@ def test_the_coin_in_the_question_is_the_reward_and_a_finished_arm_resumes(monke
 
     monkeypatch.setattr(grpo, "update", spy)
     for _ in range(2):
-        grpo.length_bias_gpt(config, run, "grpo", 0, base)
+        length.train(config, run, 0, base)
     assert [[r["length_right"], r["length_wrong"]] for r in run.rows] == coins and len(coins) == 3
 
 
-@pytest.mark.parametrize("choices", [dict(temperature=0.5), dict(dtype="bfloat16")])
-def test_what_rambles_is_scored_as_it_was_sampled(choices, monkeypatch):
-    config = small(loss="grpo", steps=1, prompts=1, group=2, max_new_tokens=24, lr=0.0, seed=1, **choices)
+def test_what_rambles_is_scored_as_it_was_sampled(monkeypatch):
+    config = small(loss="grpo", steps=1, prompts=1, group=2, lr=0.0, temperature=0.5)
     apart, run = [], Memory()
 
-    def spy(model, base, optimizer, rollout, rewards, config, generator):
-        with torch.no_grad():
-            apart.append(((grpo.score(model, rollout, config, rollout.ids.shape[1])[0] - rollout.logp) * rollout.mask).abs().max().item())
-    real, sampled_in = grpo.generate, set()
-    monkeypatch.setattr(grpo, "generate", lambda model, *args, **more: sampled_in.add(model.lm_head.weight.dtype) or real(model, *args, **more))
+    def spy(model, base, optimizer, rollout, rewards, config, budget, generator):
+        apart.append(((grpo.score_all(model, rollout, config) - rollout.logp) * rollout.mask).abs().max().item())
+
     monkeypatch.setattr(grpo, "update", spy)
     for seed in range(4):
-        grpo.length_bias_gpt(config, run, "grpo", seed, policy(config))
-    assert sampled_in == {getattr(torch, config.dtype)} and max(apart) < (0.1 if config.dtype == "bfloat16" else 1e-4)
+        length.train(config, run, seed, policy())
+    assert max(apart) < 1e-4
     assert any(None in (r["length_right"], r["length_wrong"]) for r in run.rows) and not any(r[k] != r[k] for r in run.rows for k in r)      # never nan
 
 
-def claims_of(figure, run, monkeypatch, config, **stubs):
-    for name, stub in stubs.items():
-        monkeypatch.setattr(grpo, name, stub)
-    fig, claims = getattr(grpo, f"figure_{figure}")(config, run, "cpu")
+def logged(*rows):
+    """A run that has logged these rows."""
+    run = Memory()
+    for row in rows:
+        run.log(**row)
+    return run
+
+
+def claims_of(module, config, run):
+    """-> the figure's title and panels' titles, the claims: id -> (ours, holds)."""
+    fig, claims = module.figure(config, run)
+    titles = [fig.get_suptitle(), *(ax.get_title() for ax in fig.axes)]
     grpo.plt.close(fig)
-    return {c["id"]: (c["ours"], c["holds"]) for c in claims}
+    return titles, {c["id"]: (c["ours"], c["holds"]) for c in claims}
 
 
-def test_the_claims_of_train_compare_the_base_with_the_trained_model_by_the_seed_that_matters(monkeypatch):
-    run, config = Memory(), small(seeds=2, steps=1)
-    where = {("base", 0): (0.20, 0.7, 0.99), ("base", 1): (0.45, 0.5, 0.97), ("dr_grpo", 0): (0.95, 0.02, 0.95), ("dr_grpo", 1): (0.85, 0.10, 0.95)}
+METRICS = "reward", "pass@1", "guessed_carries", "entropy", "length_right", "length_wrong", "zero_variance", "grad_norm"
 
-    def held_out(arm_seed, config, n, ks):
-        p, guessed, last = where[arm_seed]
-        return {**{f"pass@{k}": p for k in ks}, "pass@64": last, "guessed_carries": guessed}
 
-    def train(config, run, arm, seed, base):
-        run.log(phase="rl", arm=arm, seed=seed, step=1, **{"pass@1": 0.9}, **dict.fromkeys(("reward", "guessed_carries", "entropy", "length_right", "length_wrong", "zero_variance"), 1))
-        return arm, seed
+def rows_of_train(measured, last=None):
+    """Rows of a run of grpo.py. measured: (arm, seed) -> pass@1, guessed carries, pass@64."""
+    for (arm, seed), (p, guessed, p64) in measured.items():
+        if arm != "base":
+            yield dict(phase="rl", arm=arm, seed=seed, step=1, **dict.fromkeys(METRICS, 1) | (last or {}))
+        ks = {f"pass@{2 ** i}": p for i in range(6)} | {"pass@64": p64}
+        yield dict(phase="pass@k", arm=arm, seed=seed, step=1, **ks, **({} if guessed == "none" else dict(guessed_carries=guessed)))
 
-    claims = claims_of("train", run, monkeypatch, config, held_out=held_out, train=train, warm_up=lambda c, r, seed, d: ("base", seed))
+
+def test_the_claims_of_train_compare_the_base_with_the_trained_model_by_the_seed_that_matters():
+    measured = {("base", 0): (0.20, 0.7, 0.99), ("base", 1): (0.45, 0.5, 0.97), ("dr_grpo", 0): (0.95, 0.02, 0.95), ("dr_grpo", 1): (0.85, 0.10, 0.95)}
+    _, claims = claims_of(grpo, small(seeds=2, steps=1), logged(*rows_of_train(measured)))
     assert claims == dict(gain=("0.4 (0.33, 0.90)", False), trained=("0.85", False), order=("0.1 (0.60)", False))
 
 
+def test_a_task_without_carries_has_no_panel_and_no_claim_of_them():
+    measured = {(arm, 0): (p, "none", p) for arm, p in (("base", 0.25), ("dr_grpo", 0.95))}
+    titles, claims = claims_of(grpo, small(steps=1), logged(*rows_of_train(measured)))
+    assert claims == dict(gain=("0.7 (0.25, 0.95)", True), trained=("0.95", True)) and not any("carr" in title for title in titles)
+
+
 @pytest.mark.parametrize("base, trained", [(0.9, 1.0), (1.0, 1.0), (1.0, 0.9), (0.9, 0.9)])
-def test_the_panel_of_pass_at_k_says_whether_a_crossing_can_be_seen_at_all(base, trained, monkeypatch):
-    monkeypatch.setattr(grpo, "held_out", lambda model, *_: {f"pass@{2 ** i}": model for i in range(7)} | dict(guessed_carries=0.5))
-    monkeypatch.setattr(grpo, "train", lambda *_: trained)
-    monkeypatch.setattr(grpo, "warm_up", lambda *_: base)
-    fig, claims = grpo.figure_train(small(seeds=2, steps=0), Memory(), "cpu")
-    title = fig.axes[-1].get_title()
-    assert f"pass@64: base {base:.2f}, after RL {trained:.2f}" in title and ("can't be seen" in title) == (base == trained == 1)
-    assert {c["id"] for c in claims} == {"gain", "trained", "order"}        # none about a tie
-    grpo.plt.close(fig)
+def test_the_panel_of_pass_at_k_says_whether_a_crossing_can_be_seen_at_all(base, trained):
+    measured = {(arm, seed): (p, 0.5, p) for seed in (0, 1) for arm, p in (("base", base), ("dr_grpo", trained))}
+    titles, claims = claims_of(grpo, small(seeds=2, steps=1), logged(*rows_of_train(measured)))
+    assert f"pass@64: base {base:.2f}, after RL {trained:.2f}" in titles[-1] and ("can't be seen" in titles[-1]) == (base == trained == 1)
+    assert set(claims) == {"gain", "trained", "order"}        # none about a tie
 
 
-def fake_arms(gain, clip, seen=None, last=300_000):
-    """In place of grpo.train: an arm of each seed goes from .2 (a seed more: .1 more) to its gain above that, in two steps, and samples `last` tokens."""
-    def train(config, run, arm, seed, base, tokens):
-        if seen is not None:
-            seen.add((config.loss, arm, config.minibatches, round(config.lr, 9), config.method.aggregation))
-        for step in range(3):
-            run.log(phase="rl", arm=arm, seed=seed, step=step, sampled_tokens=step * last / 2, clip_fraction=clip.get(arm, [0, 0])[seed],
-                    **{"pass@1": 0.2 + 0.1 * seed + gain[arm][seed] * step / 2})
-    return train
+def rows_of_variants(gain, clip, last=300_000):
+    """An arm of each seed goes from .2 (a seed more: .1 more) to its gain above that, in two steps, and samples `last` tokens."""
+    for loss, seed, step in itertools.product(LOSSES, (0, 1), range(3)):
+        yield dict(phase="rl", arm=loss, seed=seed, step=step, sampled_tokens=step * last / 2, clip_fraction=clip.get(loss, [0, 0])[seed],
+                   **{"pass@1": 0.2 + 0.1 * seed + gain[loss][seed] * step / 2})
 
 
-def test_the_claims_of_variants_compare_losses_on_the_same_seed(monkeypatch):
-    config, seen = small(seeds=2, figure="variants", lr=0.1), set()
+def test_the_claims_of_variants_compare_losses_on_the_same_seed():
     gain = {loss: (0.35, 0.30) for loss in LOSSES} | dict(rloo=(0.29, 0.24), dapo=(0.30, 0.37))         # rloo: .06 behind grpo on each seed; dapo is so on one
-    clip = dict(gspo=(0.1, 0.3), grpo=(0.01, 0.01))
-    claims = claims_of("variants", Memory(), monkeypatch, config, train=fake_arms(gain, clip, seen), warm_up=lambda *_: None)
+    _, claims = claims_of(variants, variants.Config(seeds=2), logged(*rows_of_variants(gain, dict(gspo=(0.1, 0.3), grpo=(0.01, 0.01)))))
     assert claims == {"all learn": ("0.265 ± 0.035", True), "similar": (claims["similar"][0], False), "gspo clips more": ("20 ± 14 (0.2, 0.01)", True)}
     distance, spread = map(float, claims["similar"][0].split(" ± "))
     assert distance == 0.06 and spread < 1e-9
-    assert seen == {(loss, loss, 4, 0.1, LOSSES[loss][4]) for loss in LOSSES}
+
+
+def test_variants_trains_each_loss_with_its_own_choices_from_the_same_base_on_the_same_tokens(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(grpo, "warm_up", lambda config, task, run, seed, device: f"base {seed}")
+    monkeypatch.setattr(grpo, "train", lambda config, task, run, seed, base, tokens: seen.append((config.loss, config.method, config.minibatches, config.lr, seed, base, tokens)))
+    monkeypatch.setattr(variants, "figure", lambda config, run: (grpo.plt.figure(), []))
+    finish("experiments.variants", "--seeds", 2, "--out", tmp_path / "run")
+    assert seen == [(loss, row, 4, 1e-4, seed, f"base {seed}", 300_000) for seed in (0, 1) for loss, row in LOSSES.items()]
 
 
 @pytest.mark.parametrize("last", [300_000, 42_000])
-def test_the_figure_of_variants_says_how_much_was_sampled(last, monkeypatch):
-    config = small(seeds=2, figure="variants")
-    for name, stub in dict(train=fake_arms(dict.fromkeys(LOSSES, (0.3, 0.4)), {}, last=last), warm_up=lambda *_: None).items():
-        monkeypatch.setattr(grpo, name, stub)
-    fig, claims = grpo.figure_variants(config, Memory(), "cpu")
+def test_the_figure_of_variants_says_how_much_was_sampled(last):
+    run = logged(*rows_of_variants(dict.fromkeys(LOSSES, (0.3, 0.4)), {}, last))
+    fig, claims = variants.figure(variants.Config(seeds=2), run)
     curves, differences = fig.axes
     assert f"{last // 1000}k sampled tokens" in fig._suptitle.get_text() and f"{last // 1000}k sampled tokens" in differences.get_title()
     assert max(line.get_xdata().max() for line in curves.lines) == pytest.approx(last / 1000)
@@ -899,53 +860,50 @@ def test_the_figure_of_variants_says_how_much_was_sampled(last, monkeypatch):
     grpo.plt.close(fig)
 
 
-def test_a_figure_has_its_own_defaults_and_takes_what_it_is_told():
-    choices = lambda **flags: [getattr(Config(**flags), name) for name in ("seeds", "steps", "minibatches", "lr", "max_new_tokens", "sft_steps", "eval_every")]
-    assert choices() == [1, 45, 1, 3e-4, 56, 1200, 15]
-    assert choices(figure="variants") == [3, 10 ** 9, 4, 1e-4, 56, 1200, 3]
-    assert choices(figure="length") == [3, 60, 1, 3e-4, 64, 150, 15]
-    told = dict(seeds=2, steps=0, minibatches=8, lr=0.0, max_new_tokens=40, sft_steps=0, eval_every=1)
-    for figure in grpo.FIGURES:
-        assert choices(figure=figure, **told) == list(told.values())
+def test_an_experiment_has_its_own_defaults_and_takes_what_it_is_told():
+    names = "seeds", "steps", "minibatches", "lr", "sft_steps", "eval_every"
+    choices = lambda Config, **flags: [getattr(Config(**flags), name) for name in names]
+    assert choices(Config) == [1, 45, 1, 3e-4, 1200, 15]
+    assert choices(variants.Config) == [3, 10 ** 9, 4, 1e-4, 1200, 3]
+    assert choices(length.Config) == [3, 60, 1, 3e-4, 150, 15]
+    told = dict(seeds=2, steps=1, minibatches=8, lr=0.0, sft_steps=1, eval_every=1)
+    assert all(choices(module.Config, **told) == list(told.values()) for module in (grpo, variants, length))
 
 
-def fake_lengths(wrong_of, right=5):
-    """In place of grpo.length_bias_gpt: answers of 5 tokens, in the last 10 steps wrong ones of wrong_of[loss][seed]."""
-    def gpt(config, run, arm, seed, base):
-        for step in range(20):
-            run.log(phase="rl", arm=arm, seed=seed, step=step + 1, length_wrong=5 if step < 10 else wrong_of[config.loss][seed], length_right=right)
-    return gpt
+def rows_of_length(wrong_of, right=5, paths=None):
+    """Answers of 5 tokens, in the last 10 steps wrong ones of wrong_of[loss][seed]; paths of the policy without a model: arm -> wrong, right."""
+    for arm, (wrong, of_right) in (paths or {arm: ([10, 10], [10, 10]) for arm in length.ARMS}).items():
+        for seed in range(8):
+            yield dict(phase="no model", arm=arm, seed=seed, step=300, at=[0, 300], wrong=wrong, right=of_right)
+    for loss, seed, step in itertools.product(wrong_of, (0, 1), range(20)):
+        yield dict(phase="rl", arm=loss, seed=seed, step=step + 1, length_wrong=5 if step < 10 else wrong_of[loss][seed], length_right=right)
 
 
-def test_the_claims_of_length_are_wrong_over_right_seed_by_seed(monkeypatch):
-    path = {"sequence": [[10, 10], [60, 2]], "token": [[10, 10], [12, 8]], "constant": [[10, 10], [8, 10]]}
-    bias = lambda advantage, aggregation, seed: torch.tensor(path[aggregation]).numpy()
-    stubs = dict(length_bias=bias, length_bias_gpt=fake_lengths(dict(grpo=(20, 40), dr_grpo=(5, 3))), warm_up=lambda *_: None)
-    claims = claims_of("length", Memory(), monkeypatch, small(seeds=2, figure="length"), **stubs)
+def test_the_claims_of_length_are_wrong_over_right_seed_by_seed():
+    paths = {"grpo": ([10, 60], [10, 2]), "token mean of the batch": ([10, 12], [10, 8]), "dr_grpo": ([10, 8], [10, 10])}
+    _, claims = claims_of(length, length.Config(seeds=2), logged(*rows_of_length(dict(grpo=(20, 40), dr_grpo=(5, 3)), paths=paths)))
     assert {k: v for k, (v, _) in claims.items()} == {"grpo": "30 ± 0", "token": "-28.5 ± 0", "dr_grpo": "1.25 ± 0", "gpt grpo": "6 ± 2.8", "gpt dr_grpo": "1.33 ± 0.47"}
     assert [holds for _, holds in claims.values()] == [True, True, False, True, False]       # right answers that grow are a bias, too
-    stubs["length_bias_gpt"] = lambda *_: None       # --steps 0: the panel without a model alone
-    assert claims_of("length", Memory(), monkeypatch, small(seeds=1, figure="length"), **stubs)["gpt grpo"] == ("nan", False)
 
 
-def test_no_claim_of_a_model_that_writes_nothing_holds(monkeypatch):
-    nothing = {"guessed_carries": None}
-    log = lambda config, run, arm, seed, base: run.log(phase="rl", arm=arm, seed=seed, step=1, **{"pass@1": 0.0, "guessed_carries": None, "length_right": None},
-                                                       **dict.fromkeys(("reward", "entropy", "length_wrong", "zero_variance"), 1))
-    claims = claims_of("train", Memory(), monkeypatch, small(seeds=2, steps=1), held_out=lambda model, config, n, ks: nothing | {f"pass@{k}": 0.0 for k in ks},
-                       train=log, warm_up=lambda *_: None)
+def test_no_claim_of_a_model_that_writes_nothing_holds():
+    measured = {(arm, seed): (0.0, None, 0.0) for arm in ("base", "dr_grpo") for seed in (0, 1)}
+    _, claims = claims_of(grpo, small(seeds=2, steps=1), logged(*rows_of_train(measured, dict(guessed_carries=None, length_right=None))))
     assert claims["order"] == ("nan (nan)", False) and not any(holds for _, holds in claims.values())
-    claims = claims_of("variants", Memory(), monkeypatch, small(seeds=2, figure="variants"), train=fake_arms(dict.fromkeys(LOSSES, (0, 0)), {}), warm_up=lambda *_: None)
+    _, claims = claims_of(variants, variants.Config(seeds=2), logged(*rows_of_variants(dict.fromkeys(LOSSES, (0, 0)), {})))
     assert not any(holds for _, holds in claims.values())
-    claims = claims_of("length", Memory(), monkeypatch, small(seeds=2, figure="length"), warm_up=lambda *_: None,
-                       length_bias_gpt=fake_lengths(dict.fromkeys(("grpo", "dr_grpo"), (1, 1)), right=1))
-    assert not claims["gpt grpo"][1] and not claims["gpt dr_grpo"][1]
+    for right in (1, None):     # None: no coin fell on that side
+        _, claims = claims_of(length, length.Config(seeds=2), logged(*rows_of_length(dict.fromkeys(("grpo", "dr_grpo"), (1, 1)), right)))
+        assert not claims["gpt grpo"][1] and not claims["gpt dr_grpo"][1]
+    nothing = [dict(phase="samplers", arm=kind, seed=0, step=1, zero_variance=1.0, reward=0.0) for kind in samplers.SAMPLERS]
+    assert not any(holds for _, holds in claims_of(samplers, samplers.Config(seeds=1), logged(*nothing))[1].values())
 
 
 def test_an_evaluation_without_a_line_has_no_guessed_carries_and_one_without_lines_in_some_answers_counts_the_others(monkeypatch):
     texts = ["", "", "a1A6007", solve(PROBLEM, [2, 1, 0])]
-    monkeypatch.setattr(grpo, "sample", lambda _, problems, n, *__, **___: (None, texts[:len(problems) * n], torch.zeros(len(problems), n)))
-    assert grpo.evaluate(None, small(eval_prompts=3), 1)[1] is None and grpo.evaluate(None, small(eval_prompts=4), 1)[1] == 1
+    monkeypatch.setattr(grpo, "sample", lambda _, task, problems, n, *__: (None, texts[:len(problems) * n], torch.zeros(len(problems), n)))
+    assert grpo.evaluate(None, TASK, small(eval_prompts=3), [1])["guessed_carries"] is None
+    assert grpo.evaluate(None, TASK, small(eval_prompts=4), [1])["guessed_carries"] == 1
 
 
 @pytest.fixture(scope="module")
@@ -955,57 +913,71 @@ def quick(tmp_path_factory):
     return folder
 
 
-def test_a_quick_run_writes_figure_metrics_claims_config_and_checkpoint(quick):
-    assert check_whole(quick) == "train"
+def test_a_quick_run_writes_figure_samples_metrics_claims_config_and_checkpoint(quick):
+    assert check_whole(quick, also=["samples.txt"]) == "grpo"
     assert {row["phase"] for row in metrics(quick)} == {"sft", "rl", "pass@k"}
+    samples = (quick / "samples.txt").read_text().splitlines()
+    assert len(samples) == 9 and all(line.endswith("=") for line in samples[::3])
+    assert [line.split()[0] for line in samples if line.startswith(" ")] == ["base", "dr_grpo"] * 3
 
 
-@pytest.mark.parametrize("figure", ["variants", "length"])
-def test_the_other_figures_run(figure, tmp_path):
-    finish("grpo.py", "--quick", "--figure", figure, "--out", tmp_path, "--prompts", 16, "--group", 8)     # few large steps: faster
-    assert check_whole(tmp_path) == figure
+FEW = "--quick", "--size", 3, "--sft-steps", 2, "--prompts", 2, "--group", 2, "--eval-prompts", 2
+
+
+@pytest.mark.parametrize("experiment", ["variants", "length", "samplers"])
+def test_an_experiment_runs(experiment, tmp_path):
+    flags = dict(variants=("--size", 1, "--steps", 1, "--eval-prompts", 1), length=(), samplers=("--size", 2, "--group", 4))[experiment]
+    finish(f"experiments.{experiment}", "--quick", "--sft-steps", 2, "--prompts", 4, *flags, "--out", tmp_path)
+    assert check_whole(tmp_path) == experiment
+
+
+@pytest.fixture(scope="module")
+def sorting(tmp_path_factory):
+    """The task that docs/bring_your_own_task.md shows, as a file."""
+    code = re.search(r"```python\n(.*?)```", (ROOT / "docs/bring_your_own_task.md").read_text(), re.S)[1]
+    path = tmp_path_factory.mktemp("tasks") / "sorting.py"
+    path.write_text(code)
+    return path
+
+
+def test_the_task_that_the_documentation_shows_has_at_most_forty_lines(sorting):
+    assert sum(bool(line.strip()) for line in sorting.read_text().splitlines()) <= 40
+
+
+@pytest.mark.parametrize("name", ["countdown", "sorting"])
+def test_another_task_is_learnt_by_the_same_scripts(name, sorting, tmp_path):
+    path = sorting if name == "sorting" else name
+    for script, flags in (("grpo.py", FEW), ("reinforce.py", ("--quick", "--size", 3, "--steps", 1))):
+        finish(script, *flags, "--task", path, "--out", tmp_path / script)
+        assert check_whole(tmp_path / script, also=["samples.txt"]) and not any("guessed_carries" in row for row in metrics(tmp_path / script))
 
 
 def test_help_lists_every_flag():
     check_help("grpo.py")
 
 
-@pytest.mark.parametrize("flags", ["--bogus", "--steps x", "--steps -1", "--loss ppo", "--group 1", "--beta nan", "--beta 0.1 --kl k1", "--n-embd 65", "--resume"])
+@pytest.mark.parametrize("flags", ["--bogus", "--steps x", "--steps -1", "--loss ppo", "--group 1", "--beta nan", "--kl k4", "--n-embd 65", "--resume"])
 def test_a_mistake_in_the_flags_is_one_line_and_exit_code_2(flags, tmp_path):
     check_mistake("grpo.py", "--quick " + flags, tmp_path)
 
 
-IDLE = [("--figure variants --loss grpo", "--loss"), ("--figure length --loss grpo", "--loss"), ("--figure variants --advantage std", "--advantage"),
-        ("--figure length --ratio none", "--ratio"), ("--figure length --aggregation sum", "--aggregation"), ("--figure length --eps-low 0.1", "--eps-low"),
-        ("--figure length --digits 3", "--digits"), ("--figure length --sampler lattice", "--sampler"), ("--figure length --eval-every 2", "--eval-every"),
-        ("--figure length --eval-prompts 2", "--eval-prompts"), ("--figure length --eval-samples 2", "--eval-samples"),
-        ("--ratio token", "--ratio"), ("--eps-high 0.3", "--eps-high"), ("--loss rloo --minibatches 2 --eps-low 0.3", "--eps-low"),
-        ("--minibatches 2 --ratio none --eps-high 1", "--eps-high"), ("--kl k3", "--kl"), ("--kl-in reward", "--kl-in"), ("--correction tis", "--correction"),
-        ("--template {question}", "--template"), ("--chat", "--chat"), ("--sft-steps 0 --sft-lr 1", "--sft-lr"), ("--sft-steps 0 --sft-batch 4", "--sft-batch"),
-        ("--steps 0 --sft-steps 0 --checkpointing", "--checkpointing"),
-        *((f"--steps 0 {flag}", flag.split()[0]) for flag in ("--loss grpo", "--beta 1", "--entropy-bonus 1", "--positive-only", "--sampler lattice",
-                                                             "--minibatches 2", "--micro-batch 2", "--lr 1", "--eval-every 2"))]
+IDLE = [("grpo", "--kl k3"), ("grpo", "--kl k1"), ("variants", "--loss grpo"), ("variants", "--advantage std"), ("variants", "--aggregation sum"), ("variants", "--kl k2"),
+        ("length", "--loss grpo"), ("length", "--advantage rloo"), ("length", "--aggregation sum"), ("length", "--task countdown"), ("length", "--size 3"),
+        ("length", "--eval-every 2"), ("length", "--eval-prompts 2"), ("samplers", "--lr 1"), ("samplers", "--loss grpo"), ("samplers", "--steps 3")]
 
 
-@pytest.mark.parametrize("flags, idle", IDLE, ids=[f for f, _ in IDLE])
-def test_a_flag_that_does_nothing_beside_the_others_is_one_line(flags, idle, tmp_path):
-    assert f"{idle} does nothing here" in complain("grpo.py", "--quick", *flags.split(), "--out", tmp_path / "run") and not (tmp_path / "run").exists()
+@pytest.mark.parametrize("script, flags", IDLE, ids=[" ".join(x) for x in IDLE])
+def test_a_flag_that_does_nothing_beside_the_others_is_one_line(script, flags, tmp_path):
+    script = "grpo.py" if script == "grpo" else f"experiments.{script}"
+    assert f"{flags.split()[0]} does nothing here" in complain(script, "--quick", *flags.split(), "--out", tmp_path / "run") and not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("flags", ["--n-layer 1", "--n-head 2", "--n-embd 32", "--sft-steps 5", "--sft-batch 8", "--sft-lr 0.1", "--digits 3"])
-def test_a_flag_of_the_toy_beside_a_checkpoint_is_one_line(flags, real, tmp_path):
-    err = complain("grpo.py", *REAL, "--init", real / "checkpoint", "--data", real / "sums.jsonl", *flags.split(), "--out", tmp_path / "run")
-    assert f"{flags.split()[0]} does nothing here" in err and not (tmp_path / "run").exists()
-
-
-ODD = ["--seed -1", "--seed 4294967296", "--seeds 0", "--seed 1.5", "--steps 1e3", "--steps 99999999999999999999", "--lr inf", "--lr -1", "--lr 1e31", "--lr x",
-       "--minibatches 2 --eps-high 1e300", "--minibatches 2 --eps-low -0.1", "--beta -1", "--beta 1e99", "--temperature 0", "--temperature nan", "--temperature 1e39",
+ODD = ["--seed -1", "--seed 4294967296", "--seeds 0", "--seed 1.5", "--steps 1e3", "--steps 0", "--steps 99999999999999999999", "--lr inf", "--lr -1", "--lr 1e31", "--lr x",
+       "--beta -1", "--beta 1e99", "--temperature 0", "--temperature nan", "--temperature 1e39",
        "--entropy-bonus inf", "--prompts 0", "--prompts 4294967295", "--prompts 100000000000", "--group 1", "--group 4294967295", "--minibatches 0", "--minibatches 17",
-       "--micro-batch 0", "--prompts 2000000000 --micro-batch 4294967295", "--digits 0", "--digits 9", "--max-new-tokens 0", "--max-new-tokens 4294967295",
-       "--n-layer 4294967295", "--n-embd 4294967288", "--n-head 0", "--n-head 7", "--n-embd 7", "--n-embd 33", "--sft-batch 1", "--sft-batch 4294967295", "--sft-steps -1", "--eval-every 0", "--eval-prompts 0",
-       "--eval-prompts 4294967295", "--eval-samples 0", "--eval-samples 4294967295", "--eval-prompts 3000000 --eval-samples 3000000", "--device tpu", "--dtype float16",
-       "--figure none", "--loss GRPO", "--figure variants --eval-every 0", "--figure length --group 1", "--figure length --max-new-tokens 225", "--resum",
-       "--data x --figure length", "--init x", "--quick 1", "stray", "--out", "--beta 0.1 --kl k1", "--beta 0.1 --kl k2 --kl-in reward", "--loss dapo --minibatches 5",
+       "--micro-batch 0", "--micro-batch 4294967295", "--size 0", "--size 9", "--n-embd 4294967288", "--n-embd 7", "--n-embd 33", "--n-embd 72", "--sft-steps 0", "--sft-steps -1",
+       "--eval-every 0", "--eval-prompts 0", "--eval-prompts 4294967295", "--device tpu", "--loss GRPO", "--advantage none", "--aggregation mean", "--resum",
+       "--task x", "--task x.py", "--task FILE", "--task __init__", "--task", "--quick 1", "stray", "--out", "--beta 0.1 --kl k4", "--loss dapo --minibatches 5",
        "--out FILE", "--out FILE/deeper", "--out LONG", "--resume --out EMPTY", "--resume --out FILE", "--resume --out DIRECTORY", "--out FOREIGN", "--out STRANGE", "--out HOLDS"]
 
 
@@ -1023,16 +995,27 @@ def test_an_odd_command_line_is_one_line_before_anything_is_written(flags, tmp_p
 
 
 def test_a_pipe_that_is_closed_ends_the_run_without_a_traceback(tmp_path):
-    process = subprocess.Popen([sys.executable, ROOT / "grpo.py", "--quick", "--out", tmp_path], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, ROOT / "grpo.py", *map(str, FEW), "--out", tmp_path], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process.stdout.close()
     assert "Traceback" not in process.stderr.read() and process.wait(60) == 141
 
 
-@pytest.mark.parametrize("flags, where", [(["--lr", "1e20", "--entropy-bonus", "0.01", "--steps", "4"], "step 2 of dr_grpo 0"), (["--sft-lr", "1e20"], "of base 0"),
-                                          (["--figure", "length", "--lr", "1e20", "--steps", "4"], "of grpo 0")])
-def test_a_number_that_is_none_ends_the_run_in_one_line_and_the_last_finite_weights_stay(flags, where, tmp_path):
+@pytest.mark.parametrize("script", ["variants", "length"])
+@pytest.mark.parametrize("flags", ["--eval-every 0", "--group 1", "--minibatches 0", "--minibatches 5 --group 4 --prompts 1", "--n-embd 33", "--out FILE"])
+def test_an_odd_command_line_of_an_experiment_is_one_line_before_anything_is_written(script, flags, tmp_path):
+    (tmp_path / "FILE").write_text("mine")
+    complain(f"experiments.{script}", "--quick", "--out", tmp_path / "run", *flags.replace("FILE", str(tmp_path / "FILE")).split())
+    assert [p.name for p in tmp_path.iterdir()] == ["FILE"] and (tmp_path / "FILE").read_text() == "mine"
+
+
+@pytest.mark.parametrize("script, flags, where", [("grpo.py", ["--lr", "1e20", "--entropy-bonus", "0.01", "--steps", "4"], "step 2 of dr_grpo 0"), ("grpo.py", [], "of base 0"),
+                                                  ("experiments.length", ["--lr", "1e20", "--steps", "4"], "of grpo 0")])
+def test_a_number_that_is_none_ends_the_run_in_one_line_and_the_last_finite_weights_stay(script, flags, where, tmp_path, monkeypatch):
+    if not flags:       # a learning rate of the warm-up that no flag allows
+        monkeypatch.setattr(tasks, "imitate", functools.partial(tasks.imitate, peak=1e20))
+    few = () if script != "grpo.py" else ("--eval-prompts", "2")
     for again in ((), ("--resume",)):
-        code, _, err = launch("grpo.py", *(again or ("--quick", *flags)), "--out", tmp_path)
+        code, _, err = launch(script, *(again or ("--quick", *few, *flags)), "--out", tmp_path)
         error = [line for line in err.splitlines() if "error:" in line]
         assert code == 2 and len(error) == 1 and where in error[0] and re.search(r"the (loss|gradient norm) is (nan|inf)", error[0]) and "Traceback" not in err
         state = torch.load(tmp_path / "model.pt", weights_only=True)["state"]
@@ -1056,20 +1039,19 @@ def test_resuming_with_a_contradicting_flag_or_a_damaged_checkpoint_is_refused_a
 
 
 # a bonus on the entropy: without it no answer of a model this raw is right, and nothing would move
-LONGER = ("--quick", "--sft-steps", 150, "--sft-batch", 4, "--steps", 8, "--eval-every", 4, "--max-new-tokens", 24, "--entropy-bonus", 0.1,
-          "--minibatches", 2, "--sampler", "stratified")
-
-
-def test_interrupt_and_resume_give_the_metrics_of_an_uninterrupted_run_to_the_bit(tmp_path):
-    check_resume("grpo.py", tmp_path, (dict(phase="sft"), dict(phase="rl", step=3)), *LONGER)
-    assert all(row["grad_norm"] > 0 for row in metrics(tmp_path / "whole") if row["phase"] == "rl" and row["step"])
+LONGER = "--quick", "--size", 1, "--sft-steps", 20, "--steps", 8, "--eval-every", 4, "--eval-prompts", 2, "--entropy-bonus", 0.1, "--minibatches", 2
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs") / "longer"
-    finish("grpo.py", *LONGER, "--out", folder)
-    return folder
+    """A run that nothing interrupted, after those that were have been compared with it."""
+    folder = tmp_path_factory.mktemp("resume")
+    check_resume("grpo.py", folder, (dict(phase="sft"), dict(phase="rl", step=3)), *LONGER)
+    return folder / "whole"
+
+
+def test_interrupt_and_resume_give_the_metrics_of_an_uninterrupted_run_to_the_bit(uninterrupted):
+    assert all(row["grad_norm"] > 0 for row in metrics(uninterrupted) if row["phase"] == "rl" and row["step"])
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -1104,323 +1086,3 @@ def test_a_terminated_process_saves_and_ends_with_its_code(tmp_path):
     process.terminate()
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 143 and "--resume goes on from here" in output and (tmp_path / "model.pt").exists()
-
-
-def test_a_quick_run_in_bf16_corrects_for_its_sampler(tmp_path):
-    finish("grpo.py", "--quick", "--dtype", "bfloat16", "--correction", "tis", "--sft-steps", 40, "--entropy-bonus", 0.1, "--out", tmp_path / "run")
-    assert all(row["grad_norm"] > 0 for row in metrics(tmp_path / "run") if row["phase"] == "rl" and row["step"])
-
-
-# ---------------------------------------------------------------------------------------------------------------------------
-# Several processes (gloo)
-
-UPDATES = [dict(loss=loss, minibatches=m, micro_batch=3) for loss in LOSSES for m in (1, 2)] + [
-    dict(loss="grpo", beta=0.1), dict(loss="dr_grpo", beta=0.1, kl="k1", kl_in="reward", entropy_bonus=0.1), dict(loss="cispo", positive_only=True)]
-
-
-def gradients(folder):
-    """The gradient and the metrics of an update of each kind; of several processes each holds its own rows, in any order, or none at all."""
-    rank, processes = grpo.world()
-    dealt = ([[3, 1, 0], [2]], [[0, 1, 2, 3], []])
-    results = []
-    for choices, deal in itertools.product(UPDATES, dealt):
-        config = small(**choices)
-        rollout = answers(policy(config), config)
-        rows = torch.arange(16).view(4, 4)[deal[rank] if processes == 2 else [0, 1, 2, 3]].flatten()
-        part = rollout[rows]
-        part.rows = rows
-        gradient, _, metrics = one_update(config, part)
-        results.append((gradient, metrics))
-    torch.save(results, Path(folder) / f"{(rank, processes)}.pt")
-
-
-def test_two_processes_have_the_gradient_and_the_metrics_of_one_whatever_the_loss_and_however_the_rows_are_dealt(tmp_path):
-    code = tmp_path / "worker.py"
-    code.write_text(f"import test_grpo as t\nt.grpo.join('cpu')\nt.gradients({str(tmp_path)!r})\n")
-    rc, output = torchrun(code)
-    assert rc == 0, output
-    gradients(tmp_path)
-    alone, first, second = (torch.load(tmp_path / f"{w}.pt") for w in ((0, 1), (0, 2), (1, 2)))
-    for (g, m), (g0, m0), (g1, m1) in zip(alone, first, second, strict=True):
-        assert torch.equal(g0, g1) and m0 == m1 and g.abs().max() > 0
-        assert close(g0, g, 1e-6) and m0 == pytest.approx(m, rel=1e-5, abs=1e-7)
-
-
-@pytest.mark.parametrize("flags", [[], ["--loss", "dapo", "--minibatches", 2, "--digits", 1, "--sft-steps", 100, "--sft-batch", 8, "--steps", 1, "--prompts", 5, "--eval-prompts", 7]])
-def test_two_processes_write_the_metrics_of_one(flags, quick, tmp_path):
-    alone = quick if not flags else tmp_path / "alone"
-    if flags:
-        finish("grpo.py", "--quick", *flags, "--out", alone)
-    rc, output = torchrun(ROOT / "grpo.py", "--quick", *flags, "--out", tmp_path / "two")
-    assert rc == 0 and output.count("held-out pass@1: base") == 1, output
-    assert check_whole(tmp_path / "two") == "train"
-    for ours, theirs in zip(metrics(alone), metrics(tmp_path / "two"), strict=True):
-        for k in ours | theirs:
-            assert ours[k] == theirs[k] or theirs[k] == pytest.approx(ours[k], rel=1e-3, abs=1e-5), k
-
-
-def test_a_shared_stream_gives_each_process_its_own_numbers():
-    config, problems = small(prompts=4), [draw_problem(random.Random(i), 2) for i in range(4)]
-    generator = lambda: torch.Generator().manual_seed(1)
-    draws = [generator() for _ in range(3)]
-    whole = grpo.sample(policy(config), problems, 4, config, draws[0])[0].tokens()
-    parts = [grpo.sample(policy(config), problems, 4, config, g, "iid", mine)[0].tokens() for g, mine in zip(draws[1:], (slice(0, 1), slice(1, 4)))]
-    assert parts[0] + parts[1] == whole and len({tuple(g.get_state().tolist()) for g in draws}) == 1
-
-
-def test_only_rank_0_writes(quick, tmp_path, monkeypatch):
-    monkeypatch.setattr("experiment.world", lambda: (1, 2))
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    handlers = [(s, signal.getsignal(s)) for s in (signal.SIGINT, signal.SIGTERM)]
-    try:
-        folder = shutil.copytree(quick, tmp_path / "resumed")
-        before = {p.name: p.read_bytes() for p in folder.iterdir()}
-        for out, resume in ((folder, True), (tmp_path / "new", False)):
-            run = Run(small(out=str(out), resume=resume))
-            run.log(step=1)
-            run.save("phase", step=1)
-            run.finish(None, [])
-            assert run.rows[-1] == dict(step=1) and not run.due
-        assert {p.name: p.read_bytes() for p in folder.iterdir()} == before and not (tmp_path / "new").exists()
-    finally:
-        for s, handler in handlers:
-            signal.signal(s, handler)
-
-
-def test_a_process_that_dies_ends_the_run_with_a_message(tmp_path):
-    code = tmp_path / "worker.py"
-    code.write_text("""import os, grpo
-update, calls = grpo.update, []
-def dying(*args):
-    calls.append(1)
-    if len(calls) == 2 and grpo.world()[0] == 0:
-        os._exit(7)
-    return update(*args)
-grpo.update = dying
-grpo.command(grpo.main)
-""")
-    rc, output = torchrun(code, "--quick", "--steps", 3, "--out", tmp_path / "run")
-    assert rc != 0 and "exitcode  : 7" in output and "error: rank 1 lost another process" in output
-    assert (tmp_path / "run/model.pt").exists()
-
-
-@pytest.mark.parametrize("flags", [["--figure", "length"], ["--prompts", "1"]])
-def test_what_several_processes_cannot_do_is_refused_before_anything_is_written(flags, tmp_path, monkeypatch):
-    monkeypatch.setattr(grpo, "world", lambda: (0, 2))
-    assert "2 processes" in complain("grpo.py", "--quick", *flags, "--out", tmp_path / "run")
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize("flags, words", [("--beta 0.1 --kl k1", "gradient has mean zero"), ("--out FOREIGN", "which no run wrote"),
-                                          ("--lr 1e20 --entropy-bonus 1 --steps 4", "of dr_grpo 0")])
-def test_a_mistake_under_torchrun_is_one_line_by_rank_0(flags, words, tmp_path):
-    (tmp_path / "claims.json").write_text("mine")
-    out = () if "--out" in flags else ("--out", tmp_path / "run")
-    rc, output = torchrun(ROOT / "grpo.py", "--quick", *out, *(str(tmp_path) if f == "FOREIGN" else f for f in flags.split()))
-    errors = [line for line in output.splitlines() if "error: " in line and line.startswith("grpo.py")]
-    assert rc != 0 and len(errors) == 1 and words in errors[0], output
-
-
-def test_a_script_that_knows_of_one_process_only_refuses_several(tmp_path):
-    done = subprocess.run([sys.executable, ROOT / "opd.py", "--quick", "--out", tmp_path / "run"], env={**os.environ, "WORLD_SIZE": "2"}, capture_output=True, text=True)
-    assert done.returncode == 2 and "one process" in done.stderr and not (tmp_path / "run").exists()
-
-
-# ---------------------------------------------------------------------------------------------------------------------------
-# Real checkpoints, real data
-
-@pytest.mark.parametrize("text, answer", [
-    ("She has 48/2 = <<48/2=24>>24.\n#### 72", "72"), ("#### 1,234", "1234"), ("#### -5", "-5"), ("#### 3.50", "3.50"), ("#### 5.", "5"), ("#### 12 apples", "12"),
-    ("#### 1\n#### 2", "1"), ("#### $5", None), ("####7", None), ("72", None), ("", None), ("#### 1,000,000.", "1000000"), ("x #### 9", "9"),
-    ("#### , that is 5", None), ("#### ... 5", None), ("#### -.", None), ("#### .5", ".5"), ("#### , #### 5", None)])
-def test_an_answer_is_read_as_gsm8ks_authors_read_it_but_for_a_final_dot(text, answer):
-    assert extract_answer(text) == answer
-
-
-ROWS = [dict(question=f"What is {a} + {b}?\u2028", answer=f"{a} and {b} make\n#### {a + b + 1000:,}") for a in range(8) for b in range(8)]
-CHAT = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-
-
-@pytest.fixture(scope="module")
-def real(tmp_path_factory):
-    """A tiny checkpoint with a tokenizer and a chat template, and word problems as JSONL and as Parquet."""
-    import pyarrow
-    import pyarrow.parquet
-    folder = tmp_path_factory.mktemp("real")
-    content = make_json(merges_of("What is 1 + 2? Think step by step. End with the answer as: #### number", 20))
-    save_json(folder / "like", content, eos_token="<|im_end|>", chat_template=CHAT)
-    torch.manual_seed(0)
-    GPT(GPTConfig(300, 256, 1, 2, 32, n_kv_head=1, qkv_bias=True)).save_pretrained(folder / "checkpoint", like=folder / "like")
-    (folder / "sums.jsonl").write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in ROWS))
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), folder / "sums.parquet")
-    return folder
-
-
-def real_config(real, **choices):
-    return small(**{**dict(init=str(real / "checkpoint"), data=str(real / "sums.jsonl")), **choices})
-
-
-def test_word_problems_come_from_jsonl_or_parquet_and_a_tenth_is_held_out(real):
-    train, held_out = load_problems(str(real / "sums.jsonl"))
-    assert load_problems(str(real / "sums.parquet")) == [train, held_out]
-    assert sorted(train + held_out) == sorted((r["question"], str(i // 8 + i % 8 + 1000)) for i, r in enumerate(ROWS)) and not set(train) & set(held_out)
-    assert 0 < len(held_out) < 20
-
-
-def test_gsm8k_comes_through_datasets_with_its_own_splits(monkeypatch):
-    import datasets
-    rows = dict(train=ROWS[:9], test=ROWS[9:12])
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, config, split: rows[split] if (name, config) == ("openai/gsm8k", "main") else None)
-    train, held_out = load_problems("gsm8k")
-    assert [q for q, _ in train] == [r["question"] for r in ROWS[:9]] and [q for q, _ in held_out] == [r["question"] for r in ROWS[9:12]]
-
-
-def test_the_prompt_is_the_template_or_the_chat_with_the_question_in_it(real):
-    tokenizer, problem = load_tokenizer(real / "checkpoint"), ("2 {x} + 2?", "4")
-    ask = lambda **choices: grpo.task_of(real_config(real, **choices)).prompt(problem)
-    assert tokenizer.decode(ask(template="Q: {question}\\nA:")) == "Q: 2 {x} + 2?\nA:"
-    ids = ask(template="{question} #", chat=True)
-    assert tokenizer.decode(ids) == "<|im_start|>user\n2 {x} + 2? #<|im_end|>\n<|im_start|>assistant\n"
-    assert ids[0] == 1 and ids.count(1) == 2 and ids.count(2) == 1      # special tokens, not their letters
-
-
-def test_a_word_problem_is_judged_by_its_own_number_whether_finished_or_not(real, monkeypatch):
-    config, problems = real_config(real), [("one", "1001"), ("two", "1002")]
-    tokenizer = load_tokenizer(real / "checkpoint")
-    texts = ["#### 1,001", "so #### 1002", "no", "#### 1002", "#### 1002.", "#### 1002 #### 3"]
-    rows = [tokenizer.encode(t) + [tokenizer.eos] * (i % 2) for i, t in enumerate(texts)]
-    T = max(map(len, rows)) + 1
-    ids, mask = torch.zeros(6, T, dtype=torch.long), torch.zeros(6, T)
-    for i, row in enumerate(rows):
-        ids[i, 1:len(row) + 1], mask[i, 1:len(row) + 1] = torch.tensor(row), 1
-    monkeypatch.setattr(grpo, "generate", lambda *_, **__: Rollout(ids, mask, mask, torch.ones(6, dtype=torch.long)))
-    _, seen, rewards = grpo.sample(None, problems, 3, config, None)
-    assert seen == texts and rewards.tolist() == [[1, 0, 0], [1, 1, 1]]
-
-
-def test_held_out_word_problems_are_never_trained_on_and_none_twice(real, monkeypatch):
-    config, sampled = real_config(real, prompts=200, eval_prompts=1000), []
-    monkeypatch.setattr(grpo, "sample", fake_sample(sampled, lambda _, P, n: torch.zeros(P, n)))
-    grpo.collect(None, config, random.Random(0), None)
-    grpo.evaluate(None, config, 1)
-    train, held_out = load_problems(config.data)
-    assert set(sampled[0]) <= set(train) and len(set(sampled[0])) > 40 and sorted(sampled[1]) == sorted(held_out)
-
-
-def test_a_real_run_samples_what_it_scores_and_checkpointing_changes_no_gradient(real):
-    gradients, calls = [], []
-    for checkpointing in (False, True):
-        config = real_config(real, checkpointing=checkpointing, max_new_tokens=12)
-        model = grpo.build(config, "cpu")
-        assert model.checkpointing == checkpointing and model.lm_head.weight.dtype == torch.float32
-        rollout, rewards, _ = grpo.collect(model, config, random.Random(0), torch.Generator().manual_seed(0))
-        logp = grpo.score_all(model, rollout, config)
-        assert ((logp - rollout.logp) * rollout.mask).abs().max() < 1e-4
-        model.blocks[0].norm1.register_forward_hook(lambda *_: calls.append(checkpointing))
-        grpo.update(model, None, torch.optim.SGD(model.parameters(), 0.0), rollout, REWARDS, config, None)
-        gradients.append(flat(model, gradient=True))
-    assert calls == [False, True, True]         # computed again in the backward pass
-    assert torch.equal(*gradients) and gradients[0].abs().max() > 0
-
-
-REAL = "--quick", "--max-new-tokens", 8, "--steps", 2
-
-
-@pytest.mark.parametrize("flags", [("--chat", "--dtype", "bfloat16", "--checkpointing"), ("--loss", "grpo", "--beta", 0.01)])
-def test_a_real_run_ends_with_a_checkpoint_that_can_be_opened_and_resumes_to_itself(flags, real, tmp_path):
-    out, trained = tmp_path / "run", f"{'grpo' if 'grpo' in flags else 'dr_grpo'} 0"
-    finish("grpo.py", *REAL, *flags, "--init", real / "checkpoint", "--data", real / "sums.parquet", "--out", out)
-    assert {p.name for p in out.iterdir()} == {"train.png", "metrics.jsonl", "claims.json", "config.json", "model.pt", trained}
-    before = metrics(out)
-    assert [r["phase"] for r in before] == ["rl"] * 3 + ["pass@k"] * 2 and not any("guessed_carries" in r for r in before)
-    assert GPT.from_pretrained(out / trained).config == GPT.from_pretrained(real / "checkpoint").config
-    assert load_tokenizer(out / trained).stop == load_tokenizer(real / "checkpoint").stop == [2]
-    finish("grpo.py", "--resume", "--out", out)
-    assert metrics(out) == before
-
-
-def test_a_real_run_stops_at_each_end_that_its_checkpoint_names_and_saves_them(real, tmp_path):
-    init = shutil.copytree(real / "checkpoint", tmp_path / "checkpoint")
-    (init / "generation_config.json").write_text(json.dumps(dict(eos_token_id=[2, 5])))
-    finish("grpo.py", *REAL, "--init", init, "--data", real / "sums.jsonl", "--out", tmp_path / "run")
-    assert load_tokenizer(tmp_path / "run/dr_grpo 0").stop == [2, 5] and json.loads((tmp_path / "run/dr_grpo 0/config.json").read_text())["eos_token_id"] == [2, 5]
-    config = small(init=str(init), data=str(real / "sums.jsonl"), group=64)
-    rollout, *_ = grpo.collect(grpo.build(config, "cpu"), config, random.Random(0), torch.Generator().manual_seed(0))
-    ends = [(row[n - 1].item(), (row[:n - 1] == 5).any().item()) for row, n in zip([r[p:] for r, p in zip(rollout.ids, rollout.prompt_lens)], rollout.lengths)]
-    assert any(last == 5 for last, _ in ends) and not any(passed for _, passed in ends)
-
-
-@pytest.mark.parametrize("what", ["data", "init"])
-def test_a_real_run_whose_data_or_checkpoint_has_changed_does_not_resume(what, real, tmp_path):
-    data, init = tmp_path / "sums.jsonl", shutil.copytree(real / "checkpoint", tmp_path / "checkpoint")
-    data.write_text((real / "sums.jsonl").read_text())
-    finish("grpo.py", *REAL, "--init", init, "--data", data, "--out", tmp_path / "run")
-    before = (tmp_path / "run/model.pt").read_bytes(), metrics(tmp_path / "run")
-    if what == "data":
-        data.write_text(data.read_text() + json.dumps(ROWS[0]) + "\n")
-    else:
-        shutil.copytree(real / "checkpoint", init, dirs_exist_ok=True)
-        torch.manual_seed(1)
-        GPT(GPTConfig(300, 256, 1, 2, 32, n_kv_head=1, qkv_bias=True)).save_pretrained(init, like=real / "like")
-    assert f"--{what} is no longer" in complain("grpo.py", "--resume", "--out", tmp_path / "run")
-    assert before == ((tmp_path / "run/model.pt").read_bytes(), metrics(tmp_path / "run"))
-
-
-def test_a_model_in_out_that_no_run_wrote_is_not_overwritten(real, tmp_path):
-    mine = tmp_path / "dr_grpo 0" / "model.safetensors"
-    mine.parent.mkdir()
-    mine.write_text("mine")
-    assert "dr_grpo 0" in complain("grpo.py", *REAL, "--init", real / "checkpoint", "--data", real / "sums.jsonl", "--out", tmp_path)
-    assert mine.read_text() == "mine" and list(tmp_path.iterdir()) == [mine.parent]
-
-
-ODD_REAL = ["--init FILE", "--init FOLDER", "--init LONG", "--data FOLDER", "--data LONG", "--data /dev/null", "--data FILE", "--template x", "--max-new-tokens 4294967295",
-            "--data gsm9k", "--prompts 4294967295", "--eval-prompts 4294967295", "--micro-batch 4294967295 --prompts 500000000"]
-
-
-@pytest.mark.parametrize("flags", ODD_REAL)
-def test_an_odd_command_line_of_a_real_run_is_one_line_before_anything_is_written(flags, real, tmp_path):
-    (tmp_path / "FILE").write_text("mine")
-    (tmp_path / "FOLDER").mkdir()
-    flags = [str(tmp_path / f) if f in ("FILE", "FOLDER") else "x" * 300 if f == "LONG" else f for f in flags.split()]
-    complain("grpo.py", *REAL, "--init", real / "checkpoint", "--data", real / "sums.jsonl", "--out", tmp_path / "run", *flags)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["FILE", "FOLDER"] and (tmp_path / "FILE").read_text() == "mine"
-
-
-@pytest.mark.parametrize("data, words", [
-    ("none.jsonl", ["no such file"]), ("gsm9k", ["no such file"]), ("[1]\n", ["row 1", "no JSON object"]), ("{", ["row 1", "JSON"]), ('{"question": "a", "solution": "#### 1"}', ["row 1", "answer is missing"]),
-    ('{"answer": "#### 1"}', ["row 1", "question is missing"]), ('{"question": "a", "answer": "1"}', ["row 1", "####"]), ('{"question": "a", "answer": 1}', ["row 1", "answer is 1"]),
-    ('{"question": "a", "answer": "#### 1"}', ["too few"]), ('{"question": 1, "answer": "#### 1"}', ["question is 1"]), ("", ["too few"]), (b"PAR1 no parquet", ["ArrowInvalid"]), (b"\xff", ["UTF-8"])])
-def test_data_that_cannot_be_used_is_one_line_that_says_why(data, words, real, tmp_path):
-    file = tmp_path / ("x.parquet" if data == b"PAR1 no parquet" else "x.jsonl")
-    if "no such file" in words:
-        file = tmp_path / data if data.endswith("jsonl") else data
-    else:
-        file.write_bytes(data if isinstance(data, bytes) else data.encode())
-    err = complain("grpo.py", *REAL, "--init", real / "checkpoint", "--data", file, "--out", tmp_path / "run")
-    assert all(w in err for w in words) and not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize("flags, words", [
-    (["--init", "CHECKPOINT"], ["--init and --data"]), (["--data", "DATA"], ["--init and --data"]), (["--init", "CHECKPOINT", "--data", "DATA", "--figure", "variants"], ["--figure"]),
-    (["--init", "CHECKPOINT", "--data", "DATA", "--template", "no"], ["{question}"]), (["--init", "/no/such", "--data", "DATA"], ["/no/such"]),
-    (["--init", "CHECKPOINT", "--data", "DATA", "--max-new-tokens", "250"], ["256 positions", "--max-new-tokens"]), (["--max-new-tokens", "225"], ["224"]),
-    (["--init", "INSIDE", "--data", "DATA"], ["a run writes its model there"]), (["--figure", "length", "--max-new-tokens", "225"], ["224"])])
-def test_a_mistake_in_the_flags_of_a_real_run_is_one_line(flags, words, real, tmp_path):
-    flags = [dict(CHECKPOINT=real / "checkpoint", DATA=real / "sums.jsonl", INSIDE=tmp_path / "run" / "base").get(f, f) for f in flags]
-    err = complain("grpo.py", *REAL[:1], *flags, "--out", tmp_path / "run")
-    assert all(w in err for w in words) and not (tmp_path / "run").exists()
-
-
-def test_a_checkpoint_without_a_chat_template_or_with_a_damaged_one_is_one_line(real, tmp_path):
-    for template, word in ((None, "chat template"), ("{% for", "fails"), ("{{ raise_exception('no') }}", "fails"), ("{{ ''.__class__.__mro__ }}{{ 1 / 0 }}", "fails")):
-        folder = shutil.copytree(real / "checkpoint", tmp_path / word / str(template).strip("{ }%/")[:3])
-        (folder / "tokenizer_config.json").write_text(json.dumps(dict(eos_token="<|im_end|>", chat_template=template)))
-        assert word in complain("grpo.py", *REAL, "--chat", "--init", folder, "--data", real / "sums.jsonl", "--out", tmp_path / "run")
-
-
-def test_the_chat_is_that_of_transformers(real):
-    transformers = pytest.importorskip("transformers")
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=str(real / "checkpoint/tokenizer.json"), chat_template=CHAT, eos_token="<|im_end|>")
-    expected = tokenizer.apply_chat_template([dict(role="user", content="a {b}\n c")], add_generation_prompt=True, tokenize=False)
-    assert load_chat_template(real / "checkpoint")("a {b}\n c") == expected

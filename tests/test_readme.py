@@ -214,8 +214,8 @@ def test_an_exercise_quotes_the_file_and_tells_what_was_measured(script):
 EDITS = {
     ("grpo", 2): [('return float(written == right and len(text) % LINE == 0)',
                    'return float(all(right.get(c) == d for c, d in written.items()) and len(text) % LINE == 0)')],
-    ("grpo", 3): [('adv = adv.reshape(R, 1)[mine]', 'adv = adv.reshape(R, 1).roll(1, 0)[mine]')],
-    ("grpo", 4): [('kl = kl_estimate(logp, ref_logp[rows], config.kl or "k3")', 'kl = kl_estimate(logp, ref_logp[rows], "k1")')],
+    ("grpo", 3): [('return adv.reshape(-1, 1)', 'return adv.reshape(-1, 1).roll(1, 0)')],
+    ("grpo", 4): [('kl = kl_estimate(logp, ref_logp[rows], config.kl)', 'kl = kl_estimate(logp, ref_logp[rows], "k1")')],
     ("grpo", 5): [('rng.shuffle(order)', '')],
     ("opd", 2): [('return PASSWORDS[zlib.crc32(repr(tuple(pair)).encode()) % len(PASSWORDS)]', 'return PASSWORDS[0]')],
     ("opd", 3): [('return (logp - logq).detach() * logp', 'return logp - logq')],
