@@ -98,3 +98,23 @@ def imitate(model, tokenizer, draw, run, seed, steps, rng, peak=3e-3, batch=32):
             run.log(phase="sft", seed=seed, step=step, loss=total)
             run.say(loss=total)
     return model
+
+
+def in_tokens(task):
+    """A task at its own SIZE as scale.py asks one: prompts are ids. Has what word_problems has."""
+    size = task.SIZE
+
+    def held_out(rng, n):
+        return [task.draw(rng, size, held_out=True) for _ in range(n)]
+
+    def prompt(problem):
+        return task.tokenizer.encode(task.prompt(problem))
+
+    return SimpleNamespace(
+        tokenizer=task.tokenizer,
+        prompt=prompt,
+        draw=lambda rng: task.draw(rng, size),
+        held_out=held_out,
+        judged=True,
+        judge=lambda problem, text, finished: task.reward(problem, text) * finished,
+    )
