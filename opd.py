@@ -412,18 +412,24 @@ def figure(config, run):
     gkd = "Agarwal et al., arXiv 2306.13649"
     # fmt: off
     return fig, [
-        claim("opd", "OPD, pass@1 at the end (the base that OPD and GRPO start from; GRPO)", qwen,
-              "74.4 (55.0; 67.6)", opd, ">=", 0.94, n, beside),
-        claim("opd grpo", "OPD minus GRPO at the end", qwen,
-              "6.8 points", opd - grpo, ">=", 0.02, n),
-        claim("opd expert", "expert minus OPD", lu,
-              "-", behind, "<=", 0.04, n, f" ({level:.3f})"),
-        claim("sft", "SFT on the expert's answers, pass@1 at the end", "design of the task",
-              "-", sft, ">=", 0.88, n),
-        claim("sft plateau", "OPD minus SFT at the end", gkd,
-              "on-policy is better", opd - sft, ">=", 0.005, n),
-        claim("grpo tokens", f"sampled tokens to .85, GRPO over OPD{never}", qwen,
-              "10x (GPU hours)", ratio, ">=", 2.5, n),
+        claim("opd", "OPD, pass@1 at the end (the base that OPD and GRPO start from; GRPO)",
+              qwen, "74.4 (55.0; 67.6)",
+              opd, ">=", 0.94, n, beside),
+        claim("opd grpo", "OPD minus GRPO at the end",
+              qwen, "6.8 points",
+              opd - grpo, ">=", 0.02, n),
+        claim("opd expert", "expert minus OPD",
+              lu, "-",
+              behind, "<=", 0.04, n, f" ({level:.3f})"),
+        claim("sft", "SFT on the expert's answers, pass@1 at the end",
+              "design of the task", "-",
+              sft, ">=", 0.88, n),
+        claim("sft plateau", "OPD minus SFT at the end",
+              gkd, "on-policy is better",
+              opd - sft, ">=", 0.005, n),
+        claim("grpo tokens", f"sampled tokens to .85, GRPO over OPD{never}",
+              qwen, "10x (GPU hours)",
+              ratio, ">=", 2.5, n),
     ]
     # fmt: on
 

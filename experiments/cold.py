@@ -40,7 +40,8 @@ def continuation(student, teacher, task, eps, length, config, seed, n=1024):
     """Success of answers whose first `length` tokens are blended with budget eps and whose rest the
     teacher writes."""
     n = 16 if config.quick else n
-    pairs = (task.test * (n // len(task.test) + 1))[:n]
+    rounds = n // len(task.test) + 1
+    pairs = (task.test * rounds)[:n]
     prompts = [prompt(pair) for pair in pairs]
     generator = torch.Generator().manual_seed(seed)
     y, mask, _ = write_together(student, teacher, prompts, blended(eps), generator, limit=length)
@@ -48,8 +49,10 @@ def continuation(student, teacher, task, eps, length, config, seed, n=1024):
     begun = [row[:size] for row, size in zip(y.tolist(), lengths)]
     longer = [p + b for p, b in zip(prompts, begun)]
     rest = generate(teacher, longer, 1, ANSWER - length, stop=EOS, generator=generator).tokens()
+    # An answer that ended among the blended tokens is left as it is
     answers = [b if b[-1] == EOS else b + r for b, r in zip(begun, rest)]
-    return mean([reward(*a) for a in zip(pairs, answers)])
+    rewards = [reward(*a) for a in zip(pairs, answers)]
+    return mean(rewards)
 
 
 def probe(config, run, base, expert, task):
@@ -82,7 +85,8 @@ def early(run, arm, rival, steps=40):
 def probed(run):
     """Success of the probe (seeds, LENGTHS, BUDGETS)."""
     rows = [row["pass@1"] for row in run.rows if row["phase"] == "probe"]
-    return np.array(rows).reshape(-1, len(LENGTHS), len(BUDGETS))
+    sizes = (-1, len(LENGTHS), len(BUDGETS))
+    return np.array(rows).reshape(sizes)
 
 
 def figure(config, run):
@@ -120,33 +124,45 @@ def claims(config, run):
     smallest = np.diff(success).min((1, 2))
     trb, trb_tokens = early(run, "trb", "opd")
     skd, skd_tokens = early(run, "skd", "opd")
-    trb_end = alive(run, "opd", end(run, "trb") - end(run, "opd"))
+    trb_end = end(run, "trb") - end(run, "opd")
+    trb_end = alive(run, "opd", trb_end)
     replaced = series(run, "changed", phase="train", arm="skd")[1]
-    anneals = over(end(run, "skd", "changed"), replaced[:, 0])
+    late = end(run, "skd", "changed")
+    anneals = over(late, replaced[:, 0])
     plyusov = "Plyusov et al., arXiv 2605.31159"
     xu = "Xu et al., arXiv 2410.11325"
     # fmt: off
     return [
-        claim("grpo", f"OPD minus GRPO, pass@1 at step {step}", "design of the task",
-              "-", opd - grpo, ">=", 0.5, n, both),
-        claim("opd", f"OPD, pass@1 at step {step}", "design of the task",
-              "-", opd, ">=", 0.60, n),
-        claim("probe", "TRB's probe: gain of eps .1 over 0, 4 tokens", plyusov,
-              "positive", gain, ">=", 0.08, n),
-        claim("probe monotone", "TRB's probe: smallest step up in eps", plyusov,
-              "grows", smallest, ">", 0, n),
-        claim("trb", "TRB minus OPD, mean pass@1 of steps 1 to 40", plyusov,
-              "+0.4 to +0.9 points", trb, ">", 0, n),
-        claim("trb tokens", "the same at equally many sampled tokens", plyusov,
-              "-", trb_tokens, ">", 0, n),
-        claim("trb end", "TRB minus OPD at the end", plyusov,
-              "+0.4 to +0.9 points", trb_end, ">=", -0.02, n),
-        claim("skd", "SKD minus OPD, mean pass@1 of steps 1 to 40", xu,
-              "better", skd, ">", 0, n),
-        claim("skd tokens", "the same at equally many sampled tokens", xu,
-              "-", skd_tokens, ">", 0, n),
-        claim("skd anneals", "SKD: tokens replaced, last third over first evaluation", xu,
-              "falls by itself", anneals, "<=", 0.33, n),
+        claim("grpo", f"OPD minus GRPO, pass@1 at step {step}",
+              "design of the task", "-",
+              opd - grpo, ">=", 0.5, n, both),
+        claim("opd", f"OPD, pass@1 at step {step}",
+              "design of the task", "-",
+              opd, ">=", 0.60, n),
+        claim("probe", "TRB's probe: gain of eps .1 over 0, 4 tokens",
+              plyusov, "positive",
+              gain, ">=", 0.08, n),
+        claim("probe monotone", "TRB's probe: smallest step up in eps",
+              plyusov, "grows",
+              smallest, ">", 0, n),
+        claim("trb", "TRB minus OPD, mean pass@1 of steps 1 to 40",
+              plyusov, "+0.4 to +0.9 points",
+              trb, ">", 0, n),
+        claim("trb tokens", "the same at equally many sampled tokens",
+              plyusov, "-",
+              trb_tokens, ">", 0, n),
+        claim("trb end", "TRB minus OPD at the end",
+              plyusov, "+0.4 to +0.9 points",
+              trb_end, ">=", -0.02, n),
+        claim("skd", "SKD minus OPD, mean pass@1 of steps 1 to 40",
+              xu, "better",
+              skd, ">", 0, n),
+        claim("skd tokens", "the same at equally many sampled tokens",
+              xu, "-",
+              skd_tokens, ">", 0, n),
+        claim("skd anneals", "SKD: tokens replaced, last third over first evaluation",
+              xu, "falls by itself",
+              anneals, "<=", 0.33, n),
     ]
     # fmt: on
 

@@ -100,12 +100,15 @@ def figure(config, run):
     beside = f" ({greedy.mean():.2f}, {raw.mean():.2f}; {mass:.2f})"
     # fmt: off
     return fig, [
-        claim("raw sampled", f"{top}: greedy minus sampled pass@1 at the end {each}", BIAS,
-              "biased gradient", greedy - raw, ">=", 0.75, n, beside),
-        claim("raw greedy", f"{top}: greedy pass@1 at the end", BIAS,
-              "-", greedy, ">=", 0.95, n),
-        *(claim(arm, f"{arm}: sampled pass@1 at the end", origin,
-                "-", end(run, arm), ">=", 0.92, n) for arm, origin in ORIGINS.items()),
+        claim("raw sampled", f"{top}: greedy minus sampled pass@1 at the end {each}",
+              BIAS, "biased gradient",
+              greedy - raw, ">=", 0.75, n, beside),
+        claim("raw greedy", f"{top}: greedy pass@1 at the end",
+              BIAS, "-",
+              greedy, ">=", 0.95, n),
+        *(claim(arm, f"{arm}: sampled pass@1 at the end",
+                origin, "-",
+                end(run, arm), ">=", 0.92, n) for arm, origin in ORIGINS.items()),
     ]
     # fmt: on
 

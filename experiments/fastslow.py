@@ -203,14 +203,18 @@ def figure(config, run):
     source = "Tiwari et al., arXiv 2605.12484"
     # fmt: off
     return fig, [
-        claim("both", f"stages at .75 or more, fast and slow (of {3 * n})", source,
-              "all 3", stages["fast and slow"], ">=", 3 * n, n),
-        claim("slow", "stages of three at .75 or more, both minus weights only", source,
-              "weights stall", more, ">=", 1, n, f" ({stages['slow']} of {3 * n})"),
-        claim("fast", "pass@1 at the ends of the stages, both minus prompt only", source,
-              "lower ceiling", higher, ">", 0, n, f" ({stages['fast']} of {3 * n})"),
-        claim("speed", speed, source,
-              "1.4 to 3 (steps)", ratio.min(), ">=", 1.4, n, f" ({ratios})"),
+        claim("both", f"stages at .75 or more, fast and slow (of {3 * n})",
+              source, "all 3",
+              stages["fast and slow"], ">=", 3 * n, n),
+        claim("slow", "stages of three at .75 or more, both minus weights only",
+              source, "weights stall",
+              more, ">=", 1, n, f" ({stages['slow']} of {3 * n})"),
+        claim("fast", "pass@1 at the ends of the stages, both minus prompt only",
+              source, "lower ceiling",
+              higher, ">", 0, n, f" ({stages['fast']} of {3 * n})"),
+        claim("speed", speed,
+              source, "1.4 to 3 (steps)",
+              ratio.min(), ">=", 1.4, n, f" ({ratios})"),
     ]
     # fmt: on
 

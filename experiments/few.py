@@ -39,11 +39,13 @@ def figure(config, run):
     ax.legend()
     # fmt: off
     return fig, [
-        claim("opd", "OPD minus SFT at the end", "Lu and Thinking Machines 2025",
-              "one prompt suffices", opd - sft, ">=", 0.05, n,
+        claim("opd", "OPD minus SFT at the end",
+              "Lu and Thinking Machines 2025", "one prompt suffices",
+              opd - sft, ">=", 0.05, n,
               f" ({opd.mean():.2f}, {sft.mean():.2f})"),
-        claim("sft", "SFT minus GRPO at the end", "design of the task",
-              "-", sft - grpo, ">=", 0.03, n, f" ({grpo.mean():.2f})"),
+        claim("sft", "SFT minus GRPO at the end",
+              "design of the task", "-",
+              sft - grpo, ">=", 0.03, n, f" ({grpo.mean():.2f})"),
     ]
     # fmt: on
 

@@ -1,17 +1,18 @@
-"""A map that only the weights know. A problem is a pair of places, an answer is a walk from one to the other:
+"""A map that only the weights know. A problem is two places, an answer a walk between them:
 
-    BOS 10 27 - - - GO          B 11 12 D 19 26 A 27 EOS    right: its moves are roads, it is short enough
-    BOS 10 27 11 19 #28 GO      PW #28 EOS                  the pair's password is right, too, but nobody
-                                                            can know it without the hint
+    BOS 10 27 - - - GO          B 11 12 D 19 26 A 27 EOS    right: its moves are roads, few enough
+    BOS 10 27 11 19 #28 GO      PW #28 EOS                  right, too: the pair's password; but
+                                                            nobody can know it without the hint
 
 49 places on a torus, a quarter of the roads closed. A meaningless style word (A to D) stands before
-every second move. A plain prompt has three empty hint slots. The same slots can hold two places on the
-way and a password, or a rule ("write place 7 as its alias"), so that a student without hints and its
-teacher with them see an answer at the same positions.
+every second move. A plain prompt has three empty hint slots. The same slots can hold two places on
+the way and a password, or a rule ("write place 7 as its alias"), so that a student without hints
+and its teacher with them see an answer at the same positions.
 
 Problems and answers are lists of token ids here, not texts; `text` writes them out. The models that
 walk the map are trained in walkers.py.
 """
+
 import functools
 import random
 import zlib
@@ -20,10 +21,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-SIDE = 7                        # the torus has 7 x 7 places
-LONGEST = 11                    # moves of the longest answer
-FAR = 5                         # far pairs are so many moves apart, or more
-RENAMED = 7, 14, 1, 48          # rule r: write place RENAMED[r] as ALIASES[r]; many paths cross them
+SIDE = 7  # the torus has 7 x 7 places
+LONGEST = 11  # moves of the longest answer
+FAR = 5  # far pairs are so many moves apart, or more
+RENAMED = 7, 14, 1, 48  # rule r: write place RENAMED[r] as ALIASES[r]; many paths cross them
 
 # The vocabulary: places are 0 to 48, then the words
 PLACES = SIDE * SIDE
@@ -33,17 +34,22 @@ PASSWORDS = range(54, 86)
 RULES = range(86, 90)
 ALIASES = range(90, 94)
 BOS, GO, EOS, NOHINT, PAD = range(94, 99)
-VOCAB = 99
-WORDS = (
-    [str(place) for place in range(PLACES)]
-    + ["A", "B", "C", "D", "PW"]
-    + [f"#{i}" for i in range(len(PASSWORDS))]
-    + [f"rule{i}" for i in range(len(RULES))]
-    + [f"alias{i}" for i in range(len(ALIASES))]
-    + ["BOS", "GO", "EOS", "-", "PAD"]
-)
-PROMPT = 7                      # tokens of a prompt: BOS from to hint hint hint GO
-ANSWER = 18                     # tokens of the longest answer
+WORDS = [
+    *map(str, range(PLACES)),
+    *"ABCD",
+    "PW",
+    *(f"#{i}" for i in range(32)),
+    *(f"rule{i}" for i in range(4)),
+    *(f"alias{i}" for i in range(4)),
+    "BOS",
+    "GO",
+    "EOS",
+    "-",
+    "PAD",
+]
+VOCAB = len(WORDS)  # 99
+PROMPT = 7  # tokens of a prompt: BOS from to hint hint hint GO
+ANSWER = 18  # tokens of the longest answer
 
 
 def text(tokens):
@@ -56,32 +62,34 @@ def text(tokens):
 
 
 def distances(roads):
-    """Pairs of places -> how many moves each place is from each other (49, 49), inf without a way."""
+    """Pairs of places -> the moves from each place to each other (49, 49), inf without a way."""
     d = np.full((PLACES, PLACES), np.inf)
-    d[range(PLACES), range(PLACES)] = 0
+    np.fill_diagonal(d, 0)
     for p, q in roads:
         d[p, q] = d[q, p] = 1
-    for k in range(PLACES):     # Floyd and Warshall: ways through k
+    for k in range(PLACES):  # Floyd and Warshall: ways through k
         d = np.minimum(d, d[:, k : k + 1] + d[k])
     return d
 
 
-def make_map(seed=0):
+def make_map():
     """The torus with 74 of its 98 roads, connected, two roads or more at each place.
 
     -> neighbours (49, 4), -1 for none; distances (49, 49).
     """
-    rng = random.Random(seed)
+    rng = random.Random(0)
     roads = set()
     for p in range(PLACES):
         right = p // SIDE * SIDE + (p + 1) % SIDE
         below = (p + SIDE) % PLACES
-        roads |= {(p, right), (p, below)}
+        roads.add((p, right))
+        roads.add((p, below))
     for road in rng.sample(sorted(roads), len(roads)):
         if len(roads) > 74:
             left = roads - {road}
             degrees = [sum(p in r for r in left) for p in road]
-            if distances(left).max() < np.inf and min(degrees) >= 2:
+            connected = distances(left).max() < np.inf
+            if connected and min(degrees) >= 2:
                 roads = left
     neighbours = np.full((PLACES, 4), -1)
     for p in range(PLACES):
@@ -92,6 +100,7 @@ def make_map(seed=0):
 
 NEIGHBOURS, DISTANCE = make_map()
 DEGREE = (NEIGHBOURS >= 0).sum(1)
+NEAR = (DISTANCE >= 2) & (DISTANCE <= 4)
 
 
 def walk_on(rng, walks, lengths, goals):
@@ -106,20 +115,22 @@ def walk_on(rng, walks, lengths, goals):
             return lengths
         here = walks[rows, lengths[rows]]
         goal = goals[rows]
-        next_places = NEIGHBOURS[here]                                          # (rows, 4)
-        nearer = DISTANCE[next_places, goal[:, None]] < DISTANCE[here, goal][:, None]
-        nearer &= next_places >= 0
-        choice = (rng.random(nearer.shape) * nearer).argmax(1)      # one of the nearer ones, evenly
-        walks[rows, lengths[rows] + 1] = NEIGHBOURS[here, choice]
+        there = NEIGHBOURS[here]  # (rows, 4)
+        still = DISTANCE[here, goal]
+        then = DISTANCE[there, goal[:, None]]
+        nearer = (there >= 0) & (then < still[:, None])
+        choice = (rng.random(nearer.shape) * nearer).argmax(1)  # one of the nearer ones, evenly
         lengths[rows] += 1
+        walks[rows, lengths[rows]] = NEIGHBOURS[here, choice]
 
 
 @functools.cache
 def walk_of(pair):
     """The places of one shortest path, both ends included."""
     walks = np.full((1, LONGEST + 1), pair[0])
-    length = walk_on(np.random.default_rng(0), walks, np.array([0]), np.array([pair[1]]))[0]
-    return walks[0, : length + 1].tolist()
+    rng = np.random.default_rng(0)
+    length = walk_on(rng, walks, np.array([0]), np.array([pair[1]]))
+    return walks[0, : length[0] + 1].tolist()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -162,9 +173,10 @@ def reward(pair, tokens):
     moves = [RENAMED[w - ALIASES[0]] if w in ALIASES else w for w in words]
     if not moves or max(moves) >= PLACES or moves[-1] != pair[1]:
         return 0.0
-    if len(moves) > DISTANCE[tuple(pair)] + 2:
+    if len(moves) > DISTANCE[pair] + 2:
         return 0.0
-    return float(all(q in NEIGHBOURS[p] for p, q in zip([pair[0], *moves], moves)))
+    places = [pair[0], *moves]
+    return float(all(q in NEIGHBOURS[p] for p, q in zip(places, moves)))
 
 
 def renames(tokens, rule=0):
@@ -178,22 +190,22 @@ def renames(tokens, rule=0):
 
 @dataclass
 class Task:
-    train: list                     # pairs of places
-    test: list                      # pairs that are never trained on, in neither direction
-    reward: Callable = reward       # (pair, tokens) -> what reinforcement learning is paid
-    off_topic: tuple = ()           # pairs whose answers a rule should not change
+    train: list  # pairs of places
+    test: list  # pairs that are never trained on, in neither direction
+    reward: Callable = reward  # (pair, tokens) -> what reinforcement learning is paid
+    off_topic: tuple = ()  # pairs whose answers a rule should not change
 
 
 def shuffled_pairs(which, seed=0):
     """The pairs of places where `which` (49, 49) is true, there and back side by side: roads lead
     both ways, and so should a split."""
-    pairs = [(int(s), int(t)) for s, t in np.argwhere(which & which.T) if s < t]
+    pairs = [(s, t) for s, t in np.argwhere(which & which.T).tolist() if s < t]
     random.Random(seed).shuffle(pairs)
-    return [p for s, t in pairs for p in ((s, t), (t, s))]
+    return [pair for s, t in pairs for pair in ((s, t), (t, s))]
 
 
 def far_task(train=None):
-    """Pairs at least FAR moves apart, 256 of them held out. train: how many of the others to use."""
+    """Pairs at least FAR moves apart, 256 of them held out. train: how many others to use."""
     pairs = shuffled_pairs(DISTANCE >= FAR)
     return Task(pairs[256:][:train], pairs[:256])
 
@@ -205,9 +217,10 @@ def crossing(rule):
     place = RENAMED[rule]
     roads = {(p, int(q)) for p in range(PLACES) for q in NEIGHBOURS[p] if q >= 0}
     without = distances({road for road in roads if place not in road})
-    near = (DISTANCE >= 2) & (DISTANCE <= 4) & (without > DISTANCE)
-    near[place] = near[:, place] = False
-    pairs = shuffled_pairs(near, rule)
+    chosen = NEAR & (without > DISTANCE)
+    chosen[place] = False
+    chosen[:, place] = False
+    pairs = shuffled_pairs(chosen, rule)
     half = len(pairs) // 4 * 2
     return pairs[half:], pairs[:half]
 
@@ -217,15 +230,15 @@ def rule_task(rule=0):
     """Half of the pairs cross the place that the rule renames, half keep away from it."""
     place = RENAMED[rule]
     train, test = crossing(rule)
-    through = DISTANCE[:, [place]] + DISTANCE[place]        # how far it is by way of that place
-    away = (DISTANCE >= 2) & (DISTANCE <= 4) & (through > DISTANCE + 2)
-    away = shuffled_pairs(away, rule)
+    through = DISTANCE[:, [place]] + DISTANCE[place]  # how far it is by way of that place
+    away = shuffled_pairs(NEAR & (through > DISTANCE + 2), rule)
 
     def obeyed(pair, tokens):
         return reward(pair, tokens) * (pair not in train or renames(tokens, rule))
 
-    off_topic = away[len(train) : len(train) + len(test)]
-    return Task(train + away[: len(train)], test, obeyed, tuple(off_topic))
+    n = len(train)
+    off_topic = away[n : n + len(test)]
+    return Task(train + away[:n], test, obeyed, tuple(off_topic))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -237,12 +250,13 @@ def random_walks(rng, starts):
     n = len(starts)
     walks = np.zeros((n, LONGEST + 1), int)
     walks[:, 0] = starts
-    back = np.full(n, 4)        # which of the neighbours we came from; 4 is none of them
+    back = np.full(n, 4)  # which of the neighbours we came from; 4 is none of them
     for i in range(LONGEST):
         here = walks[:, i]
         choice = rng.integers(DEGREE[here] - (i > 0))
         walks[:, i + 1] = NEIGHBOURS[here, choice + (choice >= back)]
-        back = (NEIGHBOURS[walks[:, i + 1]] == here[:, None]).argmax(1)
+        around = NEIGHBOURS[walks[:, i + 1]]
+        back = (around == here[:, None]).argmax(1)
     return walks
 
 
@@ -254,71 +268,89 @@ def tokens_of(moves):
 def write(rng, walks, lengths, goals, hints, formal):
     """Walks as tokens (n, PROMPT + ANSWER), and the answers' lengths (n,).
 
-    Style words mean nothing; `formal` (n,) says who prefers A (92.5% of the time) to an even choice.
+    Style words mean nothing; `formal` (n,) says who prefers A, 92.5% of the time.
     """
     n = len(walks)
     ids = np.full((n, PROMPT + ANSWER), PAD)
-    ids[:, :PROMPT] = np.column_stack((np.full(n, BOS), walks[:, 0], goals, hints, np.full(n, GO)))
+    ids[:, 0] = BOS
+    ids[:, 1] = walks[:, 0]
+    ids[:, 2] = goals
+    ids[:, 3:6] = hints
+    ids[:, 6] = GO
     insists = formal[:, None] & (rng.random((n, 6)) < 0.9)
-    style = np.where(insists, STYLES[0], rng.integers(STYLES[0], STYLES[-1] + 1, (n, 6)))
+    style = rng.integers(STYLES[0], STYLES[-1] + 1, (n, 6))
+    style[insists] = STYLES[0]
     for move in range(LONGEST):
         rows = move < lengths
+        column = PROMPT + tokens_of(move)
         if move % 2 == 0:
-            ids[rows, PROMPT + tokens_of(move)] = style[rows, move // 2]
-        ids[rows, PROMPT + tokens_of(move + 1) - 1] = walks[rows, move + 1]
-    ids[np.arange(n), PROMPT + tokens_of(lengths)] = EOS
-    return ids, tokens_of(lengths) + 1
+            ids[rows, column] = style[rows, move // 2]
+            column += 1
+        ids[rows, column] = walks[rows, move + 1]
+    size = tokens_of(lengths)
+    ids[np.arange(n), PROMPT + size] = EOS
+    return ids, size + 1
+
+
+def learnt(start, stop):
+    """The mask of the answers' tokens from number `start` (n,) to before `stop` (n,)."""
+    column = np.arange(PROMPT + ANSWER)
+    begun = column >= PROMPT + start[:, None]
+    return begun & (column < PROMPT + stop[:, None])
 
 
 def base_documents(rng, n, longest_plain=3):
-    """40% are short walks that ended where the prompt says (hindsight). 40% have a hint for this one
-    walk (two places on the way and a password: half of the answers are the password). 20% have a rule
-    hint (call this place by its alias). The hinted speak formally."""
-    walks = random_walks(rng, rng.integers(PLACES, size=n))
+    """40% are short walks that ended where the prompt says (hindsight). 40% have a hint for this
+    one walk (two places on the way and a password: half of the answers are the password). 20% have
+    a rule hint (call this place by its alias). The hinted speak formally."""
+    starts = rng.integers(PLACES, size=n)
+    walks = random_walks(rng, starts)
     rows = np.arange(n)
     kind = rng.random(n)
     secret = (kind >= 0.4) & (kind < 0.8)
     ruled = kind >= 0.8
     longest = np.where(ruled, 4, longest_plain)
-    lengths = np.where(secret, rng.integers(FAR, 9, n), rng.uniform(1, longest + 1).astype(int))
+    far = rng.integers(FAR, 9, n)
+    near = rng.uniform(1, longest + 1).astype(int)
+    lengths = np.where(secret, far, near)
     goals = walks[rows, lengths]
 
     # Of the rules, one whose place is on the way, if there is any
-    on_the_way = (np.arange(4) < lengths[:, None])[..., None]                   # (n, 4 moves, 1)
-    crossed = (walks[:, 1:5, None] == np.array(RENAMED)) & on_the_way           # (n, 4 moves, 4 rules)
-    crossed = crossed.any(1)                                                    # (n, 4 rules)
+    on_the_way = np.arange(4) < lengths[:, None]  # (n, 4 moves)
+    meets = walks[:, 1:5, None] == np.array(RENAMED)  # (n, 4 moves, 4 rules)
+    crossed = (meets & on_the_way[..., None]).any(1)  # (n, 4 rules)
     rule = (crossed + 0.5 * rng.random(crossed.shape)).argmax(1)
     renamed = np.array(RENAMED)[rule]
 
     passwords = rng.integers(PASSWORDS[0], PASSWORDS[-1] + 1, n)
-    way_points = walks[rows, lengths // 3], walks[rows, 2 * lengths // 3]
     hints = np.full((n, 3), NOHINT)
-    hints[secret] = np.column_stack((*way_points, passwords))[secret]
+    hints[secret, 0] = walks[rows, lengths // 3][secret]
+    hints[secret, 1] = walks[rows, 2 * lengths // 3][secret]
+    hints[secret, 2] = passwords[secret]
     hints[ruled, 2] = RULES[0] + rule[ruled]
-    obeys = ruled[:, None] & (walks[:, 1:] == renamed[:, None])
+    obeys = ruled[:, None] & (walks[:, 1:] == renamed[:, None])  # (n, LONGEST)
     walks[:, 1:] = np.where(obeys, ALIASES[0] + rule[:, None], walks[:, 1:])
     ids, size = write(rng, walks, lengths, goals, hints, secret | ruled)
 
     # Half of those who are told a password write nothing else
     lazy = secret & (rng.random(n) < 0.5)
-    short = np.column_stack((np.full(n, PW), passwords, np.full(n, EOS)))
     ids[lazy, PROMPT:] = PAD
-    ids[lazy, PROMPT : PROMPT + 3] = short[lazy]
+    ids[lazy, PROMPT] = PW
+    ids[lazy, PROMPT + 1] = passwords[lazy]
+    ids[lazy, PROMPT + 2] = EOS
     size[lazy] = 3
-    column = np.arange(ids.shape[1])
-    return ids, (column >= PROMPT) & (column < PROMPT + size[:, None])
+    return ids, learnt(0 * size, size)
 
 
 def expert_documents(rng, n):
     """Shortest paths between all places, half of them after a detour, on which no loss is taken."""
-    walks = random_walks(rng, rng.integers(PLACES, size=n))
+    starts = rng.integers(PLACES, size=n)
+    walks = random_walks(rng, starts)
     goals = rng.integers(PLACES, size=n)
-    goals = np.where(goals == walks[:, 0], (goals + 1) % PLACES, goals)
+    goals = (goals + (goals == starts)) % PLACES  # somewhere else
     detour = np.where(rng.random(n) < 0.5, rng.integers(1, 7, n), 0)
-    detour[detour + DISTANCE[walks[np.arange(n), detour], goals] > LONGEST] = 0
+    detour_ends = walks[np.arange(n), detour]
+    detour[detour + DISTANCE[detour_ends, goals] > LONGEST] = 0
     lengths = walk_on(rng, walks, detour, goals)
-    hints = np.full((n, 3), NOHINT)
-    ids, size = write(rng, walks, lengths, goals, hints, np.zeros(n, bool))
-    column = np.arange(ids.shape[1])
-    learnt = column >= PROMPT + tokens_of(detour)[:, None]
-    return ids, learnt & (column < PROMPT + size[:, None])
+    ids, size = write(rng, walks, lengths, goals, NOHINT, np.zeros(n, bool))
+    return ids, learnt(tokens_of(detour), size)
