@@ -451,8 +451,6 @@ def held_out(model, teacher, task, config):
     if teacher is not None:
         del sampler
         kl = sum(d.item() for d in divergences(model, teacher, rollout, "reverse", config))
-    if isinstance(model, FSDPModule):
-        model.reshard()  # what a backward pass does at its end, and nothing did here
     sums = torch.tensor([kl, rollout.mask.sum(), right], dtype=torch.float64)
     kl, tokens, right = all_sum(sums).tolist()
     row = {} if teacher is None else dict(kl=kl / tokens)
