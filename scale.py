@@ -83,7 +83,7 @@ from opd import METHODS, divergence
 from reinforce import imitate
 from tasks.wordproblems import load_model, load_teacher, word_problems
 
-# the rows that need a teacher, but no map, hint or judge: name -> who writes, which divergence
+# what takes two checkpoints and nothing else: name -> who writes, which divergence
 DISTILLATION = {
     name: (writer, kind)
     for name, (writer, teacher, kind) in METHODS.items()
@@ -179,7 +179,7 @@ def join(device):
         torch.cuda.set_device(local)
     dist.init_process_group("nccl" if device == "cuda" else "gloo")
     if world()[0]:
-        sys.stdout = open(os.devnull, "w")
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
 def sum_gradients(model):
@@ -294,7 +294,7 @@ def collect(model, task, config, rng, generator):
     Dynamic sampling (DAPO) goes on until all groups have both right and wrong answers, at most four
     times; P may then be less. If there is no such group at all, the last batch is taken as it is.
     """
-    dynamic = LOSSES.get(config.method, [False])[-1]
+    dynamic = not config.distils and LOSSES[config.method].dynamic
     G = config.group
     rank, processes = world()
     P = len(range(rank, config.prompts, processes))
@@ -356,7 +356,7 @@ def batch_weights(mask, kind, budget):
 
 def update(model, base, optimizer, rollout, rewards, config, generator):
     """The gradient steps of one batch -> metrics. rewards (P, G); base: None without --beta."""
-    advantage, ratio, eps_low, eps_high, aggregation, _ = LOSSES[config.method]
+    method = LOSSES[config.method]
     mask = rollout.mask
     R = len(mask)
     rows = order = torch.arange(R)
@@ -367,19 +367,21 @@ def update(model, base, optimizer, rollout, rewards, config, generator):
         if config.beta:
             ref_logp = score(base, rollout, rows, config)
     rewards = rewards.to(mask.device)
-    adv = advantages(rewards, advantage)
-    if advantage == "batch":  # the mean of all processes' rewards
+    adv = advantages(rewards, method.advantage)
+    if method.advantage == "batch":  # the mean of all processes' rewards
         adv = rewards - all_sum(rewards.sum()) / all_sum(torch.tensor(rewards.numel()))
     adv = F.pad(adv.flatten(), (0, R - adv.numel()))[:, None]  # (R, 1)
 
     def losses(minibatch):
-        weights = batch_weights(mask[minibatch], aggregation, config.max_new_tokens)
-        for rows, a in zip(minibatch.split(config.micro_batch), weights.split(config.micro_batch)):
+        weights = batch_weights(mask[minibatch], method.aggregation, config.max_new_tokens)
+        for rows, a in zip(
+            minibatch.split(config.micro_batch), weights.split(config.micro_batch), strict=True
+        ):
             m = mask[rows]
             logp = score(model, rollout, rows, config)
             # in a batch's only gradient step the policy is still the old one
             old = old_logp[rows] if config.minibatches > 1 else logp.detach()
-            loss, _ = policy_loss(logp, old, adv[rows], m, ratio, eps_low, eps_high)
+            loss, _ = policy_loss(logp, old, adv[rows], m, *method[1:4])
             loss = loss * correction_weights(old, rollout.logp[rows], m, config.correction)
             if config.beta:
                 loss = loss + config.beta * kl_estimate(logp, ref_logp[rows], "k3")
@@ -387,7 +389,7 @@ def update(model, base, optimizer, rollout, rewards, config, generator):
 
     parts = order.tensor_split(config.minibatches)
     steps = [take_step(model, optimizer, losses(part)) for part in parts]
-    loss, norm = (sum(x) / len(parts) for x in zip(*steps))
+    loss, norm = (sum(x) / len(parts) for x in zip(*steps, strict=True))
     return dict(loss=loss, grad_norm=norm)
 
 
@@ -414,7 +416,7 @@ def divergences(model, teacher, rollout, kind, config):
             h = model.hidden(x)[own]  # (N, C)
             with torch.no_grad():
                 g = teacher.hidden(x)[own]  # (N, the teacher's C)
-            chunks = zip(h.split(size), g.split(size), y.split(size))
+            chunks = zip(h.split(size), g.split(size), y.split(size), strict=True)
             yield sum(checkpoint(part_of, *chunk, use_reentrant=False) for chunk in chunks)
 
 
@@ -423,7 +425,7 @@ def distil(model, teacher, optimizer, rollout, config):
     kind = DISTILLATION[config.method][1]
     tokens = all_sum(rollout.mask.sum())
     losses = (d / tokens for d in divergences(model, teacher, rollout, kind, config))
-    return dict(zip(("loss", "grad_norm"), take_step(model, optimizer, losses)))
+    return dict(zip(("loss", "grad_norm"), take_step(model, optimizer, losses), strict=True))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -449,8 +451,6 @@ def held_out(model, teacher, task, config):
     if teacher is not None:
         del sampler
         kl = sum(d.item() for d in divergences(model, teacher, rollout, "reverse", config))
-    if isinstance(model, FSDPModule):
-        model.reshard()  # what a backward pass does at its end, and nothing did here
     sums = torch.tensor([kl, rollout.mask.sum(), right], dtype=torch.float64)
     kl, tokens, right = all_sum(sums).tolist()
     row = {} if teacher is None else dict(kl=kl / tokens)
@@ -464,7 +464,7 @@ def examples(model, task, config):
     sampler = plain(model, config.dtype)
     _, texts, rewards = sample(sampler, task, problems, 1, config, generator)
     prompts = [task.tokenizer.decode(task.prompt(p)) for p in problems]
-    return prompts, list(zip(texts, rewards.flatten().tolist()))
+    return prompts, list(zip(texts, rewards.flatten().tolist(), strict=True))
 
 
 def train(config, task, run, seed, base, teacher, device):
@@ -544,7 +544,7 @@ def main():
     with Run(config, folders, inputs) as run:
         if teacher is not None:
             teacher = place(teacher, config, device)
-        for seed, folder in zip(seeds_of(config), folders):
+        for seed, folder in zip(seeds_of(config), folders, strict=True):
             if config.task:
                 flags = SimpleNamespace(warm_up=5 if config.quick else 600, size=toy.SIZE)
                 base = imitate(flags, toy, run, seed, device)

@@ -132,8 +132,8 @@ def load_model(config, flag, task, dtype="float32"):
     has = model.config
     if has.block_size < positions or has.vocab_size < ids:
         raise UserError(
-            f"--{flag} {name}: has {has.block_size} positions and {has.vocab_size} ids; the prompts "
-            f"with --max-new-tokens need {positions}, the tokenizer {ids}"
+            f"--{flag} {name}: has {has.block_size} positions, {has.vocab_size} ids; the prompts "
+            f"with --max-new-tokens need {positions} and {ids}"
         )
     return model
 

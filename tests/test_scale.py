@@ -147,9 +147,9 @@ STEPS = [dict(), dict(minibatches=2), dict(beta=0.1)]
 @pytest.mark.parametrize("choices", STEPS, ids=str)
 @pytest.mark.parametrize("loss", LOSSES)
 def test_one_process_takes_the_step_of_grpo_to_the_bit(loss, choices):
-    choices = dict(choices, micro_batch=3)
-    theirs = grpo.Config(loss=loss, prompts=4, group=4, **choices)
-    ours = Config(method=loss, task="addition", prompts=4, group=4, max_new_tokens=16, **choices)
+    choices = dict(choices, prompts=4, group=4, micro_batch=3)
+    theirs = grpo.Config(loss=loss, **choices)
+    ours = Config(method=loss, task="addition", max_new_tokens=16, **choices)
     toy = tasks.load("addition")
     shape = GPTConfig(toy.tokenizer.n_vocab, 256, 1, 2, 32, qk_norm=True)
 
@@ -164,10 +164,10 @@ def test_one_process_takes_the_step_of_grpo_to_the_bit(loss, choices):
     problems = [toy.draw(random.Random(i), 1 + i % 3) for i in range(4)]  # ragged
     rollout, _, _ = scale.sample(policy(0), task, problems, 4, ours, seeded())
     after = []
-    for update, more in ((grpo.update, (theirs, 16)), (scale.update, (ours,))):
+    for update, of in ((grpo.update, [theirs, 16]), (scale.update, [ours])):
         model, base = policy(0), policy(1)
         optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
-        row = update(model, base, optimizer, rollout, REWARDS, *more, seeded(1))
+        row = update(model, base, optimizer, rollout, REWARDS, *of, seeded(1))
         after.append((flat(model), row["grad_norm"]))
     assert torch.equal(after[0][0], after[1][0]) and after[0][1] == after[1][1] > 0
     assert not torch.equal(after[0][0], flat(policy(0)))
@@ -219,7 +219,7 @@ def test_the_sampler_and_the_scorer_agree_and_checkpointing_changes_no_gradient(
         with torch.no_grad():
             logp = scale.score(model, rollout, torch.arange(16), config)
         assert ((logp - rollout.logp) * rollout.mask).abs().max() < 1e-4
-        model.blocks[0].norm1.register_forward_hook(lambda *_: calls.append(checkpointing))
+        model.blocks[0].norm1.register_forward_hook(lambda *_, c=checkpointing: calls.append(c))
         config.micro_batch = 16
         scale.update(model, None, still(model), rollout, REWARDS, config, None)
         gradients.append(flat(model, gradient=True))
@@ -330,9 +330,12 @@ def test_held_out_problems_are_never_trained_on_and_none_twice(real, monkeypatch
     scale.collect(model, task, config, random.Random(0), seeded())
     train, held_out = load_problems(config.data)
     assert set(drawn) <= set(train) and len(set(drawn)) > 40
-    drawn.clear()
-    scale.held_out(model, None, task, config)
-    assert sorted(drawn) == sorted(held_out)
+    for processes in (1, 2):  # of several each has its share
+        drawn.clear()
+        for rank in range(processes):
+            monkeypatch.setattr(scale, "world", lambda here=(rank, processes): here)
+            scale.held_out(model, None, task, config)
+        assert sorted(drawn) == sorted(held_out)
 
 
 def test_held_out_is_the_reverse_kl_per_token_and_the_rate_of_right_answers(real, monkeypatch):
@@ -371,7 +374,7 @@ def test_a_student_comes_nearer_to_its_teacher_which_does_not_move(method, real)
     before = [flat(m) for m in (student, teacher)]
     run = quiet()
     scale.train(config, task, run, 0, student, teacher, "cpu")
-    assert all(torch.equal(a, flat(m)) for a, m in zip(before, (student, teacher)))
+    assert all(torch.equal(a, flat(m)) for a, m in zip(before, (student, teacher), strict=True))
     assert all(p.grad is None for m in (student, teacher) for p in m.parameters())
     assert len(run.rows) == 26 and run.rows[-1]["kl"] < 0.8 * run.rows[0]["kl"]
 
@@ -389,11 +392,11 @@ def test_a_bf16_run_scores_with_a_bf16_teacher(real):
 
 
 # --------------------------------------------------------------------------------------------------
-# Several processes (gloo): all of this in one start of torchrun, because a start takes seconds
+# Several processes (gloo): all of this in one start of torchrun, which takes seconds
 
 
-RL = [dict(method=m, **more) for m in LOSSES for more in (dict(), dict(beta=0.1))]
-METHODS = RL + [dict(method=m) for m in DISTILLATION]
+METHODS = [dict(method=m) for m in (*LOSSES, *DISTILLATION)] + [dict(method="grpo", beta=0.1)]
+SHARDED = [METHODS[i] for i in (0, 2, 4, -1)] + [dict(method="opd")]
 DEAL = {1: [[0, 1, 2, 3]], 2: [[3, 1, 0], [2]]}  # the problems of each process
 
 
@@ -448,21 +451,19 @@ def worker(folder):
     """What each process measures."""
     folder = Path(folder)
     rank, processes = scale.world()
-    results = {"gradients": [gradient(folder, False, choices) for choices in METHODS]}
+    results = {str(choices): gradient(folder, False, choices) for choices in METHODS}
     if processes == 2:
-        results["sharded"] = [gradient(folder, True, choices) for choices in METHODS]
+        results["sharded"] = {str(choices): gradient(folder, True, choices) for choices in SHARDED}
         for method in ("dr_grpo", "opd"):
             results[method] = [curve(folder, shard, method) for shard in (False, True)]
             results[method].append(curve(folder, True, method, halves=True))
     torch.save(results, folder / f"{rank} of {processes}.pt")
 
 
-@pytest.fixture(scope="module")
-def measured(real, tmp_path_factory):
-    """What one process measured, and what two did."""
-    folder = shutil.copytree(real, tmp_path_factory.mktemp("measured") / "real")
+def test_two_processes_are_one_big_batch_and_sharded_weights_train_as_whole_ones(real, tmp_path):
+    folder = shutil.copytree(real, tmp_path / "real")
     save_gpt(folder / "other", folder / "like", 300, 32, 0, sharp=7)
-    code = folder / "worker.py"
+    code = tmp_path / "worker.py"
     code.write_text(
         f"import scale, test_scale as t\nscale.join('cpu')\nt.worker({str(folder)!r})\n"
         "scale.dist.destroy_process_group()\n"
@@ -470,54 +471,52 @@ def measured(real, tmp_path_factory):
     rc, output = torchrun(code)
     assert rc == 0, output
     worker(folder)
-    return [torch.load(folder / f"{name}.pt") for name in ("0 of 1", "0 of 2", "1 of 2")]
+    parts = [torch.load(folder / f"{name}.pt") for name in ("0 of 1", "0 of 2", "1 of 2")]
+    compare_gradients(*parts, 2e-6)
+    compare_gradients(parts[0], *(part["sharded"] for part in parts[1:]), 1e-5)
+    for method in ("dr_grpo", "opd"):
+        compare_curves(parts[1][method], parts[2][method])
 
 
-@pytest.mark.parametrize("how", ["gradients", "sharded"])
-def test_two_processes_have_the_gradient_of_one_however_the_problems_are_dealt(how, measured):
-    one, first, second = measured
-    for i, choices in enumerate(METHODS):
-        g, row = one["gradients"][i]
-        (g0, row0), (g1, row1) = first[how][i], second[how][i]
-        assert torch.equal(g0, g1) and row0 == row1, choices
-        assert close(g0, g, 1e-5 if how == "sharded" else 2e-6), choices
-        assert row0 == pytest.approx(row, rel=1e-5, abs=1e-6) and g.abs().max() > 0, choices
+def compare_gradients(one, first, second, tolerance):
+    """However the problems are dealt, two processes have the gradient and the metrics of one."""
+    compared = [name for name in one if name in first]
+    assert len(compared) > 4
+    for name in compared:
+        (g, row), (g0, row0), (g1, row1) = one[name], first[name], second[name]
+        assert torch.equal(g0, g1) and row0 == row1, name
+        assert g.abs().max() > 0 and close(g0, g, tolerance), name
+        assert row0 == pytest.approx(row, rel=1e-5, abs=1e-6), name
 
 
-@pytest.mark.parametrize("method", ["dr_grpo", "opd"])
-def test_sharded_weights_train_as_whole_ones_and_resume_to_the_bit(method, measured):
-    _, first, second = measured
-    (rows, weights), (sharded_rows, sharded), (resumed_rows, resumed) = first[method]
+def compare_curves(first, second):
+    """Sharded or not the rows are the same, an interrupted run's to the bit, in each process."""
+    (rows, weights), (sharded_rows, sharded), (resumed_rows, resumed) = first
     assert len(rows) == 5 and rows[1]["loss"] != rows[2]["loss"] != 0
     for ours, theirs in zip(rows, sharded_rows, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
     assert close(sharded, weights, 1e-3)
     assert torch.equal(resumed, sharded) and resumed_rows == sharded_rows
-    assert [[r for r, _ in run] for run in (first[method], second[method])] == [
-        [rows, sharded_rows, resumed_rows]
-    ] * 2
+    assert [r for r, _ in second] == [rows, sharded_rows, resumed_rows]
 
 
 def test_each_process_draws_problems_and_answers_of_its_own(real, monkeypatch):
-    config, seen = config_for(real, steps=2, prompts=2, group=7), {}
+    config = config_for(real, steps=2, prompts=2, group=7)
     task, model, _ = opened(config)
-    for rank in (0, 1):
-        drawn = seen[rank] = []
-        monkeypatch.setattr(scale, "world", lambda: (rank, 2))
-        monkeypatch.setattr(scale, "even", lambda rollouts, device: Rollout.cat(rollouts))
-        sample = scale.sample
+    sample, drawn = scale.sample, []
 
-        def noted(model, task, problems, n, config, generator):
-            done = sample(model, task, problems, n, config, generator)
-            drawn.append((problems, done[0].tokens()))
-            return done
+    def noted(model, task, problems, n, config, generator):
+        done = sample(model, task, problems, n, config, generator)
+        if n == 7:
+            drawn.append(str(done[0].tokens()))
+        return done
 
-        with monkeypatch.context() as patch:
-            patch.setattr(scale, "sample", noted)
-            scale.train(config, task, quiet(), 0, model, None, "cpu")
-    train = [[answers for problems, answers in seen[rank] if len(answers) == 7] for rank in (0, 1)]
-    assert len(train[0]) == len(train[1]) == 2
-    assert len({str(answers) for answers in train[0] + train[1]}) == 4
+    monkeypatch.setattr(scale, "sample", noted)
+    monkeypatch.setattr(scale, "even", lambda rollouts, device: Rollout.cat(rollouts))
+    for here in ((0, 2), (1, 2)):
+        monkeypatch.setattr(scale, "world", lambda here=here: here)
+        scale.train(config, task, quiet(), 0, model, None, "cpu")
+    assert len(drawn) == len(set(drawn)) == 4  # of two processes, at two steps
 
 
 REAL = "--quick", "--micro-batch", 3, "--template", "{question}"
@@ -832,7 +831,7 @@ def test_an_answer_is_read_as_gsm8ks_authors_read_it_but_for_a_final_dot(text, a
 def test_problems_come_from_jsonl_or_parquet_and_a_tenth_is_held_out(real):
     train, held_out = load_problems(str(real / "sums.jsonl"))
     assert load_problems(str(real / "sums.parquet")) == (train, held_out)
-    everything = [(r["question"], str(a + b + 1000)) for r, (a, b) in zip(ROWS, SUMS)]
+    everything = [(r["question"], str(a + b + 1000)) for r, (a, b) in zip(ROWS, SUMS, strict=True)]
     assert sorted(train + held_out) == sorted(everything) and not set(train) & set(held_out)
     assert 0 < len(held_out) < 20
 
@@ -846,7 +845,7 @@ def test_gsm8k_comes_through_datasets_with_its_own_splits(monkeypatch):
         return rows[split] if (name, config) == ("openai/gsm8k", "main") else None
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    for part, of in zip(load_problems("gsm8k"), (ROWS[:9], ROWS[9:12])):
+    for part, of in zip(load_problems("gsm8k"), (ROWS[:9], ROWS[9:12]), strict=True):
         assert [q for q, _ in part] == [r["question"] for r in of]
 
 
