@@ -200,7 +200,7 @@ def draw_losses(ax, config, loss):
     ax.set(title=f"Loss on the same {n} tokens", ylabel="loss (nats per token)", xscale="log")
     ax.set_xlabel(f"tokens before the first of them (before the last: {n - 1} more)")
     ax.set_xticks(lengths, lengths)
-    ax.margins(y=0.5)  # room for the legend
+    ax.set_ylim(0, None)  # room for the legend
     ax.axvline(config.length, color="k", label="length in training")
 
 
