@@ -129,30 +129,6 @@ def verdict_gap(problems, texts):
     return float(balanced - np.mean([hit for hit, _ in judged] or [0.0]))
 
 
-def behaviour(problems, texts):
-    """Means over the answers: attempts, different pairs among them, their hits, and
-    P(stop | the last verdict was NO).
-    """
-    parsed = [numbers.parse(text) for text in texts]
-    count = sum(len(attempts) for attempts, _ in parsed)
-    different = sum(len({frozenset(t[:2]) for t in attempts}) for attempts, _ in parsed)
-    found = sum(
-        numbers.hits(problem, a, b)
-        for problem, (attempts, _) in zip(problems, parsed)
-        for a, b, _ in attempts
-    )
-    after_no = sum(not verdict for attempts, _ in parsed for *_, verdict in attempts)
-    gave_up = sum(
-        bool(attempts) and not attempts[-1][2] and named is not None for attempts, named in parsed
-    )
-    return dict(
-        attempts=count / len(texts),
-        unique_attempts=different / len(texts),
-        hit_rate=found / max(count, 1),
-        gives_up=gave_up / max(after_no, 1),
-    )
-
-
 def score(model, ids):
     """Log-probability and entropy (R, T - 1) of each token of ids (R, T) given those before it."""
     return token_logprobs(model.hidden(ids[:, :-1]), model.lm_head.weight, ids[:, 1:])
@@ -226,12 +202,13 @@ def warm_up(config, run, seed, device, kind="gap"):
         model.parameters(), config.sft_lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True
     )
     for step in run.loop(phase, config.sft_steps, model, optimizer, rng):
-        rate = config.sft_lr * min((step + 1) / 50, 1 - step / config.sft_steps)
-        optimizer.param_groups[0]["lr"] = rate
+        # up in a line, then down in a line
+        ramp = min((step + 1) / 50, 1 - step / config.sft_steps)
+        optimizer.param_groups[0]["lr"] = config.sft_lr * ramp
         problems = [numbers.draw(rng, rng.choice(SIZES)) for _ in range(config.sft_batch)]
         pairs = [(numbers.prompt(p), numbers.demonstrate(rng, p, **BASES[kind])) for p in problems]
-        pairs.sort(key=lambda pair: len(TASK.encode(pair[0] + " " + pair[1])))
-        count = sum(len(TASK.encode(text)) + 1 for _, text in pairs)  # with the token that ends it
+        pairs.sort(key=lambda pair: len(" ".join(pair).split()))  # by tokens
+        count = sum(len(text.split()) + 1 for _, text in pairs)  # with the token that ends it
         total = 0.0
         optimizer.zero_grad()
         for i in range(0, len(pairs), 16):  # short ones together: less padding
@@ -268,7 +245,7 @@ def evaluate(model, size, budgets, seed, n, held_out=True, k=1, draw=numbers.dra
         solved = (rewards * (lengths <= budget)).amax(1)  # (n,)
         row[f"pass@{k} of {budget}"] = solved.sum().item() / n
     repeated = [p for p in problems for _ in range(k)]
-    row |= behaviour(repeated, texts)
+    row |= numbers.behaviour(repeated, texts)
     row["gap"] = verdict_gap(repeated, texts)
     row["nats"] = -(rollout.logp.sum() / rollout.mask.sum()).item()
     return row
@@ -318,8 +295,7 @@ def train(config, run, arm, seed, base, budget):
     kept = {"sampled": 0}
 
     def test(step, **row):
-        at_an_end = step in (0, config.steps)
-        n = config.eval_prompts if at_an_end else config.eval_prompts // 4
+        n = config.eval_prompts if step in (0, config.steps) else config.eval_prompts // 4
         row |= evaluate(model, config.size, BUDGETS, f"{seed} {step}", n)
         run.log(phase="rl", arm=arm, seed=seed, step=step, sampled_tokens=kept["sampled"], **row)
         return row
@@ -345,21 +321,14 @@ def verdicts_by_place(model, config, seed, places=56, n=16):
     fails in long answers.
     """
     rng = random.Random(f"places {seed}")
-    rows, hit_at = [], []
-    for place in list(range(places + 1)) * n:  # the last answer has no hit
+    rows = []
+    hit_at = torch.arange(places + 1).repeat(n)  # (R,): in the last of places + 1 there is none
+    for place in hit_at.tolist():
         problem = numbers.draw(rng, config.size, held_out=True)
-        pairs = [(a, b) for a in problem[0] for b in problem[0] if a != b]
-        good = [p for p in pairs if numbers.hits(problem, *p)]
-        bad = [p for p in pairs if not numbers.hits(problem, *p)]
-        words = [numbers.attempt(a, b, a + b, False) for a, b in rng.choices(bad, k=place)]
-        if place < places:
-            a, b = rng.choice(good)
-            words.append(numbers.attempt(a, b, a + b, True))
-        ids = TASK.encode(" ".join([numbers.prompt(problem), *words]))
+        text = numbers.misses_then_hit(rng, problem, place, hit=place < places)
+        ids = TASK.encode(f"{numbers.prompt(problem)} {text}")
         rows.append(ids + [0] * (2 + config.size + 4 * places - len(ids)))
-        hit_at.append(place)
     ids = torch.tensor(rows, device=model.lm_head.weight.device)  # (R, T)
-    hit_at = torch.tensor(hit_at)  # (R,)
     same = [model(part[:, :-1]).argmax(-1) == part[:, 1:] for part in ids.split(64)]
     # The last token of each attempt is its verdict
     right = torch.cat(same)[:, -1 - 4 * (places - 1) :: 4].float().cpu()  # (R, places)
@@ -409,8 +378,8 @@ def told(difference, digits=2):
 def draw_budgets(ax, curves, title, budgets=BUDGETS):
     for label, y in curves.items():
         band(ax, np.array(budgets), y, label, marker="o")
-    ax.set(title=title, xlabel="test budget (tokens)", ylabel="held-out pass@1")
-    ax.set(xscale="log", ylim=(0, 1))
+    ax.set(title=title, xlabel="test budget (tokens)", ylabel="held-out pass@1", ylim=(0, 1))
+    ax.set_xscale("log")
     ax.set_xticks(budgets, budgets)
     ax.minorticks_off()
     ax.legend()
@@ -429,8 +398,8 @@ def figure(config, run):
     for arm, label in (("full", "gap"), ("no gap", "no gap")):
         band(axes[0], *series(run, "attempts", phase="rl", arm=arm), label)
     axes[0].set_title(
-        f"A base that checks its guesses: attempts x{grown['full'].mean():.1f}; "
-        f"one that cannot: x{grown['no gap'].mean():.1f}"
+        f"Attempts: x{grown['full'].mean():.1f} from a base that checks its guesses; "
+        f"x{grown['no gap'].mean():.1f} without"
     )
     axes[0].set(xlabel="RL step", ylabel=f"attempts per answer (of {BUDGETS[-1]} tokens)")
     axes[0].set_ylim(0)
@@ -452,7 +421,7 @@ def figure(config, run):
     draw_budgets(
         axes[2],
         curves,
-        f"From 16 to 64 tokens: {short[0].mean():.2f} to {short[2].mean():.2f} trained at 16; "
+        f"16 to 64 tokens: {short[0].mean():.2f} to {short[2].mean():.2f} trained at 16; "
         f"base {base[0].mean():.2f} to {base[2].mean():.2f}",
     )
     for ax in axes[:2]:
@@ -468,29 +437,27 @@ def claims_of(config, run, grown, far_minus_near, base, short):
     n, key = config.seeds, f"pass@1 of {config.budget}"
     rise = {arm: of(run, arm, key) - of(run, arm, key, False) for arm in grown}
     gap = of(run, "no gap", "gap", False).max()
-    by_tokens, base_by_tokens = short[2] - short[0], base[2] - base[0]
-    both = f" ({by_tokens.mean():.2f}, {base_by_tokens.mean():.2f})"
-    texts = {
-        "no gap": "verdict gap of the base without one, largest",
-        "positions": "verdicts: mean of attempts 17 to 56 minus that of 1 to 16",
-        "attempts": "attempts (of 256 tokens), after over before, gap",
-        "rise": "rise of pass@1 at the training budget, gap",
-        "extrapolation": "pass@1 at 64 minus at 16 tokens: trained at 16 minus base",
-    }
+    more, base_more = short[2] - short[0], base[2] - base[0]  # at 64 tokens, minus at 16
+    both = f" ({more.mean():.2f}, {base_more.mean():.2f})"
     same = "the same without a gap"
 
-    def held(id, paper, value, op, threshold, beside="", source=SOURCE):
-        text = texts.get(id, same)
+    def held(id, text, paper, value, op, threshold, beside=""):
+        source = "design of the task" if paper == "-" else SOURCE
         return claim(id, text, source, paper, value, op, threshold, n, beside)
 
+    no_gap = "verdict gap of the base without one, largest"
+    positions = "verdicts: mean of attempts 17 to 56 minus that of 1 to 16"
+    attempts = "attempts (of 256 tokens), after over before, gap"
+    rises = "rise of pass@1 at the training budget, gap"
+    longer = "pass@1 at 64 minus at 16 tokens: trained at 16 minus base"
     return [
-        held("no gap", "no gap", gap, "<=", 0.5),
-        held("positions", "-", far_minus_near, ">=", -0.05, source="design of the task"),
-        held("attempts", "grow", grown["full"], ">=", 2.5),
-        held("attempts no gap", "flat", grown["no gap"], "<=", 1.15),
-        held("rise", "0.2 to 0.5", rise["full"], ">=", 0.30),
-        held("rise no gap", "about 0", rise["no gap"], "<=", 0.04),
-        held("extrapolation", "+0.11", by_tokens - base_by_tokens, ">=", 0.1, both),
+        held("no gap", no_gap, "no gap", gap, "<=", 0.5),
+        held("positions", positions, "-", far_minus_near, ">=", -0.05),
+        held("attempts", attempts, "grow", grown["full"], ">=", 2.5),
+        held("attempts no gap", same, "flat", grown["no gap"], "<=", 1.15),
+        held("rise", rises, "0.2 to 0.5", rise["full"], ">=", 0.30),
+        held("rise no gap", same, "about 0", rise["no gap"], "<=", 0.04),
+        held("extrapolation", longer, "+0.11", more - base_more, ">=", 0.1, both),
     ]
 
 

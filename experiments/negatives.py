@@ -256,6 +256,7 @@ def main():
     config = parse_args(Config, __doc__)
     with Run(config) as run:
         measure(config, run)
+        run.save()
         run.finish(*figure(config, run))
 
 
