@@ -126,7 +126,8 @@ def verdict_gap(problems, texts):
         return np.mean([verdict == truth for hit, verdict in judged if hit == truth] or [0.5])
 
     balanced = (accuracy(True) + accuracy(False)) / 2
-    return float(balanced - np.mean([hit for hit, _ in judged] or [0.0]))
+    success = np.mean([hit for hit, _ in judged] or [0.0])
+    return float(balanced - success)
 
 
 def score(model, ids):
@@ -151,7 +152,7 @@ def update(model, optimizer, rollout, adv):
     loss is the mean over all tokens of all answers.
     """
     adv = adv.view(-1, 1).to(rollout.ids.device)  # (R, 1): one number for all tokens of an answer
-    count = rollout.mask.sum()
+    count = rollout.mask.sum()  # tokens of all answers
     row = dict(loss=0.0, entropy=0.0)
     optimizer.zero_grad()
     for rows in rollout.lengths.argsort().split(64):  # short answers together: less padding
@@ -206,14 +207,18 @@ def warm_up(config, run, seed, device, kind="gap"):
         ramp = min((step + 1) / 50, 1 - step / config.sft_steps)
         optimizer.param_groups[0]["lr"] = config.sft_lr * ramp
         problems = [numbers.draw(rng, rng.choice(SIZES)) for _ in range(config.sft_batch)]
-        pairs = [(numbers.prompt(p), numbers.demonstrate(rng, p, **BASES[kind])) for p in problems]
+        answers = [numbers.demonstrate(rng, p, **BASES[kind]) for p in problems]
+        questions = [numbers.prompt(p) for p in problems]
+        pairs = list(zip(questions, answers))
         pairs.sort(key=lambda pair: len(" ".join(pair).split()))  # by tokens
         count = sum(len(text.split()) + 1 for _, text in pairs)  # with the token that ends it
         total = 0.0
         optimizer.zero_grad()
         for i in range(0, len(pairs), 16):  # short ones together: less padding
-            ids, mask = (x.to(device) for x in padded(pairs[i : i + 16], TASK))  # (16, T) each
-            loss = -(score(model, ids)[0] * mask[:, 1:]).sum() / count
+            part = padded(pairs[i : i + 16], TASK)
+            ids, mask = (x.to(device) for x in part)  # (16, T) each
+            logp, _ = score(model, ids)  # (16, T - 1)
+            loss = -(logp * mask[:, 1:]).sum() / count
             loss.backward()
             total += loss.item()
         descend(optimizer, total)
@@ -237,7 +242,8 @@ def evaluate(model, size, budgets, seed, n, held_out=True, k=1, draw=numbers.dra
     """
     rng = random.Random(f"{size} {seed}")
     problems = [draw(rng, size, held_out) for _ in range(n)]
-    generator = torch.Generator().manual_seed(rng.getrandbits(32))
+    seed_of_answers = rng.getrandbits(32)
+    generator = torch.Generator().manual_seed(seed_of_answers)
     rollout, texts, rewards = answer(model, problems, k, max(budgets), generator)
     lengths = rollout.lengths.view(n, k).cpu()
     row = {}
@@ -265,6 +271,7 @@ def outcome(rollout, rewards):
     def mean(x):
         return x.mean().item() if len(x) else None
 
+    # of none there is no length
     return dict(
         reward=rewards.mean().item(),
         length=mean(lengths),
@@ -291,7 +298,8 @@ def train(config, run, arm, seed, base, budget):
     phase = f"{arm} {seed}"
     model = copy.deepcopy(base)
     optimizer = adamw(model, config)
-    rng, generator = random.Random(seed + 1), torch.Generator().manual_seed(seed + 1)
+    rng = random.Random(seed + 1)
+    generator = torch.Generator().manual_seed(seed + 1)
     kept = {"sampled": 0}
 
     def test(step, **row):
@@ -303,6 +311,7 @@ def train(config, run, arm, seed, base, budget):
     if phase not in run.state:
         test(0)
     for step in run.loop(phase, config.steps, model, optimizer, rng, generator, kept):
+        # New problems, one step on them, and now and then a test
         problems = [numbers.draw(rng, config.size) for _ in range(config.prompts)]
         row, sampled = practise(model, optimizer, problems, budget, config, generator)
         kept["sampled"] += sampled
@@ -334,7 +343,8 @@ def verdicts_by_place(model, config, seed, places=56, n=16):
     right = torch.cat(same)[:, -1 - 4 * (places - 1) :: 4].float().cpu()  # (R, places)
     balanced = []
     for i in range(places):
-        no, ok = right[hit_at > i, i].mean(), right[hit_at == i, i].mean()
+        no = right[hit_at > i, i].mean()
+        ok = right[hit_at == i, i].mean()
         balanced.append(((no + ok) / 2).item())
     return dict(right=balanced)
 
@@ -378,8 +388,10 @@ def told(difference, digits=2):
 def draw_budgets(ax, curves, title, budgets=BUDGETS):
     for label, y in curves.items():
         band(ax, np.array(budgets), y, label, marker="o")
-    ax.set(title=title, xlabel="test budget (tokens)", ylabel="held-out pass@1", ylim=(0, 1))
+    ax.set_title(title)
+    ax.set(xlabel="test budget (tokens)", ylabel="held-out pass@1")
     ax.set_xscale("log")
+    ax.set_ylim(0, 1)
     ax.set_xticks(budgets, budgets)
     ax.minorticks_off()
     ax.legend()
@@ -392,7 +404,8 @@ def growth(run, arm):
 
 
 def figure(config, run):
-    n, trained_at = config.seeds, f"trained at {config.budget}"
+    n = config.seeds
+    trained_at = f"trained at {config.budget}"
     fig, axes = plt.subplots(1, 3, figsize=(18, 5), layout="constrained")
     grown = {arm: growth(run, arm) for arm in ("full", "no gap")}
     for arm, label in (("full", "gap"), ("no gap", "no gap")):
@@ -401,23 +414,27 @@ def figure(config, run):
         f"Attempts: x{grown['full'].mean():.1f} from a base that checks its guesses; "
         f"x{grown['no gap'].mean():.1f} without"
     )
-    axes[0].set(xlabel="RL step", ylabel=f"attempts per answer (of {BUDGETS[-1]} tokens)")
+    axes[0].set_xlabel("RL step")
+    axes[0].set_ylabel(f"attempts per answer (of {BUDGETS[-1]} tokens)")
     axes[0].set_ylim(0)
     right = np.array([r["right"] for r in run.rows if r["phase"] == "places"])  # (seeds, places)
-    near, far = right[:, :16].mean(1), right[:, 16:].mean(1)
+    near = right[:, :16].mean(1)  # (seeds,)
+    far = right[:, 16:].mean(1)
     band(axes[1], np.arange(1, right.shape[1] + 1), right, "the base, made to read on")
     axes[1].axvline(16, color="k", ls=":", lw=1, label="longest demonstration")
     axes[1].set_title(
         f"Verdicts of attempts 1 to 16: {near.mean():.2f} right, beyond: {far.mean():.2f}"
     )
-    axes[1].set(xlabel="attempt", ylabel="balanced accuracy of the verdict", ylim=(0, 1.02))
+    axes[1].set(xlabel="attempt", ylabel="balanced accuracy of the verdict")
+    axes[1].set_ylim(0, 1.02)
     curves = {
         "base": tested(run, "full", False),
         "trained at 16": tested(run, "budget 16"),
         trained_at: tested(run, "full"),
         f"no gap, {trained_at}": tested(run, "no gap"),
     }
-    base, short = curves["base"].T, curves["trained at 16"].T  # (budgets, seeds)
+    base = curves["base"].T  # (budgets, seeds)
+    short = curves["trained at 16"].T
     draw_budgets(
         axes[2],
         curves,
@@ -434,10 +451,12 @@ def figure(config, run):
 
 
 def claims_of(config, run, grown, far_minus_near, base, short):
-    n, key = config.seeds, f"pass@1 of {config.budget}"
+    n = config.seeds
+    key = f"pass@1 of {config.budget}"
     rise = {arm: of(run, arm, key) - of(run, arm, key, False) for arm in grown}
     gap = of(run, "no gap", "gap", False).max()
-    more, base_more = short[2] - short[0], base[2] - base[0]  # at 64 tokens, minus at 16
+    more = short[2] - short[0]  # at 64 tokens, minus at 16
+    base_more = base[2] - base[0]
     both = f" ({more.mean():.2f}, {base_more.mean():.2f})"
     same = "the same without a gap"
 
@@ -445,6 +464,7 @@ def claims_of(config, run, grown, far_minus_near, base, short):
         source = "design of the task" if paper == "-" else SOURCE
         return claim(id, text, source, paper, value, op, threshold, n, beside)
 
+    # Each could fail: the base may judge, attempts may stay, a longer budget may not help
     no_gap = "verdict gap of the base without one, largest"
     positions = "verdicts: mean of attempts 17 to 56 minus that of 1 to 16"
     attempts = "attempts (of 256 tokens), after over before, gap"
