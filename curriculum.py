@@ -126,31 +126,8 @@ def verdict_gap(problems, texts):
         return np.mean([verdict == truth for hit, verdict in judged if hit == truth] or [0.5])
 
     balanced = (accuracy(True) + accuracy(False)) / 2
-    return float(balanced - np.mean([hit for hit, _ in judged] or [0.0]))
-
-
-def behaviour(problems, texts):
-    """Means over the answers: attempts, different pairs among them, their hits, and
-    P(stop | the last verdict was NO).
-    """
-    parsed = [numbers.parse(text) for text in texts]
-    count = sum(len(attempts) for attempts, _ in parsed)
-    different = sum(len({frozenset(t[:2]) for t in attempts}) for attempts, _ in parsed)
-    found = sum(
-        numbers.hits(problem, a, b)
-        for problem, (attempts, _) in zip(problems, parsed)
-        for a, b, _ in attempts
-    )
-    after_no = sum(not verdict for attempts, _ in parsed for *_, verdict in attempts)
-    gave_up = sum(
-        bool(attempts) and not attempts[-1][2] and named is not None for attempts, named in parsed
-    )
-    return dict(
-        attempts=count / len(texts),
-        unique_attempts=different / len(texts),
-        hit_rate=found / max(count, 1),
-        gives_up=gave_up / max(after_no, 1),
-    )
+    success = np.mean([hit for hit, _ in judged] or [0.0])
+    return float(balanced - success)
 
 
 def score(model, ids):
@@ -175,7 +152,7 @@ def update(model, optimizer, rollout, adv):
     loss is the mean over all tokens of all answers.
     """
     adv = adv.view(-1, 1).to(rollout.ids.device)  # (R, 1): one number for all tokens of an answer
-    count = rollout.mask.sum()
+    count = rollout.mask.sum()  # tokens of all answers
     row = dict(loss=0.0, entropy=0.0)
     optimizer.zero_grad()
     for rows in rollout.lengths.argsort().split(64):  # short answers together: less padding
@@ -226,17 +203,22 @@ def warm_up(config, run, seed, device, kind="gap"):
         model.parameters(), config.sft_lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True
     )
     for step in run.loop(phase, config.sft_steps, model, optimizer, rng):
-        rate = config.sft_lr * min((step + 1) / 50, 1 - step / config.sft_steps)
-        optimizer.param_groups[0]["lr"] = rate
+        # up in a line, then down in a line
+        ramp = min((step + 1) / 50, 1 - step / config.sft_steps)
+        optimizer.param_groups[0]["lr"] = config.sft_lr * ramp
         problems = [numbers.draw(rng, rng.choice(SIZES)) for _ in range(config.sft_batch)]
-        pairs = [(numbers.prompt(p), numbers.demonstrate(rng, p, **BASES[kind])) for p in problems]
-        pairs.sort(key=lambda pair: len(TASK.encode(pair[0] + " " + pair[1])))
-        count = sum(len(TASK.encode(text)) + 1 for _, text in pairs)  # with the token that ends it
+        answers = [numbers.demonstrate(rng, p, **BASES[kind]) for p in problems]
+        questions = [numbers.prompt(p) for p in problems]
+        pairs = list(zip(questions, answers))
+        pairs.sort(key=lambda pair: len(" ".join(pair).split()))  # by tokens
+        count = sum(len(text.split()) + 1 for _, text in pairs)  # with the token that ends it
         total = 0.0
         optimizer.zero_grad()
         for i in range(0, len(pairs), 16):  # short ones together: less padding
-            ids, mask = (x.to(device) for x in padded(pairs[i : i + 16], TASK))  # (16, T) each
-            loss = -(score(model, ids)[0] * mask[:, 1:]).sum() / count
+            part = padded(pairs[i : i + 16], TASK)
+            ids, mask = (x.to(device) for x in part)  # (16, T) each
+            logp, _ = score(model, ids)  # (16, T - 1)
+            loss = -(logp * mask[:, 1:]).sum() / count
             loss.backward()
             total += loss.item()
         descend(optimizer, total)
@@ -260,7 +242,8 @@ def evaluate(model, size, budgets, seed, n, held_out=True, k=1, draw=numbers.dra
     """
     rng = random.Random(f"{size} {seed}")
     problems = [draw(rng, size, held_out) for _ in range(n)]
-    generator = torch.Generator().manual_seed(rng.getrandbits(32))
+    seed_of_answers = rng.getrandbits(32)
+    generator = torch.Generator().manual_seed(seed_of_answers)
     rollout, texts, rewards = answer(model, problems, k, max(budgets), generator)
     lengths = rollout.lengths.view(n, k).cpu()
     row = {}
@@ -268,7 +251,7 @@ def evaluate(model, size, budgets, seed, n, held_out=True, k=1, draw=numbers.dra
         solved = (rewards * (lengths <= budget)).amax(1)  # (n,)
         row[f"pass@{k} of {budget}"] = solved.sum().item() / n
     repeated = [p for p in problems for _ in range(k)]
-    row |= behaviour(repeated, texts)
+    row |= numbers.behaviour(repeated, texts)
     row["gap"] = verdict_gap(repeated, texts)
     row["nats"] = -(rollout.logp.sum() / rollout.mask.sum()).item()
     return row
@@ -288,6 +271,7 @@ def outcome(rollout, rewards):
     def mean(x):
         return x.mean().item() if len(x) else None
 
+    # of none there is no length
     return dict(
         reward=rewards.mean().item(),
         length=mean(lengths),
@@ -314,12 +298,12 @@ def train(config, run, arm, seed, base, budget):
     phase = f"{arm} {seed}"
     model = copy.deepcopy(base)
     optimizer = adamw(model, config)
-    rng, generator = random.Random(seed + 1), torch.Generator().manual_seed(seed + 1)
+    rng = random.Random(seed + 1)
+    generator = torch.Generator().manual_seed(seed + 1)
     kept = {"sampled": 0}
 
     def test(step, **row):
-        at_an_end = step in (0, config.steps)
-        n = config.eval_prompts if at_an_end else config.eval_prompts // 4
+        n = config.eval_prompts if step in (0, config.steps) else config.eval_prompts // 4
         row |= evaluate(model, config.size, BUDGETS, f"{seed} {step}", n)
         run.log(phase="rl", arm=arm, seed=seed, step=step, sampled_tokens=kept["sampled"], **row)
         return row
@@ -327,6 +311,7 @@ def train(config, run, arm, seed, base, budget):
     if phase not in run.state:
         test(0)
     for step in run.loop(phase, config.steps, model, optimizer, rng, generator, kept):
+        # New problems, one step on them, and now and then a test
         problems = [numbers.draw(rng, config.size) for _ in range(config.prompts)]
         row, sampled = practise(model, optimizer, problems, budget, config, generator)
         kept["sampled"] += sampled
@@ -345,27 +330,21 @@ def verdicts_by_place(model, config, seed, places=56, n=16):
     fails in long answers.
     """
     rng = random.Random(f"places {seed}")
-    rows, hit_at = [], []
-    for place in list(range(places + 1)) * n:  # the last answer has no hit
+    rows = []
+    hit_at = torch.arange(places + 1).repeat(n)  # (R,): in the last of places + 1 there is none
+    for place in hit_at.tolist():
         problem = numbers.draw(rng, config.size, held_out=True)
-        pairs = [(a, b) for a in problem[0] for b in problem[0] if a != b]
-        good = [p for p in pairs if numbers.hits(problem, *p)]
-        bad = [p for p in pairs if not numbers.hits(problem, *p)]
-        words = [numbers.attempt(a, b, a + b, False) for a, b in rng.choices(bad, k=place)]
-        if place < places:
-            a, b = rng.choice(good)
-            words.append(numbers.attempt(a, b, a + b, True))
-        ids = TASK.encode(" ".join([numbers.prompt(problem), *words]))
+        text = numbers.misses_then_hit(rng, problem, place, hit=place < places)
+        ids = TASK.encode(f"{numbers.prompt(problem)} {text}")
         rows.append(ids + [0] * (2 + config.size + 4 * places - len(ids)))
-        hit_at.append(place)
     ids = torch.tensor(rows, device=model.lm_head.weight.device)  # (R, T)
-    hit_at = torch.tensor(hit_at)  # (R,)
     same = [model(part[:, :-1]).argmax(-1) == part[:, 1:] for part in ids.split(64)]
     # The last token of each attempt is its verdict
     right = torch.cat(same)[:, -1 - 4 * (places - 1) :: 4].float().cpu()  # (R, places)
     balanced = []
     for i in range(places):
-        no, ok = right[hit_at > i, i].mean(), right[hit_at == i, i].mean()
+        no = right[hit_at > i, i].mean()
+        ok = right[hit_at == i, i].mean()
         balanced.append(((no + ok) / 2).item())
     return dict(right=balanced)
 
@@ -409,8 +388,10 @@ def told(difference, digits=2):
 def draw_budgets(ax, curves, title, budgets=BUDGETS):
     for label, y in curves.items():
         band(ax, np.array(budgets), y, label, marker="o")
-    ax.set(title=title, xlabel="test budget (tokens)", ylabel="held-out pass@1")
-    ax.set(xscale="log", ylim=(0, 1))
+    ax.set_title(title)
+    ax.set(xlabel="test budget (tokens)", ylabel="held-out pass@1")
+    ax.set_xscale("log")
+    ax.set_ylim(0, 1)
     ax.set_xticks(budgets, budgets)
     ax.minorticks_off()
     ax.legend()
@@ -423,36 +404,41 @@ def growth(run, arm):
 
 
 def figure(config, run):
-    n, trained_at = config.seeds, f"trained at {config.budget}"
+    n = config.seeds
+    trained_at = f"trained at {config.budget}"
     fig, axes = plt.subplots(1, 3, figsize=(18, 5), layout="constrained")
     grown = {arm: growth(run, arm) for arm in ("full", "no gap")}
     for arm, label in (("full", "gap"), ("no gap", "no gap")):
         band(axes[0], *series(run, "attempts", phase="rl", arm=arm), label)
     axes[0].set_title(
-        f"A base that checks its guesses: attempts x{grown['full'].mean():.1f}; "
-        f"one that cannot: x{grown['no gap'].mean():.1f}"
+        f"Attempts: x{grown['full'].mean():.1f} from a base that checks its guesses; "
+        f"x{grown['no gap'].mean():.1f} without"
     )
-    axes[0].set(xlabel="RL step", ylabel=f"attempts per answer (of {BUDGETS[-1]} tokens)")
+    axes[0].set_xlabel("RL step")
+    axes[0].set_ylabel(f"attempts per answer (of {BUDGETS[-1]} tokens)")
     axes[0].set_ylim(0)
     right = np.array([r["right"] for r in run.rows if r["phase"] == "places"])  # (seeds, places)
-    near, far = right[:, :16].mean(1), right[:, 16:].mean(1)
+    near = right[:, :16].mean(1)  # (seeds,)
+    far = right[:, 16:].mean(1)
     band(axes[1], np.arange(1, right.shape[1] + 1), right, "the base, made to read on")
     axes[1].axvline(16, color="k", ls=":", lw=1, label="longest demonstration")
     axes[1].set_title(
         f"Verdicts of attempts 1 to 16: {near.mean():.2f} right, beyond: {far.mean():.2f}"
     )
-    axes[1].set(xlabel="attempt", ylabel="balanced accuracy of the verdict", ylim=(0, 1.02))
+    axes[1].set(xlabel="attempt", ylabel="balanced accuracy of the verdict")
+    axes[1].set_ylim(0, 1.02)
     curves = {
         "base": tested(run, "full", False),
         "trained at 16": tested(run, "budget 16"),
         trained_at: tested(run, "full"),
         f"no gap, {trained_at}": tested(run, "no gap"),
     }
-    base, short = curves["base"].T, curves["trained at 16"].T  # (budgets, seeds)
+    base = curves["base"].T  # (budgets, seeds)
+    short = curves["trained at 16"].T
     draw_budgets(
         axes[2],
         curves,
-        f"From 16 to 64 tokens: {short[0].mean():.2f} to {short[2].mean():.2f} trained at 16; "
+        f"16 to 64 tokens: {short[0].mean():.2f} to {short[2].mean():.2f} trained at 16; "
         f"base {base[0].mean():.2f} to {base[2].mean():.2f}",
     )
     for ax in axes[:2]:
@@ -465,32 +451,33 @@ def figure(config, run):
 
 
 def claims_of(config, run, grown, far_minus_near, base, short):
-    n, key = config.seeds, f"pass@1 of {config.budget}"
+    n = config.seeds
+    key = f"pass@1 of {config.budget}"
     rise = {arm: of(run, arm, key) - of(run, arm, key, False) for arm in grown}
     gap = of(run, "no gap", "gap", False).max()
-    by_tokens, base_by_tokens = short[2] - short[0], base[2] - base[0]
-    both = f" ({by_tokens.mean():.2f}, {base_by_tokens.mean():.2f})"
-    texts = {
-        "no gap": "verdict gap of the base without one, largest",
-        "positions": "verdicts: mean of attempts 17 to 56 minus that of 1 to 16",
-        "attempts": "attempts (of 256 tokens), after over before, gap",
-        "rise": "rise of pass@1 at the training budget, gap",
-        "extrapolation": "pass@1 at 64 minus at 16 tokens: trained at 16 minus base",
-    }
+    more = short[2] - short[0]  # at 64 tokens, minus at 16
+    base_more = base[2] - base[0]
+    both = f" ({more.mean():.2f}, {base_more.mean():.2f})"
     same = "the same without a gap"
 
-    def held(id, paper, value, op, threshold, beside="", source=SOURCE):
-        text = texts.get(id, same)
+    def held(id, text, paper, value, op, threshold, beside=""):
+        source = "design of the task" if paper == "-" else SOURCE
         return claim(id, text, source, paper, value, op, threshold, n, beside)
 
+    # Each could fail: the base may judge, attempts may stay, a longer budget may not help
+    no_gap = "verdict gap of the base without one, largest"
+    positions = "verdicts: mean of attempts 17 to 56 minus that of 1 to 16"
+    attempts = "attempts (of 256 tokens), after over before, gap"
+    rises = "rise of pass@1 at the training budget, gap"
+    longer = "pass@1 at 64 minus at 16 tokens: trained at 16 minus base"
     return [
-        held("no gap", "no gap", gap, "<=", 0.5),
-        held("positions", "-", far_minus_near, ">=", -0.05, source="design of the task"),
-        held("attempts", "grow", grown["full"], ">=", 2.5),
-        held("attempts no gap", "flat", grown["no gap"], "<=", 1.15),
-        held("rise", "0.2 to 0.5", rise["full"], ">=", 0.30),
-        held("rise no gap", "about 0", rise["no gap"], "<=", 0.04),
-        held("extrapolation", "+0.11", by_tokens - base_by_tokens, ">=", 0.1, both),
+        held("no gap", no_gap, "no gap", gap, "<=", 0.5),
+        held("positions", positions, "-", far_minus_near, ">=", -0.05),
+        held("attempts", attempts, "grow", grown["full"], ">=", 2.5),
+        held("attempts no gap", same, "flat", grown["no gap"], "<=", 1.15),
+        held("rise", rises, "0.2 to 0.5", rise["full"], ">=", 0.30),
+        held("rise no gap", same, "about 0", rise["no gap"], "<=", 0.04),
+        held("extrapolation", longer, "+0.11", more - base_more, ">=", 0.1, both),
     ]
 
 

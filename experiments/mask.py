@@ -193,19 +193,24 @@ def figure(config, run):
         "Full minus masked: with and without negative advantages, at one update a batch and at 16 "
         f"({config.steps} batches, {n} seed{'s' * (n > 1)})"
     )
+    return fig, claims_of(equal, at_end["nats"], at_end[twice], n)
+
+
+def claims_of(equal, nats_at_end, success_at_end, n):
     one, many = DESIGNS
+    nats, apart = equal["nats"], equal["unique_attempts"][many]
+    ending = nats_at_end[many]
     size = "1 update a batch: size of the entropy's difference at equal success"
     text = "16 updates: entropy at equal success, full minus masked"
     tries = "16 updates: different attempts at equal success, the same"
     end = "16 updates: entropy at the end, the same"
-    apart, ending = equal["unique_attempts"][many], at_end["nats"][many]
     beside = f" ({told(nats[one], 3)})"
-    return fig, [
+    return [
         claim("one entropy", size, "derived", "0", abs(nats[one].mean()), "<=", 0.05, n, beside),
         claim("reuse entropy", text, SOURCE, "0.095", nats[many], ">=", 0.05, n),
         claim("reuse entropy end", end, SOURCE, "0.095", ending, ">=", 0.05, n),
         claim("reuse attempts", tries, SOURCE, "more", apart, ">=", 0.5, n),
-        *[accuracy(design, y, n) for design, y in at_end[twice].items()],
+        *[accuracy(design, y, n) for design, y in success_at_end.items()],
     ]
 
 

@@ -67,7 +67,8 @@ def pk_train(masked, seed, K=30, budget=60, lr=30.0, n=256, steps=1500):
     As E[grad log pi] = 0 the masked gradient has half the mean of the full one: the direction is
     the same, the step is half as long.
     """
-    M, rng = pk_start(K, seed=seed), np.random.default_rng(seed)
+    M = pk_start(K, seed=seed)
+    rng = np.random.default_rng(seed)
     path = []
     for _ in range(steps):
         draws, right, lengths = pk_sample(M, 1, budget, n, rng)
@@ -90,7 +91,8 @@ def pk_reuse(
     A table's ratio is one number for each (last, next), so that PPO's gradient needs of a batch no
     more than two tables of summed advantages.
     """
-    M, rng = pk_start(K, right, seed=seed), np.random.default_rng(seed)
+    M = pk_start(K, right, seed=seed)
+    rng = np.random.default_rng(seed)
     path = []
     for _ in range(batches):
         path.append(pk_exact(M, right, budget))
@@ -191,17 +193,17 @@ def figure(config, run):
     for ax, regime in zip((axes[1], axes[2], axes[2]), REGIMES):
         free = "no clip" in regime
         for arm, color in zip(ARMS, ("C0", "C1")):
-            look = dict(color=color, ls=":" if free else "-")
-            band(
-                ax, LEVELS, of(run, regime, arm, "nats"), f"{arm}, no clip" if free else arm, **look
-            )
+            nats = of(run, regime, arm, "nats")  # (seeds, levels)
+            label = f"{arm}, no clip" if free else arm
+            band(ax, LEVELS, nats, label, color=color, ls=":" if free else "-")
     one, clipped, free = (apart(run, regime, "nats") for regime in REGIMES)
     axes[1].set_title(f"One update a batch, at .9: full - masked = {told(one)} nats")
     axes[2].set_title(f"16 under PPO's clip: {told(clipped)}; without it: {told(free)}")
     n = config.seeds
     for ax in axes[1:]:
-        ax.set(xlabel=f"success (exact, {n} seeds)", ylabel="entropy of a draw (nats, exact)")
-        ax.set(xlim=(0, 1), ylim=(0, None))
+        ax.set_xlabel(f"success (exact, {n} seeds)")
+        ax.set_ylabel("entropy of a draw (nats, exact)")
+        ax.set_ylim(0)
     for ax in axes:
         ax.legend()
     fig.suptitle(
@@ -222,7 +224,8 @@ def claims_of(run, ratio, longer):
     one, clipped, free = (apart(run, regime, "nats") for regime in REGIMES)
     different = apart(run, "16 updates, clipped", "different")
     draws = apart(run, "16 updates, clipped", "draws")
-    few, many = len(longer), len(one)
+    few = len(longer)
+    many = len(one)
 
     def within(id, text, y):
         return claim(id, text, "derived", "0", abs(y.mean()), "<=", 0.1, many, f" ({told(y)})")
@@ -256,6 +259,7 @@ def main():
     config = parse_args(Config, __doc__)
     with Run(config) as run:
         measure(config, run)
+        run.save()
         run.finish(*figure(config, run))
 
 

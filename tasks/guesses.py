@@ -33,7 +33,8 @@ def pk_sample(M, right, budget, n, rng):
     lengths = np.ones(n, int)
     for _ in range(budget - 1):
         # inversion; rounding must not find an action after stop
-        action = np.minimum((rng.random(len(alive))[:, None] > cdf[last[alive]]).sum(1), K)
+        u = rng.random(len(alive))[:, None]
+        action = np.minimum((u > cdf[last[alive]]).sum(1), K)
         draws.append(np.stack((alive, last[alive], action)))
         lengths[alive] += 1
         last[alive] = action
@@ -60,10 +61,12 @@ def pk_exact(M, right, budget):
     """Success, entropy per draw of the table (nats), draws per episode, and exp of the entropy of
     which right action it was. No sampling.
     """
-    p, K = M.softmax(-1), len(M)
+    p = M.softmax(-1)  # (K, K + 1)
+    K = len(M)
     last = torch.full((K,), 1 / (K - right), dtype=M.dtype)  # the probability of each last action
     entropy = torch.special.entr(p).sum(1)  # (K,)
-    draws, nats = 1.0, 0.0
+    draws = 1.0
+    nats = 0.0
     found = torch.zeros(right, dtype=M.dtype)
     for _ in range(budget - 1):
         last[:right] = 0  # found: the episode is over

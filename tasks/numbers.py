@@ -109,6 +109,21 @@ def demonstrate(rng, problem, honest=True, patience=(0.4, 1.0), attempts=16):
     return " ".join([*words, f"ANS {a} +{b}"])
 
 
+def misses_then_hit(rng, problem, misses, hit):
+    """An answer to be read, not to be learnt from: so many random attempts that miss, then one
+    that hits if `hit`.
+    """
+    numbers = problem[0]
+    pairs = [(a, b) for a in numbers for b in numbers if a != b]
+    good = [p for p in pairs if hits(problem, *p)]
+    bad = [p for p in pairs if not hits(problem, *p)]
+    words = [attempt(a, b, a + b, False) for a, b in rng.choices(bad, k=misses)]
+    if hit:
+        a, b = rng.choice(good)
+        words.append(attempt(a, b, a + b, True))
+    return " ".join(words)
+
+
 def pair(words):
     """Two words like 8 +6 -> (8, 6); None if they are anything else."""
     match = re.fullmatch(r"(\d+) \+(\d+)", " ".join(words))
@@ -137,3 +152,26 @@ def reward(problem, text):
     """1.0 if the pair that the answer names hits, else 0.0. A text can't say if it ended."""
     named = parse(text)[1]
     return float(named is not None and hits(problem, *named))
+
+
+def behaviour(problems, texts):
+    """Means over the answers: attempts, different pairs among them, their hits, and
+    P(stop | the last verdict was NO).
+    """
+    parsed = [parse(text) for text in texts]
+    pairs = [[t[:2] for t in attempts] for attempts, _ in parsed]  # of each answer
+    verdicts = [[t[2] for t in attempts] for attempts, _ in parsed]
+    count = sum(map(len, pairs))
+    different = sum(len(set(map(frozenset, tried))) for tried in pairs)
+    found = sum(hits(p, *pair) for p, tried in zip(problems, pairs) for pair in tried)
+    after_no = sum(answered.count(False) for answered in verdicts)
+    # it named a pair although its last verdict was NO
+    gave_up = sum(
+        v[-1:] == [False] and named is not None for v, (_, named) in zip(verdicts, parsed)
+    )
+    return dict(
+        attempts=count / len(texts),
+        unique_attempts=different / len(texts),
+        hit_rate=found / max(count, 1),
+        gives_up=gave_up / max(after_no, 1),
+    )

@@ -14,14 +14,14 @@ import torch
 from common import Memory, check_help, check_mistake, check_quick, check_resume, check_whole, complain, finish, launch, metrics
 
 import curriculum
-from curriculum import BASES, BUDGETS, TASK, Config, advantages, behaviour, build, evaluate, generate, verdict_gap, verdicts_by_place
+from curriculum import BASES, BUDGETS, TASK, Config, advantages, build, evaluate, generate, verdict_gap, verdicts_by_place
 from experiment import UserError, parse_args
 from experiments import budget, coupled, mask, negatives
 from experiments.coupled import TESTS, budget_rule
 from experiments.negatives import at_success, pk_reuse, pk_train, steps_to
 from tasks import numbers
 from tasks.guesses import pk_exact, pk_gradient, pk_sample, pk_start, pk_sums
-from tasks.numbers import demonstrate, draw, draw_single, hits, parse, prompt, reward
+from tasks.numbers import behaviour, demonstrate, draw, draw_single, hits, parse, prompt, reward
 
 MODULES = {"curriculum.py": curriculum, "experiments.budget": budget, "experiments.coupled": coupled, "experiments.mask": mask}
 PROBLEM = [3, 11, 8, 2, 6, 12], 14
@@ -875,7 +875,7 @@ def test_a_run_that_diverges_ends_with_one_line_and_keeps_what_was_finite(flag, 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_during_an_evaluation_is_heeded_at_once_and_nothing_is_lost(number, tmp_path, monkeypatch):
-    flags, calls, original = ("--quick", "--n-layer", 1), [], curriculum.behaviour
+    flags, calls, original = ("--quick", "--n-layer", 1), [], numbers.behaviour
     finish("experiments.budget", *flags, "--out", tmp_path / "whole")
 
     def behaviour(*how):
@@ -885,7 +885,7 @@ def test_a_signal_during_an_evaluation_is_heeded_at_once_and_nothing_is_lost(num
             calls.append("went on")
         return original(*how)
     with monkeypatch.context() as patch:
-        patch.setattr(curriculum, "behaviour", behaviour)
+        patch.setattr(numbers, "behaviour", behaviour)
         code, out, _ = launch("experiments.budget", *flags, "--out", tmp_path / "cut")
     assert code == 128 + number and calls == ["evaluating"] * 5 and "--resume" in out
     finish("experiments.budget", "--resume", "--out", tmp_path / "cut")
@@ -897,7 +897,7 @@ def test_interrupt_and_resume_give_the_metrics_of_an_uninterrupted_run_to_the_bi
 
 
 def test_an_interrupted_curriculum_goes_on_after_stage_1_as_if_nothing_had_happened(tmp_path):
-    check_resume("experiments.coupled", tmp_path, (dict(phase="rule"), dict(phase="rl", arm="stage 2 at 64")), "--quick", "--n-layer", 1)
+    check_resume("experiments.coupled", tmp_path, (dict(phase="rule"), dict(phase="rl", arm="stage 2 at 64")), "--quick", "--n-layer", 1, "--stage-tokens", 2048, "--eval-prompts", 4, "--eval-every", 1000)
 
 
 def test_an_interrupted_experiment_on_tables_measures_nothing_twice(tmp_path):
