@@ -17,6 +17,7 @@ from types import SimpleNamespace
 import matplotlib.pyplot as plt
 import pytest
 import torch
+import torch.distributed as dist
 from common import ROOT, check_whole
 
 from experiment import (
@@ -25,6 +26,7 @@ from experiment import (
     NotFinite,
     Run,
     UserError,
+    all_sum,
     band,
     claim,
     command,
@@ -44,7 +46,7 @@ from experiment import (
 from kernels import token_logprobs
 from model import GPT, GPTConfig
 
-SCRIPTS = ["reinforce.py", "pretrain.py", "grpo.py", "opd.py", "curriculum.py", "coverage.py", "ttt.py"]
+SCRIPTS = sorted(p.name for p in ROOT.glob("*.py") if "Config(" in p.read_text() and p.name not in ("model.py", "experiment.py"))
 
 
 def fresh_training():
@@ -204,6 +206,21 @@ def test_auto_takes_the_fastest_device_and_a_missing_one_is_a_user_error(monkeyp
         assert pick_device("auto") == best and pick_device("cpu") == "cpu"
     with pytest.raises(UserError, match="cuda"):
         pick_device("cuda")
+
+
+def test_a_sum_leaves_its_argument_alone_and_tells_a_lost_process_from_a_lack_of_memory(monkeypatch):
+    def fails(error):
+        raise error
+
+    monkeypatch.setattr(dist, "is_initialized", lambda: True), monkeypatch.setattr(dist, "get_backend", lambda: "gloo")
+    monkeypatch.setattr(experiment, "world", lambda: (1, 2))
+    monkeypatch.setattr(dist, "all_reduce", lambda x: x.add_(5))
+    x = torch.ones(3)
+    assert all_sum(x).tolist() == [6, 6, 6] and x.tolist() == [1, 1, 1]
+    for error, seen in ((torch.OutOfMemoryError("no"), torch.OutOfMemoryError), (RuntimeError("no"), LostProcess)):
+        monkeypatch.setattr(dist, "all_reduce", lambda x: fails(error))
+        with pytest.raises(seen):
+            all_sum(x)
 
 
 def test_a_mistake_on_the_command_line_is_one_line_and_exit_code_2(tmp_path):
