@@ -635,6 +635,7 @@ def test_a_mistake_in_several_processes_is_said_by_rank_0_alone(monkeypatch, cap
         raise error
 
     monkeypatch.setattr(sys, "argv", ["script.py"]), monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr(time, "sleep", lambda _: None)
     for error, said in ((UserError("no"), lines), (LostProcess("rank 1 lost another"), 1)):
         with pytest.raises(SystemExit) as stopped:
             command(lambda: fails(error))
