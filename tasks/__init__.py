@@ -13,6 +13,7 @@
 
 import importlib
 import importlib.util
+import os
 import zlib
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,7 +31,7 @@ def load(name):
     none, or if it lacks a name.
     """
     path = Path(name) if name.endswith(".py") else Path(__file__).parent / f"{name}.py"
-    if not path.is_file() or path.stem.startswith("_"):
+    if not os.path.isfile(path) or path.stem.startswith("_"):
         known = sorted(p.stem for p in Path(__file__).parent.glob("[a-z]*.py"))
         raise UserError(f"--task {name}: no such file, and not one of {', '.join(known)}")
     spec = importlib.util.spec_from_file_location(path.stem, path)

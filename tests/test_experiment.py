@@ -21,6 +21,7 @@ import torch.distributed as dist
 from common import ROOT, check_whole
 
 import experiment
+import tasks
 from experiment import (
     Flags,
     LostProcess,
@@ -617,6 +618,12 @@ def test_a_number_that_no_arithmetic_holds_is_a_user_error():
     for flags in (["--beta", "1e300"], ["--steps", str(10 ** 30)]):
         with pytest.raises(UserError, match="must be at most"):
             parse_args(Config, "", flags)
+
+
+@pytest.mark.parametrize("name", ["nothing", "no.py", "/" + "x" * 300, "/" + "x" * 300 + ".py", "__init__", "..", ""])
+def test_a_task_that_is_none_is_a_user_error_that_names_it(name):
+    with pytest.raises(UserError, match="--task"):
+        tasks.load(name)
 
 
 def test_a_flag_that_does_nothing_beside_the_others_is_a_user_error_that_says_why():
