@@ -1,4 +1,7 @@
-"""What the tests of every script share: a stand-in for a Run, the command as a user gives it, and the four checks of its behaviour."""
+"""What the tests of every script share: a stand-in for a Run, the command as a user gives it, and
+the four checks of its behaviour.
+"""
+
 import contextlib
 import dataclasses
 import importlib
@@ -23,27 +26,42 @@ from model import GPT, GPTConfig
 
 V = 11
 PROMPTS = [[3], [1, 4, 1, 5, 9, 2, 6], [5, 3, 5], [8, 9, 7, 9]]
-VARIANTS = {"multi-head": {}, "grouped-query": dict(n_kv_head=2), "multi-query": dict(n_kv_head=1), "window": dict(window=4, n_kv_head=2),
-            "qk_norm": dict(qk_norm=True), "qkv_bias": dict(qkv_bias=True), "tied": dict(tie=True)}
-
+VARIANTS = {
+    "multi-head": {},
+    "grouped-query": dict(n_kv_head=2),
+    "multi-query": dict(n_kv_head=1),
+    "window": dict(window=4, n_kv_head=2),
+    "qk_norm": dict(qk_norm=True),
+    "qkv_bias": dict(qkv_bias=True),
+    "tied": dict(tie=True),
+}
 
 
 def make(seed=0, **kwargs):
-    """A small GPT whose every weight, norm and bias is random and large: at init nothing depends on much."""
-    gpt = GPT(GPTConfig(**{**dict(vocab_size=V, block_size=64, n_layer=2, n_head=4, n_embd=32, tie=False), **kwargs})).requires_grad_(False)
+    """A small GPT whose every weight, norm and bias is random and large: at init nothing depends on
+    much.
+    """
+    gpt = GPT(
+        GPTConfig(
+            **{
+                **dict(vocab_size=V, block_size=64, n_layer=2, n_head=4, n_embd=32, tie=False),
+                **kwargs,
+            }
+        )
+    ).requires_grad_(False)
     g = torch.Generator().manual_seed(seed)
     for p in gpt.parameters():
         p.copy_(torch.randn(p.shape, generator=g) * 0.2 + (p.dim() == 1))
     return gpt
 
 
-
 def known(probs):
     """A GPT that gives every token these probabilities, whatever came before."""
     gpt = make(vocab_size=len(probs), n_layer=1, n_head=1, n_embd=2)
-    gpt.lm_head.register_forward_hook(lambda _, inputs, out: torch.tensor(probs).log().expand_as(out))
+    gpt.lm_head.register_forward_hook(
+        lambda _, inputs, out: torch.tensor(probs).log().expand_as(out)
+    )
     return gpt
-
 
 
 def seeded(seed=0):
@@ -52,6 +70,7 @@ def seeded(seed=0):
 
 class Memory(experiment.Run):
     """A Run without a folder: it keeps rows and state, and is never due."""
+
     due = False
 
     def __init__(self):
@@ -65,12 +84,24 @@ class Memory(experiment.Run):
 
 
 def launch(script, *flags):
-    """The command, in this process and on one thread (importing torch anew takes longer than most runs) -> exit code, stdout, stderr."""
-    module, out, err, threads = importlib.import_module(script.removesuffix(".py")), io.StringIO(), io.StringIO(), torch.get_num_threads()
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}        # Run takes over two signals: give them back
+    """The command, in this process and on one thread (importing torch anew takes longer than most
+    runs) -> exit code, stdout, stderr.
+    """
+    module, out, err, threads = (
+        importlib.import_module(script.removesuffix(".py")),
+        io.StringIO(),
+        io.StringIO(),
+        torch.get_num_threads(),
+    )
+    # Run takes over two signals: give them back
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
     torch.set_num_threads(1)
     try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.MonkeyPatch.context() as patch:
+        with (
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(err),
+            pytest.MonkeyPatch.context() as patch,
+        ):
             patch.setattr(sys, "argv", [script, *map(str, flags)])
             module.command(module.main)
         return 0, out.getvalue(), err.getvalue()
@@ -98,25 +129,62 @@ def complain(script, *flags):
 
 def torchrun(script, *flags, processes=2, **environment):
     """A script, or a piece of code, in several processes -> exit code, all they wrote."""
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), script, *map(str, flags)],
-                          env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", **environment},
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=240)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            str(processes),
+            script,
+            *map(str, flags),
+        ],
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
+            **environment,
+        },
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=240,
+    )
     return done.returncode, done.stdout
 
 
 def metrics(folder):
     """The rows, without what no two runs share."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k != "seconds" and not k.endswith("_per_s")} for row in rows]
+    return [
+        {k: v for k, v in row.items() if k != "seconds" and not k.endswith("_per_s")}
+        for row in rows
+    ]
 
 
 def check_whole(folder, also=()):
     """All that design.md promises of a run's folder, and nothing else -> the figure's name."""
-    figure, = [p.stem for p in folder.glob("*.png")]
-    assert {f"{figure}.png", "metrics.jsonl", "claims.json", "config.json", "model.pt", *also} == {p.name for p in folder.iterdir()}
-    assert (folder / f"{figure}.png").read_bytes().startswith(b"\x89PNG") and metrics(folder) and all("step" in row for row in metrics(folder))
+    (figure,) = [p.stem for p in folder.glob("*.png")]
+    assert {f"{figure}.png", "metrics.jsonl", "claims.json", "config.json", "model.pt", *also} == {
+        p.name for p in folder.iterdir()
+    }
+    assert (
+        (folder / f"{figure}.png").read_bytes().startswith(b"\x89PNG")
+        and metrics(folder)
+        and all("step" in row for row in metrics(folder))
+    )
     for claim in json.loads((folder / "claims.json").read_text()):
-        assert list(claim) == ["id", "claim", "source", "paper", "ours", "threshold", "holds", "seeds"] and isinstance(claim["holds"], bool)
+        assert list(claim) == [
+            "id",
+            "claim",
+            "source",
+            "paper",
+            "ours",
+            "threshold",
+            "holds",
+            "seeds",
+        ] and isinstance(claim["holds"], bool)
     return figure
 
 
@@ -136,7 +204,9 @@ def check_mistake(script, flags, folder):
 
 
 def check_resume(script, folder, marks, *flags):
-    """Interrupt a run when a row with each mark is logged, resume it: its rows and claims are those of a run that nothing interrupted, to the bit."""
+    """Interrupt a run when a row with each mark is logged, resume it: its rows and claims are those
+    of a run that nothing interrupted, to the bit.
+    """
     finish(script, *flags, "--out", folder / "whole")
     log = experiment.Run.log
     for mark, number in zip(marks, (signal.SIGINT, signal.SIGTERM), strict=True):

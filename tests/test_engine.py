@@ -1,4 +1,5 @@
 """engine.py: the cache changes nothing, samples follow the model's law."""
+
 import itertools
 from collections import Counter
 
@@ -23,18 +24,26 @@ from tokenizer import train_bpe
 
 
 def follows(counts, probs):
-    """Pearson's chi-squared test at the level 1e-4, rare cells pooled. Both (..., cells); each leading index is one more sample."""
-    counts, expected = np.atleast_2d(counts), np.atleast_2d(probs) * np.atleast_2d(counts).sum(-1, keepdims=True)
+    """Pearson's chi-squared test at the level 1e-4, rare cells pooled. Both (..., cells); each
+    leading index is one more sample.
+    """
+    counts, expected = (
+        np.atleast_2d(counts),
+        np.atleast_2d(probs) * np.atleast_2d(counts).sum(-1, keepdims=True),
+    )
     rare = expected < 5
     pool = lambda x: np.append(x[~rare], x[rare].sum())
     observed, expected = pool(counts), pool(expected)
     df = len(observed) - (0 if rare.any() else 1) - len(counts)
-    critical = df * (1 - 2 / (9 * df) + 3.72 * (2 / (9 * df)) ** 0.5) ** 3      # Wilson and Hilferty's approximation
+    # Wilson and Hilferty's approximation
+    critical = df * (1 - 2 / (9 * df) + 3.72 * (2 / (9 * df)) ** 0.5) ** 3
     return ((observed - expected) ** 2 / np.maximum(expected, 1e-9)).sum() < critical
 
 
 def prefill(gpt, lens, capacity):
-    """A cache that has read random prompts of these lengths, padded on the right, and what each row has read."""
+    """A cache that has read random prompts of these lengths, padded on the right, and what each row
+    has read.
+    """
     torch.manual_seed(0)
     ids = torch.randint(V, (len(lens), max(lens)))
     cache = KVCache(gpt.config, len(lens), capacity)
@@ -44,7 +53,9 @@ def prefill(gpt, lens, capacity):
 
 
 def feed(gpt, cache, histories, T=1):
-    """Give each row T more tokens through the cache: the logits must be those of a full pass over the row alone."""
+    """Give each row T more tokens through the cache: the logits must be those of a full pass over
+    the row alone.
+    """
     new = torch.randint(V, (len(histories), T))
     logits = gpt.lm_head(gpt.hidden(new, cache))
     for row, h, ours in zip(new.tolist(), histories, logits):
@@ -55,7 +66,10 @@ def feed(gpt, cache, histories, T=1):
 def test_more_positions_than_the_block_are_an_error_with_a_cache_and_without():
     gpt = make(block_size=8)
     cache, _ = prefill(gpt, [3, 8], 20)
-    for ids, cache in (torch.zeros(1, 9, dtype=torch.long), None), (torch.zeros(2, 1, dtype=torch.long), cache):
+    for ids, cache in (
+        (torch.zeros(1, 9, dtype=torch.long), None),
+        (torch.zeros(2, 1, dtype=torch.long), cache),
+    ):
         with pytest.raises(AssertionError, match="block_size"):
             gpt.hidden(ids, cache)
 
@@ -69,7 +83,10 @@ def test_cached_logits_are_those_of_the_full_pass(variant, lens):
         feed(gpt, cache, histories, T)
 
 
-@pytest.mark.parametrize("lens, T, capacity", [([3, 3], 1, 4), ([3, 3], 1, 7), ([3, 3], 3, 6), ([2, 5], 1, 7), ([2, 5, 4], 2, 9)])
+@pytest.mark.parametrize(
+    "lens, T, capacity",
+    [([3, 3], 1, 4), ([3, 3], 1, 7), ([3, 3], 3, 6), ([2, 5], 1, 7), ([2, 5, 4], 2, 9)],
+)
 def test_a_window_needs_a_cache_of_its_own_size_only_at_any_length(lens, T, capacity):
     gpt = make(window=4)
     cache, histories = prefill(gpt, lens, capacity)
@@ -101,8 +118,8 @@ def test_rolling_back_past_what_a_sliding_cache_holds_is_an_error_not_a_wrong_an
     gpt = make(window=4)
     cache, histories = prefill(gpt, [3, 3], 7)
     for _ in range(5):
-        feed(gpt, cache, histories)     # 8 tokens: the first 4 are gone
-    with pytest.raises(AssertionError):     # 5 tokens: the next one would see token 2
+        feed(gpt, cache, histories)  # 8 tokens: the first 4 are gone
+    with pytest.raises(AssertionError):  # 5 tokens: the next one would see token 2
         cache.set_lens([5, 5])
 
 
@@ -136,7 +153,7 @@ def uncached_greedy(gpt, prompt, n):
     ids = list(prompt)
     for _ in range(n):
         ids.append(int(gpt(torch.tensor([ids]))[0, -1].argmax()))
-    return ids[len(prompt):]
+    return ids[len(prompt) :]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -144,34 +161,60 @@ def test_cached_greedy_is_uncached_greedy_token_for_token(variant):
     gpt = make(**VARIANTS[variant])
     rollout = generate(gpt, PROMPTS, max_new_tokens=20, temperature=0)
     assert rollout.tokens() == [uncached_greedy(gpt, p, 20) for p in PROMPTS]
-    assert rollout.logp.eq(0).all()     # a choice that is certain
+    assert rollout.logp.eq(0).all()  # a choice that is certain
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_row_of_a_batch_is_the_row_alone(variant):
-    gpt = make(**VARIANTS[variant]).double()    # a number that drives many tokens magnifies rounding
+    # a number that drives many tokens magnifies rounding
+    gpt = make(**VARIANTS[variant]).double()
     u = torch.rand(8, generator=seeded(), dtype=torch.float64)
     batch = generate(gpt, PROMPTS, n=2, max_new_tokens=6, uniforms=u, generator=seeded())
     for r, tokens in enumerate(batch.tokens()):
-        alone = generate(gpt, [PROMPTS[r // 2]], max_new_tokens=6, uniforms=u[r:r + 1], generator=seeded())
+        alone = generate(
+            gpt, [PROMPTS[r // 2]], max_new_tokens=6, uniforms=u[r : r + 1], generator=seeded()
+        )
         assert alone.tokens() == [tokens]
-        torch.testing.assert_close(batch.logp[r][batch.mask[r] > 0], alone.logp[alone.mask > 0], rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            batch.logp[r][batch.mask[r] > 0], alone.logp[alone.mask > 0], rtol=0, atol=1e-5
+        )
 
 
-SETTINGS = {"sampled": dict(), "greedy": dict(temperature=0), "stop": dict(stop=1), "stops": dict(stop=[4, 1]), "truncated": dict(top_k=9, top_p=0.8, temperature=0.7, stop=2),
-            "uniforms": dict(uniforms=torch.rand(24, generator=seeded(), dtype=torch.float64), stop=3)}
+SETTINGS = {
+    "sampled": dict(),
+    "greedy": dict(temperature=0),
+    "stop": dict(stop=1),
+    "stops": dict(stop=[4, 1]),
+    "truncated": dict(top_k=9, top_p=0.8, temperature=0.7, stop=2),
+    "uniforms": dict(uniforms=torch.rand(24, generator=seeded(), dtype=torch.float64), stop=3),
+}
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU"))])
+@pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param(
+            "cuda",
+            marks=pytest.mark.skipif(
+                not torch.cuda.is_available(), reason="CUDA graphs need a GPU"
+            ),
+        ),
+    ],
+)
 @pytest.mark.parametrize("settings", SETTINGS)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_decoding_on_fixed_shapes_gives_the_tokens_of_decoding_step_by_step(monkeypatch, variant, settings, device):
+def test_decoding_on_fixed_shapes_gives_the_tokens_of_decoding_step_by_step(
+    monkeypatch, variant, settings, device
+):
     gpt, rollouts = make(**VARIANTS[variant]).double().to(device), []
     for where, span in ((), 1), ((device,), 1), ((device,), 5), ((device,), 100):
         monkeypatch.setattr(engine, "STATIC_ON", where), monkeypatch.setattr(engine, "SPAN", span)
-        rollouts.append(generate(gpt, PROMPTS, n=6, max_new_tokens=17, generator=seeded(), **SETTINGS[settings]))
+        rollouts.append(
+            generate(gpt, PROMPTS, n=6, max_new_tokens=17, generator=seeded(), **SETTINGS[settings])
+        )
     if "stop" in SETTINGS[settings]:
-        assert len(set(rollouts[0].lengths.tolist())) > 1       # rows do leave on the way
+        assert len(set(rollouts[0].lengths.tolist())) > 1  # rows do leave on the way
     for static in rollouts[1:]:
         assert static.tokens() == rollouts[0].tokens() and static.mask.equal(rollouts[0].mask)
         torch.testing.assert_close(static.logp, rollouts[0].logp, rtol=0, atol=1e-5)
@@ -186,12 +229,17 @@ def test_decoding_on_fixed_shapes_goes_on_past_the_slots_of_a_span(monkeypatch):
     assert rollouts[0] == rollouts[1]
 
 
-@pytest.mark.parametrize("stop", range(4))      # 0 is also the padding, and every prompt holds some stop
+# 0 is also the padding, and every prompt holds some stop
+@pytest.mark.parametrize("stop", range(4))
 @pytest.mark.parametrize("uniforms", [None, torch.linspace(0, 0.999, 32, dtype=torch.float64)])
-@pytest.mark.parametrize("gpt, length", [(make(vocab_size=4, window=6).double(), 12), (known([0.4, 0.3, 0.2, 0.1]), 40)])
+@pytest.mark.parametrize(
+    "gpt, length", [(make(vocab_size=4, window=6).double(), 12), (known([0.4, 0.3, 0.2, 0.1]), 40)]
+)
 def test_stopping_cuts_rows_and_changes_nothing_else(gpt, length, uniforms, stop):
     prompts = [[0, 0, 1], [2], [0, 3, 0, 0, 2, 0], [1, 0]]
-    sample = lambda stop: generate(gpt, prompts, n=8, max_new_tokens=length, stop=stop, uniforms=uniforms, generator=seeded())
+    sample = lambda stop: generate(
+        gpt, prompts, n=8, max_new_tokens=length, stop=stop, uniforms=uniforms, generator=seeded()
+    )
     free, stopped = sample(None), sample(stop)
     lengths = [row.index(stop) + 1 if stop in row else length for row in free.tokens()]
     assert len(set(lengths)) > 4
@@ -199,29 +247,48 @@ def test_stopping_cuts_rows_and_changes_nothing_else(gpt, length, uniforms, stop
     for r, n in enumerate(lengths):
         p = len(prompts[r // 8])
         assert stopped.ids[r, :p].tolist() == prompts[r // 8]
-        assert stopped.mask[r].tolist() == [float(p <= t < p + n) for t in range(stopped.mask.shape[1])]
-        torch.testing.assert_close(stopped.logp[r, p:p + n], free.logp[r, p:p + n], rtol=0, atol=1e-5)
-        assert stopped.logp[r, :p].eq(0).all() and stopped.logp[r, p + n:].eq(0).all()
+        assert stopped.mask[r].tolist() == [
+            float(p <= t < p + n) for t in range(stopped.mask.shape[1])
+        ]
+        torch.testing.assert_close(
+            stopped.logp[r, p : p + n], free.logp[r, p : p + n], rtol=0, atol=1e-5
+        )
+        assert stopped.logp[r, :p].eq(0).all() and stopped.logp[r, p + n :].eq(0).all()
 
 
 @pytest.mark.parametrize("where", [(), ("cpu",)])
 def test_a_row_ends_at_whichever_of_several_ids_comes_first(monkeypatch, where):
     monkeypatch.setattr(engine, "STATIC_ON", where), monkeypatch.setattr(engine, "SPAN", 5)
-    sample = lambda stop: generate(known([0.4, 0.3, 0.2, 0.1]), [[0, 0, 1], [2]], n=8, max_new_tokens=40, stop=stop, generator=seeded())
+    sample = lambda stop: generate(
+        known([0.4, 0.3, 0.2, 0.1]),
+        [[0, 0, 1], [2]],
+        n=8,
+        max_new_tokens=40,
+        stop=stop,
+        generator=seeded(),
+    )
     free = sample(None).tokens()
     for stop in ([], [3], [0], [3, 2], [1, 2, 3], [7]):
         ends = [[t for t, token in enumerate(row) if token in stop] for row in free]
         rows = sample(stop)
-        assert rows.tokens() == [row[:end[0] + 1] if end else row for row, end in zip(free, ends)]
-        assert rows.lengths.tolist() == [len(row) for row in rows.tokens()] and rows.mask.sum() == rows.lengths.sum()
-    assert sample([3]).tokens() == sample(3).tokens() == sample(torch.tensor([3])).tokens() and sample([]).tokens() == free
+        assert rows.tokens() == [row[: end[0] + 1] if end else row for row, end in zip(free, ends)]
+        assert (
+            rows.lengths.tolist() == [len(row) for row in rows.tokens()]
+            and rows.mask.sum() == rows.lengths.sum()
+        )
+    assert (
+        sample([3]).tokens() == sample(3).tokens() == sample(torch.tensor([3])).tokens()
+        and sample([]).tokens() == free
+    )
 
 
 @pytest.mark.parametrize("where", [(), ("cpu",)])
 @pytest.mark.parametrize("temperature", [0, 1])
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("bad_step", [0, 1, 6])
-def test_a_logit_that_is_not_finite_is_an_error_at_whatever_step(monkeypatch, where, temperature, wrong, bad_step):
+def test_a_logit_that_is_not_finite_is_an_error_at_whatever_step(
+    monkeypatch, where, temperature, wrong, bad_step
+):
     monkeypatch.setattr(engine, "STATIC_ON", where)
     gpt, steps = make(), itertools.count()
 
@@ -229,6 +296,7 @@ def test_a_logit_that_is_not_finite_is_an_error_at_whatever_step(monkeypatch, wh
         if next(steps) == bad_step:
             out[-1, 3] = wrong
         return out
+
     gpt.lm_head.register_forward_hook(spoil)
     with pytest.raises(NotFinite, match="finite"):
         generate(gpt, PROMPTS, max_new_tokens=7, temperature=temperature, generator=seeded())
@@ -236,6 +304,7 @@ def test_a_logit_that_is_not_finite_is_an_error_at_whatever_step(monkeypatch, wh
 
 class Looks(TorchDispatchMode):
     """How often a value is fetched from the device."""
+
     n = 0
 
     def __torch_dispatch__(self, f, types, args=(), kwargs=None):
@@ -256,7 +325,7 @@ def test_nothing_is_fetched_from_the_device_between_two_looks_at_who_has_stopped
 def test_memory_that_was_never_written_is_never_felt():
     gpt = make()
     wanted = generate(gpt, PROMPTS, max_new_tokens=8, temperature=0).tokens()
-    torch.use_deterministic_algorithms(True)    # fills uninitialised memory with nan
+    torch.use_deterministic_algorithms(True)  # fills uninitialised memory with nan
     try:
         assert torch.empty(3).isnan().all()
         assert generate(gpt, PROMPTS, max_new_tokens=8, temperature=0).tokens() == wanted
@@ -266,7 +335,9 @@ def test_memory_that_was_never_written_is_never_felt():
 
 def test_the_generators_seed_decides_the_tokens():
     gpt = make()
-    draw = lambda seed: generate(gpt, PROMPTS, n=4, max_new_tokens=8, generator=seeded(seed)).tokens()
+    draw = lambda seed: generate(
+        gpt, PROMPTS, n=4, max_new_tokens=8, generator=seeded(seed)
+    ).tokens()
     assert draw(1) == draw(1) != draw(2)
 
 
@@ -278,26 +349,64 @@ def test_the_models_weights_are_not_trained_by_sampling():
 def test_prompts_of_different_lengths_can_be_continued_under_autocast_and_no_rows_at_all_be_read():
     gpt = make()
     with torch.autocast("cpu", torch.bfloat16):
-        assert generate(gpt, PROMPTS, n=2, max_new_tokens=4, generator=seeded()).ids.shape[0] == 2 * len(PROMPTS)
+        assert generate(gpt, PROMPTS, n=2, max_new_tokens=4, generator=seeded()).ids.shape[
+            0
+        ] == 2 * len(PROMPTS)
     assert gpt.hidden(torch.zeros(0, 3, dtype=torch.long)).shape == (0, 3, gpt.config.n_embd)
 
 
-def test_a_step_that_cannot_be_captured_runs_eagerly_from_then_on_and_on_the_stream_it_came_from(monkeypatch):
+def test_a_step_that_cannot_be_captured_runs_eagerly_from_then_on_and_on_the_stream_it_came_from(
+    monkeypatch,
+):
     streams, gpu = [], torch.device("cuda")
 
     def capture(graph):
         raise RuntimeError("not while capturing")
-    for name, stub in dict(CUDAGraph=lambda: None, graph=capture, current_stream=lambda device: "the caller's", set_stream=streams.append).items():
+
+    for name, stub in dict(
+        CUDAGraph=lambda: None,
+        graph=capture,
+        current_stream=lambda device: "the caller's",
+        set_stream=streams.append,
+    ).items():
         monkeypatch.setattr(torch.cuda, name, stub)
     monkeypatch.setattr(engine, "STATIC_ON", ("cuda",))
     step = lambda: None
-    assert engine.captured(step, gpu) is step and streams == ["the caller's"] and engine.STATIC_ON == ()
+    assert (
+        engine.captured(step, gpu) is step
+        and streams == ["the caller's"]
+        and engine.STATIC_ON == ()
+    )
 
 
-@pytest.mark.parametrize("prompts, kwargs", [([[1], []], {}), ([], {}), ([[1] * 60], dict(max_new_tokens=6)), ([[1] * 65], dict(max_new_tokens=1)),
-                                             *(([[1]], wrong) for wrong in (
-                                                 dict(temperature=-0.5), dict(temperature=1e-39), dict(uniforms=torch.tensor([float("nan")])), dict(uniforms=torch.tensor([0])), dict(n=0), dict(max_new_tokens=0), dict(top_k=0), dict(top_p=0), dict(top_p=1e-46), dict(top_p=float("nan")), dict(top_p=1.5),
-                                                 dict(uniforms=torch.tensor([1.0])), dict(uniforms=torch.tensor([-0.1])), dict(n=2, uniforms=torch.rand(1))))])
+@pytest.mark.parametrize(
+    "prompts, kwargs",
+    [
+        ([[1], []], {}),
+        ([], {}),
+        ([[1] * 60], dict(max_new_tokens=6)),
+        ([[1] * 65], dict(max_new_tokens=1)),
+        *(
+            ([[1]], wrong)
+            for wrong in (
+                dict(temperature=-0.5),
+                dict(temperature=1e-39),
+                dict(uniforms=torch.tensor([float("nan")])),
+                dict(uniforms=torch.tensor([0])),
+                dict(n=0),
+                dict(max_new_tokens=0),
+                dict(top_k=0),
+                dict(top_p=0),
+                dict(top_p=1e-46),
+                dict(top_p=float("nan")),
+                dict(top_p=1.5),
+                dict(uniforms=torch.tensor([1.0])),
+                dict(uniforms=torch.tensor([-0.1])),
+                dict(n=2, uniforms=torch.rand(1)),
+            )
+        ),
+    ],
+)
 def test_bad_requests_are_value_errors(prompts, kwargs):
     with pytest.raises(ValueError):
         generate(make(), prompts, **{"max_new_tokens": 2, **kwargs})
@@ -308,12 +417,16 @@ def test_emulated_bf16_is_sampled_from_a_copy_in_fp32(monkeypatch):
     monkeypatch.setattr(engine, "gemm_dtype", lambda x: torch.float32)
     rows = generate(gpt, PROMPTS, n=4, max_new_tokens=8, generator=seeded()).tokens()
     assert {p.dtype for p in gpt.parameters()} == {torch.bfloat16}
-    assert rows == generate(gpt.float(), PROMPTS, n=4, max_new_tokens=8, generator=seeded()).tokens()
+    assert (
+        rows == generate(gpt.float(), PROMPTS, n=4, max_new_tokens=8, generator=seeded()).tokens()
+    )
 
 
 def test_the_last_position_of_the_block_can_be_used():
     gpt = make()
-    assert generate(gpt, [[1] * 60], max_new_tokens=5, temperature=0).tokens() == [uncached_greedy(gpt, [1] * 60, 5)]
+    assert generate(gpt, [[1] * 60], max_new_tokens=5, temperature=0).tokens() == [
+        uncached_greedy(gpt, [1] * 60, 5)
+    ]
 
 
 def law(gpt, prompt, length, stop, temperature):
@@ -335,9 +448,14 @@ def test_sampled_sequences_follow_the_exact_law(dtype, stop, temperature):
     gpt, n = make(vocab_size=3), 10000
     prompts = [[1], [0, 2, 0, 1]]
     uniforms = None if dtype is None else torch.rand(2 * n, generator=seeded(3), dtype=dtype)
-    rows = generate(gpt, prompts, n, 3, temperature, stop=stop, generator=seeded(1), uniforms=uniforms).tokens()
+    rows = generate(
+        gpt, prompts, n, 3, temperature, stop=stop, generator=seeded(1), uniforms=uniforms
+    ).tokens()
     for i, prompt in enumerate(prompts):
-        exact, counts = law(gpt, prompt, 3, stop, temperature), Counter(map(tuple, rows[i * n:(i + 1) * n]))
+        exact, counts = (
+            law(gpt, prompt, 3, stop, temperature),
+            Counter(map(tuple, rows[i * n : (i + 1) * n])),
+        )
         assert set(counts) <= set(exact) and abs(sum(exact.values()) - 1) < 1e-9
         assert follows([counts[s] for s in exact], list(exact.values()))
 
@@ -346,37 +464,64 @@ def test_first_tokens_of_a_group_follow_the_models_probabilities():
     gpt = make()
     rollout = generate(gpt, PROMPTS, n=2000, max_new_tokens=1, generator=seeded())
     for i, prompt in enumerate(PROMPTS):
-        first = [row[0] for row in rollout.tokens()[i * 2000:(i + 1) * 2000]]
-        assert follows(np.bincount(first, minlength=V), gpt(torch.tensor([prompt]))[0, -1].double().softmax(-1).numpy())
+        first = [row[0] for row in rollout.tokens()[i * 2000 : (i + 1) * 2000]]
+        assert follows(
+            np.bincount(first, minlength=V),
+            gpt(torch.tensor([prompt]))[0, -1].double().softmax(-1).numpy(),
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("probs", [[1 / 8] * 8, [1 / 2, 1 / 4, 1 / 8, 1 / 8], [0.6, 0.1, 0.3]])
 def test_one_number_drives_64_tokens_exactly(dtype, probs):
-    """8 equal tokens take 3 bits each: without fresh bits a float32 is spent after 8 tokens, a float64 after 18."""
+    """8 equal tokens take 3 bits each: without fresh bits a float32 is spent after 8 tokens, a
+    float64 after 18.
+    """
     n, V = 2000, len(probs)
     uniforms = torch.rand(n, generator=seeded(1), dtype=dtype)
-    rows = np.array(generate(known(probs), [[0]], n, 63, uniforms=uniforms, generator=seeded(2)).tokens())      # (n, 63)
+    # (n, 63)
+    rows = np.array(
+        generate(known(probs), [[0]], n, 63, uniforms=uniforms, generator=seeded(2)).tokens()
+    )
     assert len({*map(tuple, rows)}) == n
     assert follows([np.bincount(column, minlength=V) for column in rows.T], [probs] * 63)
-    for start in (19, 20):      # odd and even: fresh bits arrive between the two tokens of some pair
-        pairs = rows[:, start:start + 42].reshape(-1, 2)
-        assert follows(np.bincount(pairs[:, 0] * V + pairs[:, 1], minlength=V * V), np.outer(probs, probs).ravel())
+    # odd and even: fresh bits arrive between the two tokens of some pair
+    for start in (19, 20):
+        pairs = rows[:, start : start + 42].reshape(-1, 2)
+        assert follows(
+            np.bincount(pairs[:, 0] * V + pairs[:, 1], minlength=V * V),
+            np.outer(probs, probs).ravel(),
+        )
 
 
 def test_fresh_bits_arrive_when_half_of_a_number_is_spent():
-    """8 equal tokens take 3 bits each, one octal digit: the 26 bits of half a float64 last for 9 tokens."""
-    u, fresh = torch.rand(50, generator=seeded(1), dtype=torch.float64), torch.rand(50, 27, generator=seeded(2), dtype=torch.float64)
-    rows = torch.tensor(generate(known([1 / 8] * 8), [[0]], 50, 27, uniforms=u, generator=seeded(2)).tokens())
+    """8 equal tokens take 3 bits each, one octal digit: the 26 bits of half a float64 last for 9
+    tokens.
+    """
+    u, fresh = (
+        torch.rand(50, generator=seeded(1), dtype=torch.float64),
+        torch.rand(50, 27, generator=seeded(2), dtype=torch.float64),
+    )
+    rows = torch.tensor(
+        generate(known([1 / 8] * 8), [[0]], 50, 27, uniforms=u, generator=seeded(2)).tokens()
+    )
     octal = lambda x: (x[:, None] * 8 ** torch.arange(1, 10)).floor() % 8
-    assert torch.equal(rows, torch.cat([octal(u), octal(fresh[:, 8]), octal(fresh[:, 17])], dim=1).long())
+    assert torch.equal(
+        rows, torch.cat([octal(u), octal(fresh[:, 8]), octal(fresh[:, 17])], dim=1).long()
+    )
 
 
 def test_rows_with_neighbouring_numbers_part_for_good():
     """Lattice points that agree on their first bits get fresh bits of their own."""
-    rows = np.array(generate(known([1 / 8] * 8), [[0]], 200, 60, uniforms=torch.full((200,), 0.3), generator=seeded()).tokens())
+    rows = np.array(
+        generate(
+            known([1 / 8] * 8), [[0]], 200, 60, uniforms=torch.full((200,), 0.3), generator=seeded()
+        ).tokens()
+    )
     assert (rows[:, 0] == rows[0, 0]).all()
-    assert follows([np.bincount(column, minlength=8) for column in rows[:, 20:].T], [[1 / 8] * 8] * 40)
+    assert follows(
+        [np.bincount(column, minlength=8) for column in rows[:, 20:].T], [[1 / 8] * 8] * 40
+    )
 
 
 def test_the_first_token_inverts_the_cdf_at_the_rows_number():
@@ -392,12 +537,14 @@ def test_a_lattice_covers_the_first_tokens_evenly():
     for delta in torch.rand(20, generator=seeded(), dtype=torch.float64):
         u = (torch.arange(k, dtype=torch.float64) / k + delta) % 1
         counts = generate(gpt, [PROMPTS[1]], k, 1, uniforms=u).ids[:, -1].bincount(minlength=V)
-        assert ((counts - k * gpt(torch.tensor([PROMPTS[1]]))[0, -1].softmax(-1)).abs() < 1 + 1e-4).all()
+        assert (
+            (counts - k * gpt(torch.tensor([PROMPTS[1]]))[0, -1].softmax(-1)).abs() < 1 + 1e-4
+        ).all()
 
 
 def test_inverse_cdf_never_leaves_the_support():
     probs = torch.tensor([[0.0, 0.5, 0.0, 0.5, 0.0], [0.1, 0.2, 0.7, 0.0, 0.0]])
-    for u in (0.0, 0.5, 1 - 2 ** -53, 1.0):     # a float32 rounded up by the caller can be 1
+    for u in (0.0, 0.5, 1 - 2**-53, 1.0):  # a float32 rounded up by the caller can be 1
         token, place = inverse_cdf(probs, torch.full((2,), u, dtype=torch.float64))
         assert (probs.gather(1, token[:, None]) > 0).all()
         assert ((0 <= place) & (place <= 1)).all()
@@ -407,8 +554,12 @@ def test_inverse_cdf_never_leaves_the_support():
 @pytest.mark.parametrize("variant", ["multi-head", "window"])
 def test_the_samplers_logp_is_the_scorers(temperature, variant):
     gpt = make(**VARIANTS[variant])
-    r = generate(gpt, PROMPTS, n=8, max_new_tokens=16, temperature=temperature, stop=5, generator=seeded())
-    logp, _ = token_logprobs(gpt.hidden(r.ids[:, :-1]), gpt.lm_head.weight, r.ids[:, 1:], temperature)
+    r = generate(
+        gpt, PROMPTS, n=8, max_new_tokens=16, temperature=temperature, stop=5, generator=seeded()
+    )
+    logp, _ = token_logprobs(
+        gpt.hidden(r.ids[:, :-1]), gpt.lm_head.weight, r.ids[:, 1:], temperature
+    )
     assert r.lengths.unique().numel() > 2
     torch.testing.assert_close(r.logp[:, 1:], logp * r.mask[:, 1:], rtol=0, atol=1e-4)
 
@@ -416,7 +567,16 @@ def test_the_samplers_logp_is_the_scorers(temperature, variant):
 @pytest.mark.parametrize("top_k, top_p", [(3, None), (None, 0.7), (5, 0.8)])
 def test_under_top_k_and_top_p_logp_is_that_of_the_truncated_distribution(top_k, top_p):
     gpt = make()
-    r = generate(gpt, PROMPTS, n=8, max_new_tokens=10, temperature=1.5, top_k=top_k, top_p=top_p, generator=seeded())
+    r = generate(
+        gpt,
+        PROMPTS,
+        n=8,
+        max_new_tokens=10,
+        temperature=1.5,
+        top_k=top_k,
+        top_p=top_p,
+        generator=seeded(),
+    )
     scores = truncate(gpt(r.ids)[:, :-1].flatten(0, 1) / 1.5, top_k, top_p).log_softmax(-1)
     logp = scores.gather(-1, r.ids[:, 1:].reshape(-1, 1)).view(r.ids[:, 1:].shape)
     drawn = r.mask[:, 1:] > 0
@@ -425,7 +585,9 @@ def test_under_top_k_and_top_p_logp_is_that_of_the_truncated_distribution(top_k,
 
 def test_top_k_of_one_is_greedy():
     gpt = make()
-    assert generate(gpt, PROMPTS, max_new_tokens=10, top_k=1, generator=seeded()).tokens() == [uncached_greedy(gpt, p, 10) for p in PROMPTS]
+    assert generate(gpt, PROMPTS, max_new_tokens=10, top_k=1, generator=seeded()).tokens() == [
+        uncached_greedy(gpt, p, 10) for p in PROMPTS
+    ]
 
 
 @pytest.mark.parametrize("top_p", [0.01, 0.5, 0.9, 0.999])
@@ -441,13 +603,15 @@ def test_truncate_keeps_the_smallest_set_of_the_k_largest_that_reaches_p(top_k, 
 
 
 def test_truncate_stops_at_the_token_that_reaches_p():
-    assert [truncate(torch.zeros(1, 4), None, p).isfinite().sum().item() for p in (0.25, 0.5, 0.51, 1)] == [1, 2, 3, 4]
+    assert [
+        truncate(torch.zeros(1, 4), None, p).isfinite().sum().item() for p in (0.25, 0.5, 0.51, 1)
+    ] == [1, 2, 3, 4]
 
 
 def test_the_texts_are_what_was_generated_without_the_stop_token():
     tokenizer = train_bpe("naïve café 🙂", 257)
     rows = torch.tensor([[*b"ab", *b"cd", 256, 0], [*b"a", *b"efg", *b"xx"]])
-    mask = torch.tensor([[0., 0, 1, 1, 1, 0], [0, 1, 1, 1, 0, 0]])
+    mask = torch.tensor([[0.0, 0, 1, 1, 1, 0], [0, 1, 1, 1, 0, 0]])
     rollout = Rollout(rows, mask, mask, torch.tensor([2, 1]))
     assert rollout.texts(tokenizer) == ["cd", "efg"]
     tokenizer.stop = [256, ord("g")]
@@ -456,7 +620,9 @@ def test_the_texts_are_what_was_generated_without_the_stop_token():
 
 def test_indexing_and_joining_rollouts_keep_every_row():
     gpt = make()
-    a, b = (generate(gpt, PROMPTS, n=3, max_new_tokens=n, stop=0, generator=seeded(n)) for n in (3, 15))
+    a, b = (
+        generate(gpt, PROMPTS, n=3, max_new_tokens=n, stop=0, generator=seeded(n)) for n in (3, 15)
+    )
     both = Rollout.cat([a, b])
     assert both.tokens() == a.tokens() + b.tokens()
     order = torch.tensor([20, 3, 13, 0])
@@ -464,6 +630,8 @@ def test_indexing_and_joining_rollouts_keep_every_row():
         part = both[rows]
         index = torch.arange(24)[rows].tolist()
         assert part.tokens() == [both.tokens()[i] for i in index]
-        assert part.ids.shape[1] == max(len(PROMPTS[i % 12 // 3]) + len(both.tokens()[i]) for i in index)
+        assert part.ids.shape[1] == max(
+            len(PROMPTS[i % 12 // 3]) + len(both.tokens()[i]) for i in index
+        )
         torch.testing.assert_close(part.logp.sum(1), both.logp[rows].sum(1))
         assert torch.equal(part.prompt_lens, both.prompt_lens[rows])

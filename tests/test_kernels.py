@@ -1,4 +1,7 @@
-"""kernels.py against float64: every impl of token_logprobs and of attention gives the same values and the same gradients."""
+"""kernels.py against float64: every impl of token_logprobs and of attention gives the same values
+and the same gradients.
+"""
+
 import json
 import os
 import subprocess
@@ -15,18 +18,26 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import kernels
 from kernels import attention, token_logprobs
 
-V, C = 1009, 24     # a prime: no block size divides it
+V, C = 1009, 24  # a prime: no block size divides it
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def problem(*shape, V=V, dtype=torch.float32, seed=0):
-    """hidden, weight, targets, and an upstream gradient for each output with zeros and negatives in it."""
+    """hidden, weight, targets, and an upstream gradient for each output with zeros and negatives in
+    it.
+    """
     g = torch.Generator().manual_seed(seed)
-    hidden, weight = torch.randn(*shape, C, generator=g).to(dtype), torch.randn(V, C, generator=g).to(dtype)
+    hidden, weight = (
+        torch.randn(*shape, C, generator=g).to(dtype),
+        torch.randn(V, C, generator=g).to(dtype),
+    )
     targets = torch.randint(V, shape, generator=g)
-    edges = torch.tensor([V - 1, 252, 251, 504, 756, 0])    # the first and the last of the vocabulary and of blocks
-    targets.view(-1)[:6] = edges[:targets.numel()].clamp_max(V - 1)
-    upstream = [torch.randn(shape, generator=g) * (torch.rand(shape, generator=g) > 0.3) for _ in range(2)]
+    # the first and the last of the vocabulary and of blocks
+    edges = torch.tensor([V - 1, 252, 251, 504, 756, 0])
+    targets.view(-1)[:6] = edges[: targets.numel()].clamp_max(V - 1)
+    upstream = [
+        torch.randn(shape, generator=g) * (torch.rand(shape, generator=g) > 0.3) for _ in range(2)
+    ]
     return hidden, weight, targets, upstream
 
 
@@ -36,8 +47,13 @@ def exact(hidden, weight, targets, temperature):
 
 
 def values_and_gradients(f, hidden, weight, targets, temperature, upstream):
-    """logp, entropy, d/dhidden and d/dweight of sum(upstream * outputs) in float64; an upstream gradient of None: output not used."""
-    hidden, weight = hidden.detach().clone().requires_grad_(), weight.detach().clone().requires_grad_()
+    """logp, entropy, d/dhidden and d/dweight of sum(upstream * outputs) in float64; an upstream
+    gradient of None: output not used.
+    """
+    hidden, weight = (
+        hidden.detach().clone().requires_grad_(),
+        weight.detach().clone().requires_grad_(),
+    )
     outputs = f(hidden, weight, targets, temperature)
     sum((g * o).sum() for g, o in zip(upstream, outputs) if g is not None).backward()
     return [t.detach().double() for t in (*outputs, hidden.grad, weight.grad)]
@@ -48,7 +64,8 @@ def impl(name):
 
 
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(kernels, "BLOCK", 256)      # 256 columns is the least a block has: 4 of them
+    # 256 columns is the least a block has: 4 of them
+    monkeypatch.setattr(kernels, "BLOCK", 256)
     assert kernels.block_starts(6, V) == [0, 252, 504, 756, V]
 
 
@@ -69,7 +86,9 @@ def test_compiled_blocks_are_exact_at_any_temperature(monkeypatch):
     small_blocks(monkeypatch)
     hidden, weight, targets, upstream = problem(2, 3)
     for temperature in (0.7, 1.0, 2.0):
-        ours = values_and_gradients(impl("compiled"), hidden, weight, targets, temperature, upstream)
+        ours = values_and_gradients(
+            impl("compiled"), hidden, weight, targets, temperature, upstream
+        )
         true = values_and_gradients(exact, hidden, weight, targets, temperature, upstream)
         for a, b in zip(ours, true):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
@@ -88,12 +107,17 @@ def test_one_output_can_be_used_without_the_other(monkeypatch, unused):
 @pytest.mark.parametrize("emulated", [True, False])
 def test_bf16_errs_no_more_than_1_5_times_the_reference_in_bf16(monkeypatch, emulated):
     small_blocks(monkeypatch)
-    if not emulated:    # the path of a CPU or GPU that has bf16 units
+    if not emulated:  # the path of a CPU or GPU that has bf16 units
         monkeypatch.setattr(kernels, "gemm_dtype", lambda x: x.dtype)
-    hidden, weight, targets, upstream = problem(64, V=100003, dtype=torch.bfloat16)     # 391 blocks: a sum kept in bf16 would show
+    # 391 blocks: a sum kept in bf16 would show
+    hidden, weight, targets, upstream = problem(64, V=100003, dtype=torch.bfloat16)
     args = hidden, weight, targets, 0.7, upstream
     true = values_and_gradients(exact, hidden.double(), weight.double(), targets, 0.7, upstream)
-    for ours, reference, t in zip(values_and_gradients(impl("chunked"), *args), values_and_gradients(impl("reference"), *args), true):
+    for ours, reference, t in zip(
+        values_and_gradients(impl("chunked"), *args),
+        values_and_gradients(impl("reference"), *args),
+        true,
+    ):
         assert (ours - t).abs().max() <= 1.5 * (reference - t).abs().max()
         assert (ours - t).norm() <= 1.5 * (reference - t).norm()
 
@@ -103,13 +127,19 @@ def test_where_the_target_is_nearly_certain_its_small_gradient_is_not_lost_in_bf
     monkeypatch.setattr(kernels, "gemm_dtype", lambda x: x.dtype)
     weight = torch.zeros(V, C, dtype=torch.bfloat16)
     weight[:C] = torch.eye(C)
-    hidden = 16 * weight[:C]        # logits of 16 and 0: exact in bf16, as 1 - p = 0.0001 is, but not p
+    # logits of 16 and 0: exact in bf16, as 1 - p = 0.0001 is, but not p
+    hidden = 16 * weight[:C]
     args = hidden, weight, torch.arange(C), 1, [torch.ones(C), torch.zeros(C)]
-    for ours, t in zip(values_and_gradients(impl("chunked"), *args), values_and_gradients(exact, hidden.double(), weight.double(), *args[2:])):
+    for ours, t in zip(
+        values_and_gradients(impl("chunked"), *args),
+        values_and_gradients(exact, hidden.double(), weight.double(), *args[2:]),
+    ):
         assert 0 < (ours - t).norm() <= 0.02 * t.norm()
 
 
-def test_autocast_of_fp32_parameters_returns_fp32_and_errs_no_more_than_1_5_times_the_reference(monkeypatch):
+def test_autocast_of_fp32_parameters_returns_fp32_and_errs_no_more_than_1_5_times_the_reference(
+    monkeypatch,
+):
     small_blocks(monkeypatch)
     hidden, weight, targets, upstream = problem(64)
 
@@ -119,6 +149,7 @@ def test_autocast_of_fp32_parameters_returns_fp32_and_errs_no_more_than_1_5_time
                 outputs = token_logprobs(*args, impl=name)
             assert all(o.dtype == torch.float32 for o in outputs)
             return outputs
+
         return values_and_gradients(f, hidden, weight, targets, 1, upstream)
 
     true = values_and_gradients(exact, hidden.double(), weight.double(), targets, 1, upstream)
@@ -130,7 +161,9 @@ def test_autocast_multiplies_in_its_dtype():
     hidden, weight, targets, _ = problem(7)
     with torch.autocast("cpu", torch.bfloat16):
         outputs = token_logprobs(hidden, weight, targets, impl="chunked")
-    for a, b in zip(outputs, token_logprobs(hidden.bfloat16(), weight.bfloat16(), targets, impl="chunked")):
+    for a, b in zip(
+        outputs, token_logprobs(hidden.bfloat16(), weight.bfloat16(), targets, impl="chunked")
+    ):
         assert torch.equal(a, b)
 
 
@@ -146,13 +179,16 @@ def test_autocast_returns_fp32_gradients(monkeypatch, name, backward_inside):
             torch.autograd.backward(outputs, upstream)
     if not backward_inside:
         torch.autograd.backward(outputs, upstream)
-    for x, true in zip((hidden, weight), values_and_gradients(exact, hidden, weight, targets, 1, upstream)[2:]):
+    for x, true in zip(
+        (hidden, weight), values_and_gradients(exact, hidden, weight, targets, 1, upstream)[2:]
+    ):
         assert x.grad.dtype == torch.float32
         assert (x.grad - true).norm() <= 0.1 * true.norm()
 
 
 class Largest(TorchDispatchMode):
     """Elements of the largest tensor that any operation returns."""
+
     elements = 0
 
     def __torch_dispatch__(self, f, types, args=(), kwargs=None):
@@ -172,8 +208,8 @@ def test_chunked_never_holds_the_logits_of_all_tokens(monkeypatch):
         with Largest() as largest:
             values_and_gradients(impl(name), hidden, weight, targets, 1, upstream)
         held[name] = largest.elements
-    assert held["reference"] == N * V   # the meter sees them where they are
-    assert held["chunked"] <= N * 256   # one block
+    assert held["reference"] == N * V  # the meter sees them where they are
+    assert held["chunked"] <= N * 256  # one block
 
 
 @pytest.mark.parametrize("name", ["reference", "chunked"])
@@ -197,16 +233,28 @@ def test_auto_is_the_reference_when_one_block_holds_the_logits_and_chunked_when_
     hidden, weight, targets, _ = problem(7)
     for block, name in ((7 * V, "reference"), (7 * V - 1, "chunked")):
         monkeypatch.setattr(kernels, "BLOCK", block)
-        for a, b in zip(token_logprobs(hidden, weight, targets), token_logprobs(hidden, weight, targets, impl=name)):
+        for a, b in zip(
+            token_logprobs(hidden, weight, targets),
+            token_logprobs(hidden, weight, targets, impl=name),
+        ):
             assert torch.equal(a, b)
 
 
 def second_derivative(outputs, x):
-    gradient, = torch.autograd.grad(sum(o.pow(2).sum() for o in outputs), x, create_graph=True)
+    (gradient,) = torch.autograd.grad(sum(o.pow(2).sum() for o in outputs), x, create_graph=True)
     gradient.pow(2).sum().backward()
 
 
-@pytest.mark.parametrize("name", ["chunked", pytest.param("triton", marks=pytest.mark.skipif(kernels.triton is None, reason="triton is not installed"))])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "chunked",
+        pytest.param(
+            "triton",
+            marks=pytest.mark.skipif(kernels.triton is None, reason="triton is not installed"),
+        ),
+    ],
+)
 def test_a_second_derivative_is_an_error_but_for_the_reference(name):
     hidden, weight, targets, _ = [x.to(DEVICE) if torch.is_tensor(x) else x for x in problem(7)]
     hidden.requires_grad_()
@@ -215,7 +263,10 @@ def test_a_second_derivative_is_an_error_but_for_the_reference(name):
         second_derivative(token_logprobs(hidden, weight, targets, impl=name), hidden)
 
 
-@pytest.mark.parametrize("kwargs", [dict(impl="fast"), dict(temperature=0), dict(temperature=-1.0), dict(temperature=1e-39)])
+@pytest.mark.parametrize(
+    "kwargs",
+    [dict(impl="fast"), dict(temperature=0), dict(temperature=-1.0), dict(temperature=1e-39)],
+)
 def test_bad_arguments_are_value_errors(kwargs):
     with pytest.raises(ValueError):
         token_logprobs(*problem(7)[:3], **kwargs)
@@ -230,8 +281,9 @@ def test_a_target_that_is_no_token_is_a_value_error_whatever_the_impl(impl, targ
         token_logprobs(hidden, weight, targets, impl=impl)
 
 
-# ---------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # attention
+
 
 def naive_attention(q, k, v, causal=True, window=None, mask=None):
     """One query at a time."""
@@ -240,20 +292,41 @@ def naive_attention(q, k, v, causal=True, window=None, mask=None):
     for b in range(B):
         for h in range(H):
             for t in range(T):
-                now = S - T + t     # the T queries are the last T of the S positions
-                sees = [s for s in range(S) if (mask[b % len(mask), 0, t, s] if mask is not None else
-                                                (s <= now or not causal) and (window is None or now - s < window))]
+                now = S - T + t  # the T queries are the last T of the S positions
+                sees = [
+                    s
+                    for s in range(S)
+                    if (
+                        mask[b % len(mask), 0, t, s]
+                        if mask is not None
+                        else (s <= now or not causal) and (window is None or now - s < window)
+                    )
+                ]
                 group = h // (H // K)
-                out.append((k[b, group, sees] @ q[b, h, t] / D ** 0.5).softmax(0) @ v[b, group, sees])
+                out.append((k[b, group, sees] @ q[b, h, t] / D**0.5).softmax(0) @ v[b, group, sees])
     return torch.stack(out).view(B, H, T, D)
 
 
-RAGGED = torch.tensor([[1, 1, 0, 0, 0, 1, 0], [0, 0, 1, 1, 1, 1, 1]], dtype=torch.bool)[:, None, None]     # (2, 1, 1, 7)
-CASES = {"causal": dict(), "not causal": dict(causal=False), "window": dict(window=3), "window of one": dict(window=1),
-         "window past the start": dict(window=50), "window, not causal": dict(window=3, causal=False),
-         "last queries": dict(T=3), "last queries, not causal": dict(T=3, causal=False), "last queries, window": dict(T=3, window=2),
-         "one query": dict(T=1), "one query, window": dict(T=1, window=4), "mask": dict(T=1, mask=RAGGED),
-         "mask of many queries": dict(T=3, mask=RAGGED.expand(2, 1, 3, 7)), "one mask for all rows": dict(T=1, mask=RAGGED[:1])}
+# (2, 1, 1, 7)
+RAGGED = torch.tensor([[1, 1, 0, 0, 0, 1, 0], [0, 0, 1, 1, 1, 1, 1]], dtype=torch.bool)[
+    :, None, None
+]
+CASES = {
+    "causal": dict(),
+    "not causal": dict(causal=False),
+    "window": dict(window=3),
+    "window of one": dict(window=1),
+    "window past the start": dict(window=50),
+    "window, not causal": dict(window=3, causal=False),
+    "last queries": dict(T=3),
+    "last queries, not causal": dict(T=3, causal=False),
+    "last queries, window": dict(T=3, window=2),
+    "one query": dict(T=1),
+    "one query, window": dict(T=1, window=4),
+    "mask": dict(T=1, mask=RAGGED),
+    "mask of many queries": dict(T=3, mask=RAGGED.expand(2, 1, 3, 7)),
+    "one mask for all rows": dict(T=1, mask=RAGGED[:1]),
+}
 
 
 @pytest.mark.parametrize("name", ["reference", "sdpa", "auto"])
@@ -266,7 +339,10 @@ def test_attention_and_its_gradients_equal_a_loop_over_queries(name, heads, case
     qkv = [torch.randn(2, n, t, 8, generator=g) for n, t in ((H, T), (K, 7), (K, 7))]
     upstream = torch.randn(2, H, T, 8, generator=g)
     results = []
-    for f, dtype in ((lambda *a, **kw: attention(*a, **kw, impl=name), torch.float32), (naive_attention, torch.float64)):
+    for f, dtype in (
+        (lambda *a, **kw: attention(*a, **kw, impl=name), torch.float32),
+        (naive_attention, torch.float64),
+    ):
         inputs = [x.to(dtype).requires_grad_() for x in qkv]
         out = f(*inputs, **kwargs)
         results.append([out, *torch.autograd.grad(out, inputs, upstream.to(dtype))])
@@ -275,7 +351,9 @@ def test_attention_and_its_gradients_equal_a_loop_over_queries(name, heads, case
 
 
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2)])
-@pytest.mark.parametrize("T, window", [(128, 1), (128, 8), (130, 31), (200, 32), (161, 33), (300, 75), (127, 8)])
+@pytest.mark.parametrize(
+    "T, window", [(128, 1), (128, 8), (130, 31), (200, 32), (161, 33), (300, 75), (127, 8)]
+)
 def test_attention_in_a_short_window_goes_by_blocks_and_is_exact(heads, T, window):
     g, (H, K) = torch.Generator().manual_seed(0), heads
     qkv = [torch.randn(2, n, T, 8, generator=g) for n in (H, K, K)]
@@ -289,18 +367,30 @@ def test_attention_in_a_short_window_goes_by_blocks_and_is_exact(heads, T, windo
         torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
 
 
-MANY = torch.arange(128) >= torch.tensor([[[[5]]], [[[60]]]])       # (2, 1, 1, 128): rows with 5 and 60 slots of padding on the left
+# (2, 1, 1, 128): rows with 5 and 60 slots of padding on the left
+MANY = torch.arange(128) >= torch.tensor([[[[5]]], [[[60]]]])
 
 
 @pytest.mark.parametrize("name", ["reference", "auto"])
-@pytest.mark.parametrize("case", [dict(T=1), dict(T=127), dict(T=128, causal=False), dict(T=1, mask=MANY), dict(T=128, mask=MANY.expand(2, 1, 128, 128))])
+@pytest.mark.parametrize(
+    "case",
+    [
+        dict(T=1),
+        dict(T=127),
+        dict(T=128, causal=False),
+        dict(T=1, mask=MANY),
+        dict(T=128, mask=MANY.expand(2, 1, 128, 128)),
+    ],
+)
 def test_attention_in_a_short_window_is_exact_where_blocks_do_not_apply(name, case):
     g, kwargs = torch.Generator().manual_seed(0), {**case}
     T = kwargs.pop("T")
     q, k, v = (torch.randn(2, n, t, 8, generator=g) for n, t in ((2, T), (1, 128), (1, 128)))
     ours = attention(q, k, v, window=8, impl=name, **kwargs)
-    if "mask" in kwargs:        # replaces the window
-        true = (q.double() @ k.double().mT / 8 ** 0.5).masked_fill(~kwargs["mask"], -torch.inf).softmax(-1) @ v.double()
+    if "mask" in kwargs:  # replaces the window
+        true = (q.double() @ k.double().mT / 8**0.5).masked_fill(
+            ~kwargs["mask"], -torch.inf
+        ).softmax(-1) @ v.double()
     else:
         true = exact_attention(q.double(), k.double(), v.double(), window=8, **kwargs)
     torch.testing.assert_close(ours.double(), true, rtol=1e-5, atol=1e-5)
@@ -308,7 +398,13 @@ def test_attention_in_a_short_window_is_exact_where_blocks_do_not_apply(name, ca
 
 def test_attention_in_a_short_window_holds_no_square(monkeypatch):
     sizes, original = [], torch.nn.functional.scaled_dot_product_attention
-    monkeypatch.setattr(kernels.F, "scaled_dot_product_attention", lambda q, k, v, **more: sizes.append((q.shape[-2], k.shape[-2])) or original(q, k, v, **more))
+    monkeypatch.setattr(
+        kernels.F,
+        "scaled_dot_product_attention",
+        lambda q, k, v, **more: (
+            sizes.append((q.shape[-2], k.shape[-2])) or original(q, k, v, **more)
+        ),
+    )
     qkv = torch.randn(3, 1, 2, 512, 8)
     attention(*qkv, window=8), attention(*qkv, window=200)
     assert sizes == [(32, 64), (512, 512)]
@@ -320,14 +416,19 @@ def test_attention_in_bf16_is_as_exact_as_its_rounded_inputs_allow(case, autocas
     g = torch.Generator().manual_seed(0)
     kwargs = {**CASES[case]}
     T = kwargs.pop("T", 7)
-    qkv = [torch.randn(2, n, t, 8, generator=g).bfloat16().requires_grad_() for n, t in ((4, T), (2, 7), (2, 7))]
+    qkv = [
+        torch.randn(2, n, t, 8, generator=g).bfloat16().requires_grad_()
+        for n, t in ((4, T), (2, 7), (2, 7))
+    ]
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         out = attention(*qkv, **kwargs)
     gradients = torch.autograd.grad(out, qkv, torch.ones_like(out))
     wide = [x.detach().double().requires_grad_() for x in qkv]
     exact = naive_attention(*wide, **kwargs)
     assert out.dtype == torch.bfloat16 and all(x.dtype == torch.bfloat16 for x in gradients)
-    for a, b in zip((out, *gradients), (exact, *torch.autograd.grad(exact, wide, torch.ones_like(exact)))):
+    for a, b in zip(
+        (out, *gradients), (exact, *torch.autograd.grad(exact, wide, torch.ones_like(exact)))
+    ):
         torch.testing.assert_close(a.double(), b, rtol=0.02, atol=0.02)
 
 
@@ -351,30 +452,39 @@ def test_an_unknown_attention_is_a_value_error():
         attention(*torch.randn(3, 1, 1, 2, 4), impl="fast")
 
 
-# ---------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Triton: in its interpreter without a GPU (see conftest.py), natively with one
 
 needs_triton = pytest.mark.skipif(kernels.triton is None, reason="triton is not installed")
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="bf16 and fp16 need a GPU: the interpreter has no products of their own")
+needs_gpu = pytest.mark.skipif(
+    not torch.cuda.is_available(),
+    reason="bf16 and fp16 need a GPU: the interpreter has no products of their own",
+)
 
 
 @pytest.fixture
 def tiles(monkeypatch):
     """Sets the tile (M, N) of the three attention kernels. On a GPU they keep their own."""
+
     def set(M, N):
         if DEVICE == "cpu":
             for kernel in (kernels.forward_kernel, kernels.dq_kernel, kernels.dkv_kernel):
                 monkeypatch.setattr(kernel, "configs", [kernels.triton.Config(dict(M=M, N=N))])
+
     return set
 
 
 @pytest.fixture(params=["left", "right"])
 def fused(request, monkeypatch):
-    """The interpreter computes as a GPU does: a product of fp32 numbers goes unrounded into the sum or difference that follows, which is rounded once.
-    (In fp64 such a product is exact.) Where both sides are products a compiler takes either: the left or the right one. A GPU does all this by itself."""
+    """The interpreter computes as a GPU does: a product of fp32 numbers goes unrounded into the sum
+    or difference that follows, which is rounded once. (In fp64 such a product is exact.) Where both
+    sides are products a compiler takes either: the left or the right one. A GPU does all this by
+    itself.
+    """
     if DEVICE == "cuda":
         return
     from triton.runtime.interpreter import InterpreterBuilder as Builder
+
     multiply, select = Builder.create_fmul, Builder.create_select
 
     def exact(x):
@@ -401,38 +511,49 @@ def fused(request, monkeypatch):
                 x, y = (exact(a), b.data) if take_left else (a.data, exact(b))
                 out.data = np.add(x, sign * y, dtype=np.float64).astype(np.float32)
             return out
+
         return create
 
-    for name, f in dict(create_fmul=create_fmul, create_select=create_select, create_fadd=fusing(Builder.create_fadd, 1),
-                        create_fsub=fusing(Builder.create_fsub, -1)).items():
+    for name, f in dict(
+        create_fmul=create_fmul,
+        create_select=create_select,
+        create_fadd=fusing(Builder.create_fadd, 1),
+        create_fsub=fusing(Builder.create_fsub, -1),
+    ).items():
         monkeypatch.setattr(Builder, name, f)
 
 
 def exact_attention(q, k, v, causal=True, window=None):
     T, S, G = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
     now, key = torch.arange(S - T, S)[:, None], torch.arange(S)
-    hidden = (key > now) & causal | (now - key >= (window or 10 ** 9))
+    hidden = (key > now) & causal | (now - key >= (window or 10**9))
     k, v = (x.repeat_interleave(G, dim=1) for x in (k, v))
-    return (q @ k.mT / q.shape[-1] ** 0.5).masked_fill(hidden.to(q.device), -torch.inf).softmax(-1) @ v
+    return (q @ k.mT / q.shape[-1] ** 0.5).masked_fill(hidden.to(q.device), -torch.inf).softmax(
+        -1
+    ) @ v
 
 
 def attention_case(B=1, H=1, K=1, T=40, S=40, D=16, dtype=torch.float32):
     """q, k, v and an upstream gradient with rows of zeros."""
     g = torch.Generator().manual_seed(0)
-    q, k, v, upstream = (torch.randn(B, n, t, D, generator=g) for n, t in ((H, T), (K, S), (K, S), (H, T)))
+    q, k, v, upstream = (
+        torch.randn(B, n, t, D, generator=g) for n, t in ((H, T), (K, S), (K, S), (H, T))
+    )
     upstream[:, :, torch.rand(T, generator=g) < 0.2] = 0
     return [x.to(DEVICE, dtype) for x in (q, k, v, upstream)]
 
 
 def out_and_gradients(f, q, k, v, upstream, **kwargs):
-    inputs = [x.detach().requires_grad_() for x in (q, k, v)]       # keeps the strides
+    inputs = [x.detach().requires_grad_() for x in (q, k, v)]  # keeps the strides
     out = f(*inputs, **kwargs)
     return [t.detach().double() for t in (out, *torch.autograd.grad(out, inputs, upstream))]
 
 
 def assert_triton_attention_is_exact(q, k, v, upstream, **kwargs):
     ours = out_and_gradients(impl_attention("triton"), q, k, v, upstream, **kwargs)
-    true = out_and_gradients(exact_attention, q.double(), k.double(), v.double(), upstream.double(), **kwargs)
+    true = out_and_gradients(
+        exact_attention, q.double(), k.double(), v.double(), upstream.double(), **kwargs
+    )
     for a, b in zip(ours, true):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
@@ -443,10 +564,25 @@ def impl_attention(name):
 
 @needs_triton
 @pytest.mark.parametrize("tile", [(16, 16), (32, 16), (16, 32)])
-@pytest.mark.parametrize("T, S, causal, window", [
-    (48, 48, True, None), (37, 37, True, None), (37, 50, True, None), (16, 64, True, None), (1, 1, True, None), (1, 33, True, None),
-    (33, 49, False, None), (64, 64, True, 1), (40, 72, True, 33), (72, 72, True, 40), (40, 40, True, 1000), (3, 64, True, 20),
-    (40, 50, False, 7), (40, 40, False, 40)])
+@pytest.mark.parametrize(
+    "T, S, causal, window",
+    [
+        (48, 48, True, None),
+        (37, 37, True, None),
+        (37, 50, True, None),
+        (16, 64, True, None),
+        (1, 1, True, None),
+        (1, 33, True, None),
+        (33, 49, False, None),
+        (64, 64, True, 1),
+        (40, 72, True, 33),
+        (72, 72, True, 40),
+        (40, 40, True, 1000),
+        (3, 64, True, 20),
+        (40, 50, False, 7),
+        (40, 40, False, 40),
+    ],
+)
 def test_triton_attention_and_its_gradients_are_exact(tiles, tile, T, S, causal, window):
     tiles(*tile)
     assert_triton_attention_is_exact(*attention_case(T=T, S=S), causal=causal, window=window)
@@ -456,7 +592,7 @@ def test_triton_attention_and_its_gradients_are_exact(tiles, tile, T, S, causal,
 def test_triton_attention_is_exact_for_every_window_around_a_tile():
     for window in range(1, 20):
         assert_triton_attention_is_exact(*attention_case(T=33, S=38), window=window)
-    for window in (35, 36, 37):     # one tile or two lie whole inside the window
+    for window in (35, 36, 37):  # one tile or two lie whole inside the window
         assert_triton_attention_is_exact(*attention_case(T=64, S=69), window=window)
 
 
@@ -475,7 +611,12 @@ def test_triton_attention_is_exact_for_any_head_size(D):
 
 @needs_triton
 def test_triton_attention_reads_no_channel_past_the_head():
-    assert_triton_attention_is_exact(*(torch.nn.functional.pad(x, (0, 8), value=torch.nan)[..., :24] for x in attention_case(T=19, S=21, D=24)))
+    assert_triton_attention_is_exact(
+        *(
+            torch.nn.functional.pad(x, (0, 8), value=torch.nan)[..., :24]
+            for x in attention_case(T=19, S=21, D=24)
+        )
+    )
 
 
 @needs_triton
@@ -485,14 +626,19 @@ def test_triton_attention_is_exact_for_grouped_heads_and_batches(B, H, K):
 
 
 @needs_triton
-@pytest.mark.parametrize("layout", ["time before heads", "channels first", "slices", "one head for all", "one gradient for all"])
+@pytest.mark.parametrize(
+    "layout",
+    ["time before heads", "channels first", "slices", "one head for all", "one gradient for all"],
+)
 def test_triton_attention_takes_any_strides(layout):
     q, k, v, upstream = attention_case(2, 2, 2, 19, 19)
     if layout == "time before heads":
-        q, k, v, upstream = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v, upstream))
+        q, k, v, upstream = (
+            x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v, upstream)
+        )
     elif layout == "channels first":
         q, k, v, upstream = (x.mT.contiguous().mT for x in (q, k, v, upstream))
-    elif layout == "slices":        # as in model.py: split from one (B, T, heads, D)
+    elif layout == "slices":  # as in model.py: split from one (B, T, heads, D)
         qkv = torch.cat((q, k, v), 1).transpose(1, 2).contiguous()
         q, k, v = (x.transpose(1, 2) for x in qkv.split([2, 2, 2], dim=2))
         assert not q.is_contiguous()
@@ -506,7 +652,10 @@ def test_triton_attention_takes_any_strides(layout):
 @needs_triton
 def test_triton_attention_without_an_upstream_gradient_has_none():
     q, k, v, upstream = attention_case()
-    assert all((t == 0).all() for t in out_and_gradients(impl_attention("triton"), q, k, v, 0 * upstream)[1:])
+    assert all(
+        (t == 0).all()
+        for t in out_and_gradients(impl_attention("triton"), q, k, v, 0 * upstream)[1:]
+    )
 
 
 @needs_triton
@@ -520,9 +669,16 @@ def test_triton_attention_has_no_second_derivative():
 @needs_triton
 def test_triton_attention_survives_large_scores():
     q, k, v, upstream = attention_case()
-    for scale in (30, 3000):        # most softmaxes are one-hot, all are
+    for scale in (30, 3000):  # most softmaxes are one-hot, all are
         ours = out_and_gradients(impl_attention("triton"), scale * q, k, v, upstream, window=20)
-        true = out_and_gradients(exact_attention, scale * q.double(), k.double(), v.double(), upstream.double(), window=20)
+        true = out_and_gradients(
+            exact_attention,
+            scale * q.double(),
+            k.double(),
+            v.double(),
+            upstream.double(),
+            window=20,
+        )
         for a, b in zip(ours, true):
             assert a.isfinite().all() and (scale == 3000 or (a - b).norm() <= 1e-5 * b.norm())
 
@@ -530,17 +686,23 @@ def test_triton_attention_survives_large_scores():
 @needs_triton
 @pytest.mark.parametrize("D", [*range(2, 33, 2), 48, 64, 80, 96, 112, 128])
 def test_no_rounding_that_a_fused_multiply_add_leaves_out_is_trusted_by_attention(fused, D):
-    assert_triton_attention_is_exact(*attention_case(T=33, S=70, D=D), window=9)      # rows whose first tile is all hidden
+    # rows whose first tile is all hidden
+    assert_triton_attention_is_exact(*attention_case(T=33, S=70, D=D), window=9)
     assert_triton_attention_is_exact(*attention_case(T=3, S=40, D=D), window=20)
 
 
 @needs_triton
 @pytest.mark.parametrize("temperature", [1e-30, 1e-9, 1e-3, 0.7, 2, 1e6])
-def test_no_rounding_that_a_fused_multiply_add_leaves_out_is_trusted_by_logprobs(fused, monkeypatch, temperature):
+def test_no_rounding_that_a_fused_multiply_add_leaves_out_is_trusted_by_logprobs(
+    fused, monkeypatch, temperature
+):
     monkeypatch.setattr(kernels, "BLOCK", 256)
-    hidden, weight, targets, upstream = (x if isinstance(x, list) else x.to(DEVICE) for x in problem(7, V=2500))
-    targets[3:] = (hidden @ weight.T).argmax(1)[3:]         # certain at a low temperature: its logp is 0, the others' far below
-    upstream = [g.to(DEVICE) * temperature for g in upstream]       # gradients of order 1
+    hidden, weight, targets, upstream = (
+        x if isinstance(x, list) else x.to(DEVICE) for x in problem(7, V=2500)
+    )
+    # certain at a low temperature: its logp is 0, the others' far below
+    targets[3:] = (hidden @ weight.T).argmax(1)[3:]
+    upstream = [g.to(DEVICE) * temperature for g in upstream]  # gradients of order 1
     ours = values_and_gradients(impl("triton"), hidden, weight, targets, temperature, upstream)
     true = values_and_gradients(exact, hidden, weight, targets, temperature, upstream)
     for a, b in zip(ours, true):
@@ -552,18 +714,35 @@ def test_no_rounding_that_a_fused_multiply_add_leaves_out_is_trusted_by_logprobs
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("D", [32, 64, 96, 128])
 @pytest.mark.parametrize("window", [None, 100])
-def test_triton_attention_in_half_precision_errs_no_more_than_1_5_times_the_reference(dtype, D, window):
+def test_triton_attention_in_half_precision_errs_no_more_than_1_5_times_the_reference(
+    dtype, D, window
+):
     args = attention_case(2, 4, 2, 500, 700, D, dtype)
     true = out_and_gradients(exact_attention, *(x.double() for x in args), window=window)
-    for ours, reference, t in zip(*(out_and_gradients(impl_attention(name), *args, window=window) for name in ("triton", "reference")), true):
+    for ours, reference, t in zip(
+        *(
+            out_and_gradients(impl_attention(name), *args, window=window)
+            for name in ("triton", "reference")
+        ),
+        true,
+    ):
         assert (ours - t).norm() <= 1.5 * (reference - t).norm()
 
 
 @needs_triton
-@pytest.mark.parametrize("kwargs", [dict(mask=torch.ones(1, 1, 3, 3, dtype=torch.bool)), dict(D=130), dict(dtype=torch.float64),
-                                    dict(no_triton=True)])
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        dict(mask=torch.ones(1, 1, 3, 3, dtype=torch.bool)),
+        dict(D=130),
+        dict(dtype=torch.float64),
+        dict(no_triton=True),
+    ],
+)
 def test_triton_where_it_cannot_run_is_a_value_error(monkeypatch, kwargs):
-    x = torch.randn(1, 1, 3, kwargs.get("D", 16), device=DEVICE).to(kwargs.get("dtype", torch.float32))
+    x = torch.randn(1, 1, 3, kwargs.get("D", 16), device=DEVICE).to(
+        kwargs.get("dtype", torch.float32)
+    )
     if "no_triton" in kwargs:
         monkeypatch.setattr(kernels, "triton", None)
     with pytest.raises(ValueError, match="attention, impl 'triton': "):
@@ -572,10 +751,15 @@ def test_triton_where_it_cannot_run_is_a_value_error(monkeypatch, kwargs):
 
 @needs_triton
 @pytest.mark.parametrize("temperature", [0.7, 2])
-@pytest.mark.parametrize("shape, V", [((2, 3), 1009), ((1,), 1009), ((2, 1, 4), 1024), ((6,), 100), ((9,), 2500)])
+@pytest.mark.parametrize(
+    "shape, V", [((2, 3), 1009), ((1,), 1009), ((2, 1, 4), 1024), ((6,), 100), ((9,), 2500)]
+)
 def test_triton_logp_and_entropy_and_their_gradients_are_exact(monkeypatch, temperature, shape, V):
-    monkeypatch.setattr(kernels, "BLOCK", 256)      # blocks of 128 or 256 columns
-    args = [x.to(DEVICE) for x in (problem(*shape, V=V)[:3])], [x.to(DEVICE) for x in problem(*shape, V=V)[3]]
+    monkeypatch.setattr(kernels, "BLOCK", 256)  # blocks of 128 or 256 columns
+    args = (
+        [x.to(DEVICE) for x in (problem(*shape, V=V)[:3])],
+        [x.to(DEVICE) for x in problem(*shape, V=V)[3]],
+    )
     ours = values_and_gradients(impl("triton"), *args[0], temperature, args[1])
     true = values_and_gradients(exact, *args[0], temperature, args[1])
     for a, b in zip(ours, true):
@@ -585,9 +769,15 @@ def test_triton_logp_and_entropy_and_their_gradients_are_exact(monkeypatch, temp
 @needs_triton
 def test_triton_logprobs_walk_over_tiles_within_a_block():
     hidden, weight = (x.to(DEVICE) for x in problem(3, V=5000)[:2])
-    targets = torch.tensor([2047, 2048, 4999], device=DEVICE)       # a kernel takes 2,048 columns at a time
+    # a kernel takes 2,048 columns at a time
+    targets = torch.tensor([2047, 2048, 4999], device=DEVICE)
     upstream = [torch.tensor([1, -2, 0.5], device=DEVICE)] * 2
-    for a, b in zip(*(values_and_gradients(f, hidden, weight, targets, 1, upstream) for f in (impl("triton"), exact))):
+    for a, b in zip(
+        *(
+            values_and_gradients(f, hidden, weight, targets, 1, upstream)
+            for f in (impl("triton"), exact)
+        )
+    ):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
@@ -595,8 +785,18 @@ def test_triton_logprobs_walk_over_tiles_within_a_block():
 def test_triton_logprobs_of_strided_inputs_and_unused_or_zero_gradients(monkeypatch):
     monkeypatch.setattr(kernels, "BLOCK", 256)
     hidden, weight, targets, upstream = problem(2, 3)
-    args = hidden.transpose(0, 1).to(DEVICE), weight.T.contiguous().T.to(DEVICE), targets.T.to(DEVICE), 0.7
-    for g in ([upstream[0].T, None], [None, upstream[1].T], [torch.ones(()).expand(3, 2), upstream[1].T], [upstream[0].T, 0 * upstream[1].T]):
+    args = (
+        hidden.transpose(0, 1).to(DEVICE),
+        weight.T.contiguous().T.to(DEVICE),
+        targets.T.to(DEVICE),
+        0.7,
+    )
+    for g in (
+        [upstream[0].T, None],
+        [None, upstream[1].T],
+        [torch.ones(()).expand(3, 2), upstream[1].T],
+        [upstream[0].T, 0 * upstream[1].T],
+    ):
         g = [x if x is None else x.to(DEVICE) for x in g]
         for a, b in zip(*(values_and_gradients(f, *args, g) for f in (impl("triton"), exact))):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
@@ -619,7 +819,8 @@ def test_triton_logprobs_of_a_sum_take_its_one_gradient_for_all():
     for f, dtype in ((impl("triton"), torch.float32), (exact, torch.float64)):
         x = hidden.to(dtype).requires_grad_()
         logp, entropy = f(x, weight.to(dtype), targets, 1)
-        grads += torch.autograd.grad(logp.sum() + 3 * entropy.sum(), x)       # expanded, with a stride of 0
+        # expanded, with a stride of 0
+        grads += torch.autograd.grad(logp.sum() + 3 * entropy.sum(), x)
     torch.testing.assert_close(grads[0].double(), grads[1], rtol=1e-5, atol=1e-5)
 
 
@@ -627,12 +828,27 @@ def test_triton_logprobs_of_a_sum_take_its_one_gradient_for_all():
 def test_triton_logprobs_of_extreme_logits_stay_finite_and_certain(monkeypatch):
     monkeypatch.setattr(kernels, "BLOCK", 256)
     hidden, weight, targets, upstream = problem(7)
-    args = 1e4 * hidden.to(DEVICE), weight.to(DEVICE), targets.to(DEVICE), 1, [x.to(DEVICE) for x in upstream]
+    args = (
+        1e4 * hidden.to(DEVICE),
+        weight.to(DEVICE),
+        targets.to(DEVICE),
+        1,
+        [x.to(DEVICE) for x in upstream],
+    )
     for t in values_and_gradients(impl("triton"), *args):
         assert t.isfinite().all()
-    offset = torch.cat((hidden, torch.full((7, 1), 1e4)), 1), torch.cat((weight, torch.ones(len(weight), 1)), 1)    # every logit + 1e4: same entropy
+    # every logit + 1e4: same entropy
+    offset = (
+        torch.cat((hidden, torch.full((7, 1), 1e4)), 1),
+        torch.cat((weight, torch.ones(len(weight), 1)), 1),
+    )
     entropy = token_logprobs(*(x.to(DEVICE) for x in (*offset, targets)), impl="triton")[1]
-    torch.testing.assert_close(entropy.cpu().double(), exact(hidden.double(), weight.double(), targets, 1)[1], rtol=0, atol=0.01)
+    torch.testing.assert_close(
+        entropy.cpu().double(),
+        exact(hidden.double(), weight.double(), targets, 1)[1],
+        rtol=0,
+        atol=0.01,
+    )
 
 
 @needs_triton
@@ -641,8 +857,10 @@ def test_triton_never_holds_the_logits_of_all_tokens_and_leaves_its_inputs_alone
     inputs = hidden, weight, targets, upstream = problem(32)
     before = [t.clone() for t in (hidden, weight, targets, *upstream)]
     with Largest() as largest:
-        values_and_gradients(impl("triton"), *(x.to(DEVICE) for x in inputs[:3]), 1, [x.to(DEVICE) for x in upstream])
-    assert largest.elements < 32 * V      # the interpreter copies the block as bytes
+        values_and_gradients(
+            impl("triton"), *(x.to(DEVICE) for x in inputs[:3]), 1, [x.to(DEVICE) for x in upstream]
+        )
+    assert largest.elements < 32 * V  # the interpreter copies the block as bytes
     assert all(torch.equal(a, b) for a, b in zip(before, (hidden, weight, targets, *upstream)))
 
 
@@ -654,13 +872,21 @@ def test_triton_logprobs_in_half_precision_err_no_more_than_1_5_times_the_refere
     args = hidden.to(DEVICE), weight.to(DEVICE), targets.to(DEVICE)
     upstream = [x.to(DEVICE) for x in upstream]
     true = values_and_gradients(exact, args[0].double(), args[1].double(), args[2], 0.7, upstream)
-    for ours, reference, t in zip(*(values_and_gradients(impl(name), *args, 0.7, upstream) for name in ("triton", "reference")), true):
+    for ours, reference, t in zip(
+        *(
+            values_and_gradients(impl(name), *args, 0.7, upstream)
+            for name in ("triton", "reference")
+        ),
+        true,
+    ):
         assert (ours - t).norm() <= 1.5 * (reference - t).norm()
 
 
 @pytest.mark.parametrize("why", ["no triton", "no GPU", "float64"])
 def test_triton_logprobs_where_they_cannot_run_are_a_value_error(monkeypatch, why):
-    hidden, weight, targets, _ = problem(7, dtype=torch.float64 if why == "float64" else torch.float32)
+    hidden, weight, targets, _ = problem(
+        7, dtype=torch.float64 if why == "float64" else torch.float32
+    )
     if why == "no triton":
         monkeypatch.setattr(kernels, "triton", None)
     if why == "no GPU":
@@ -691,9 +917,11 @@ def test_kernels_import_and_run_without_triton(tmp_path):
         for _ in range(2):
             assert not kernels.triton_runs("attention", x, "sdpa")"""
     environment = natively(PYTHONPATH=f"{tmp_path}{os.pathsep}{Path(kernels.__file__).parent}")
-    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
     assert run.returncode == 0, run.stderr
-    assert run.stdout == "attention: triton is not installed, takes sdpa instead\n"     # once
+    assert run.stdout == "attention: triton is not installed, takes sdpa instead\n"  # once
 
 
 COMPILE = """if True:
@@ -724,12 +952,18 @@ COMPILE = """if True:
 
 
 @needs_triton
-def test_triton_kernels_compile_for_an_h200_use_its_tensor_cores_and_fit_its_shared_memory(tmp_path):
+def test_triton_kernels_compile_for_an_h200_use_its_tensor_cores_and_fit_its_shared_memory(
+    tmp_path,
+):
     names = ["forward_kernel", "dq_kernel", "dkv_kernel", "fold_kernel", "slope_kernel"]
-    environment = natively(PYTHONPATH=str(Path(kernels.__file__).parent), TRITON_CACHE_DIR=str(tmp_path))
+    environment = natively(
+        PYTHONPATH=str(Path(kernels.__file__).parent), TRITON_CACHE_DIR=str(tmp_path)
+    )
     script = tmp_path / "compile_kernels.py"
     script.write_text(COMPILE)
-    run = subprocess.run([sys.executable, script, *names], env=environment, capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, script, *names], env=environment, capture_output=True, text=True
+    )
     assert run.returncode == 0, run.stderr[-2000:]
     for name, shared, products in map(json.loads, run.stdout.splitlines()):
         assert shared <= 227 * 1024, name

@@ -15,38 +15,51 @@ def equations(gpt, ids):
     c, T = gpt.config, len(ids)
     H, K, D = c.n_head, c.n_kv_head, c.head_dim
     double = lambda name: dict(gpt.named_parameters(remove_duplicate=False))[name].double()
-    norm = lambda x, name: x / (x.square().mean(-1, keepdim=True) + c.norm_eps).sqrt() * double(name + ".weight")
+    norm = lambda x, name: (
+        x / (x.square().mean(-1, keepdim=True) + c.norm_eps).sqrt() * double(name + ".weight")
+    )
     angle = torch.arange(T)[:, None] * c.rope_theta ** (-torch.arange(0, D, 2).double() / D)
     distance = torch.arange(T)[:, None] - torch.arange(T)
     unseen = (distance < 0) | (distance >= (c.window or T))
 
-    def rotated(x):     # (T, D)
+    def rotated(x):  # (T, D)
         a, b = x[:, 0::2], x[:, 1::2]
-        return torch.stack((a * angle.cos() - b * angle.sin(), a * angle.sin() + b * angle.cos()), -1).flatten(-2)
+        return torch.stack(
+            (a * angle.cos() - b * angle.sin(), a * angle.sin() + b * angle.cos()), -1
+        ).flatten(-2)
 
     x = double("wte.weight")[ids]
     for i in range(c.n_layer):
         at = f"blocks.{i}."
-        qkv = norm(x, at + "norm1") @ double(at + "attn.qkv.weight").T + (double(at + "attn.qkv.bias") if c.qkv_bias else 0)
-        q, k, v = (t.unflatten(-1, (-1, D)) for t in qkv.split([H * D, K * D, K * D], -1))      # (T, H or K, D)
+        qkv = norm(x, at + "norm1") @ double(at + "attn.qkv.weight").T + (
+            double(at + "attn.qkv.bias") if c.qkv_bias else 0
+        )
+        # (T, H or K, D)
+        q, k, v = (t.unflatten(-1, (-1, D)) for t in qkv.split([H * D, K * D, K * D], -1))
         if c.qk_norm:
             q, k = norm(q, at + "attn.q_norm"), norm(k, at + "attn.k_norm")
         heads = []
         for h in range(H):
             group = h * K // H
-            scores = rotated(q[:, h]) @ rotated(k[:, group]).T / D ** 0.5
+            scores = rotated(q[:, h]) @ rotated(k[:, group]).T / D**0.5
             heads.append(scores.masked_fill(unseen, -torch.inf).softmax(-1) @ v[:, group])
         x = x + torch.cat(heads, -1) @ double(at + "attn.proj.weight").T
         z = norm(x, at + "norm2")
         gate = z @ double(at + "mlp.gate.weight").T
-        x = x + (gate * gate.sigmoid() * (z @ double(at + "mlp.up.weight").T)) @ double(at + "mlp.proj.weight").T
+        x = (
+            x
+            + (gate * gate.sigmoid() * (z @ double(at + "mlp.up.weight").T))
+            @ double(at + "mlp.proj.weight").T
+        )
     return norm(x, "norm") @ double("wte.weight" if c.tie else "lm_head.weight").T
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_logits_are_those_of_the_equations(variant):
     gpt, ids = make(**VARIANTS[variant]), torch.randint(V, (20,), generator=seeded())
-    torch.testing.assert_close(gpt(ids[None])[0].double(), equations(gpt, ids), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        gpt(ids[None])[0].double(), equations(gpt, ids), rtol=1e-4, atol=1e-4
+    )
 
 
 def test_a_token_changes_nothing_before_it_and_nothing_past_the_window():
@@ -68,7 +81,10 @@ def test_bf16_weights_leave_the_rotation_complex_and_exact():
 
 
 def test_the_gradient_of_a_norm_is_that_of_finite_differences():
-    x, weight = (torch.randn(shape, generator=seeded(), dtype=torch.float64, requires_grad=True) for shape in ((2, 3, 6), (6,)))
+    x, weight = (
+        torch.randn(shape, generator=seeded(), dtype=torch.float64, requires_grad=True)
+        for shape in ((2, 3, 6), (6,))
+    )
     assert torch.autograd.gradcheck(model.RMSNormFunction.apply, (x, weight, 1e-2))
 
 
@@ -78,10 +94,14 @@ def test_at_the_start_biases_are_zero_and_what_writes_into_the_stream_is_smaller
         if p.dim() == 1:
             assert p.eq(0 if "bias" in name else 1).all()
         else:
-            assert p.std().item() == pytest.approx(0.02 / 16 ** 0.5 if "proj" in name else 0.02, rel=0.05)
+            assert p.std().item() == pytest.approx(
+                0.02 / 16**0.5 if "proj" in name else 0.02, rel=0.05
+            )
 
 
-@pytest.mark.parametrize("wrong", [dict(n_head=3), dict(n_kv_head=3), dict(window=0), dict(head_dim=5)])
+@pytest.mark.parametrize(
+    "wrong", [dict(n_head=3), dict(n_kv_head=3), dict(window=0), dict(head_dim=5)]
+)
 def test_a_shape_that_cannot_be_is_a_user_error(wrong):
     with pytest.raises(UserError):
         GPTConfig(**{**dict(vocab_size=V, block_size=8, n_layer=1, n_head=4, n_embd=32), **wrong})
@@ -89,13 +109,33 @@ def test_a_shape_that_cannot_be_is_a_user_error(wrong):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_count_of_parameters_is_that_of_the_model(variant):
-    config = GPTConfig(**{**dict(vocab_size=V, block_size=8, n_layer=3, n_head=4, n_embd=48, head_dim=10, tie=False), **VARIANTS[variant]})
+    config = GPTConfig(
+        **{
+            **dict(
+                vocab_size=V, block_size=8, n_layer=3, n_head=4, n_embd=48, head_dim=10, tie=False
+            ),
+            **VARIANTS[variant],
+        }
+    )
     assert config.parameters == sum(p.numel() for p in GPT(config).parameters())
 
 
-@pytest.mark.parametrize("huge", [dict(n_layer=4_000_000_000), dict(n_embd=100_000_000), dict(vocab_size=10 ** 11), dict(block_size=10 ** 12), dict(head_dim=10 ** 10)])
-def test_a_model_that_the_machine_cannot_hold_is_a_user_error_before_anything_is_allocated(huge, monkeypatch):
-    config = GPTConfig(**{**dict(vocab_size=V, block_size=8, n_layer=1, n_head=4, n_embd=32), **huge})
+@pytest.mark.parametrize(
+    "huge",
+    [
+        dict(n_layer=4_000_000_000),
+        dict(n_embd=100_000_000),
+        dict(vocab_size=10**11),
+        dict(block_size=10**12),
+        dict(head_dim=10**10),
+    ],
+)
+def test_a_model_that_the_machine_cannot_hold_is_a_user_error_before_anything_is_allocated(
+    huge, monkeypatch
+):
+    config = GPTConfig(
+        **{**dict(vocab_size=V, block_size=8, n_layer=1, n_head=4, n_embd=32), **huge}
+    )
     for part in ("Embedding", "Linear"):
         monkeypatch.setattr(model.nn, part, lambda *_, **__: pytest.fail("allocates"))
     with pytest.raises(UserError, match=f"{config.parameters:,} parameters.*GiB"):

@@ -1,4 +1,7 @@
-"""README.md and docs/ say what results/ holds. `python tests/test_readme.py --write` puts the tables, the exercises and the times there."""
+"""README.md and docs/ say what results/ holds. `python tests/test_readme.py --write` puts the
+tables, the exercises and the times there.
+"""
+
 import builtins
 import dataclasses
 import dis
@@ -21,13 +24,16 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results"
 PAGES = {p: p.read_text() for p in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
 TEXT = "\n".join(PAGES.values())
-NAMES = sorted(p.parent.name for p in RESULTS.glob("*/claims.json"))        # of lessons and experiments
+# of lessons and experiments
+NAMES = sorted(p.parent.name for p in RESULTS.glob("*/claims.json"))
 HEAD = "| claim | source | paper | ours | threshold | holds |\n|---|---|---|---|---|---|\n"
 CLAIMS = re.compile(
     r"(!\[[^\]]*\]\(\.\./results/(\w+)/\w+\.png\)\n(?:(?!<details>|!\[).*\n)*)"
     r"<details><summary>Claims.*\n\n(?:\|.*\n)*\n</details>\n"
 )
-EXERCISES = re.compile(r"(<details><summary><code>(\w+)\.py</code>)[^\n]*\n(?:(?!</details>).*\n)*</details>\n")
+EXERCISES = re.compile(
+    r"(<details><summary><code>(\w+)\.py</code>)[^\n]*\n(?:(?!</details>).*\n)*</details>\n"
+)
 LESSON = re.compile(r"^(\| \[`(\w+\.py)`\]\(\2\) \|[^|]*\| )[^|]*( \|[^|]*\|)$", re.M)
 
 
@@ -36,7 +42,9 @@ def read(path):
 
 
 def rows_of(name):
-    return [json.loads(line) for line in (RESULTS / name / "metrics.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line) for line in (RESULTS / name / "metrics.jsonl").read_text().splitlines()
+    ]
 
 
 def table(name):
@@ -80,7 +88,11 @@ def test_the_front_page_is_short():
 @pytest.mark.parametrize("name", NAMES)
 def test_a_figure_is_shown_with_its_command_and_claims(name):
     assert [m[2] for m in CLAIMS.finditer(TEXT)].count(name) == 1
-    assert f"python {name}.py" in TEXT or f"python -m experiments.{name}" in TEXT or f"python -m electives.{name}" in TEXT
+    assert (
+        f"python {name}.py" in TEXT
+        or f"python -m experiments.{name}" in TEXT
+        or f"python -m electives.{name}" in TEXT
+    )
     assert (RESULTS / name / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -89,11 +101,13 @@ def test_results_hold_the_metrics_and_the_config_of_every_claim(name):
     assert read(f"{name}/config.json")["revision"] not in ("", "unknown") and rows_of(name)
 
 
-# ---------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Claims
+
 
 class Replay(Memory):
     """A Run whose rows are those of results/."""
+
     def __init__(self, name):
         super().__init__()
         self.rows = rows_of(name)
@@ -104,7 +118,9 @@ class Replay(Memory):
 
 def module_of(name):
     """The lesson at the root, the experiment or the elective of that name."""
-    folder = next(f for f in ("", "experiments/", "electives/") if (ROOT / f"{f}{name}.py").exists())
+    folder = next(
+        f for f in ("", "experiments/", "electives/") if (ROOT / f"{f}{name}.py").exists()
+    )
     return importlib.import_module(f"{folder}{name}".replace("/", "."))
 
 
@@ -112,29 +128,42 @@ def module_of(name):
 def test_the_claims_are_what_the_present_code_makes_of_the_metrics(name):
     module, recorded = module_of(name), read(f"{name}/config.json")["config"]
     fields = {f.name for f in dataclasses.fields(module.Config)}
-    config = module.Config(**{k: v for k, v in recorded.items() if k in fields and k not in ("out", "resume")})
+    config = module.Config(
+        **{k: v for k, v in recorded.items() if k in fields and k not in ("out", "resume")}
+    )
     claims = module.figure(config, Replay(name))[1]
     plt.close("all")
     assert claims == read(f"{name}/claims.json")
 
 
-# ---------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Numbers
 
+
 def numbers_in(x):
-    """Every number in some JSON, those inside its texts included: "0.0338 (0.51)", "2,000 draws", "k = 4"."""
+    """Every number in some JSON, those inside its texts included: "0.0338 (0.51)", "2,000 draws",
+    "k = 4".
+    """
     if isinstance(x, dict):
         return itertools.chain.from_iterable(map(numbers_in, [*x, *x.values()]))
     if isinstance(x, list):
         return itertools.chain.from_iterable(map(numbers_in, x))
     if isinstance(x, str):
-        return (float(n.replace(",", "")) for n in re.findall(r"(?<![\w.])-?(?:\d[\d,]*)?\.?\d+", x))
+        return (
+            float(n.replace(",", "")) for n in re.findall(r"(?<![\w.])-?(?:\d[\d,]*)?\.?\d+", x)
+        )
     return () if x is None or isinstance(x, bool) else (float(x),)
 
 
 def numbers_of(name):
-    """What a figure's files say: claims, flags, and of the metrics the last row of each phase, arm and seed, with the means over seeds."""
-    known, last, means = set(numbers_in([read(f"{name}/claims.json"), read(f"{name}/config.json")])), {}, {}
+    """What a figure's files say: claims, flags, and of the metrics the last row of each phase, arm
+    and seed, with the means over seeds.
+    """
+    known, last, means = (
+        set(numbers_in([read(f"{name}/claims.json"), read(f"{name}/config.json")])),
+        {},
+        {},
+    )
     for row in rows_of(name):
         key = tuple((k, v) for k, v in row.items() if isinstance(v, str))
         last.setdefault((key, row.get("seed")), {}).update(row)
@@ -142,97 +171,232 @@ def numbers_of(name):
         known.update(numbers_in(row))
         for k, v in row.items():
             means.setdefault((key, k), []).append(v)
-    return known | {sum(v) / len(v) for v in means.values() if all(isinstance(x, (int, float)) for x in v)}
+    return known | {
+        sum(v) / len(v) for v in means.values() if all(isinstance(x, (int, float)) for x in v)
+    }
 
 
 def told(text):
-    """The numbers that a text tells, as it writes them: not those in code, links, names of papers, tables of claims and exercises, or dimensions (4 x 128)."""
-    for gone in (r"(?s)```.*?```", r"(?s)<details>.*?</details>", r"`[^`]*`", r"\]\([^)]*\)", r"https?://\S+", r"arXiv:? ?\d{4}\.\d{4,5}", r"\b(?:19|20)\d\d\b",
-                 r"(?m)^#.*$", r"\b[A-Z][A-Za-z]*-?\d[\w.]*(?:-\w+)?", r"\b\d+ x \d+(?: x \d+)?\b", r"(?m)^\s*\d+\. ", r"(?m)\d+ \|$", r"\| [\d.]+ (?:min|s) \|"):
+    """The numbers that a text tells, as it writes them: not those in code, links, names of papers,
+    tables of claims and exercises, or dimensions (4 x 128).
+    """
+    for gone in (
+        r"(?s)```.*?```",
+        r"(?s)<details>.*?</details>",
+        r"`[^`]*`",
+        r"\]\([^)]*\)",
+        r"https?://\S+",
+        r"arXiv:? ?\d{4}\.\d{4,5}",
+        r"\b(?:19|20)\d\d\b",
+        r"(?m)^#.*$",
+        r"\b[A-Z][A-Za-z]*-?\d[\w.]*(?:-\w+)?",
+        r"\b\d+ x \d+(?: x \d+)?\b",
+        r"(?m)^\s*\d+\. ",
+        r"(?m)\d+ \|$",
+        r"\| [\d.]+ (?:min|s) \|",
+    ):
         text = re.sub(gone, " ", text)
     return re.findall(r"(?<![\w.\-/])[+-]?(?:\d[\d,]*)?\.?\d+(?![\d/])", text)
 
 
 def found(number, known):
     value, digits = abs(float(number.replace(",", ""))), len(number.partition(".")[2])
-    scales = (1, 100, 1e-3, 1e-6) if digits == 0 or value >= 1 else (1,)        # percent, thousands, millions
-    return any(abs(value - abs(k) * s) <= 0.5001 * 10 ** -digits for k in known for s in scales)
+    # percent, thousands, millions
+    scales = (1, 100, 1e-3, 1e-6) if digits == 0 or value >= 1 else (1,)
+    return any(abs(value - abs(k) * s) <= 0.5001 * 10**-digits for k in known for s in scales)
 
 
-SHARED = set(numbers_in([read(name) for name in ("times.json", "tried.json", "exercises.json", "bench/benchmark.json")]))
+SHARED = set(
+    numbers_in(
+        [
+            read(name)
+            for name in ("times.json", "tried.json", "exercises.json", "bench/benchmark.json")
+        ]
+    )
+)
 SHARED |= set(numbers_in((RESULTS / "bench/benchmark.txt").read_text()))
 SECTIONS = [s for s in re.split(r"^(?=##? )", TEXT, flags=re.M) if told(s)]
 
 
 @pytest.mark.parametrize("section", SECTIONS, ids=lambda s: s.splitlines()[0].strip("# "))
 def test_every_number_is_found_in_results(section):
-    shown = [name for name in re.findall(r"\(\.\./results/(\w+)/\w+\.png\)", section) if name in NAMES]
+    shown = [
+        name for name in re.findall(r"\(\.\./results/(\w+)/\w+\.png\)", section) if name in NAMES
+    ]
     if shown:
         known = SHARED.union(*map(numbers_of, shown))
-    else:       # a section without a figure may tell of all
-        known = SHARED.union(*(numbers_in(read(f"{name}/{kind}.json")) for name in NAMES for kind in ("claims", "config")))
+    else:  # a section without a figure may tell of all
+        known = SHARED.union(
+            *(
+                numbers_in(read(f"{name}/{kind}.json"))
+                for name in NAMES
+                for kind in ("claims", "config")
+            )
+        )
     assert [n for n in told(section) if not found(n, known)] == []
 
 
 def test_a_number_that_is_in_no_result_is_missed():
-    assert told("a rise of 0.37 in 45 steps, `x = 3`, arXiv 2504.13837, 4 x 128, GPT-2") == ["0.37", "45"]
-    assert found("0.37", {0.3712}) and found("37", {0.3712}) and found("300", {300000}) and not found("0.38", {0.3712}) and not found("46", {45.0})
+    assert told("a rise of 0.37 in 45 steps, `x = 3`, arXiv 2504.13837, 4 x 128, GPT-2") == [
+        "0.37",
+        "45",
+    ]
+    assert (
+        found("0.37", {0.3712})
+        and found("37", {0.3712})
+        and found("300", {300000})
+        and not found("0.38", {0.3712})
+        and not found("46", {45.0})
+    )
 
 
-# ---------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Names
+
 
 @pytest.mark.parametrize("script", read("exercises.json")["about"])
 def test_an_exercise_quotes_the_file_and_tells_what_was_measured(script):
-    source, tasks = "".join((ROOT / path).read_text() for path in SOURCES), read("exercises.json")[script]
+    source, tasks = (
+        "".join((ROOT / path).read_text() for path in SOURCES),
+        read("exercises.json")[script],
+    )
     assert len(tasks) == 5
     for e in tasks:
         quotes = re.findall(r"`([^`]+)`", e["exercise"])
-        assert any(q in source for q in quotes) or any(q.startswith("--") for q in quotes), e["exercise"]
+        assert any(q in source for q in quotes) or any(q.startswith("--") for q in quotes), e[
+            "exercise"
+        ]
         known = set(numbers_in([e["measured"], e["command"], e["exercise"]]))
         assert [n for n in told(e["expect"]) if not found(n, known)] == [], e["expect"]
 
 
-# What each exercise asks to change, (script, number) -> (old, new) in turn. Whoever changes a line that an exercise quotes changes it here and in exercises.json.
+# What each exercise asks to change, (script, number) -> (old, new) in turn. Whoever changes a line
+# that an exercise quotes changes it here and in exercises.json.
 EDITS = {
-    ("grpo", 2): [('return float(written == right and len(text) % LINE == 0)',
-                   'return float(all(right.get(c) == d for c, d in written.items()) and len(text) % LINE == 0)')],
-    ("grpo", 3): [('return adv.reshape(-1, 1)', 'return adv.reshape(-1, 1).roll(1, 0)')],
-    ("grpo", 4): [('kl = kl_estimate(logp, ref_logp[rows], config.kl)', 'kl = kl_estimate(logp, ref_logp[rows], "k1")')],
-    ("grpo", 5): [('rng.shuffle(order)', '')],
-    ("opd", 2): [('return PASSWORDS[zlib.crc32(repr(tuple(pair)).encode()) % len(PASSWORDS)]', 'return PASSWORDS[0]')],
-    ("opd", 3): [('return (logp - logq).detach() * logp', 'return logp - logq')],
-    ("opd", 4): [('PASSWORD = Hint(prompt_with_password, (*range(PLACES), EOS), recall=8, keep=4)',
-                  'PASSWORD = Hint(prompt_with_password, (*range(PLACES), *range(49, 53), EOS), recall=8, keep=4)')],
-    ("curriculum", 2): [('total = a + b if honest else rng.randrange(3, 2 * HIGHEST)', 'total = 3')],
-    ("curriculum", 3): [('rollout, texts, rewards = answer(model, problems, config.group, budget, generator)',
-                         'rollout, texts, rewards = answer(model, problems, config.group, budget, generator)\n'
-                         '    rewards = torch.tensor([float("OK" in text) for text in texts]).view(-1, config.group)')],
-    ("curriculum", 4): [('np.where(right, 1.0, 0.0 if masked else -1.0)', 'np.where(right, 2.0 if masked else 0.0, 0.0 if masked else -2.0)')],
-    ("curriculum", 5): [('for _ in range(attempts):', 'pairs = [(a, b) for i, a in enumerate(numbers) for b in numbers[i + 1:]]\n    for _ in range(attempts):'),
-                        ('a, b = rng.sample(numbers, 2)', 'a, b = pairs.pop(0)')],
-    ("coverage", 1): [('def table(H, n, seed, prompts=1000, V=4, a=0.01):', 'def table(H, n, seed, prompts=1000, V=4, a=0.1):')],
-    ("coverage", 2): [('def select(config, model, valid, weights, seed, N=4):', 'def select(config, model, valid, weights, seed, N=64):')],
-    ("coverage", 3): [('for step, _ in train(config, run, phase, seed, model, DATA, rates, loss, kept):',
-                       'for step, _ in train(config, run, phase, seed, model, (0.5, 0.5, 0.0), rates, loss, kept):')],
-    ("coverage", 4): [('weights = truncated_weights(np.broadcast_to(e, (seeds, H)), math.log(N))',
-                       'weights = truncated_weights(np.broadcast_to(e, (seeds, H)), math.inf)')],
-    ("coverage", 5): [('g = g / (1 + np.linalg.norm(g, axis=-1, keepdims=True))', 'g = np.sign(g)')],
-    ("ttt", 2): [('return tuple(w - scale[:, None, None] * g for w, g in zip(fast, grads, strict=True))',
-                  'return tuple(w - scale[:, None, None] * g.mean(0) for w, g in zip(fast, grads, strict=True))')],
-    ("ttt", 3): [('return (loss, *inner_update(fast, grads, eta))',
-                  'fast = inner_update(fast, grads, eta)\n    return (token_losses(model, x, y, fast), *fast)')],
-    ("ttt", 4): [('return (loss, *inner_update(fast, grads, eta))', 'return (loss, *inner_update(fast, [g.detach() for g in grads], eta))')],
-    ("ttt", 5): [('for t in range(1, T):', 'for t in range(1, T):\n        if t == T // 2: successor = rng.random((B, V)).argsort(1)')],
-    ("pretrain", 1): [('temperature=0.8', 'temperature=0')],
-    ("pretrain", 2): [('y = attention(*(t.transpose(1, 2) for t in (q, k, v)), window=self.window, mask=mask)',
-                    'y = attention(*(t.transpose(1, 2) for t in (q, k, v)), window=self.window, mask=mask, causal=False)')],
-    ("pretrain", 3): [('cache.set_lens(lens)', '')],
-    ("pretrain", 4): [('used_up = spent > self.budget', 'used_up = spent > math.inf')],
-    ("kernels", 1): [('BLOCK = 2**24', 'BLOCK = 2**20')],
-    ("kernels", 2): [('m_new = torch.maximum(m, z.amax(-1))', 'm_new = torch.zeros_like(m)')],
-    ("kernels", 3): [('dh = torch.zeros(h.shape, dtype=torch.float32, device=h.device)', 'dh = torch.zeros(h.shape, dtype=h.dtype, device=h.device)')],
-    ("kernels", 4): [('acc = dot((p * (dp - sums[:, None])).to(q.dtype), k_tile, acc)', 'acc = dot((p * dp).to(q.dtype), k_tile, acc)')],
+    ("grpo", 2): [
+        (
+            "return float(written == right and len(text) % LINE == 0)",
+            "return float(all(right.get(c) == d for c, d in written.items()) and len(text) % LINE == 0)",
+        )
+    ],
+    ("grpo", 3): [("return adv.reshape(-1, 1)", "return adv.reshape(-1, 1).roll(1, 0)")],
+    ("grpo", 4): [
+        (
+            "kl = kl_estimate(logp, ref_logp[rows], config.kl)",
+            'kl = kl_estimate(logp, ref_logp[rows], "k1")',
+        )
+    ],
+    ("grpo", 5): [("rng.shuffle(order)", "")],
+    ("opd", 2): [
+        (
+            "return PASSWORDS[zlib.crc32(repr(tuple(pair)).encode()) % len(PASSWORDS)]",
+            "return PASSWORDS[0]",
+        )
+    ],
+    ("opd", 3): [("return (logp - logq).detach() * logp", "return logp - logq")],
+    ("opd", 4): [
+        (
+            "PASSWORD = Hint(prompt_with_password, (*range(PLACES), EOS), recall=8, keep=4)",
+            "PASSWORD = Hint(prompt_with_password, (*range(PLACES), *range(49, 53), EOS), recall=8, keep=4)",
+        )
+    ],
+    ("curriculum", 2): [
+        ("total = a + b if honest else rng.randrange(3, 2 * HIGHEST)", "total = 3")
+    ],
+    ("curriculum", 3): [
+        (
+            "rollout, texts, rewards = answer(model, problems, config.group, budget, generator)",
+            "rollout, texts, rewards = answer(model, problems, config.group, budget, generator)\n"
+            '    rewards = torch.tensor([float("OK" in text) for text in texts]).view(-1, config.group)',
+        )
+    ],
+    ("curriculum", 4): [
+        (
+            "np.where(right, 1.0, 0.0 if masked else -1.0)",
+            "np.where(right, 2.0 if masked else 0.0, 0.0 if masked else -2.0)",
+        )
+    ],
+    ("curriculum", 5): [
+        (
+            "for _ in range(attempts):",
+            "pairs = [(a, b) for i, a in enumerate(numbers) for b in numbers[i + 1:]]\n    for _ in range(attempts):",
+        ),
+        ("a, b = rng.sample(numbers, 2)", "a, b = pairs.pop(0)"),
+    ],
+    ("coverage", 1): [
+        (
+            "def table(H, n, seed, prompts=1000, V=4, a=0.01):",
+            "def table(H, n, seed, prompts=1000, V=4, a=0.1):",
+        )
+    ],
+    ("coverage", 2): [
+        (
+            "def select(config, model, valid, weights, seed, N=4):",
+            "def select(config, model, valid, weights, seed, N=64):",
+        )
+    ],
+    ("coverage", 3): [
+        (
+            "for step, _ in train(config, run, phase, seed, model, DATA, rates, loss, kept):",
+            "for step, _ in train(config, run, phase, seed, model, (0.5, 0.5, 0.0), rates, loss, kept):",
+        )
+    ],
+    ("coverage", 4): [
+        (
+            "weights = truncated_weights(np.broadcast_to(e, (seeds, H)), math.log(N))",
+            "weights = truncated_weights(np.broadcast_to(e, (seeds, H)), math.inf)",
+        )
+    ],
+    ("coverage", 5): [
+        ("g = g / (1 + np.linalg.norm(g, axis=-1, keepdims=True))", "g = np.sign(g)")
+    ],
+    ("ttt", 2): [
+        (
+            "return tuple(w - scale[:, None, None] * g for w, g in zip(fast, grads, strict=True))",
+            "return tuple(w - scale[:, None, None] * g.mean(0) for w, g in zip(fast, grads, strict=True))",
+        )
+    ],
+    ("ttt", 3): [
+        (
+            "return (loss, *inner_update(fast, grads, eta))",
+            "fast = inner_update(fast, grads, eta)\n    return (token_losses(model, x, y, fast), *fast)",
+        )
+    ],
+    ("ttt", 4): [
+        (
+            "return (loss, *inner_update(fast, grads, eta))",
+            "return (loss, *inner_update(fast, [g.detach() for g in grads], eta))",
+        )
+    ],
+    ("ttt", 5): [
+        (
+            "for t in range(1, T):",
+            "for t in range(1, T):\n        if t == T // 2: successor = rng.random((B, V)).argsort(1)",
+        )
+    ],
+    ("pretrain", 1): [("temperature=0.8", "temperature=0")],
+    ("pretrain", 2): [
+        (
+            "y = attention(*(t.transpose(1, 2) for t in (q, k, v)), window=self.window, mask=mask)",
+            "y = attention(*(t.transpose(1, 2) for t in (q, k, v)), window=self.window, mask=mask, causal=False)",
+        )
+    ],
+    ("pretrain", 3): [("cache.set_lens(lens)", "")],
+    ("pretrain", 4): [("used_up = spent > self.budget", "used_up = spent > math.inf")],
+    ("kernels", 1): [("BLOCK = 2**24", "BLOCK = 2**20")],
+    ("kernels", 2): [("m_new = torch.maximum(m, z.amax(-1))", "m_new = torch.zeros_like(m)")],
+    ("kernels", 3): [
+        (
+            "dh = torch.zeros(h.shape, dtype=torch.float32, device=h.device)",
+            "dh = torch.zeros(h.shape, dtype=h.dtype, device=h.device)",
+        )
+    ],
+    ("kernels", 4): [
+        (
+            "acc = dot((p * (dp - sums[:, None])).to(q.dtype), k_tile, acc)",
+            "acc = dot((p * dp).to(q.dtype), k_tile, acc)",
+        )
+    ],
 }
 TASKS = [(script, i) for script in read("exercises.json")["about"] for i in range(1, 6)]
 
@@ -242,7 +406,7 @@ def fragments(old, new):
     for a, b in itertools.zip_longest(old.split("\n"), new.split("\n"), fillvalue=""):
         start = len(commonprefix(a, b))
         end = len(commonprefix(a[start:][::-1], b[start:][::-1]))
-        yield from (a[start:len(a) - end].strip(), b[start:len(b) - end].strip())
+        yield from (a[start : len(a) - end].strip(), b[start : len(b) - end].strip())
 
 
 def commonprefix(a, b):
@@ -250,7 +414,9 @@ def commonprefix(a, b):
 
 
 def changed(script, number, folder):
-    """A copy of the project in a folder, with an exercise's edits -> the paths that they change. Each old line stands in one place of the project."""
+    """A copy of the project in a folder, with an exercise's edits -> the paths that they change.
+    Each old line stands in one place of the project.
+    """
     for path in SOURCES:
         (folder / path).parent.mkdir(exist_ok=True)
         (folder / path).write_text((ROOT / path).read_text())
@@ -264,8 +430,15 @@ def changed(script, number, folder):
     return edited
 
 
-SOURCES = [p.relative_to(ROOT) for f in (".", "tasks", "experiments", "electives") for p in sorted((ROOT / f).glob("*.py"))]
-MODULES = {str(p.with_suffix("")).replace("/", ".").removesuffix(".__init__") for p in SOURCES} | {"experiments", "electives"}
+SOURCES = [
+    p.relative_to(ROOT)
+    for f in (".", "tasks", "experiments", "electives")
+    for p in sorted((ROOT / f).glob("*.py"))
+]
+MODULES = {str(p.with_suffix("")).replace("/", ".").removesuffix(".__init__") for p in SOURCES} | {
+    "experiments",
+    "electives",
+}
 
 
 @pytest.fixture
@@ -281,10 +454,15 @@ def elsewhere(monkeypatch, tmp_path):
 
 def unknown_names(code, module):
     """The global names that a code object and all inside it ask for and nobody has."""
-    asked = {i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
+    asked = {
+        i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")
+    }
     inside = [unknown_names(c, module) for c in code.co_consts if isinstance(c, types.CodeType)]
-    local = set(code.co_names) if "__qualname__" in code.co_names else set()        # a class body sets names of its own
-    return {name for name in asked - local if name not in vars(module) and not hasattr(builtins, name)}.union(*inside)
+    # a class body sets names of its own
+    local = set(code.co_names) if "__qualname__" in code.co_names else set()
+    return {
+        name for name in asked - local if name not in vars(module) and not hasattr(builtins, name)
+    }.union(*inside)
 
 
 @pytest.mark.parametrize("script, number", TASKS)
@@ -292,14 +470,21 @@ def test_an_exercise_asks_for_the_changes_that_the_tests_make(script, number):
     text = read("exercises.json")[script][number - 1]["exercise"]
     for old, new in EDITS.get((script, number), []):
         assert [f for f in fragments(old, new) if f.strip(", ") not in text] == []
-    asks = re.search(r"(?i)\breplace\b|\bchange `|\bdelete the line\b|\binsert\b|\bput `|\bgets `|\badd the argument\b", text)
+    asks = re.search(
+        r"(?i)\breplace\b|\bchange `|\bdelete the line\b|\binsert\b|\bput `|\bgets `|\badd the argument\b",
+        text,
+    )
     assert (script, number) in EDITS or number == 5 or asks is None, text
 
 
 @pytest.mark.parametrize("script, number", list(EDITS))
-def test_the_change_of_an_exercise_can_be_made_in_one_place_and_leaves_no_name_unknown(script, number, elsewhere):
+def test_the_change_of_an_exercise_can_be_made_in_one_place_and_leaves_no_name_unknown(
+    script, number, elsewhere
+):
     for path in changed(script, number, elsewhere):
-        module = importlib.import_module(str(path.with_suffix("")).replace("/", ".").removesuffix(".__init__"))
+        module = importlib.import_module(
+            str(path.with_suffix("")).replace("/", ".").removesuffix(".__init__")
+        )
         assert Path(module.__file__) == elsewhere / path
         assert unknown_names(compile((elsewhere / path).read_text(), path, "exec"), module) == set()
 
@@ -307,20 +492,31 @@ def test_the_change_of_an_exercise_can_be_made_in_one_place_and_leaves_no_name_u
 def commands(script, number):
     """The runs that an exercise asks for: module, flags, whether they come before the change."""
     for line in read("exercises.json")[script][number - 1]["command"].splitlines():
-        if re.match(r"python (-m (experiments|electives)\.)?\w+", line) and not line.startswith("python -c"):
+        if re.match(r"python (-m (experiments|electives)\.)?\w+", line) and not line.startswith(
+            "python -c"
+        ):
             _, *words = shlex.split(line.replace("python -m ", "python "), comments=True)
             name = words[0].removesuffix(".py")
-            if Path(f"{name.replace('.', '/')}.py") in SOURCES:     # not a file that the reader is to write
+            # not a file that the reader is to write
+            if Path(f"{name.replace('.', '/')}.py") in SOURCES:
                 yield name, words[1:], "# before the change" in line
 
 
 @pytest.mark.parametrize("script, number", [task for task in TASKS if list(commands(*task))])
-def test_the_command_of_an_exercise_is_one_and_runs_quickly_after_the_change(script, number, elsewhere):
-    """All flags are read as they are; then the run has only those whose value --quick does not choose."""
+def test_the_command_of_an_exercise_is_one_and_runs_quickly_after_the_change(
+    script, number, elsewhere
+):
+    """All flags are read as they are; then the run has only those whose value --quick does not
+    choose.
+    """
     changed(script, number, elsewhere)
     for name, given, before in commands(script, number):
         Config = importlib.import_module(name).Config
-        quick = {"--" + f.name.replace("_", "-") for f in dataclasses.fields(Config) if f.metadata["quick"] is not None}
+        quick = {
+            "--" + f.name.replace("_", "-")
+            for f in dataclasses.fields(Config)
+            if f.metadata["quick"] is not None
+        }
         if "--resume" not in given:
             parse_args(Config, "", given)
         if (script, number) not in EDITS or before:
@@ -329,14 +525,17 @@ def test_the_command_of_an_exercise_is_one_and_runs_quickly_after_the_change(scr
         while i < len(given):
             width = 1 if i + 1 == len(given) or given[i + 1].startswith("--") else 2
             if given[i] not in quick | {"--out"}:
-                kept += given[i:i + width]
+                kept += given[i : i + width]
             i += width
-        code, _, err = launch(name, *kept, *([] if "--resume" in kept else ["--quick"]), "--out", elsewhere / "out")
+        code, _, err = launch(
+            name, *kept, *([] if "--resume" in kept else ["--quick"]), "--out", elsewhere / "out"
+        )
         assert code == 0, err
         assert (elsewhere / "out" / "claims.json").exists()
 
 
-PIECES = {("curriculum", 4), ("pretrain", 4), ("kernels", 2), ("kernels", 3), ("kernels", 4)}     # python -c "..." that takes seconds
+# python -c "..." that takes seconds
+PIECES = {("curriculum", 4), ("pretrain", 4), ("kernels", 2), ("kernels", 3), ("kernels", 4)}
 
 
 @pytest.mark.parametrize("script, number", sorted(PIECES))
@@ -356,12 +555,20 @@ def test_every_test_that_the_pages_name_exists():
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_every_file_that_a_page_links_to_exists(page):
-    assert [path for path in re.findall(r"\]\((?!http|#)([^)#]+)", PAGES[page]) if not (page.parent / path).exists()] == []
+    assert [
+        path
+        for path in re.findall(r"\]\((?!http|#)([^)#]+)", PAGES[page])
+        if not (page.parent / path).exists()
+    ] == []
 
 
 def test_every_lesson_foundation_and_experiment_stands_on_a_page():
-    assert [p.name for p in ROOT.glob("*.py") if f"({p.name})" not in PAGES[ROOT / "README.md"]] == []
-    assert [p.stem for p in ROOT.glob("experiments/[a-z]*.py") if f"experiments.{p.stem}" not in TEXT] == []
+    assert [
+        p.name for p in ROOT.glob("*.py") if f"({p.name})" not in PAGES[ROOT / "README.md"]
+    ] == []
+    assert [
+        p.stem for p in ROOT.glob("experiments/[a-z]*.py") if f"experiments.{p.stem}" not in TEXT
+    ] == []
 
 
 if __name__ == "__main__":

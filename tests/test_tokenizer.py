@@ -1,4 +1,5 @@
 """tokenizer.py: texts lose nothing, merges are those of brute force."""
+
 import itertools
 import random
 from collections import Counter
@@ -9,10 +10,12 @@ import regex
 import tokenizer
 from tokenizer import SPLIT, CharTokenizer, bpe_merges, train_bpe
 
-TEXT = ("Der Übermut der Ärzte: naïve façade, naïve œuvre… 東京都と京都、東京タワー 🙂🙂🙃 it's they'll we've\n\n"
-        "the theme of the thesis is the thing; banana bandana aaaa aaaaa aaaaaaa 1234 12 123   \tindent\n")
-TEXT += " ".join("".join(random.Random(i).choices("aabé", k=i % 9)) for i in range(200))    # many ties, and words of one letter
-
+TEXT = (
+    "Der Übermut der Ärzte: naïve façade, naïve œuvre… 東京都と京都、東京タワー 🙂🙂🙃 it's they'll we've\n\n"
+    "the theme of the thesis is the thing; banana bandana aaaa aaaaa aaaaaaa 1234 12 123   \tindent\n"
+)
+# many ties, and words of one letter
+TEXT += " ".join("".join(random.Random(i).choices("aabé", k=i % 9)) for i in range(200))
 
 
 def naive_bpe(text, n):
@@ -26,27 +29,25 @@ def naive_bpe(text, n):
             j = 0
             while j < len(w) - 1:
                 if (w[j], w[j + 1]) == best:
-                    w[j:j + 2] = [best[0] + best[1]]
+                    w[j : j + 2] = [best[0] + best[1]]
                 j += 1
     return merges, words
 
 
-
 def test_bpe_merges_are_those_of_the_worked_example():
-    text = "\n".join(["low"] * 5 + ["lower"] * 2 + ["widest"] * 3 + ["newest"] * 6)     # CS336's, after Sennrich et al.
+    # CS336's, after Sennrich et al.
+    text = "\n".join(["low"] * 5 + ["lower"] * 2 + ["widest"] * 3 + ["newest"] * 6)
     assert bpe_merges(text, 6) == [b"st", b"est", b"ow", b"low", b"west", b"ne"]
-
 
 
 def test_of_equally_frequent_pairs_the_greater_is_merged():
     assert bpe_merges("ab\nzy\nza\nz", 1) == [b"zy"]
-    assert bpe_merges("aba\nabb\nabc\nbab", 3) == [b"ab", b"bab", b"abc"]     # (b, ab), (ab, c), ...: pairs of bytes, not of ids
-
+    # (b, ab), (ab, c), ...: pairs of bytes, not of ids
+    assert bpe_merges("aba\nabb\nabc\nbab", 3) == [b"ab", b"bab", b"abc"]
 
 
 def test_bpe_with_kept_counts_is_bpe_with_fresh_counts():
     assert bpe_merges(TEXT, 120) == naive_bpe(TEXT, 120)[0]
-
 
 
 @pytest.mark.parametrize("alphabet", ["a", "ab", "acgt", "ab é", "東京都タ ", "abc  \n1"])
@@ -57,26 +58,28 @@ def test_bpe_merges_of_random_texts_are_those_of_brute_force_to_the_last_pair(al
             assert bpe_merges(text, n) == naive_bpe(text, n)[0]
 
 
-
-@pytest.mark.parametrize("characters", ["acgt", "".join(map(chr, range(0x4e00, 0x5200)))])
-def test_text_without_spaces_takes_a_few_heap_operations_for_each_byte_however_many_merges(monkeypatch, characters):
+@pytest.mark.parametrize("characters", ["acgt", "".join(map(chr, range(0x4E00, 0x5200)))])
+def test_text_without_spaces_takes_a_few_heap_operations_for_each_byte_however_many_merges(
+    monkeypatch, characters
+):
     text = "".join(random.Random(0).choices(characters, k=4000))
     operations = Counter()
 
     def counted(name):
         original = getattr(tokenizer.heapq, name)
         return lambda heap, *item: operations.update([name]) or original(heap, *item)
+
     for name in ("heappush", "heappop"):
         monkeypatch.setattr(tokenizer.heapq, name, counted(name))
     assert len(bpe_merges(text, 700)) == 700
     assert operations.total() <= 4 * len(text.encode())
 
 
-
 def test_tiktoken_cuts_the_training_text_as_training_did():
     encoding = train_bpe(TEXT, 256 + 120 + 1)
-    assert [encoding.decode_single_token_bytes(t) for t in encoding.encode(TEXT)] == list(itertools.chain(*naive_bpe(TEXT, 120)[1]))
-
+    assert [encoding.decode_single_token_bytes(t) for t in encoding.encode(TEXT)] == list(
+        itertools.chain(*naive_bpe(TEXT, 120)[1])
+    )
 
 
 @pytest.mark.parametrize("text", [TEXT, "", "never seen: ß ü \x00 \U0001f9ea 한국어\r\n\t  x "])
@@ -85,18 +88,15 @@ def test_a_trained_bpe_gives_any_text_back(text):
     assert encoding.decode(encoding.encode(text)) == text
 
 
-
 def test_the_end_of_text_is_the_last_id():
     encoding = train_bpe(TEXT, 300)
     assert encoding.eos == 299 == encoding.n_vocab - 1 and encoding.stop == [299]
     assert train_bpe(TEXT, 257).eos == 256
 
 
-
 def test_a_vocabulary_too_small_for_bytes_is_a_value_error():
     with pytest.raises(ValueError):
         train_bpe(TEXT, 256)
-
 
 
 def test_characters_come_back_and_eos_decodes_to_nothing():
@@ -109,7 +109,10 @@ def test_characters_come_back_and_eos_decodes_to_nothing():
 
 @pytest.mark.parametrize("space", [" ", "\n"])
 def test_a_million_spaces_are_text_like_any_other(space):
-    text = "a b" + 10 ** 6 * space + "c"
+    text = "a b" + 10**6 * space + "c"
     encoding = train_bpe(text, 300)
     assert encoding.decode(encoding.encode_ordinary(text)) == text
-    assert encoding.encode_ordinary_batch([text, "a b"]) == [encoding.encode_ordinary(text), encoding.encode("a b")]
+    assert encoding.encode_ordinary_batch([text, "a b"]) == [
+        encoding.encode_ordinary(text),
+        encoding.encode("a b"),
+    ]
