@@ -150,9 +150,12 @@ def error(work, dtype, impl, device):
     results = []
     for name, inputs in ((impl, leaves), ("reference", exact)):
         outputs = run(work, name, (*inputs, *rest))
-        gradients = [g.to(o.dtype) for g, o in zip(upstream, outputs)]
+        gradients = [g.to(o.dtype) for g, o in zip(upstream, outputs, strict=True)]
         results.append([*outputs, *torch.autograd.grad(outputs, inputs, gradients)])
-    return max(((ours.double() - true).norm() / true.norm()).item() for ours, true in zip(*results))
+    return max(
+        ((ours.double() - true).norm() / true.norm()).item()
+        for ours, true in zip(*results, strict=True)
+    )
 
 
 def peak_memory(device):
@@ -192,7 +195,7 @@ def measure(work, shape, dtype, impl, device, repeats=3):
     before = peak_memory(device)
     step()
     peak = peak_memory(device)
-    forward, backward = map(statistics.median, zip(*(step() for _ in range(repeats))))
+    forward, backward = map(statistics.median, zip(*(step() for _ in range(repeats)), strict=True))
     return forward, backward, (peak - before) / 2**20, worst
 
 

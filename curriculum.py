@@ -117,7 +117,7 @@ def verdict_gap(problems, texts):
     """
     judged = [
         (numbers.hits(problem, a, b), verdict)
-        for problem, text in zip(problems, texts)
+        for problem, text in zip(problems, texts, strict=True)
         for a, b, verdict in numbers.parse(text)[0]
     ]
 
@@ -209,7 +209,7 @@ def warm_up(config, run, seed, device, kind="gap"):
         problems = [numbers.draw(rng, rng.choice(SIZES)) for _ in range(config.sft_batch)]
         answers = [numbers.demonstrate(rng, p, **BASES[kind]) for p in problems]
         questions = [numbers.prompt(p) for p in problems]
-        pairs = list(zip(questions, answers))
+        pairs = list(zip(questions, answers, strict=True))
         pairs.sort(key=lambda pair: len(" ".join(pair).split()))  # by tokens
         count = sum(len(text.split()) + 1 for _, text in pairs)  # with the token that ends it
         total = 0.0
@@ -356,7 +356,7 @@ def show(run, size, budget, **models):
     for name, model in models.items():
         generator = torch.Generator().manual_seed(0)
         _, texts, rewards = answer(model, problems, 1, budget, generator)
-        written[name] = list(zip(texts, rewards.flatten().tolist()))
+        written[name] = list(zip(texts, rewards.flatten().tolist(), strict=True))
     run.samples([numbers.prompt(p) for p in problems], **written)
 
 

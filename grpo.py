@@ -399,7 +399,9 @@ def update(model, base, optimizer, rollout, rewards, config, budget, generator):
         weights = aggregation_weights(mask, config.method.aggregation, budget)  # (its rows, T)
         optimizer.zero_grad()
         # 3. The gradient is summed over pieces that the memory can hold
-        for rows, a in zip(minibatch.split(config.micro_batch), weights.split(config.micro_batch)):
+        for rows, a in zip(
+            minibatch.split(config.micro_batch), weights.split(config.micro_batch), strict=True
+        ):
             losses, metrics = token_losses(model, rollout, rows, adv, old_logp, ref_logp, config)
             loss = (a * losses).sum()
             loss.backward()
@@ -516,7 +518,7 @@ def figure(config, run):
 
     fig, axes = plt.subplots(2, 3, figsize=(13, 7), layout="constrained")
     fig.suptitle(f"Told only right or wrong: {told} ({seeds} seed{'s' * (seeds > 1)})")
-    for ax, (title, unit, *keys) in zip(axes.flat, panels):
+    for ax, (title, unit, *keys) in zip(axes.flat[:-1], panels, strict=True):
         for key in keys:
             band(ax, *series(run, key, phase="rl", arm=config.loss), key)
         ax.set(title=title, xlabel="RL step", ylabel=unit)
@@ -558,7 +560,7 @@ def main():
                 _, texts, rewards = sample(
                     model, task, problems, 1, config, torch.Generator().manual_seed(0)
                 )
-                examples[arm] = list(zip(texts, rewards.flatten().tolist()))
+                examples[arm] = list(zip(texts, rewards.flatten().tolist(), strict=True))
         run.samples([task.prompt(problem) for problem in problems], **examples)
         run.finish(*figure(config, run))
 

@@ -251,7 +251,7 @@ def hf_layout(model):
                     (heads * c.head_dim, *p.shape[1:]),
                     x != "v",
                 )
-                for x, heads in zip("qkv", (c.n_head, c.n_kv_head, c.n_kv_head))
+                for x, heads in zip("qkv", (c.n_head, c.n_kv_head, c.n_kv_head), strict=True)
             ]
         else:
             layout[ours] = [
@@ -291,14 +291,12 @@ def hf_state(folder, model, dtype=None):
             state.setdefault(ours, []).append(
                 (regroup(t, 2, config.head_dim) if rotated else t).to(dtype)
             )
-    twice = lambda k: (
-        k == "lm_head.weight"
-        and config.tie
-        and torch.equal(tensors[k].to(dtype), state["wte.weight"][0])
-    )
-    left = [
-        k for k in tensors if not twice(k) and not k.endswith("rotary_emb.inv_freq")
-    ]  # neither says anything new
+
+    # two tensors that may be left over say nothing new: the rotations, and a tied head
+    left = [k for k in tensors if not k.endswith("rotary_emb.inv_freq")]
+    head = tensors.get("lm_head.weight")
+    if head is not None and config.tie and torch.equal(head.to(dtype), state["wte.weight"][0]):
+        left.remove("lm_head.weight")
     if left:
         raise UserError(
             f"{folder}: tensor {min(left)} is left over: config.json tells of no such thing"
@@ -342,7 +340,7 @@ def hf_save(model, folder, like=None, stop=None):
         )
     for ours, parts in hf_layout(model).items():
         rows = weights[ours].detach().cpu().split([shape[0] for _, shape, _ in parts])
-        for (theirs, _, rotated), t in zip(parts, rows):
+        for (theirs, _, rotated), t in zip(parts, rows, strict=True):
             tensors[theirs] = regroup(t, c.head_dim // 2, c.head_dim) if rotated else t
     if like:
         source, stop = hub_folder(like), stop or load_tokenizer(like).stop

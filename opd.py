@@ -284,8 +284,8 @@ def write_together(student, teacher, prompts, choose, generator, limit=ANSWER):
     tokens, mask, changed = [], [], []
     while len(tokens) < limit and unfinished.any():
         # What each of the two would write next, (B, V)
-        hidden = (m.hidden(unread, cache)[:, -1] for m, cache in zip(models, caches))
-        lp, lq = (m.lm_head(h).log_softmax(-1) for m, h in zip(models, hidden))
+        hidden = (m.hidden(unread, cache)[:, -1] for m, cache in zip(models, caches, strict=True))
+        lp, lq = (m.lm_head(h).log_softmax(-1) for m, h in zip(models, hidden, strict=True))
         if not (lp.isfinite().all() and lq.isfinite().all()):
             raise NotFinite("a log-probability of the next token is no number")
         u = torch.rand(len(prompts), 2, generator=generator).to(device)
@@ -349,8 +349,10 @@ def train(config, run, arm, seed, base, expert, task, measure=evaluate):
         eps = config.trb_eps * max(0, 1 - step / config.trb_steps)
         y, mask, changed = collect(author, model, expert, prompts, eps, config, generator)
         lengths = mask.sum(1).int().tolist()
-        answers = [row[:n] for row, n in zip(y.tolist(), lengths)]
-        rewards = torch.tensor([task.reward(*a) for a in zip(pairs, answers)], device=device)
+        answers = [row[:n] for row, n in zip(y.tolist(), lengths, strict=True)]
+        rewards = torch.tensor(
+            [task.reward(*a) for a in zip(pairs, answers, strict=True)], device=device
+        )
         # 3. The loss on the answers' tokens, a step
         ids = torch.cat((torch.tensor(prompts, device=device), y), 1)  # (B, PROMPT + T)
         lq = None

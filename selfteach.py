@@ -261,7 +261,7 @@ def collect(writer, ask, pairs, task, generator):
     """One answer of the writer to each pair -> tokens (B, T), mask (B, T), rewards (B,)."""
     prompts = [ask(pair) for pair in pairs]
     rollout = generate(writer, prompts, 1, ANSWER, stop=EOS, generator=generator)
-    rewards = [task.reward(*answer) for answer in zip(pairs, rollout.tokens())]
+    rewards = [task.reward(*answer) for answer in zip(pairs, rollout.tokens(), strict=True)]
     y = rollout.ids[:, PROMPT:]
     return y, rollout.mask[:, PROMPT:], torch.tensor(rewards, device=y.device)
 
@@ -356,7 +356,7 @@ def train_with_pedagogue(config, run, seed, base, task):
     learning = replace(config, steps=min(config.steps, 100))
     meters = base, None
     methods = "pedagogical", "pedagogical_no_gate"
-    for teacher, student, meter, method in zip(PEDAGOGUES, STUDENTS, meters, methods):
+    for teacher, student, meter, method in zip(PEDAGOGUES, STUDENTS, meters, methods, strict=True):
         how = dict(method="grpo", ask=prompt_with_password, meter=meter)
         pedagogue = train(teaching, run, teacher, seed, base, task, PASSWORD, **how)
         how = dict(method=method, pedagogue=pedagogue)

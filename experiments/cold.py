@@ -46,12 +46,12 @@ def continuation(student, teacher, task, eps, length, config, seed, n=1024):
     generator = torch.Generator().manual_seed(seed)
     y, mask, _ = write_together(student, teacher, prompts, blended(eps), generator, limit=length)
     lengths = mask.sum(1).int().tolist()
-    begun = [row[:size] for row, size in zip(y.tolist(), lengths)]
-    longer = [p + b for p, b in zip(prompts, begun)]
+    begun = [row[:size] for row, size in zip(y.tolist(), lengths, strict=True)]
+    longer = [p + b for p, b in zip(prompts, begun, strict=True)]
     rest = generate(teacher, longer, 1, ANSWER - length, stop=EOS, generator=generator).tokens()
     # An answer that ended among the blended tokens is left as it is
-    answers = [b if b[-1] == EOS else b + r for b, r in zip(begun, rest)]
-    rewards = [reward(*a) for a in zip(pairs, answers)]
+    answers = [b if b[-1] == EOS else b + r for b, r in zip(begun, rest, strict=True)]
+    rewards = [reward(*a) for a in zip(pairs, answers, strict=True)]
     return mean(rewards)
 
 

@@ -125,7 +125,7 @@ def train(config, run, arm, seed, base, stages, after=None):
 
     def stage():
         """(numbers, budget) of the next batch; None at the end."""
-        for (size, budget, _), limit in zip(stages, limits):
+        for (size, budget, _), limit in zip(stages, limits, strict=True):
             if kept["sampled"] + config.prompts * config.group * budget <= limit:
                 return size, budget
         return None
@@ -164,7 +164,7 @@ def figure(config, run):
 
     def at_multiple(y, factor):
         """y (seeds, tests) at a multiple of each seed's own B* (seeds,)."""
-        return np.array([row[TESTS.index(b * factor)] for row, b in zip(y, chosen)])
+        return np.array([row[TESTS.index(b * factor)] for row, b in zip(y, chosen, strict=True)])
 
     ahead = {
         arm: np.stack([at_multiple(coupled, f) - at_multiple(y, f) for f in (1, 2, 4)], 1)
@@ -198,7 +198,7 @@ def figure(config, run):
     )
     claims = [
         claim(f"over {arm}", f"coupled minus {arm}, at 4x", SOURCE, paper, y, ">=", 0.03, n)
-        for (arm, paper), y in zip(RIVALS.items(), (d[:, 2] for d in ahead.values()))
+        for (arm, paper), y in zip(RIVALS.items(), (d[:, 2] for d in ahead.values()), strict=True)
     ]
     text = f"pass@1 at {LONGEST} tokens: best training budget minus B*'s"
     return fig, [*claims, claim("rule", text, SOURCE, "at the plateau", lost, "<=", 0.03, n)]

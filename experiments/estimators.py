@@ -83,7 +83,7 @@ def figure(config, run):
             "probability of the four",
         ),
     }
-    for ax, (key, labels) in zip(axes, titles.items()):
+    for ax, (key, labels) in zip(axes, titles.items(), strict=True):
         curves(ax, run, config.methods, key, *labels, unit="step")
     axes[2].axhline(1 / math.e, color="k", ls=":", lw=1)
     axes[1].legend(loc="lower center")

@@ -92,9 +92,11 @@ def obeyed(pair, tokens, rule):
 
 def attempt(model, pairs, words, rule, generator):
     """One answer to each pair with its word in the hint slot -> the rollout, rewards (B,)."""
-    prompts = [prompt_with(word)(pair) for pair, word in zip(pairs, words)]
+    prompts = [prompt_with(word)(pair) for pair, word in zip(pairs, words, strict=True)]
     rollout = generate(model, prompts, 1, ANSWER, stop=EOS, generator=generator)
-    rewards = [obeyed(pair, tokens, rule) for pair, tokens in zip(pairs, rollout.tokens())]
+    rewards = [
+        obeyed(pair, tokens, rule) for pair, tokens in zip(pairs, rollout.tokens(), strict=True)
+    ]
     return rollout, torch.tensor(rewards, device=rollout.ids.device)
 
 
@@ -104,7 +106,7 @@ def survivors(trial, rewards):
     rewards: 8 for each word, word by word.
     """
     scores = rewards.view(-1, 8).mean(1).tolist()
-    ranked = sorted(zip(scores, trial), key=lambda pair: -pair[0])
+    ranked = sorted(zip(scores, trial, strict=True), key=lambda pair: -pair[0])
     best = ranked[0][0]
     return [word for score, word in ranked if score >= best / 2][:4]
 

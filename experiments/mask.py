@@ -127,7 +127,9 @@ def train(config, run, arm, seed, base, masked, updates):
 def by_success(run, arm, key, success):
     """The path of an arm -> for each seed, success (n,) and a metric (n,)."""
     return zip(
-        series(run, success, phase="rl", arm=arm)[1], series(run, key, phase="rl", arm=arm)[1]
+        series(run, success, phase="rl", arm=arm)[1],
+        series(run, key, phase="rl", arm=arm)[1],
+        strict=True,
     )
 
 
@@ -137,7 +139,7 @@ def equal_success(run, full, masked, key, success):
     """
     differences = []
     for (s, y), (masked_s, masked_y) in zip(
-        by_success(run, full, key, success), by_success(run, masked, key, success)
+        by_success(run, full, key, success), by_success(run, masked, key, success), strict=True
     ):
         low, high = max(s[0], masked_s[0]), min(s.max(), masked_s.max())
         levels = np.linspace(low, high, 21)
@@ -164,13 +166,13 @@ def figure(config, run):
     fig, axes = plt.subplots(2, 2, figsize=(14, 9), layout="constrained")
     axes = axes.flatten()
     axes[1].sharey(axes[0])
-    for design, color in zip(DESIGNS, ("C0", "C1")):
-        for arm, style in zip(names[design], ("-", "--")):
+    for design, color in zip(DESIGNS, ("C0", "C1"), strict=True):
+        for arm, style in zip(names[design], ("-", "--"), strict=True):
             for i, (s, y) in enumerate(by_success(run, arm, "nats", success)):
                 levels = np.linspace(s[0], s.max(), 50)
                 look = dict(color=color, ls=style, label=None if i else arm)
                 axes[0].plot(levels, at_success(s, y, levels), **look)
-            for ax, key in zip(axes[1:], at_end):
+            for ax, key in zip(axes[1:], at_end, strict=True):
                 band(ax, *series(run, key, phase="rl", arm=arm), arm, color=color, ls=style)
 
     def both(y, digits=2):
@@ -184,7 +186,7 @@ def figure(config, run):
         f"held-out pass@1 at {2 * config.budget} tokens",
         "verdict gap",
     )
-    for ax, (key, y), label in zip(axes[1:], at_end.items(), labels):
+    for ax, (key, y), label in zip(axes[1:], at_end.items(), labels, strict=True):
         ax.set(title=f"At the end: {both(y)}", ylabel=label, xlabel="batches")
         ax.set_ylim((0, 1) if key != "nats" else None)
     for ax in axes:

@@ -190,9 +190,9 @@ def figure(config, run):
         f"p^k model: x{longer.mean():.1f} draws at the peak; masked takes {ratio:.1f} times as long"
     )
     axes[0].set(xlabel="step", ylabel="draws per episode", ylim=(0, None))
-    for ax, regime in zip((axes[1], axes[2], axes[2]), REGIMES):
+    for ax, regime in zip((axes[1], axes[2], axes[2]), REGIMES, strict=True):
         free = "no clip" in regime
-        for arm, color in zip(ARMS, ("C0", "C1")):
+        for arm, color in zip(ARMS, ("C0", "C1"), strict=True):
             nats = of(run, regime, arm, "nats")  # (seeds, levels)
             label = f"{arm}, no clip" if free else arm
             band(ax, LEVELS, nats, label, color=color, ls=":" if free else "-")

@@ -163,11 +163,12 @@ def behaviour(problems, texts):
     verdicts = [[t[2] for t in attempts] for attempts, _ in parsed]
     count = sum(map(len, pairs))
     different = sum(len(set(map(frozenset, tried))) for tried in pairs)
-    found = sum(hits(p, *pair) for p, tried in zip(problems, pairs) for pair in tried)
+    found = sum(hits(p, *pair) for p, tried in zip(problems, pairs, strict=True) for pair in tried)
     after_no = sum(answered.count(False) for answered in verdicts)
     # it named a pair although its last verdict was NO
     gave_up = sum(
-        v[-1:] == [False] and named is not None for v, (_, named) in zip(verdicts, parsed)
+        v[-1:] == [False] and named is not None
+        for v, (_, named) in zip(verdicts, parsed, strict=True)
     )
     return dict(
         attempts=count / len(texts),

@@ -14,6 +14,7 @@ walk the map are trained in walkers.py.
 """
 
 import functools
+import itertools
 import random
 import zlib
 from collections.abc import Callable
@@ -175,8 +176,8 @@ def reward(pair, tokens):
         return 0.0
     if len(moves) > DISTANCE[pair] + 2:
         return 0.0
-    places = [pair[0], *moves]
-    return float(all(q in NEIGHBOURS[p] for p, q in zip(places, moves)))
+    steps = itertools.pairwise([pair[0], *moves])
+    return float(all(q in NEIGHBOURS[p] for p, q in steps))
 
 
 def renames(tokens, rule=0):

@@ -328,7 +328,7 @@ def test_a_training_step_of_ours_and_of_nanogpt_trains_and_counts_its_tokens(mon
 def test_a_decoding_step_reads_all_weights_and_the_cache_of_its_rows(capsys):
     usual = engine.STATIC_ON
     (row,) = bench.measure_decoding(arguments())
-    assert engine.STATIC_ON == usual
+    assert usual == engine.STATIC_ON
     config = bench.SIZES["4 x 128"]
     size = 2 if "bfloat16" in row["work"] else 4
     # of a row's cache, before and after a step

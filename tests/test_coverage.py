@@ -69,7 +69,7 @@ def two_distributions(seed, outcomes=50, spread=2.0):
 
 def exact(D, p, N):
     """Cov_N by its definition."""
-    return float(sum(d for d, q in zip(D, p) if d / q >= N))
+    return float(sum(d for d, q in zip(D, p, strict=True) if d / q >= N))
 
 
 def best_of_n(p, reward, N):
@@ -85,7 +85,7 @@ def hard_reward(D, p, N):
     """Prop. D.7: a reward of 0 and 1, at which the best of N loses at least half of Cov_2N: paid
     where D is 2N times as likely as p.
     """
-    return (D >= 2 * N * p).astype(float)
+    return (2 * N * p <= D).astype(float)
 
 
 def small(kind=Config, **choices):
@@ -449,7 +449,7 @@ def test_the_floor_that_coverage_promises_is_below_the_exact_pass_at_n(monkeypat
         [1 - best_of_n_loss(lambda M: np.mean(p <= 1 / M), k) for k in range(1, 41)]
     )
     assert (
-        all(f <= e for f, e in zip(row["floor"], row["exact"]))
+        all(f <= e for f, e in zip(row["floor"], row["exact"], strict=True))
         and row["floor"][0] == 0
         and 0.7 < row["floor"][-1] < 0.75
     )
@@ -471,7 +471,7 @@ def test_the_task_asks_for_a_path_and_pays_for_the_one_of_the_class(size):
         for text in (right, paths.demonstrate(rng, problem)):
             walk = [problem[n - 3], *paths.tokenizer.encode(text)]
             assert walk[-1] == problem[n - 2] and all(
-                u * 100 + v in edges for u, v in zip(walk, walk[1:])
+                u * 100 + v in edges for u, v in zip(walk, walk[1:], strict=True)
             )
         rewards.append(paths.reward(problem, text))
     assert abs(np.mean(rewards) - 0.5 ** (size - 1)) < 0.1, (
@@ -553,7 +553,10 @@ def test_the_table_counts_and_the_coin_can_be_infinitely_wrong():
 @pytest.mark.parametrize("prompt", [0, 1])
 def test_the_linear_models_gradient_by_finite_differences(prompt):
     theta, counts, e = np.array([0.3, 0.1, -0.05]), np.array([1, 3, 2]), 1e-6
-    value = lambda theta: (log_probs(theta, prompt) * counts).sum()
+
+    def value(theta):
+        return (log_probs(theta, prompt) * counts).sum()
+
     numeric = [(value(theta + e * d) - value(theta - e * d)) / (2 * e) for d in np.eye(3)]
     assert gradient(theta, prompt, counts) == pytest.approx(numeric, rel=1e-5, abs=1e-5) and np.exp(
         log_probs(theta, prompt)
@@ -642,7 +645,7 @@ def test_a_step_of_the_linear_model_by_hand(kind, monkeypatch):
     rng, theta = np.random.default_rng(2), np.tile(optimizers.START, (4, 1))
     for step in range(6):
         prompts, counts = optimizers.draw(rng, H, (4,))
-        for i, (prompt, count) in enumerate(zip(prompts, counts)):
+        for i, (prompt, count) in enumerate(zip(prompts, counts, strict=True)):
             truth, own = log_probs(optimizers.TRUTH, prompt), log_probs(theta[i], prompt)
             g = gradient(theta[i], prompt, count)
             if kind == "normalised":
@@ -707,7 +710,7 @@ def test_fine_tuning_draws_the_mixture_and_keeps_the_base():
         and sorted(valid) == [0, 2, 4]
     )
     assert all(
-        torch.equal(a, b) for a, b in zip(kept[0].values(), before.values())
+        torch.equal(a, b) for a, b in zip(kept[0].values(), before.values(), strict=True)
     ) and not torch.equal(model.lm_head.weight, kept[0]["lm_head.weight"])
     rows = [r for r in run.rows if r["phase"] == "finetune"]
     test, weights = cov.evaluation_graphs(config, 0)
@@ -728,7 +731,7 @@ def test_keeping_checkpoints_changes_nothing_about_the_training():
     assert (
         all(
             torch.equal(a, b)
-            for a, b in zip(plain.state_dict().values(), kept.state_dict().values())
+            for a, b in zip(plain.state_dict().values(), kept.state_dict().values(), strict=True)
         )
         and one.rows == other.rows
     )
@@ -857,7 +860,9 @@ def test_selection_takes_the_best_loss_the_tournaments_winner_and_of_equals_the_
         "graphs",
         lambda rng, classes: drawn.append((classes, original(rng, classes))) or drawn[-1][1],
     )
-    name = lambda m: int(m.lm_head.weight[0, 0])
+
+    def name(m):
+        return int(m.lm_head.weight[0, 0])
 
     def sample_answers(m, ids, n, seed):
         assert ids is drawn[0][1] and n == 1
@@ -923,7 +928,7 @@ def test_every_loss_sees_the_same_graphs_and_every_seed_others(monkeypatch):
     ):
         trained(small(), Memory(), phase, seed, base, cov.DATA, [1e-3] * 3, *loss)
     assert (
-        all((a == b).all() for a, b in zip(draws[:3], draws[3:6]))
+        all((a == b).all() for a, b in zip(draws[:3], draws[3:6], strict=True))
         and (draws[0] != draws[1]).any()
         and (draws[0] != draws[6]).any()
     )
@@ -949,11 +954,15 @@ def interrupted(training):
 
 
 def test_interrupting_between_two_steps_changes_nothing():
-    training = lambda run: cov.pretrain(small(sft_steps=4), run, 0, "cpu")
+    def training(run):
+        return cov.pretrain(small(sft_steps=4), run, 0, "cpu")
+
     assert all(
         torch.equal(a, b)
         for a, b in zip(
-            training(Memory()).state_dict().values(), interrupted(training).state_dict().values()
+            training(Memory()).state_dict().values(),
+            interrupted(training).state_dict().values(),
+            strict=True,
         )
     )
 
@@ -971,7 +980,7 @@ def test_an_interrupted_fine_tuning_keeps_its_checkpoints():
         assert list(whole[2]) == list(again[2]) == [0, 4, 8] and all(
             torch.equal(a, b)
             for k in whole[2]
-            for a, b in zip(whole[2][k].values(), again[2][k].values())
+            for a, b in zip(whole[2][k].values(), again[2][k].values(), strict=True)
         )
 
 

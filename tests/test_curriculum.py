@@ -119,12 +119,12 @@ def episodes(M, right, budget):
 @pytest.mark.parametrize("right, budget", [(1, 2), (1, 4), (2, 2), (2, 5)])
 def test_exact_values_are_those_of_all_episodes_one_by_one(right, budget):
     M = pk_start(K=5, right=right, stop=0.5, low=-1.0)
-    p, draws, nats, found = map(np.array, zip(*episodes(M, right, budget)))
+    p, draws, nats, found = map(np.array, zip(*episodes(M, right, budget), strict=True))
     assert p.sum() == pytest.approx(1)
     success, entropy, length, different = pk_exact(M, right, budget)
-    assert success == pytest.approx(p[found != None].sum(), abs=1e-12) and length == pytest.approx(
-        1 + p @ draws
-    )  # noqa: E711
+    assert success == pytest.approx(
+        p[found is not None].sum(), abs=1e-12
+    ) and length == pytest.approx(1 + p @ draws)  # noqa: E711
     share = np.array([p[found == i].sum() for i in range(right)]) / success
     assert entropy == pytest.approx((p @ nats) / (p @ draws)) and different == pytest.approx(
         math.exp(-(share * np.log(share)).sum())
@@ -384,9 +384,10 @@ def test_a_tenth_of_the_problems_is_held_out_whatever_the_order_of_the_numbers()
 @pytest.mark.parametrize("size", [3, 6, 8])
 def test_a_single_problem_has_one_right_pair(size):
     rng = random.Random(0)
-    pairs = lambda problem: sum(
-        hits(problem, a, b) for a, b in itertools.combinations(problem[0], 2)
-    )
+
+    def pairs(problem):
+        return sum(hits(problem, a, b) for a, b in itertools.combinations(problem[0], 2))
+
     assert all(
         pairs(draw_single(rng, size, held_out)) == 1
         for held_out in (True, False)
@@ -414,7 +415,10 @@ def test_training_never_sees_a_held_out_problem(single, monkeypatch):
         mask.train(config, Memory(), "a", 0, base, masked=True, updates=2)
     else:
         curriculum.train(config, Memory(), "a", 0, base, 16)
-    held_out = lambda xs, target: zlib.crc32(bytes([*sorted(xs), target])) % 10 == 0
+
+    def held_out(xs, target):
+        return zlib.crc32(bytes([*sorted(xs), target])) % 10 == 0
+
     apart = {h: [p for p in shown if held_out(*p) == h] for h in (True, False)}
     assert len(apart[False]) == 3 * 32 + 3 * 3 and len(apart[True]) == 8 + 8 + 2 + 2 + 8, (
         "a quarter on the way"
@@ -432,7 +436,7 @@ def test_behaviour_counts_attempts_different_pairs_hits_and_giving_up():
 
 
 def test_the_budget_rule_takes_the_papers_choice():
-    success = dict(zip((256, 512, 1024, 2048, 4096), (0.06, 0.17, 0.23, 0.24, 0.24)))
+    success = dict(zip((256, 512, 1024, 2048, 4096), (0.06, 0.17, 0.23, 0.24, 0.24), strict=True))
     assert (
         budget_rule(success, 1.2) == 1024
         and budget_rule(success, 1.5) == 512
@@ -480,7 +484,7 @@ def test_masked_advantages_are_the_positive_part_after_grouping(masked, monkeypa
     assert any((adv < 0).any() for adv in full)
     assert all(
         torch.equal(adv, expected.clamp_min(0) if masked else expected)
-        for (_, adv), expected in zip(seen, full)
+        for (_, adv), expected in zip(seen, full, strict=True)
     )
 
 
@@ -651,7 +655,7 @@ def test_the_update_is_the_clipped_policy_gradient_over_all_tokens(updates):
     assert last["loss"] == pytest.approx(loss.item(), abs=1e-4) and last[
         "entropy"
     ] == pytest.approx(((entropy * trained_on).sum() / trained_on.sum()).item(), abs=1e-4)
-    for a, b in zip(model.parameters(), reference.parameters()):
+    for a, b in zip(model.parameters(), reference.parameters(), strict=True):
         assert torch.allclose(a, b, atol=1e-4)
 
 
@@ -723,7 +727,8 @@ def test_the_base_learns_every_token_of_an_answer_and_none_of_a_problem(monkeypa
     torch.optim.SGD(reference.parameters(), 10 / 50).step()
     assert run.rows[0]["loss"] == pytest.approx(loss.item(), abs=1e-5)
     assert all(
-        torch.allclose(a, b, atol=1e-5) for a, b in zip(model.parameters(), reference.parameters())
+        torch.allclose(a, b, atol=1e-5)
+        for a, b in zip(model.parameters(), reference.parameters(), strict=True)
     )
 
 
@@ -770,7 +775,10 @@ def test_each_base_and_each_arm_of_each_seed_is_trained_apart_and_once(monkeypat
     assert all(
         not torch.equal(a, b) for i, a in enumerate(weights[:8]) for b in weights[:i]
     ) and not torch.equal(weights[8], weights[10])
-    assert all(torch.equal(a, b) for a, b in zip(weights, all_of_them())) and len(run.rows) == rows
+    assert (
+        all(torch.equal(a, b) for a, b in zip(weights, all_of_them(), strict=True))
+        and len(run.rows) == rows
+    )
 
 
 def paid_by_chance(monkeypatch):
@@ -826,7 +834,7 @@ def test_every_option_reaches_the_weights(masked, updates, monkeypatch):
     )
     assert any(
         (a - b).abs().max() > 1e-5
-        for a, b in zip(plain.state_dict().values(), other.state_dict().values())
+        for a, b in zip(plain.state_dict().values(), other.state_dict().values(), strict=True)
     )
 
 
@@ -875,11 +883,12 @@ def test_an_arm_that_goes_on_after_another_is_the_arm_that_never_stopped(monkeyp
     coupled.train(config, run, "first", 0, policy(), stages[:1])
     halves = coupled.train(config, run, "second", 0, policy(), stages, after="first")
     assert all(
-        torch.equal(a, b) for a, b in zip(whole.state_dict().values(), halves.state_dict().values())
+        torch.equal(a, b)
+        for a, b in zip(whole.state_dict().values(), halves.state_dict().values(), strict=True)
     )
     assert any(
         not torch.equal(a, b)
-        for a, b in zip(halves.state_dict().values(), policy().state_dict().values())
+        for a, b in zip(halves.state_dict().values(), policy().state_dict().values(), strict=True)
     )
 
 
@@ -911,10 +920,13 @@ def test_lengths_of_right_and_of_wrong_answers_are_told_apart(monkeypatch):
 def test_an_answer_is_compared_with_the_others_to_its_problem(monkeypatch):
     seen, original = [], curriculum.advantages
     sampled = curriculum.answer
-    by_problem = lambda model, problems, n, *how: (
-        *sampled(model, problems, n, *how)[:2],
-        torch.tensor([[float(p[1] % 2)] * n for p in problems]),
-    )
+
+    def by_problem(model, problems, n, *how):
+        return (
+            *sampled(model, problems, n, *how)[:2],
+            torch.tensor([[float(p[1] % 2)] * n for p in problems]),
+        )
+
     monkeypatch.setattr(curriculum, "answer", by_problem)
     monkeypatch.setattr(
         curriculum, "advantages", lambda rewards: seen.append(rewards) or original(rewards)
@@ -961,7 +973,8 @@ def test_interrupting_between_two_steps_changes_nothing(what, monkeypatch):
     halves.rows = halves.rows[: halves.kept_rows]
     b = go(halves)
     assert halves.rows == whole.rows and all(
-        torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values())
+        torch.equal(x, y)
+        for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True)
     )
 
 
@@ -972,7 +985,8 @@ def test_a_finished_run_resumed_with_more_steps_is_the_longer_run_to_the_bit(mon
     curriculum.train(small(steps=2), run, "a", 0, policy(), 16)
     b = curriculum.train(small(steps=4), run, "a", 0, policy(), 16)
     assert all(
-        torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values())
+        torch.equal(x, y)
+        for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True)
     ) and [row["step"] for row in run.rows] == [0, 1, 2, 3, 4]
 
 
@@ -1080,9 +1094,10 @@ def test_the_lesson_compares_arms_that_differ_in_one_thing(monkeypatch):
         arm: measured(arm, "pass@1 of 64") - measured(arm, "pass@1 of 64", last=False)
         for arm in ("full", "no gap")
     }
-    gain = lambda arm, last=True: (
-        measured(arm, "pass@1 of 64", last=last) - measured(arm, "pass@1 of 16", last=last)
-    )
+
+    def gain(arm, last=True):
+        return measured(arm, "pass@1 of 64", last=last) - measured(arm, "pass@1 of 16", last=last)
+
     assert claims == claimed(
         {
             "no gap": max(measured("no gap", "gap", s, False) for s in (0, 1)),
@@ -1175,7 +1190,7 @@ def judged(monkeypatch, tables):
             False,
             small().eval_prompts // (4 if k > 1 else 1),
         ) and seed == f"rule {model[-1]}"
-        return {f"pass@{k} of {b}": x for b, x in zip(BUDGETS, tables[model, k])}
+        return {f"pass@{k} of {b}": x for b, x in zip(BUDGETS, tables[model, k], strict=True)}
 
     monkeypatch.setattr(coupled, "evaluate", evaluate)
 
@@ -1204,9 +1219,15 @@ def test_the_curriculum_and_its_rivals_have_the_same_tokens_and_train_what_the_r
             "data only": (f"gap {seed}", [(4, b, T), (8, b, T)]),
             "budget only": (f"gap {seed}", [(8, 16, T), (8, b, T)]),
         }
-    at = lambda arm, factor: np.mean(
-        [measured(arm.format(b), f"pass@1 of {b * factor}", seed) for seed, b in enumerate(chosen)]
-    )
+
+    def at(arm, factor):
+        return np.mean(
+            [
+                measured(arm.format(b), f"pass@1 of {b * factor}", seed)
+                for seed, b in enumerate(chosen)
+            ]
+        )
+
     ahead = {
         arm: at("stage 2 at {}", 4) - at(arm, 4)
         for arm in ("hard only", "data only", "budget only")
@@ -1244,7 +1265,10 @@ def test_budgets_differ_in_the_budget_alone(monkeypatch):
     assert arms == {
         (f"budget {b}", seed): (f"gap {seed}", b) for b in (16, 32, 64, 128) for seed in (0, 1)
     }
-    at = lambda trained, tested: measured(f"budget {trained}", f"pass@1 of {tested}")
+
+    def at(trained, tested):
+        return measured(f"budget {trained}", f"pass@1 of {tested}")
+
     assert claims == claimed(
         dict(
             short=at(64, 64) - at(16, 64),
@@ -1271,9 +1295,10 @@ def test_designs_of_mask_differ_in_the_mask_alone(monkeypatch):
         for arm in ("full", "masked")
         for seed in (0, 1)
     }
-    apart = lambda design, key: (
-        measured(f"{design}, full", key) - measured(f"{design}, masked", key)
-    )
+
+    def apart(design, key):
+        return measured(f"{design}, full", key) - measured(f"{design}, masked", key)
+
     assert claims == claimed(
         {
             "one entropy": abs(apart("1 update", "nats")),

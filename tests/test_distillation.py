@@ -225,9 +225,12 @@ def test_no_claim_holds_of_a_run_that_answers_nothing(name, monkeypatch, tmp_pat
 def test_the_claims_of_cold_are_about_the_arms_that_they_name(monkeypatch, tmp_path):
     found, calls = claims("cold", tmp_path, monkeypatch)
     ahead = {arm: level(arm) - level("opd") for arm in ("trb", "skd")}
-    by_tokens = lambda arm, tokens: np.interp(
-        np.linspace(0, 4000, 200), [0, 2 * tokens, 4 * tokens], [0, level(arm) / 2, level(arm)]
-    ).mean()
+
+    def by_tokens(arm, tokens):
+        return np.interp(
+            np.linspace(0, 4000, 200), [0, 2 * tokens, 4 * tokens], [0, level(arm) / 2, level(arm)]
+        ).mean()
+
     is_about(
         found,
         grpo=0.025,

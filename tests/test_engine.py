@@ -32,7 +32,10 @@ def follows(counts, probs):
         np.atleast_2d(probs) * np.atleast_2d(counts).sum(-1, keepdims=True),
     )
     rare = expected < 5
-    pool = lambda x: np.append(x[~rare], x[rare].sum())
+
+    def pool(x):
+        return np.append(x[~rare], x[rare].sum())
+
     observed, expected = pool(counts), pool(expected)
     df = len(observed) - (0 if rare.any() else 1) - len(counts)
     # Wilson and Hilferty's approximation
@@ -49,7 +52,7 @@ def prefill(gpt, lens, capacity):
     cache = KVCache(gpt.config, len(lens), capacity)
     gpt.hidden(ids, cache)
     cache.set_lens(lens)
-    return cache, [row[:n].tolist() for row, n in zip(ids, lens)]
+    return cache, [row[:n].tolist() for row, n in zip(ids, lens, strict=True)]
 
 
 def feed(gpt, cache, histories, T=1):
@@ -58,7 +61,7 @@ def feed(gpt, cache, histories, T=1):
     """
     new = torch.randint(V, (len(histories), T))
     logits = gpt.lm_head(gpt.hidden(new, cache))
-    for row, h, ours in zip(new.tolist(), histories, logits):
+    for row, h, ours in zip(new.tolist(), histories, logits, strict=True):
         h += row
         torch.testing.assert_close(ours, gpt(torch.tensor([h]))[0, -T:], rtol=0, atol=1e-5)
 
@@ -109,7 +112,7 @@ def test_rejected_tokens_leave_no_trace(rolled_back, window):
     cache, histories = prefill(gpt, [5, 5], 20)
     feed(gpt, cache, histories, 4)
     cache.set_lens(rolled_back)
-    histories = [h[:n] for h, n in zip(histories, rolled_back)]
+    histories = [h[:n] for h, n in zip(histories, rolled_back, strict=True)]
     for T in (1, 3):
         feed(gpt, cache, histories, T)
 
@@ -237,13 +240,22 @@ def test_decoding_on_fixed_shapes_goes_on_past_the_slots_of_a_span(monkeypatch):
 )
 def test_stopping_cuts_rows_and_changes_nothing_else(gpt, length, uniforms, stop):
     prompts = [[0, 0, 1], [2], [0, 3, 0, 0, 2, 0], [1, 0]]
-    sample = lambda stop: generate(
-        gpt, prompts, n=8, max_new_tokens=length, stop=stop, uniforms=uniforms, generator=seeded()
-    )
+
+    def sample(stop):
+        return generate(
+            gpt,
+            prompts,
+            n=8,
+            max_new_tokens=length,
+            stop=stop,
+            uniforms=uniforms,
+            generator=seeded(),
+        )
+
     free, stopped = sample(None), sample(stop)
     lengths = [row.index(stop) + 1 if stop in row else length for row in free.tokens()]
     assert len(set(lengths)) > 4
-    assert stopped.tokens() == [row[:n] for row, n in zip(free.tokens(), lengths)]
+    assert stopped.tokens() == [row[:n] for row, n in zip(free.tokens(), lengths, strict=True)]
     for r, n in enumerate(lengths):
         p = len(prompts[r // 8])
         assert stopped.ids[r, :p].tolist() == prompts[r // 8]
@@ -259,19 +271,24 @@ def test_stopping_cuts_rows_and_changes_nothing_else(gpt, length, uniforms, stop
 @pytest.mark.parametrize("where", [(), ("cpu",)])
 def test_a_row_ends_at_whichever_of_several_ids_comes_first(monkeypatch, where):
     monkeypatch.setattr(engine, "STATIC_ON", where), monkeypatch.setattr(engine, "SPAN", 5)
-    sample = lambda stop: generate(
-        known([0.4, 0.3, 0.2, 0.1]),
-        [[0, 0, 1], [2]],
-        n=8,
-        max_new_tokens=40,
-        stop=stop,
-        generator=seeded(),
-    )
+
+    def sample(stop):
+        return generate(
+            known([0.4, 0.3, 0.2, 0.1]),
+            [[0, 0, 1], [2]],
+            n=8,
+            max_new_tokens=40,
+            stop=stop,
+            generator=seeded(),
+        )
+
     free = sample(None).tokens()
     for stop in ([], [3], [0], [3, 2], [1, 2, 3], [7]):
         ends = [[t for t, token in enumerate(row) if token in stop] for row in free]
         rows = sample(stop)
-        assert rows.tokens() == [row[: end[0] + 1] if end else row for row, end in zip(free, ends)]
+        assert rows.tokens() == [
+            row[: end[0] + 1] if end else row for row, end in zip(free, ends, strict=True)
+        ]
         assert (
             rows.lengths.tolist() == [len(row) for row in rows.tokens()]
             and rows.mask.sum() == rows.lengths.sum()
@@ -335,9 +352,10 @@ def test_memory_that_was_never_written_is_never_felt():
 
 def test_the_generators_seed_decides_the_tokens():
     gpt = make()
-    draw = lambda seed: generate(
-        gpt, PROMPTS, n=4, max_new_tokens=8, generator=seeded(seed)
-    ).tokens()
+
+    def draw(seed):
+        return generate(gpt, PROMPTS, n=4, max_new_tokens=8, generator=seeded(seed)).tokens()
+
     assert draw(1) == draw(1) != draw(2)
 
 
@@ -371,7 +389,10 @@ def test_a_step_that_cannot_be_captured_runs_eagerly_from_then_on_and_on_the_str
     ).items():
         monkeypatch.setattr(torch.cuda, name, stub)
     monkeypatch.setattr(engine, "STATIC_ON", ("cuda",))
-    step = lambda: None
+
+    def step():
+        return None
+
     assert (
         engine.captured(step, gpu) is step
         and streams == ["the caller's"]
@@ -505,7 +526,10 @@ def test_fresh_bits_arrive_when_half_of_a_number_is_spent():
     rows = torch.tensor(
         generate(known([1 / 8] * 8), [[0]], 50, 27, uniforms=u, generator=seeded(2)).tokens()
     )
-    octal = lambda x: (x[:, None] * 8 ** torch.arange(1, 10)).floor() % 8
+
+    def octal(x):
+        return (x[:, None] * 8 ** torch.arange(1, 10)).floor() % 8
+
     assert torch.equal(
         rows, torch.cat([octal(u), octal(fresh[:, 8]), octal(fresh[:, 17])], dim=1).long()
     )
@@ -547,7 +571,7 @@ def test_inverse_cdf_never_leaves_the_support():
     for u in (0.0, 0.5, 1 - 2**-53, 1.0):  # a float32 rounded up by the caller can be 1
         token, place = inverse_cdf(probs, torch.full((2,), u, dtype=torch.float64))
         assert (probs.gather(1, token[:, None]) > 0).all()
-        assert ((0 <= place) & (place <= 1)).all()
+        assert ((place >= 0) & (place <= 1)).all()
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1, 1.7])
@@ -594,7 +618,7 @@ def test_top_k_of_one_is_greedy():
 @pytest.mark.parametrize("top_k", [None, 1, 6, 100])
 def test_truncate_keeps_the_smallest_set_of_the_k_largest_that_reaches_p(top_k, top_p):
     logits = 2 * torch.randn(50, V, generator=seeded(), dtype=torch.float64)
-    for row, kept in zip(logits, truncate(logits, top_k, top_p)):
+    for row, kept in zip(logits, truncate(logits, top_k, top_p), strict=True):
         order = row.argsort(descending=True)[:top_k]
         p = row[order].softmax(-1)
         size = next(m for m in range(1, len(p) + 1) if p[:m].sum() >= top_p)

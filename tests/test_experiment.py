@@ -98,7 +98,9 @@ def test_a_resumed_training_is_the_uninterrupted_one_to_the_bit(tmp_path):
         g.set_state(state["generator"]),
     )
     train(gpt, optimizer, g, 6 - state["step"])
-    assert all(torch.equal(a, b) for a, b in zip(whole[0].parameters(), gpt.parameters()))
+    assert all(
+        torch.equal(a, b) for a, b in zip(whole[0].parameters(), gpt.parameters(), strict=True)
+    )
     assert torch.equal(whole[2].get_state(), g.get_state())
 
 
@@ -124,7 +126,7 @@ def test_a_snapshot_stands_still_while_training_goes_on_and_restores_all_of_it(t
         )
         train(gpt2, optimizer2, g2, 2)
         assert all(
-            torch.equal(p, q) for p, q in zip(gpt.parameters(), gpt2.parameters())
+            torch.equal(p, q) for p, q in zip(gpt.parameters(), gpt2.parameters(), strict=True)
         ) and torch.equal(g.get_state(), g2.get_state())
         assert all(torch.equal(kept["model"][k], v) for k, v in weights.items())
         assert all(

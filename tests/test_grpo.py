@@ -37,6 +37,7 @@ from common import (
 )
 
 import grpo
+import tasks
 from engine import Rollout, generate
 from experiment import UserError
 from experiments import length, samplers, variants
@@ -51,7 +52,6 @@ from grpo import (
     pass_at_k,
     policy_loss,
 )
-import tasks
 from model import GPT, GPTConfig
 from tasks import addition
 from tasks.addition import COLUMNS, LINE, demonstrate, guessed_carries, prompt, reward, tokenizer
@@ -380,7 +380,10 @@ def test_gspo_is_the_geometric_mean_of_the_ratios_and_its_gradient_is_the_finite
     logp = (old + 0.3 * torch.randn(3, 5, generator=g, dtype=torch.double)).requires_grad_()
     mask = (torch.arange(5) < torch.tensor([5, 2, 3])[:, None]).double()
     adv = torch.tensor([[1.0], [-2.0], [0.5]], dtype=torch.double)
-    per_token = lambda logp: policy_loss(logp, old, adv, mask, "sequence", 0.9, 9.0)[0]
+
+    def per_token(logp):
+        return policy_loss(logp, old, adv, mask, "sequence", 0.9, 9.0)[0]
+
     for i, n in enumerate((5, 2, 3)):
         ratio = (logp - old)[i, :n].exp().prod() ** (1 / n)
         torch.testing.assert_close(per_token(logp)[i, :n], (-adv[i] * ratio).expand(n))
@@ -394,7 +397,10 @@ def test_each_name_is_the_loss_of_its_paper(loss):
     """Two answers, right and wrong, of 1 and 3 tokens, every ratio far off: the sum that the paper
     writes, term by term.
     """
-    cut = lambda x, low, high: max(low, min(high, x))
+
+    def cut(x, low, high):
+        return max(low, min(high, x))
+
     # of the advantages of rewards 1 and 0, whose std is 0.5 ** 0.5
     size = dict(reinforce=0.5, dr_grpo=0.5, rloo=1.0).get(loss, 0.5**0.5)
     A, rho, mask = (
@@ -414,7 +420,10 @@ def test_each_name_is_the_loss_of_its_paper(loss):
         s = math.prod(rho[i][:n]) ** (1 / n)
         for t in range(n):
             r, lp = rho[i][t], logp[i, t].item()
-            ppo = lambda r, low, high: -min(r * A[i], cut(r, low, high) * A[i])
+
+            def ppo(r, low, high):
+                return -min(r * A[i], cut(r, low, high) * A[i])
+
             terms[i].append(
                 dict(
                     reinforce=-A[i] * lp,
@@ -654,7 +663,7 @@ def test_the_stop_token_is_trained_on_and_a_question_may_hold_any_token():
         model, prompts, 4, 32, stop=tokenizer.eos, generator=torch.Generator().manual_seed(0)
     )
     logp, finished = grpo.score_all(model, rollout, config), 0
-    for i, (row, mask) in enumerate(zip(rollout.ids, rollout.mask)):
+    for i, (row, mask) in enumerate(zip(rollout.ids, rollout.mask, strict=True)):
         a, n = len(prompts[i // 4]), int(mask.sum())
         assert row[:a].tolist() == prompts[i // 4] and (mask[a : a + n] == 1).all()
         assert (row[a : a + n - 1] != tokenizer.eos).all() and (
@@ -756,7 +765,10 @@ def test_the_logged_loss_is_that_of_the_full_batch(loss, minibatches):
         )
     *_, metrics = one_update(config, rollout, rewards=rewards)
     assert len(losses) == minibatches
-    mean = lambda x: ((x * rollout.mask).sum() / rollout.mask.sum()).item()
+
+    def mean(x):
+        return ((x * rollout.mask).sum() / rollout.mask.sum()).item()
+
     expected = dict(
         loss=sum(losses).item() / len(losses),
         entropy=mean(entropy),
@@ -769,7 +781,10 @@ def test_each_minibatch_takes_its_own_step_with_its_own_gradient_and_the_norm_is
     config, seen = small(loss="rloo", minibatches=2), []
     model, norms = policy(), []
     rollout, adv = answers(model, config), advantages(REWARDS, "rloo").view(16, 1)
-    step = lambda: seen.append(flat(model, gradient=True))
+
+    def step():
+        return seen.append(flat(model, gradient=True))
+
     optimizer = SimpleNamespace(
         zero_grad=model.zero_grad, step=step, param_groups=[dict(params=list(model.parameters()))]
     )
@@ -1043,7 +1058,7 @@ def test_an_evaluation_counts_right_answers_and_guessed_carries_over_all_indepen
         right = torch.tensor([[1, prompt(p) < "b5"] for p in problems]).float()
         return (
             None,
-            [solve(p, orders[int(r)]) for p, row in zip(problems, right) for r in row],
+            [solve(p, orders[int(r)]) for p, row in zip(problems, right, strict=True) for r in row],
             right,
         )
 
@@ -1360,7 +1375,10 @@ def test_the_figure_of_variants_says_how_much_was_sampled(last):
 
 def test_an_experiment_has_its_own_defaults_and_takes_what_it_is_told():
     names = "seeds", "steps", "minibatches", "lr", "sft_steps", "eval_every"
-    choices = lambda Config, **flags: [getattr(Config(**flags), name) for name in names]
+
+    def choices(Config, **flags):
+        return [getattr(Config(**flags), name) for name in names]
+
     assert choices(Config) == [1, 45, 1, 3e-4, 1200, 15]
     assert choices(variants.Config) == [3, 10**9, 4, 1e-4, 1200, 3]
     assert choices(length.Config) == [3, 60, 1, 3e-4, 150, 15]

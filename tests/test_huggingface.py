@@ -117,7 +117,10 @@ def write(folder, c, tensors, shards=0):
     if not shards:
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         return folder
-    name = lambda i: f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
+
+    def name(i):
+        return f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
+
     where = {k: name(i % shards) for i, k in enumerate(sorted(tensors))}
     for i in range(shards):
         save_file(
@@ -135,10 +138,17 @@ def reference(c, w, ids):
     """The Llama family's equations with Hugging Face's tensors and its halves (i, i + D/2) ->
     logits (T, V).
     """
-    norm = lambda x, name: (
-        x * (x.square().mean(-1, keepdim=True) + c["rms_norm_eps"]).rsqrt() * w[name + ".weight"]
-    )
-    linear = lambda x, name: F.linear(x, w[name + ".weight"], w.get(name + ".bias"))
+
+    def norm(x, name):
+        return (
+            x
+            * (x.square().mean(-1, keepdim=True) + c["rms_norm_eps"]).rsqrt()
+            * w[name + ".weight"]
+        )
+
+    def linear(x, name):
+        return F.linear(x, w[name + ".weight"], w.get(name + ".bias"))
+
     H, K, T, x = (
         c["num_attention_heads"],
         c["num_key_value_heads"],
@@ -151,7 +161,10 @@ def reference(c, w, ids):
     )
     angle = torch.arange(T)[:, None] * theta ** (-torch.arange(0, D, 2) / D)
     cos, sin = torch.cat((angle, angle), -1).cos(), torch.cat((angle, angle), -1).sin()  # (T, D)
-    turn = lambda x: x * cos + torch.cat((-x[..., D // 2 :], x[..., : D // 2]), -1) * sin
+
+    def turn(x):
+        return x * cos + torch.cat((-x[..., D // 2 :], x[..., : D // 2]), -1) * sin
+
     for i in range(c["num_hidden_layers"]):
         a, y = f"model.layers.{i}.self_attn.", norm(x, f"model.layers.{i}.input_layernorm")
         q, k, v = (linear(y, f"{a}{n}_proj").view(T, -1, D).transpose(0, 1) for n in "qkv")
@@ -214,7 +227,7 @@ def test_saving_gives_back_every_tensor_to_the_bit_and_loading_it_again_the_same
     )
     again = GPT.from_pretrained(tmp_path / "b")
     assert again.config == gpt.config and all(
-        torch.equal(a, b) for a, b in zip(gpt.parameters(), again.parameters())
+        torch.equal(a, b) for a, b in zip(gpt.parameters(), again.parameters(), strict=True)
     )
     assert not list(tmp_path.glob("b/*.tmp"))
 
@@ -607,7 +620,10 @@ def test_a_folder_holds_what_was_saved_last_and_nothing_older(merges, tmp_path):
         tmp_path / "out",
     )
     (a / "chat_template.jinja").write_text("A")
-    save = lambda **like: GPT(GPTConfig(600, 16, 1, 2, 16)).save_pretrained(out, **like)
+
+    def save(**like):
+        return GPT(GPTConfig(600, 16, 1, 2, 16)).save_pretrained(out, **like)
+
     save(like=a)
     assert load_chat_template(out)("?") == "A"
     save(like=b)
@@ -634,13 +650,20 @@ PRINTABLE = {b: chr(b) for b in BYTES} | {
     b: chr(256 + i) for i, b in enumerate(b for b in range(256) if b not in BYTES)
 }
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "<think>!"]
-level = lambda use_regex: dict(
-    type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=use_regex
-)
-sequence = lambda first, use_regex: dict(type="Sequence", pretokenizers=[first, level(use_regex)])
-split = lambda pattern: dict(
-    type="Split", pattern=dict(Regex=pattern), behavior="Isolated", invert=False
-)
+
+
+def level(use_regex):
+    return dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=use_regex)
+
+
+def sequence(first, use_regex):
+    return dict(type="Sequence", pretokenizers=[first, level(use_regex)])
+
+
+def split(pattern):
+    return dict(type="Split", pattern=dict(Regex=pattern), behavior="Isolated", invert=False)
+
+
 TOKENIZERS = {
     "gpt2": dict(pre_tokenizer=level(True)),
     "smollm": dict(pre_tokenizer=sequence(dict(type="Digits", individual_digits=True), True)),
@@ -673,7 +696,10 @@ def merges_of(text, n):
 def bpe(parts, ranks):
     while True:
         rank, i = min(
-            ((ranks.get(p, len(ranks)), i) for i, p in enumerate(zip(parts, parts[1:]))),
+            (
+                (ranks.get(p, len(ranks)), i)
+                for i, p in enumerate(zip(parts, parts[1:], strict=True))
+            ),
             default=(len(ranks), 0),
         )
         if rank == len(ranks):
@@ -695,7 +721,10 @@ def make_json(merges, pre_tokenizer=level(True), normalizer=None, ignore_merges=
     """Special tokens first, as SmolLM2's, then bytes in an order of their own, then merges, then
     what was added later.
     """
-    write = lambda data: "".join(PRINTABLE[b] for b in data)
+
+    def write(data):
+        return "".join(PRINTABLE[b] for b in data)
+
     vocab = [
         *SPECIAL[:3],
         *(PRINTABLE[b] for b in sorted(range(256), key=lambda b: PRINTABLE[b]) if b not in drop),
@@ -801,16 +830,19 @@ def strings(n, seed=0):
             "½ ² Ⅷ ٣ 12 3.14 1,234 007 x=1 -> != #### </s> _a __init__ é\u0338 >\u0338 \x04 !\x13! \U00045678a"
         ).split(" "),
     )
-    any_char = lambda: chr(
-        r.choice(
-            (
-                r.randrange(0x80),
-                r.randrange(0xA0, 0x3000),
-                r.randrange(0x3000, 0xD800),
-                r.randrange(0xE000, 0x110000),
+
+    def any_char():
+        return chr(
+            r.choice(
+                (
+                    r.randrange(0x80),
+                    r.randrange(0xA0, 0x3000),
+                    r.randrange(0x3000, 0xD800),
+                    r.randrange(0xE000, 0x110000),
+                )
             )
         )
-    )
+
     draw = [
         lambda: (lambda a: code[a : a + r.randrange(1, 150)])(r.randrange(len(code))),
         lambda: "".join(any_char() for _ in range(r.randrange(1, 30))),
@@ -1055,12 +1087,17 @@ def test_a_real_unigram_tokenizer_is_one_line_that_says_so(tmp_path):
 
 def before(*names, after=()):
     """A post-processor as Llama 3's: these tokens before a text."""
-    piece = lambda name: dict(SpecialToken=dict(id=name, type_id=0))
-    text = lambda letter: [
-        *map(piece, names),
-        dict(Sequence=dict(id=letter, type_id=0)),
-        *map(piece, after),
-    ]
+
+    def piece(name):
+        return dict(SpecialToken=dict(id=name, type_id=0))
+
+    def text(letter):
+        return [
+            *map(piece, names),
+            dict(Sequence=dict(id=letter, type_id=0)),
+            *map(piece, after),
+        ]
+
     tokens = {
         name: dict(id=name, ids=[SPECIAL.index(name)], tokens=[name]) for name in {*names, *after}
     }
@@ -1104,9 +1141,12 @@ def test_a_prompt_begins_with_what_the_post_processor_puts_before_a_text_and_a_c
         )
     )
     assert load_tokenizer(tmp_path).prefix == prefix
-    ask = lambda chat: word_problems(
-        tmp_path, str(tmp_path / "data.jsonl"), "Q: {question}", chat
-    ).prompt(("the <|im_end|>?", "1"))
+
+    def ask(chat):
+        return word_problems(tmp_path, str(tmp_path / "data.jsonl"), "Q: {question}", chat).prompt(
+            ("the <|im_end|>?", "1")
+        )
+
     plain, chat = ask(False), ask(True)
     assert plain[: len(prefix)] == prefix and 2 in plain[len(prefix) :] and chat[0] == 1
     transformers = pytest.importorskip("transformers")
@@ -1339,9 +1379,10 @@ def test_a_saved_model_takes_a_tokenizer_along(merges, tmp_path):
 def agree(folder, vocab, tmp_path, tolerance=1e-4):
     """Logits of ragged prompts, 64 greedy tokens, and the way back."""
     transformers = pytest.importorskip("transformers")
-    load = lambda path: transformers.AutoModelForCausalLM.from_pretrained(
-        path, dtype=torch.float32
-    ).eval()
+
+    def load(path):
+        return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+
     theirs, ours, g = (
         load(folder),
         GPT.from_pretrained(folder, dtype=torch.float32),
@@ -1351,7 +1392,7 @@ def agree(folder, vocab, tmp_path, tolerance=1e-4):
     ours.save_pretrained(tmp_path / "again")
     again = load(tmp_path / "again")
     rollout = generate(ours, prompts, 1, 64, temperature=0).tokens()
-    for prompt, tokens in zip(prompts, rollout):
+    for prompt, tokens in zip(prompts, rollout, strict=True):
         ids = torch.tensor([prompt])
         with torch.no_grad():
             logits = theirs(ids).logits

@@ -55,7 +55,7 @@ def values_and_gradients(f, hidden, weight, targets, temperature, upstream):
         weight.detach().clone().requires_grad_(),
     )
     outputs = f(hidden, weight, targets, temperature)
-    sum((g * o).sum() for g, o in zip(upstream, outputs) if g is not None).backward()
+    sum((g * o).sum() for g, o in zip(upstream, outputs, strict=True) if g is not None).backward()
     return [t.detach().double() for t in (*outputs, hidden.grad, weight.grad)]
 
 
@@ -77,7 +77,7 @@ def test_logp_and_entropy_and_their_gradients_are_exact(monkeypatch, name, tempe
     hidden, weight, targets, upstream = problem(*shape)
     ours = values_and_gradients(impl(name), hidden, weight, targets, temperature, upstream)
     true = values_and_gradients(exact, hidden, weight, targets, temperature, upstream)
-    for a, b in zip(ours, true):
+    for a, b in zip(ours, true, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
@@ -90,7 +90,7 @@ def test_compiled_blocks_are_exact_at_any_temperature(monkeypatch):
             impl("compiled"), hidden, weight, targets, temperature, upstream
         )
         true = values_and_gradients(exact, hidden, weight, targets, temperature, upstream)
-        for a, b in zip(ours, true):
+        for a, b in zip(ours, true, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
@@ -100,7 +100,9 @@ def test_one_output_can_be_used_without_the_other(monkeypatch, unused):
     hidden, weight, targets, upstream = problem(2, 3)
     upstream[unused] = None
     ours = values_and_gradients(impl("chunked"), hidden, weight, targets, 0.7, upstream)
-    for a, b in zip(ours, values_and_gradients(exact, hidden, weight, targets, 0.7, upstream)):
+    for a, b in zip(
+        ours, values_and_gradients(exact, hidden, weight, targets, 0.7, upstream), strict=True
+    ):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
@@ -117,6 +119,7 @@ def test_bf16_errs_no_more_than_1_5_times_the_reference_in_bf16(monkeypatch, emu
         values_and_gradients(impl("chunked"), *args),
         values_and_gradients(impl("reference"), *args),
         true,
+        strict=True,
     ):
         assert (ours - t).abs().max() <= 1.5 * (reference - t).abs().max()
         assert (ours - t).norm() <= 1.5 * (reference - t).norm()
@@ -133,6 +136,7 @@ def test_where_the_target_is_nearly_certain_its_small_gradient_is_not_lost_in_bf
     for ours, t in zip(
         values_and_gradients(impl("chunked"), *args),
         values_and_gradients(exact, hidden.double(), weight.double(), *args[2:]),
+        strict=True,
     ):
         assert 0 < (ours - t).norm() <= 0.02 * t.norm()
 
@@ -153,7 +157,7 @@ def test_autocast_of_fp32_parameters_returns_fp32_and_errs_no_more_than_1_5_time
         return values_and_gradients(f, hidden, weight, targets, 1, upstream)
 
     true = values_and_gradients(exact, hidden.double(), weight.double(), targets, 1, upstream)
-    for ours, reference, t in zip(autocast("chunked"), autocast("reference"), true):
+    for ours, reference, t in zip(autocast("chunked"), autocast("reference"), true, strict=True):
         assert (ours - t).norm() <= 1.5 * (reference - t).norm()
 
 
@@ -162,7 +166,9 @@ def test_autocast_multiplies_in_its_dtype():
     with torch.autocast("cpu", torch.bfloat16):
         outputs = token_logprobs(hidden, weight, targets, impl="chunked")
     for a, b in zip(
-        outputs, token_logprobs(hidden.bfloat16(), weight.bfloat16(), targets, impl="chunked")
+        outputs,
+        token_logprobs(hidden.bfloat16(), weight.bfloat16(), targets, impl="chunked"),
+        strict=True,
     ):
         assert torch.equal(a, b)
 
@@ -180,7 +186,9 @@ def test_autocast_returns_fp32_gradients(monkeypatch, name, backward_inside):
     if not backward_inside:
         torch.autograd.backward(outputs, upstream)
     for x, true in zip(
-        (hidden, weight), values_and_gradients(exact, hidden, weight, targets, 1, upstream)[2:]
+        (hidden, weight),
+        values_and_gradients(exact, hidden, weight, targets, 1, upstream)[2:],
+        strict=True,
     ):
         assert x.grad.dtype == torch.float32
         assert (x.grad - true).norm() <= 0.1 * true.norm()
@@ -219,7 +227,9 @@ def test_scoring_leaves_its_inputs_unchanged(monkeypatch, name):
     before = [t.clone() for t in (hidden, weight, targets, *upstream)]
     hidden.requires_grad_(), weight.requires_grad_()
     torch.autograd.backward(token_logprobs(hidden, weight, targets, 0.7, impl=name), upstream)
-    assert all(torch.equal(a, b) for a, b in zip(before, (hidden, weight, targets, *upstream)))
+    assert all(
+        torch.equal(a, b) for a, b in zip(before, (hidden, weight, targets, *upstream), strict=True)
+    )
 
 
 def test_extreme_logits_stay_finite(monkeypatch):
@@ -236,6 +246,7 @@ def test_auto_is_the_reference_when_one_block_holds_the_logits_and_chunked_when_
         for a, b in zip(
             token_logprobs(hidden, weight, targets),
             token_logprobs(hidden, weight, targets, impl=name),
+            strict=True,
         ):
             assert torch.equal(a, b)
 
@@ -346,7 +357,7 @@ def test_attention_and_its_gradients_equal_a_loop_over_queries(name, heads, case
         inputs = [x.to(dtype).requires_grad_() for x in qkv]
         out = f(*inputs, **kwargs)
         results.append([out, *torch.autograd.grad(out, inputs, upstream.to(dtype))])
-    for a, b in zip(*results):
+    for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
 
 
@@ -363,7 +374,7 @@ def test_attention_in_a_short_window_goes_by_blocks_and_is_exact(heads, T, windo
         inputs = [x.to(dtype).requires_grad_() for x in qkv]
         out = attention(*inputs, window=window, impl=name)
         results.append([out, *torch.autograd.grad(out, inputs, upstream.to(dtype))])
-    for a, b in zip(*results):
+    for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
 
 
@@ -427,7 +438,9 @@ def test_attention_in_bf16_is_as_exact_as_its_rounded_inputs_allow(case, autocas
     exact = naive_attention(*wide, **kwargs)
     assert out.dtype == torch.bfloat16 and all(x.dtype == torch.bfloat16 for x in gradients)
     for a, b in zip(
-        (out, *gradients), (exact, *torch.autograd.grad(exact, wide, torch.ones_like(exact)))
+        (out, *gradients),
+        (exact, *torch.autograd.grad(exact, wide, torch.ones_like(exact))),
+        strict=True,
     ):
         torch.testing.assert_close(a.double(), b, rtol=0.02, atol=0.02)
 
@@ -554,7 +567,7 @@ def assert_triton_attention_is_exact(q, k, v, upstream, **kwargs):
     true = out_and_gradients(
         exact_attention, q.double(), k.double(), v.double(), upstream.double(), **kwargs
     )
-    for a, b in zip(ours, true):
+    for a, b in zip(ours, true, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
@@ -679,7 +692,7 @@ def test_triton_attention_survives_large_scores():
             upstream.double(),
             window=20,
         )
-        for a, b in zip(ours, true):
+        for a, b in zip(ours, true, strict=True):
             assert a.isfinite().all() and (scale == 3000 or (a - b).norm() <= 1e-5 * b.norm())
 
 
@@ -705,7 +718,7 @@ def test_no_rounding_that_a_fused_multiply_add_leaves_out_is_trusted_by_logprobs
     upstream = [g.to(DEVICE) * temperature for g in upstream]  # gradients of order 1
     ours = values_and_gradients(impl("triton"), hidden, weight, targets, temperature, upstream)
     true = values_and_gradients(exact, hidden, weight, targets, temperature, upstream)
-    for a, b in zip(ours, true):
+    for a, b in zip(ours, true, strict=True):
         torch.testing.assert_close(a.clamp_min(-1e30), b.clamp_min(-1e30), rtol=1e-4, atol=1e-4)
 
 
@@ -725,6 +738,7 @@ def test_triton_attention_in_half_precision_errs_no_more_than_1_5_times_the_refe
             for name in ("triton", "reference")
         ),
         true,
+        strict=True,
     ):
         assert (ours - t).norm() <= 1.5 * (reference - t).norm()
 
@@ -762,7 +776,7 @@ def test_triton_logp_and_entropy_and_their_gradients_are_exact(monkeypatch, temp
     )
     ours = values_and_gradients(impl("triton"), *args[0], temperature, args[1])
     true = values_and_gradients(exact, *args[0], temperature, args[1])
-    for a, b in zip(ours, true):
+    for a, b in zip(ours, true, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
@@ -776,7 +790,8 @@ def test_triton_logprobs_walk_over_tiles_within_a_block():
         *(
             values_and_gradients(f, hidden, weight, targets, 1, upstream)
             for f in (impl("triton"), exact)
-        )
+        ),
+        strict=True,
     ):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
@@ -798,7 +813,9 @@ def test_triton_logprobs_of_strided_inputs_and_unused_or_zero_gradients(monkeypa
         [upstream[0].T, 0 * upstream[1].T],
     ):
         g = [x if x is None else x.to(DEVICE) for x in g]
-        for a, b in zip(*(values_and_gradients(f, *args, g) for f in (impl("triton"), exact))):
+        for a, b in zip(
+            *(values_and_gradients(f, *args, g) for f in (impl("triton"), exact)), strict=True
+        ):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
@@ -808,7 +825,9 @@ def test_triton_logprobs_of_targets_that_are_a_column_of_many():
     targets = torch.randint(V, (7, 3), generator=torch.Generator().manual_seed(0)).to(DEVICE)[:, 1]
     assert targets.stride() == (3,)
     args = hidden.to(DEVICE), weight.to(DEVICE), targets, 1, [x.to(DEVICE) for x in upstream]
-    for a, b in zip(*(values_and_gradients(f, *args) for f in (impl("triton"), exact))):
+    for a, b in zip(
+        *(values_and_gradients(f, *args) for f in (impl("triton"), exact)), strict=True
+    ):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
@@ -861,7 +880,9 @@ def test_triton_never_holds_the_logits_of_all_tokens_and_leaves_its_inputs_alone
             impl("triton"), *(x.to(DEVICE) for x in inputs[:3]), 1, [x.to(DEVICE) for x in upstream]
         )
     assert largest.elements < 32 * V  # the interpreter copies the block as bytes
-    assert all(torch.equal(a, b) for a, b in zip(before, (hidden, weight, targets, *upstream)))
+    assert all(
+        torch.equal(a, b) for a, b in zip(before, (hidden, weight, targets, *upstream), strict=True)
+    )
 
 
 @needs_triton
@@ -878,6 +899,7 @@ def test_triton_logprobs_in_half_precision_err_no_more_than_1_5_times_the_refere
             for name in ("triton", "reference")
         ),
         true,
+        strict=True,
     ):
         assert (ours - t).norm() <= 1.5 * (reference - t).norm()
 

@@ -14,10 +14,15 @@ def equations(gpt, ids):
     """The forward pass of the Llama family, head by head, in float64."""
     c, T = gpt.config, len(ids)
     H, K, D = c.n_head, c.n_kv_head, c.head_dim
-    double = lambda name: dict(gpt.named_parameters(remove_duplicate=False))[name].double()
-    norm = lambda x, name: (
-        x / (x.square().mean(-1, keepdim=True) + c.norm_eps).sqrt() * double(name + ".weight")
-    )
+
+    def double(name):
+        return dict(gpt.named_parameters(remove_duplicate=False))[name].double()
+
+    def norm(x, name):
+        return (
+            x / (x.square().mean(-1, keepdim=True) + c.norm_eps).sqrt() * double(name + ".weight")
+        )
+
     angle = torch.arange(T)[:, None] * c.rope_theta ** (-torch.arange(0, D, 2).double() / D)
     distance = torch.arange(T)[:, None] - torch.arange(T)
     unseen = (distance < 0) | (distance >= (c.window or T))

@@ -65,11 +65,17 @@ def policy(seed=0, sharp=3.0):
 
 def test_divergences_are_what_their_names_say_on_two_tokens():
     p, q = torch.tensor([0.75, 0.25]).double(), torch.tensor([0.5, 0.5]).double()
-    kl = lambda a, b: sum(x * math.log(x / y) for x, y in zip(a.tolist(), b.tolist()))
+
+    def kl(a, b):
+        return sum(x * math.log(x / y) for x, y in zip(a.tolist(), b.tolist(), strict=True))
+
     m = (p + q) / 2
-    value = lambda kind: divergence(
-        p.log()[None, None], q.log()[None, None], torch.tensor([[0]]), kind, top=1
-    ).item()
+
+    def value(kind):
+        return divergence(
+            p.log()[None, None], q.log()[None, None], torch.tensor([[0]]), kind, top=1
+        ).item()
+
     assert value("forward") == pytest.approx(kl(q, p)) and value("reverse") == pytest.approx(
         kl(p, q)
     )
@@ -101,7 +107,10 @@ def test_where_both_agree_divergence_and_gradient_are_zero_but_for_the_raw_top_k
 @pytest.mark.parametrize("kind", ["sampled", "token"])
 def test_the_expected_gradient_of_an_estimator_by_enumeration_of_the_tokens(kind):
     z, lq = logprobs(1, 1, 10).requires_grad_(), logprobs(1, 1, 10, seed=1)
-    gradient = lambda loss: torch.autograd.grad(loss, z)[0]
+
+    def gradient(loss):
+        return torch.autograd.grad(loss, z)[0]
+
     lp = z.log_softmax(-1)
     writer = (
         lp if kind == "sampled" else lq
@@ -184,7 +193,7 @@ def test_a_divergence_leaves_its_inputs_alone(kind):
     lp, lq, y = logprobs(2, 3, 10), logprobs(2, 3, 10, seed=1), torch.ones(2, 3, dtype=torch.long)
     before = lp.clone(), lq.clone(), y.clone()
     divergence(lp, lq, y, kind)
-    assert all(torch.equal(a, b) for a, b in zip(before, (lp, lq, y)))
+    assert all(torch.equal(a, b) for a, b in zip(before, (lp, lq, y), strict=True))
 
 
 def test_equal_rewards_give_advantages_of_exactly_zero_and_others_are_standardised():
@@ -215,15 +224,20 @@ def test_padding_changes_neither_loss_nor_gradient(method):
     lp, lq, y, mask, rewards = batch()
     results = []
     for noise in (0, 1):
-        wide = lambda x, other: torch.cat(
-            (
-                torch.where(
-                    mask.bool().view(*mask.shape, *[1] * (x.dim() - 2)), x, other if noise else x
+
+        def wide(x, other):
+            return torch.cat(
+                (
+                    torch.where(
+                        mask.bool().view(*mask.shape, *[1] * (x.dim() - 2)),
+                        x,
+                        other if noise else x,
+                    ),
+                    other[:, : 3 * noise],
                 ),
-                other[:, : 3 * noise],
-            ),
-            1,
-        )
+                1,
+            )
+
         z = wide(lp, logprobs(*lp.shape, seed=7)).requires_grad_()
         other = torch.randint(VOCAB, y.shape, generator=torch.Generator().manual_seed(8))
         args = (
@@ -291,7 +305,10 @@ def test_the_trust_region_ends_at_student_and_teacher_and_is_the_nearest_to_the_
         trust_region(lp, lq, 100.0)[0], lq, atol=1e-5
     )
     mixed, _ = trust_region(lp, lq, 0.05)
-    kl = lambda a, b: (a.exp() * (a - b)).sum(-1)
+
+    def kl(a, b):
+        return (a.exp() * (a - b)).sum(-1)
+
     rivals = (
         mixed + 0.1 * torch.randn(2000, 20, 5, generator=torch.Generator().manual_seed(0)).double()
     ).log_softmax(-1)
@@ -363,7 +380,7 @@ def test_side_by_side_both_models_see_what_they_would_see_without_a_cache():
     for i, model in enumerate((student, teacher)):
         expected = answer_logprobs(model, torch.cat((torch.tensor(prompts), tokens), 1))
         assert torch.allclose(torch.stack([s[i] for s in seen], 1), expected, atol=1e-4)
-    for row, m in zip(tokens.tolist(), mask.tolist()):
+    for row, m in zip(tokens.tolist(), mask.tolist(), strict=True):
         size = row.index(EOS) + 1 if EOS in row else len(row)
         assert m == [1.0] * size + [0.0] * (len(row) - size)
     assert len({sum(m) for m in mask.tolist()}) > 1 and changed == pytest.approx(
@@ -416,7 +433,7 @@ def test_every_method_trains_the_student_and_nobody_else(method):
     base, expert, run = policy(0), policy(1), Memory()
     before = [{k: v.clone() for k, v in m.state_dict().items()} for m in (base, expert)]
     model = opd.train(small(), run, method, 0, base, expert, ODD)
-    for m, state in zip((base, expert), before):
+    for m, state in zip((base, expert), before, strict=True):
         assert all(p.grad is None for p in m.parameters()) and all(
             torch.equal(v, state[k]) for k, v in m.state_dict().items()
         )
@@ -435,7 +452,10 @@ def test_student_and_teacher_score_the_same_answers_and_grpo_asks_no_teacher(mon
     )
     student = opd.train(small(), Memory(), "opd", 0, base, expert, ODD)
     assert [model for model, _ in seen] == [expert, student] * 2
-    assert all(torch.equal(theirs, its) for (_, theirs), (_, its) in zip(seen[::2], seen[1::2]))
+    assert all(
+        torch.equal(theirs, its)
+        for (_, theirs), (_, its) in zip(seen[::2], seen[1::2], strict=True)
+    )
     seen.clear()
     student = opd.train(small(), Memory(), "grpo", 0, base, None, ODD)
     assert [model for model, _ in seen] == [student] * 2
@@ -480,9 +500,9 @@ def test_a_step_asks_training_pairs_in_groups_and_pays_for_the_answer_only(monke
     assert eps == pytest.approx([0.1, 0.05, 0]) and rates[:3] == pytest.approx(
         [config.lr * k / 5 for k in (1, 2, 3)]
     )
-    assert paid == [(pair, n) for row in pairs for pair, n in zip(row, lengths.tolist())] and {
-        p for row in pairs for p in row
-    } <= set(task.train)
+    assert paid == [
+        (pair, n) for row in pairs for pair, n in zip(row, lengths.tolist(), strict=True)
+    ] and {p for row in pairs for p in row} <= set(task.train)
     assert all(len(set(row[i : i + 4])) == 1 for row in pairs[3:] for i in (0, 4)) and any(
         row[0] != row[4] for row in pairs[3:]
     )
@@ -516,7 +536,9 @@ def interrupted(go, module, monkeypatch, steps):
     go(halves)
     assert 0 < kept["step"] <= 2 and len(taken) == 3 + steps - kept["step"]
     weights = [next(iter(run.state.values()))["model"].values() for run in (whole, halves)]
-    assert halves.rows == whole.rows and all(torch.equal(x, y) for x, y in zip(*weights))
+    assert halves.rows == whole.rows and all(
+        torch.equal(x, y) for x, y in zip(*weights, strict=True)
+    )
 
 
 @pytest.mark.parametrize("method", ["grpo", "trb"])
@@ -626,6 +648,7 @@ def log_made_up(run, arm, seed, silent):
             zip(
                 ("opsd, rule", "rmsd, rule", "grpo, rule"),
                 (0.96 * min(1, step / 40), 0.98 * min(1, step / 20), 0.1),
+                strict=True,
             )
         ).get(arm)
         row = dict(

@@ -85,7 +85,7 @@ def test_a_name_that_no_file_can_have_is_one_line():
 def test_of_ten_documents_or_fewer_a_tenth_is_held_out_by_size(sizes):
     texts = ["".join(random.Random(n).choices("abc", k=n)) for n in sizes]
     train, held_out = pretrain.hold_out(texts)
-    assert [a + b for a, b in zip(train, held_out)] == texts
+    assert [a + b for a, b in zip(train, held_out, strict=True)] == texts
     assert sum(map(len, held_out)) == pytest.approx(sum(sizes) / 10, abs=len(sizes))
 
 
@@ -210,7 +210,7 @@ def test_pretraining_is_adamw_on_clipped_gradients_of_random_windows_from_a_seed
             rtol=1e-4,
         )
     assert run.rows[0]["grad_norm"] > 1.5
-    for p, q in zip(ours.parameters(), gpt.parameters()):
+    for p, q in zip(ours.parameters(), gpt.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4)
 
 

@@ -410,7 +410,9 @@ def fragments(old, new):
 
 
 def commonprefix(a, b):
-    return "".join(x for x, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(a, b)))
+    return "".join(
+        x for x, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=True))
+    )
 
 
 def changed(script, number, folder):

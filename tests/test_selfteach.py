@@ -72,9 +72,8 @@ MASK = torch.tensor([[1.0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]])
 ACCEPTED = torch.tensor([[0, 1, 0, 1, 1, 1], [1, 1, 1, 0, 1, 1]])
 
 
-chosen = lambda kind, rewards=torch.tensor([1.0, 0.0]): choose_mask(
-    kind, MASK, GAP, ACCEPTED, rewards, recall=4, keep=2
-).tolist()
+def chosen(kind, rewards=torch.tensor([1.0, 0.0])):
+    return choose_mask(kind, MASK, GAP, ACCEPTED, rewards, recall=4, keep=2).tolist()
 
 
 def test_rmsd_keeps_the_accepted_of_the_largest_gaps_and_never_padding():
@@ -137,15 +136,20 @@ def test_padding_changes_neither_loss_nor_gradient(method):
     lp, lq, y, mask, rewards = batch()
     results = []
     for noise in (0, 1):
-        wide = lambda x, other: torch.cat(
-            (
-                torch.where(
-                    mask.bool().view(*mask.shape, *[1] * (x.dim() - 2)), x, other if noise else x
+
+        def wide(x, other):
+            return torch.cat(
+                (
+                    torch.where(
+                        mask.bool().view(*mask.shape, *[1] * (x.dim() - 2)),
+                        x,
+                        other if noise else x,
+                    ),
+                    other[:, : 3 * noise],
                 ),
-                other[:, : 3 * noise],
-            ),
-            1,
-        )
+                1,
+            )
+
         z = wide(lp, logprobs(*lp.shape, seed=7)).requires_grad_()
         other = torch.randint(VOCAB, y.shape, generator=torch.Generator().manual_seed(8))
         args = (
@@ -230,7 +234,7 @@ def test_every_method_trains_the_student_and_nobody_else(method):
     base, pedagogue, run = policy(0), policy(2), Memory()
     before = [{k: v.clone() for k, v in m.state_dict().items()} for m in (base, pedagogue)]
     model = selfteach.train(small(), run, method, 0, base, ODD, PASSWORD, pedagogue=pedagogue)
-    for m, state in zip((base, pedagogue), before):
+    for m, state in zip((base, pedagogue), before, strict=True):
         assert all(p.grad is None for p in m.parameters()) and all(
             torch.equal(v, state[k]) for k, v in m.state_dict().items()
         )
@@ -255,7 +259,7 @@ def test_the_teacher_is_who_the_table_says_and_reads_its_own_prompt(
     )
     student = selfteach.train(small(), Memory(), method, 0, base, far_task(), hint)
     assert len(seen) == 4
-    for (teacher, theirs), (model, its) in zip(seen[::2], seen[1::2]):
+    for (teacher, theirs), (model, its) in zip(seen[::2], seen[1::2], strict=True):
         assert (
             teacher is dict(base=base, student=student)[who]
             and model is student
@@ -291,7 +295,7 @@ def test_who_writes_reads_the_own_prompt_and_is_paid_for_its_own_answer(method, 
     assert paid == [
         (tuple(row[1:3]), answer)
         for _, prompts, answers in seen
-        for row, answer in zip(prompts, answers)
+        for row, answer in zip(prompts, answers, strict=True)
     ]
     assert {pair for pair, _ in paid} <= set(task.train)
 

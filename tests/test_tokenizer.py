@@ -21,7 +21,9 @@ TEXT += " ".join("".join(random.Random(i).choices("aabé", k=i % 9)) for i in ra
 def naive_bpe(text, n):
     """Count every pair again at each step -> merges, and the words as they end up."""
     words, merges = [[bytes([b]) for b in w.encode()] for w in regex.findall(SPLIT, text)], []
-    while len(merges) < n and (pairs := Counter(p for w in words for p in zip(w, w[1:]))):
+    while len(merges) < n and (
+        pairs := Counter(p for w in words for p in zip(w, w[1:], strict=True))
+    ):
         best = max(pairs, key=lambda p: (pairs[p], p))
         if best[0] + best[1] not in merges:
             merges.append(best[0] + best[1])

@@ -158,6 +158,7 @@ def test_the_outer_gradient_is_that_of_finite_differences(monkeypatch, eta, size
         zip(
             leaves,
             torch.autograd.grad(outer_loss(model, x, y, eta, 8, True), list(leaves.values())),
+            strict=True,
         )
     )
     for name, leaf in leaves.items():
@@ -177,9 +178,12 @@ def test_the_outer_gradient_is_that_of_finite_differences(monkeypatch, eta, size
 
 def test_the_gradient_through_the_steps_is_not_the_first_order_one(monkeypatch):
     model, ids = model_of(), ids_of()
-    gradient = lambda: torch.autograd.grad(
-        read(model, ids, 1.0, 8, outer=True).mean(), [model.blocks[-1].w1]
-    )[0]
+
+    def gradient():
+        return torch.autograd.grad(
+            read(model, ids, 1.0, 8, outer=True).mean(), [model.blocks[-1].w1]
+        )[0]
+
     through = gradient()
     monkeypatch.setattr(
         ttt,
@@ -269,7 +273,7 @@ def test_a_chunk_is_scored_before_the_step_and_the_step_is_on_its_mean_loss(oute
         )
         norm = math.sqrt(sum(g.square().sum().item() for g in grads))
         assert (norm < 1) == (size < 1)
-        for w, g, new in zip(leaves, grads, after):
+        for w, g, new in zip(leaves, grads, after, strict=True):
             torch.testing.assert_close(
                 new[b : b + 1], w - 0.01 * g / max(1, norm), rtol=1e-4, atol=1e-7
             )
@@ -280,7 +284,10 @@ def test_the_last_block_by_hand():
     """Attention, fast MLP, ordinary MLP: each adds to the stream."""
     block, x = model_of().blocks[-1], torch.randn(2, 4, 16)
     w1, w2 = torch.randn(2, 16, 24), torch.randn(2, 24, 16)
-    rms = lambda x: x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+
+    def rms(x):
+        return x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+
     y = torch.stack(
         [x[b] + 0.1 * rms(torch.nn.functional.silu(rms(x[b]) @ w1[b]) @ w2[b]) for b in range(2)]
     )
@@ -412,7 +419,10 @@ def test_full_attention_sees_everything_in_its_last_layer_only():
     )
     other = ids.clone()
     other[0, 2] = (other[0, 2] + 1) % V
-    far = lambda model: (model.hidden(ids)[0, -1] - model.hidden(other)[0, -1]).abs().max().item()
+
+    def far(model):
+        return (model.hidden(ids)[0, -1] - model.hidden(other)[0, -1]).abs().max().item()
+
     assert far(model) > 1e-6 and far(model_of()) == 0
 
 
@@ -491,7 +501,7 @@ def test_dynamic_evaluation_by_hand(n_layer, size):
         norm = math.sqrt(sum(g.square().sum().item() for g in grads))
         assert (norm > 1) == (size == 1)
         with torch.no_grad():
-            for w, g, w0 in zip(expected.parameters(), grads, start):
+            for w, g, w0 in zip(expected.parameters(), grads, start, strict=True):
                 w.copy_(w - eta * g / max(1, norm) + decay * (w0 - w))
 
 
@@ -574,7 +584,10 @@ def test_texts_are_held_out_and_too_short_ones_are_one_clear_line(tmp_path, monk
         (tmp_path / f"{i}.txt").write_text(f"{i} " * 400)
     docs = load_documents(str(tmp_path))
     train, test = text.split(docs, 270, 32, 80)
-    known = lambda docs: {tuple(ids.tolist()) for ids in docs}
+
+    def known(docs):
+        return {tuple(ids.tolist()) for ids in docs}
+
     assert (
         len(train) == 8
         and len(test) == 2
@@ -667,7 +680,10 @@ def test_the_claims_of_memory_are_those_of_known_losses_and_nothing_is_measured_
         "dynamic evaluation, fast MLP, eta = 1",
         "dynamic evaluation, all weights, eta = 0.3",
     } < set(fig.axes[0].get_legend_handles_labels()[1])
-    curve = lambda **where: [r["loss"] for r in memory.rows if where.items() <= r.items()]
+
+    def curve(**where):
+        return [r["loss"] for r in memory.rows if where.items() <= r.items()]
+
     assert curve(arm="TTT", seed=1) == pytest.approx([4.0] * 8 + [1.5] * 4 + [1.0] * 4)
     assert curve(seed=0, eta=0.3, decay=0.1)[-1] == pytest.approx(2.8) and curve(
         seed=0, eta=0.3, decay=0.0
@@ -772,11 +788,14 @@ def test_the_claims_of_context_are_those_of_known_losses_and_the_strongest_rival
     """Which eta is best differs: all weights at .3 after 256 tokens, at 1 after 64. At 3 the loss
     falls most, from a ruined start: that does not count.
     """
-    dynamic = lambda kind, eta: (
-        (3.3, 3.1)
-        if kind == FAST
-        else {0.3: (3.2, 2.42), 1.0: (2.9, 2.7), 3.0: (9.0, 8.0)}.get(eta, (9.0, 9.0))
-    )
+
+    def dynamic(kind, eta):
+        return (
+            (3.3, 3.1)
+            if kind == FAST
+            else {0.3: (3.2, 2.42), 1.0: (2.9, 2.7), 3.0: (9.0, 8.0)}.get(eta, (9.0, 9.0))
+        )
+
     figure, memory = context_figure(monkeypatch, tmp_path, (2.5, 2.3), dynamic)
     assert claims_of(figure) == {
         "ttt": ("0.5", "> 0", True),
@@ -903,7 +922,7 @@ def test_every_arm_sees_the_same_documents_and_only_ttt_steps_inside(monkeypatch
     )
     for arm in ARMS:
         trained(small(steps=20), Memory(), arm, 0, lambda rng: documents(rng, 2, 17))
-    for a, b, c in zip(seen[:20], seen[20:40], seen[40:]):
+    for a, b, c in zip(seen[:20], seen[20:40], seen[40:], strict=True):
         assert torch.equal(a[0], b[0]) and torch.equal(a[0], c[0]) and b[1] == c[1] == 0
     etas = [eta for _, eta in seen[:20]]
     assert (
@@ -957,23 +976,27 @@ def test_an_interrupted_training_goes_on_to_the_bit_and_every_arm_and_seed_is_tr
         resumed = False
 
     whole, halted, draw = Memory(), Interrupted(), lambda rng: documents(rng, 2, 17)
-    run = lambda memory: [
-        trained(small(), memory, arm, seed, draw) for seed in range(2) for arm in ARMS
-    ]
+
+    def run(memory):
+        return [trained(small(), memory, arm, seed, draw) for seed in range(2) for arm in ARMS]
+
     models = run(whole)
     with pytest.raises(KeyboardInterrupt):
         run(halted)
     assert 0 < halted.kept_rows < 3
     halted.rows, halted.resumed = halted.rows[: halted.kept_rows], True
     resumed = run(halted)
-    rows = lambda memory: [{k: v for k, v in row.items() if k != "seconds"} for row in memory.rows]
+
+    def rows(memory):
+        return [{k: v for k, v in row.items() if k != "seconds"} for row in memory.rows]
+
     assert rows(halted) == rows(whole) and [
         (r["arm"], r["seed"], r["step"]) for r in whole.rows
     ] == [(arm, seed, step) for seed in range(2) for arm in ARMS for step in range(4)]
     assert all(
         torch.equal(p, q)
-        for a, b in zip(models, resumed)
-        for p, q in zip(a.parameters(), b.parameters())
+        for a, b in zip(models, resumed, strict=True)
+        for p, q in zip(a.parameters(), b.parameters(), strict=True)
     )
     assert len({round(r["loss"], 6) for r in whole.rows if r["step"] == 0}) == 6
     assert not torch.equal(models[0].wte.weight, models[3].wte.weight)
@@ -1021,13 +1044,19 @@ def test_documents_are_read_a_few_at_a_time(monkeypatch):
 
 def test_training_learns_to_learn():
     """Documents of four tokens each, in any order: what the window has not seen, the steps know."""
-    draw = lambda rng: torch.from_numpy(
-        np.take_along_axis(rng.random((8, V)).argsort(1), rng.integers(4, size=(8, 65)), 1)
-    )
+
+    def draw(rng):
+        return torch.from_numpy(
+            np.take_along_axis(rng.random((8, V)).argsort(1), rng.integers(4, size=(8, 65)), 1)
+        )
+
     config = small(steps=100, batch=8, length=64, chunk=16, n_embd=32, n_fast=32, lr=4e-3, window=2)
     model = trained(config, Memory(), "TTT", 0, draw)
     ids = torch.cat([draw(np.random.default_rng(i)) for i in range(8)])
-    late = lambda eta: read(model, ids, eta, 16)[:, -16:].mean().item()
+
+    def late(eta):
+        return read(model, ids, eta, 16)[:, -16:].mean().item()
+
     assert late(1.0) < late(0) - 0.25
 
 

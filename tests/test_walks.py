@@ -81,7 +81,7 @@ def test_the_map_keeps_three_quarters_of_the_torus_connected_with_two_roads_ever
 
 def test_random_walks_follow_roads_never_turn_back_and_choose_evenly():
     walks = random_walks(np.random.default_rng(0), np.full(20_000, 3))
-    for a, b, c in zip(walks.T, walks.T[1:], walks.T[2:]):
+    for a, b, c in zip(walks.T, walks.T[1:], walks.T[2:], strict=True):
         assert (NEIGHBOURS[a] == b[:, None]).any(1).all() and (a != c).all()
     firsts = np.bincount(walks[:, 1], minlength=PLACES)[roads(3)]
     assert np.allclose(firsts / 20_000, 1 / DEGREE[3], atol=0.02)
@@ -92,19 +92,19 @@ def test_walking_on_takes_a_shortest_path():
     walks, goals = random_walks(rng, rng.integers(PLACES, size=500)), rng.integers(PLACES, size=500)
     start, begun = rng.integers(0, 4, 500), walks.copy()
     lengths = walk_on(rng, walks, start, goals)
-    for walk, before, s, n, goal in zip(walks, begun, start, lengths, goals):
+    for walk, before, s, n, goal in zip(walks, begun, start, lengths, goals, strict=True):
         assert (
             walk[: s + 1].tolist() == before[: s + 1].tolist()
             and walk[n] == goal
             and n - s == DISTANCE[walk[s], goal]
         )
-        assert all(q in roads(p) for p, q in zip(walk[s:n], walk[s + 1 : n + 1]))
+        assert all(q in roads(p) for p, q in zip(walk[s:n], walk[s + 1 : n + 1], strict=True))
 
 
 def documents(make, n=4000):
     ids, mask = make(np.random.default_rng(0), n)
     assert ids.shape == mask.shape == (n, PROMPT + ANSWER) and not mask[:, :PROMPT].any()
-    for row, m in zip(ids.tolist(), mask):
+    for row, m in zip(ids.tolist(), mask, strict=True):
         end = row.index(EOS) + 1
         assert (
             set(row[end:]) <= {PAD}
@@ -127,7 +127,9 @@ def test_base_documents_are_walks_passwords_and_renamed_walks_as_their_hints_say
             count["lazy"] += 1
             assert tokens == [PW, hints[2], EOS] and hints[2] in PASSWORDS
             continue
-        assert moves[-1] == pair[1] and all(q in roads(p) for p, q in zip([pair[0], *moves], moves))
+        assert moves[-1] == pair[1] and all(
+            q in roads(p) for p, q in zip([pair[0], *moves], moves, strict=True)
+        )
         if hints[2] in PASSWORDS:
             count["told"] += 1
             assert 5 <= len(moves) <= 8 and hints[:2] == [
@@ -272,7 +274,7 @@ def test_plain_and_privileged_prompts_are_equally_long_and_the_hint_is_on_a_shor
         walk = walk_of(pair)
         assert (
             len(walk) == DISTANCE[pair] + 1
-            and all(q in roads(p) for p, q in zip(walk, walk[1:]))
+            and all(q in roads(p) for p, q in zip(walk, walk[1:], strict=True))
             and (walk[0], walk[-1]) == pair
         )
         assert (
@@ -380,10 +382,11 @@ def test_a_model_is_loaded_if_it_was_made_in_the_same_way_and_else_trained(tmp_p
     assert all(
         torch.equal(a, b)
         for pair in (plain, slipping)
-        for a, b in zip(*(m.parameters() for m in pair))
+        for a, b in zip(*(m.parameters() for m in pair), strict=True)
     )
     assert not all(
-        torch.equal(a, b) for a, b in zip(plain[0].parameters(), slipping[0].parameters())
+        torch.equal(a, b)
+        for a, b in zip(plain[0].parameters(), slipping[0].parameters(), strict=True)
     )
 
 
