@@ -26,15 +26,15 @@ where a part that is measured again replaces its own rows, and kernels.png: kern
 """
 
 import argparse
-import functools
-import importlib.util
 import json
 import multiprocessing
-import statistics
 import sys
 import time
 import warnings
+from functools import partial
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
+from statistics import median
 
 import matplotlib.pyplot as plt
 import torch
@@ -195,7 +195,7 @@ def measure(work, shape, dtype, impl, device, repeats=3):
     before = peak_memory(device)
     step()
     peak = peak_memory(device)
-    forward, backward = map(statistics.median, zip(*(step() for _ in range(repeats)), strict=True))
+    forward, backward = map(median, zip(*(step() for _ in range(repeats)), strict=True))
     return forward, backward, (peak - before) / 2**20, worst
 
 
@@ -205,7 +205,7 @@ def left_out(impl, device):
         return "no C++ compiler found"
     if impl == "triton":
         return no_triton(torch.empty(0, device=device))
-    if impl in PEERS and not importlib.util.find_spec(PEERS[impl][0]):
+    if impl in PEERS and not find_spec(PEERS[impl][0]):
         return "not installed"
 
 
@@ -320,7 +320,7 @@ def measure_kernels(args):
 
 def plot_roofline(rows, peak, path):
     """FLOPs per byte that must be moved, against FLOP/s: below the line is what an impl wastes."""
-    fig, ax = plt.subplots(figsize=(7.5, 5), layout="constrained")
+    fig, ax = plt.subplots(figsize=(10, 5), layout="constrained")
     colors = {"float32": "tab:blue", "bfloat16": "tab:orange"}
     labels = {}
     for dtype, color in colors.items():
@@ -340,7 +340,7 @@ def plot_roofline(rows, peak, path):
         ylabel="achieved (FLOP/s)",
         title="Closest to the roof: {work}, {impl}, {dtype}, {of_roof:.0%}".format(**best),
     )
-    ax.legend(labels.values(), labels, fontsize=8)
+    ax.legend(labels.values(), labels, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     with whole(path) as f:
         fig.savefig(f, dpi=110, format="png")
 
@@ -360,13 +360,13 @@ def compare(title, racers, device):
             started = clock(device)
             tokens = race()
             speeds[name].append(tokens / (clock(device) - started))
-    median = {name: statistics.median(speed[1:]) for name, speed in speeds.items()}
-    ours = [speed for name, speed in median.items() if name.startswith("rollout")]
-    others = [speed for name, speed in median.items() if not name.startswith("rollout")]
+    middle = {name: median(speed[1:]) for name, speed in speeds.items()}
+    ours = [speed for name, speed in middle.items() if name.startswith("rollout")]
+    others = [speed for name, speed in middle.items() if not name.startswith("rollout")]
     ratio = max(ours) / max(others) if others else None
-    text = ", ".join(f"{name} {speed:,.0f}" for name, speed in median.items())
+    text = ", ".join(f"{name} {speed:,.0f}" for name, speed in middle.items())
     print(f"{title:<66} {text} tokens/s" + (f"; ratio {ratio:.2f}" if others else ""), flush=True)
-    return dict(work=title, tokens_per_s=median, ratio=ratio)
+    return dict(work=title, tokens_per_s=middle, ratio=ratio)
 
 
 def llama(config, dtype, device):
@@ -421,8 +421,8 @@ def sampling_racers(ours, peer, prompts, n, new, stop):
         earlier_stops = stops.cumsum(1) - stops
         return int((earlier_stops == 0).sum())
 
-    racers["transformers"] = functools.partial(transformers, None)
-    racers["transformers, static cache"] = functools.partial(transformers, "static")
+    racers["transformers"] = partial(transformers, None)
+    racers["transformers, static cache"] = partial(transformers, "static")
     return racers
 
 
@@ -446,7 +446,7 @@ def measure_sampling(args):
             ("SmolLM2-135M size", "bfloat16", [32] * 8, 1, 24),
             ("SmolLM2-135M size", "bfloat16", [32] * 32, 1, 24),
         ]
-    installed = importlib.util.find_spec("transformers")
+    installed = find_spec("transformers")
     if not installed:
         print("transformers: not installed, left out")
     rows = []
@@ -466,8 +466,8 @@ def measure_sampling(args):
 def load_nanogpt(folder):
     """GPT and GPTConfig of a checkout of karpathy/nanoGPT. UserError if they are not there."""
     path = Path(folder) / "model.py"
-    spec = importlib.util.spec_from_file_location("nanogpt_model", path)
-    module = importlib.util.module_from_spec(spec)
+    spec = spec_from_file_location("nanogpt_model", path)
+    module = module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
         return module.GPT, module.GPTConfig
@@ -498,9 +498,9 @@ def training_racers(config, batch, dtype, device, nanogpt, compiles):
             optimizer.step()
             return y.numel()
 
-        racers[name] = functools.partial(step, forward)
+        racers[name] = partial(step, forward)
         if compiles:
-            racers[f"{name}, compiled"] = functools.partial(step, torch.compile(forward))
+            racers[f"{name}, compiled"] = partial(step, torch.compile(forward))
 
     ours = GPT(config).to(device)
 
@@ -557,9 +557,9 @@ def measure_decoding(args):
         engine.generate(model, [[1] * 32] * batch, 1, new)
         return batch * new
 
-    racers = {"rollout, eager": functools.partial(decode, ())}
+    racers = {"rollout, eager": partial(decode, ())}
     if cuda:
-        racers["rollout, CUDA graphs"] = functools.partial(decode, ("cuda",))
+        racers["rollout, CUDA graphs"] = partial(decode, ("cuda",))
     usual = engine.STATIC_ON
     title = f"{name}, batch {batch}, {new} tokens, {str(dtype)[6:]}"
     row = compare(title, racers, args.device)

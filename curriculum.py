@@ -356,7 +356,8 @@ def show(run, size, budget, **models):
     for name, model in models.items():
         generator = torch.Generator().manual_seed(0)
         _, texts, rewards = answer(model, problems, 1, budget, generator)
-        written[name] = list(zip(texts, rewards.flatten().tolist(), strict=True))
+        marks = rewards.flatten().tolist()
+        written[name] = list(zip(texts, marks, strict=True))
     run.samples([numbers.prompt(p) for p in problems], **written)
 
 

@@ -30,6 +30,9 @@ from torch.nn.utils.rnn import pad_sequence
 from experiment import NotFinite
 from kernels import gemm_dtype, say_once
 
+# cuDNN's attention plans anew for each length, and decoding meets a new one at every step
+torch.backends.cuda.enable_cudnn_sdp(False)
+
 # --------------------------------------------------------------------------------------------------
 # The cache
 

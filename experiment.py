@@ -17,12 +17,14 @@ import argparse
 import contextlib
 import copy
 import dataclasses
-import hashlib
+import inspect
+import io
 import json
 import math
 import operator
 import os
 import platform
+import shlex
 import signal
 import subprocess
 import sys
@@ -34,7 +36,6 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
 matplotlib.use("Agg")  # figures are files: no display is needed
@@ -52,21 +53,20 @@ class NotFinite(UserError):
     """A loss, gradient norm, weight or logit that is no number: ends a run before it is saved."""
 
 
-class LostProcess(UserError):
-    """What one process knows and rank 0 may not: printed by whichever rank it happens to."""
+SIGNALS = signal.SIGINT, signal.SIGTERM
 
 
 def command(main):
     """Run a script's main, and turn what ends it into an exit code and at most one line on stderr.
 
-    UserError and lack of memory: 2, said by rank 0 only. SIGINT: 130, SIGTERM: 143. A closed pipe:
-    141. Characters that the terminal lacks are replaced: they keep no run from writing its results.
+    UserError and lack of memory: 2. SIGINT: 130, SIGTERM: 143. A closed pipe: 141. Characters that
+    the terminal lacks are replaced: they keep no run from writing its results.
     """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, leave)
+    for s in SIGNALS:
+        signal.signal(s, leave)
     try:
         main()
         sys.stdout.flush()
@@ -75,16 +75,13 @@ def command(main):
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         raise SystemExit(128 + signal.SIGPIPE) from None
     except (UserError, MemoryError, RuntimeError) as e:
-        if not isinstance(e, UserError) and not out_of_memory(e):
+        text = str(e)
+        if out_of_memory(e):
+            text = f"out of memory ({text[:200]})"
+        elif not isinstance(e, UserError):
             raise
-        text = str(e) if isinstance(e, UserError) else f"out of memory ({str(e)[:200]})"
-        if int(os.environ.get("RANK", 0)) == 0 or isinstance(e, LostProcess):
-            print(f"{Path(sys.argv[0]).name}: error: {' '.join(text.split())}", file=sys.stderr)
-        else:
-            time.sleep(10)  # torchrun ends all when the first one goes: rank 0 speaks before
+        print(f"{Path(sys.argv[0]).name}: error: {' '.join(text.split())}", file=sys.stderr)
         raise SystemExit(2) from None
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def leave(number, _):
@@ -96,7 +93,7 @@ def out_of_memory(e):
     return isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(e)
 
 
-def flag(default, help, quick=None, choices=None, low=None, high=None):
+def flag(default, help, quick=None, choices=None, low=-math.inf, high=math.inf):
     """A Config field that is a flag: default, help line, value under --quick, values allowed."""
     about = dict(help=help, quick=quick, choices=choices, low=low, high=high)
     return field(default=default, metadata=about)
@@ -121,7 +118,11 @@ class Flags:
     @property
     def name(self):
         """A run is named for the file that its Config stands in."""
-        return Path(sys.modules[type(self).__module__].__file__).stem
+        return Path(inspect.getfile(type(self))).stem
+
+    def idle(self):
+        """The flags that do nothing beside the others -> {field: why}."""
+        return {}
 
 
 # a seed's range; what fp32 numbers can be squared to
@@ -132,20 +133,17 @@ def parse_args(Config, doc, argv=None):
     """A Config from the command line. Every field is a flag; --quick sets the quick values.
 
     Explicit flags win over --quick. --resume takes the flags of the run in --out; to contradict
-    them is an error (but more --steps: train on). A Config may have a method `idle() -> {field:
-    why}`, the flags that do nothing beside the others: to give one of them is an error, too.
+    them is an error (but more --steps: train on). So is a flag that `idle` says does nothing.
     """
     given = vars(make_parser(Config, doc).parse_args(argv))
-    values = {}
-    if given.get("quick"):
-        quick = {f.name: f.metadata["quick"] for f in dataclasses.fields(Config)}
-        values = {name: value for name, value in quick.items() if value is not None}
+    quick = {f.name: f.metadata["quick"] for f in dataclasses.fields(Config)}
+    values = {name: x for name, x in quick.items() if given.get("quick") and x is not None}
     if given.get("resume"):
         values = resumed(Config, given)
     config = Config(**{**values, **given})
     config.out = config.out or f"out/{config.name}"
     check_ranges(config)
-    for name, why in (config.idle() if hasattr(config, "idle") else {}).items():
+    for name, why in config.idle().items():
         if name in given:
             raise UserError(f"{dashed(name)} does nothing here: {why}")
     return config
@@ -170,9 +168,7 @@ def make_parser(Config, doc):
         if f.type is bool:
             options["action"] = argparse.BooleanOptionalAction
         else:
-            options["type"] = f.type
-            options["choices"] = f.metadata["choices"]
-            options["metavar"] = None if f.metadata["choices"] else f.type.__name__.upper()
+            options |= dict(type=f.type, choices=f.metadata["choices"])
         parser.add_argument(dashed(f.name), **options)
     return parser
 
@@ -187,14 +183,12 @@ def resumed(Config, given):
     values = {**saved["config"], "out": out}
     if set(values) != {f.name for f in dataclasses.fields(Config)}:
         raise UserError("--resume: the checkpoint was made by another version of this script")
-    for name in set(given) - {"resume", "steps", "out"}:
-        if given[name] != values[name]:
-            was, now = values[name], given[name]
+    for name, now in given.items():
+        was = values[name]
+        if name == "steps" and now < (was or 0):
+            raise UserError(f"--resume goes on with a run of {was} steps: {now} are fewer")
+        if name not in ("resume", "steps", "out") and now != was:
             raise UserError(f"--resume continues a run with {name} = {was}, not {now}")
-    before = values.get("steps") or 0
-    if given.get("steps", math.inf) < before:
-        now = given["steps"]
-        raise UserError(f"--resume goes on with a run of {before} steps: {now} are fewer")
     return values
 
 
@@ -202,62 +196,22 @@ def check_ranges(config):
     """UserError for a value outside a flag's `low` and `high`, or one that no arithmetic holds."""
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
-        if type(value) not in LARGEST:
+        largest = LARGEST.get(type(value))
+        if largest is None:
             continue
-        largest = LARGEST[type(value)]
-        low = -largest if f.metadata["low"] is None else f.metadata["low"]
-        high = largest if f.metadata["high"] is None else f.metadata["high"]
-        if not math.isfinite(value):
-            raise UserError(f"{dashed(f.name)} is {value}: must be finite")
-        if value < low:
-            raise UserError(f"{dashed(f.name)} is {value}: must be at least {low}")
-        if value > high:
-            raise UserError(f"{dashed(f.name)} is {value}: must be at most {high}")
-
-
-def need_memory(size, what, device="cpu"):
-    """UserError if `size` bytes are more than the machine has: said before they are allocated."""
-    if device == "cuda":
-        has = torch.cuda.mem_get_info()[1]
-    else:
-        has = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if size > has:
-        name = "GPU" if device == "cuda" else "machine"
-        gib = f"{size / 2**30:,.1f} GiB, of which this {name} has {has / 2**30:,.1f}"
-        raise UserError(f"{what}: {gib}")
+        low = max(f.metadata["low"], -largest)
+        high = min(f.metadata["high"], largest)
+        if not low <= value <= high:  # nor is nan
+            raise UserError(f"{dashed(f.name)} is {value}: must be from {low} to {high}")
 
 
 def pick_device(name):
     """--device's value -> "cpu", "cuda" or "mps"; auto takes the fastest that there is."""
-    available = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
-    available.append("cpu")
-    name = available[0] if name == "auto" else name
-    if name not in available:
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    there = ["cuda"] * cuda + ["mps"] * mps + ["cpu"]
+    if name not in ("auto", *there):
         raise UserError(f"--device {name}: this machine has none")
-    # cuDNN's attention plans anew for each length, and decoding meets a new one at every step
-    if name == "cuda":
-        torch.backends.cuda.enable_cudnn_sdp(False)
-    return name
-
-
-def world():
-    """This process's rank, and how many there are: (0, 1) but in scale.py under torchrun."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def all_sum(x):
-    """The sum of a tensor over the processes, in each of them; without torchrun, the tensor."""
-    if not dist.is_initialized():
-        return x
-    total = x.to("cuda" if dist.get_backend() == "nccl" else "cpu", copy=True)
-    try:
-        dist.all_reduce(total)
-    except torch.OutOfMemoryError:  # a RuntimeError too
-        raise
-    except RuntimeError as e:
-        lost = f"rank {world()[0]} lost another process of this run ({type(e).__name__})"
-        raise LostProcess(lost) from None
-    return total.to(x.device)
+    return there[0] if name == "auto" else name
 
 
 # --------------------------------------------------------------------------------------------------
@@ -308,26 +262,6 @@ def load_checkpoint(path):
         raise UserError(f"{path} is not a readable checkpoint ({type(e).__name__})") from None
 
 
-def fingerprint(path):
-    """A hash of a file or of a folder's files; of what is neither (a hub id), the name itself.
-
-    A run depends on it beside its flags: --resume compares it.
-    """
-    digest = hashlib.sha256()
-    files = [path] if os.path.isfile(path) else []
-    if os.path.isdir(path):
-        files = sorted(p for p in Path(path).rglob("*") if p.is_file())
-    try:
-        for file in files:
-            digest.update(str(Path(file).relative_to(path)).encode())
-            with open(file, "rb") as f:
-                while block := f.read(2**24):
-                    digest.update(block)
-    except OSError as e:
-        raise UserError(f"cannot read {path}: {e.strerror}") from None
-    return digest.hexdigest() if files else str(path)
-
-
 def descend(optimizer, loss, clip=1.0):
     """The end of every training step -> the gradient's norm before it is cut to at most `clip`.
 
@@ -344,28 +278,29 @@ def descend(optimizer, loss, clip=1.0):
     return norm
 
 
-def copied(tensors):
-    """Copies on the CPU, which stand still while the model trains on."""
-    return {name: x.detach().to("cpu", copy=True) for name, x in tensors.items()}
+def copied(x):
+    """A copy, with all tensors on the CPU, which stands still while the model trains on."""
+    if isinstance(x, torch.Tensor):
+        return x.detach().to("cpu", copy=True)
+    if isinstance(x, dict):
+        return {key: copied(value) for key, value in x.items()}
+    return copy.deepcopy(x)
 
 
-def snapshot(step, model, optimizer, rng, generator=None, **more):
+def snapshot(step, model, optimizer, rng, generator=None, kept=None):
     """All that a loop needs to go on, to the bit. NotFinite if a weight is no number."""
     weights = model.state_dict()
     if not all(torch.isfinite(p).all() for p in weights.values()):
         raise NotFinite("a weight is no longer finite")
-    if optimizer:
-        optimizer = optimizer.state_dict()
-        moments = optimizer.get("state", {})  # of a sharded model's, rank 0 alone has them
-        optimizer["state"] = {i: copied(tensors) for i, tensors in moments.items()}
-    return dict(
+    state = dict(
         step=step,
-        model=copied(weights),
-        optimizer=optimizer,
+        model=weights,
+        optimizer=optimizer and optimizer.state_dict(),
         rng=rng.getstate(),
         generator=generator and generator.get_state(),
-        **more,
+        kept=kept,
     )
+    return copied(state)
 
 
 def restore(state, model, optimizer, rng, generator=None):
@@ -397,11 +332,11 @@ class Run:
 
     The folder is the run's own if it holds a run's config.json: files that no run wrote are never
     deleted or overwritten. also: names of further files that the script writes. inputs: name ->
-    fingerprint of what the run depends on beside its flags; resume refuses others. Of several
-    processes rank 0 writes, saves and heeds signals; the others end when they lose it. UserError
-    for a folder that cannot be written or holds somebody else's files, or a checkpoint without its
-    rows.
+    fingerprint of what the run depends on beside its flags; resume refuses others. UserError for a
+    folder that cannot be written or holds somebody else's files, or a checkpoint without its rows.
     """
+
+    silent = False  # True: no progress bar
 
     def __init__(self, config, also=(), inputs=None):
         self.config = dataclasses.asdict(config)
@@ -411,38 +346,41 @@ class Run:
         self.state = {}
         self.inputs = inputs or {}
         self.kept_rows = 0  # rows that go with what is kept
-        self.place = ""  # where the run is, for a person
+        self.place = "the start"  # where the run is, for a person
         self.bar = None  # of the loop that is on
         self.started = self.saved = self.kept = time.time()
         self.save_seconds = self.keep_seconds = 0  # what the last ones took
         self.signal = 0  # that came while busy
         self.busy = False
         self.revision = revision()
-        self.handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-        if int(os.environ.get("WORLD_SIZE", 1)) != world()[1]:
-            raise UserError("this script, or what its flags ask for, runs in one process")
         if config.resume:
             self.go_on_from(load_checkpoint(self.dir / "model.pt"))
-        if world()[0]:
-            self.follow()
-            return
-        self.take_folder(config.resume, set(also))
-        about = {"name": self.name, "config": self.config, "revision": self.revision}
-        about["torch"] = torch.__version__
-        about["python"] = platform.python_version()
-        about["threads"] = torch.get_num_threads()
+        self.begin(config.resume, also)
+
+    def begin(self, resume, also):
+        """Take the folder; from now on a signal ends the run."""
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise UserError("this script runs in one process")
+        self.take_folder(resume, also)
+        about = dict(
+            name=self.name,
+            config=self.config,
+            revision=self.revision,
+            torch=torch.__version__,
+            python=platform.python_version(),
+            threads=torch.get_num_threads(),
+        )
         # first: it says whose folder this is
         self.write("config.json", json.dumps(about, indent=1))
         self.write("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows))
-        self.metrics = open(self.dir / "metrics.jsonl", "ab", buffering=0)
-        all_sum(torch.zeros(1))  # the others wait for the folder
-        for s in self.handlers:
-            signal.signal(s, self.interrupt)
+        # open as long as the run is
+        self.metrics = open(self.dir / "metrics.jsonl", "ab", buffering=0)  # noqa: SIM115
+        self.handlers = {s: signal.signal(s, self.interrupt) for s in SIGNALS}
 
     def go_on_from(self, checkpoint):
         """Take over state and rows. What was logged after the checkpoint is made again."""
         for name, value in self.inputs.items():
-            if checkpoint.get("inputs", {}).get(name) != value:
+            if checkpoint["inputs"].get(name) != value:
                 raise UserError(
                     f"--resume: {name} is no longer what the run in {self.dir} began with"
                 )
@@ -455,24 +393,13 @@ class Run:
         except (OSError, ValueError):
             self.rows = []
         if len(self.rows) < self.kept_rows:
-            n = self.kept_rows
-            raise UserError(f"{path} does not hold the {n} rows that model.pt goes on from")
+            raise UserError(
+                f"{path} does not hold the {self.kept_rows} rows that model.pt goes on from"
+            )
         before = checkpoint["revision"]  # the code that made the rows, not only the last one
-        resumed_at = f"{before}, resumed at {self.revision}"
-        self.revision = before if before.endswith(self.revision) else resumed_at
-
-    def follow(self):
-        """What a Run is in the other processes of scale.py: it writes nothing, heeds no signal."""
-        try:
-            all_sum(torch.zeros(1))  # wait for rank 0's folder
-        except LostProcess:
-            raise UserError("rank 0 says what is wrong with its folder") from None
-        self.metrics = open(os.devnull, "wb", buffering=0)
-        self.write = lambda *_: None
-        self.save = lambda *_, **__: None
-        self.saved = math.inf
-        for s in self.handlers:
-            signal.signal(s, signal.SIG_IGN)
+        if not before.endswith(self.revision):
+            before += f", resumed at {self.revision}"
+        self.revision = before
 
     def take_folder(self, resume, also):
         """Make the folder, or clear it of an earlier run's files. UserError for somebody else's."""
@@ -481,8 +408,7 @@ class Run:
             owned = self.owned()
             if resume:
                 return
-            foreign = self.files(self.name) | also
-            foreign -= owned | also if owned else set()
+            foreign = self.files(self.name) - owned if owned else self.files(self.name).union(also)
             for name in sorted(foreign):
                 if os.path.lexists(self.dir / name):
                     raise UserError(
@@ -517,13 +443,10 @@ class Run:
         if self.bar is not None:
             self.bar.close()
         model = self.dir / "model.pt"
-        if world()[0] == 0 and isinstance(error, NotFinite):
+        if isinstance(error, NotFinite):
             self.save()
-            where = f" at {self.place}" if self.place else ""
-            error.args = (f"{error}{where}; {model} holds what was finite",)
-        if world()[0] == 0 and isinstance(error, (SystemExit, BrokenPipeError)):
-            for s in self.handlers:
-                signal.signal(s, signal.SIG_DFL)  # a second signal does not wait
+            error.args = (f"{error} at {self.place}; {model} holds what was finite",)
+        if isinstance(error, (SystemExit, BrokenPipeError)):
             self.save()
             with contextlib.suppress(BrokenPipeError):
                 print(f"\nsaved {model}: --resume goes on from here", flush=True)
@@ -548,33 +471,33 @@ class Run:
         if self.signal:
             raise SystemExit(128 + self.signal)
 
-    def write(self, name, text):
-        """Whole or not at all."""
+    def write(self, name, content):
+        """Text or bytes, whole or not at all."""
         with whole(self.dir / name) as f:
-            f.write(text.encode())
+            f.write(content.encode() if isinstance(content, str) else content)
 
     def log(self, **row):
         """One line of metrics.jsonl, which is strict JSON: NotFinite for a number that is none."""
         for key, value in row.items():
             if isinstance(value, float) and not math.isfinite(value):
                 raise NotFinite(f"{key} is {value}")
-        line = (json.dumps(row, allow_nan=False) + "\n").encode()
+        line = json.dumps(row, allow_nan=False).encode() + b"\n"
         with self.uncut():
-            end = self.metrics.seek(0, os.SEEK_END) if self.metrics.seekable() else 0
+            end = self.metrics.seek(0, os.SEEK_END)
             try:
                 if self.metrics.write(line) < len(line):
                     raise OSError(28, "No space left on device")
             except OSError as e:
                 self.metrics.truncate(end)
-                path = self.dir / "metrics.jsonl"
-                raise UserError(f"cannot write {path}: {e.strerror}") from None
+                raise UserError(f"cannot write {self.metrics.name}: {e.strerror}") from None
             self.rows.append(row)
 
     def introduce(self, device, parameters):
         """The first line that a run prints."""
-        seeds = f"seed {self.config['seed']}, {self.config['seeds']} in all"
-        threads = f"{torch.get_num_threads()} threads"
-        print(f"{self.name}: {seeds}, {device}, {threads}, {parameters:,} parameters", flush=True)
+        print(
+            f"{self.name}: seed {self.config['seed']}, {self.config['seeds']} in all, {device}, "
+            f"{parameters:,} parameters"
+        )
 
     def say(self, **numbers):
         """Put some numbers beside the progress bar."""
@@ -586,10 +509,9 @@ class Run:
         answers: a model's name -> [(text, reward)], one for each prompt.
         """
         lines = []
-        for i, prompt in enumerate(prompts):
+        for prompt, *written in zip(prompts, *answers.values(), strict=True):
             lines.append(prompt)
-            for name, written in answers.items():
-                text, reward = written[i]
+            for name, (text, reward) in zip(answers, written, strict=True):
                 lines.append(f"    {name:<12} {'right' if reward else 'wrong'}   {text}")
         text = "\n".join(lines) + "\n"
         self.write("samples.txt", text)
@@ -597,13 +519,20 @@ class Run:
 
     def finish(self, fig, claims):
         """The last things that a run does: the figure, the claims, the time it took."""
-        path = self.dir / f"{self.name}.png"
-        if world()[0] == 0:
-            with whole(path) as f:
-                fig.savefig(f, dpi=110, format="png")
-        self.claims(claims)
+        picture = io.BytesIO()
+        fig.savefig(picture, dpi=110, format="png")
+        self.write(f"{self.name}.png", picture.getvalue())
+        # each claim holds or does not: both are results
+        self.write("claims.json", json.dumps(claims, indent=1))
+        layout = "{:<58} {:>18} {:>16} {:>10}  {}"
+        print("\n" + layout.format("claim", "paper", "ours", "threshold", "holds"))
+        for c in claims:
+            holds = "yes" if c["holds"] else "NO"
+            print(layout.format(c["claim"], str(c["paper"]), c["ours"], c["threshold"], holds))
         seconds = time.time() - self.started
-        print(f"\n{path}, metrics.jsonl, claims.json, model.pt: {seconds:.0f} s")
+        print(
+            f"\n{self.dir / self.name}.png, metrics.jsonl, claims.json, model.pt: {seconds:.0f} s"
+        )
 
     def log_once(self, measure, **where):
         """Log measure() -> {name: value} as the row `where`, but not again in a resumed run."""
@@ -614,9 +543,7 @@ class Run:
             if self.due:
                 self.save()
 
-    def loop(
-        self, phase, steps, model, optimizer, rng, generator=None, kept=None, until=None, bar=True
-    ):
+    def loop(self, phase, steps, model, optimizer, rng, generator=None, kept=None, until=None):
         """The steps that a phase has still to take: `for step in run.loop(...)`, up to steps - 1.
 
         They begin at 0, or where the run was interrupted: model, optimizer and random streams are
@@ -629,8 +556,7 @@ class Run:
         if kept is not None and state is not None:
             kept.update(copy.deepcopy(state["kept"]))
         total = None if steps >= 10**9 else steps
-        hidden = not bar or world()[0] > 0
-        self.bar = tqdm(desc=phase, initial=step, total=total, disable=hidden)
+        self.bar = tqdm(desc=phase, initial=step, total=total, disable=self.silent)
         while step < steps and not (until and until()):
             self.place = f"step {step + 1} of {phase}"
             yield step
@@ -638,43 +564,39 @@ class Run:
             self.bar.update()
             if self.time_to_keep():
                 started = time.time()
-                carried = copy.deepcopy(kept)  # must not change with what goes on
-                self.keep(phase, **snapshot(step, model, optimizer, rng, generator, kept=carried))
-                self.kept = time.time()
+                self.keep(phase, snapshot(step, model, optimizer, rng, generator, kept))
                 self.keep_seconds = self.kept - started
             if self.due:
                 self.save()
         self.bar.close()
         self.bar = None
-        carried = copy.deepcopy(kept)
-        self.save(phase, **snapshot(step, model, optimizer, rng, generator, kept=carried))
+        self.keep(phase, snapshot(step, model, optimizer, rng, generator, kept))
+        self.save()
 
     def time_to_keep(self):
-        """Keeping takes a fiftieth of the time. Rank 0 decides: each may hold a part of it."""
-        now = self.due or time.time() - self.kept > 50 * self.keep_seconds
-        return bool(all_sum(torch.tensor(float(now and world()[0] == 0))))
+        """Keeping takes a fiftieth of the time."""
+        return self.due or time.time() - self.kept > 50 * self.keep_seconds
 
     @property
     def due(self):
         """Whether it is time to save: every 30 s, or 20 times what a save takes."""
         return time.time() - self.saved > max(30, 20 * self.save_seconds)
 
-    def keep(self, phase=None, **state):
+    def keep(self, phase=None, state=None):
         """Remember, in memory, what a phase needs to go on, and that the rows so far go with it.
 
         Without a phase: the rows alone, and only outside of loops.
         """
         with self.uncut():
+            self.kept = time.time()
             if phase is not None:
                 self.state[phase] = state
             if phase is not None or self.bar is None:
                 self.kept_rows = len(self.rows)
 
-    def save(self, phase=None, **state):
-        """`keep` if there is a phase, then write what is kept to model.pt."""
+    def save(self):
+        """Write what is kept to model.pt."""
         started = time.time()
-        if phase is not None:
-            self.keep(phase, **state)
         save_checkpoint(
             self.dir / "model.pt",
             state=self.state,
@@ -686,24 +608,12 @@ class Run:
         self.saved = time.time()
         self.save_seconds = self.saved - started
 
-    def claims(self, claims):
-        """Write claims.json and print it as a table. Each holds or does not: both are results."""
-        self.write("claims.json", json.dumps(claims, indent=1))
-        layout = "{:<58} {:>18} {:>16} {:>10}  {}"
-        print("\n" + layout.format("claim", "paper", "ours", "threshold", "holds"))
-        for c in claims:
-            holds = "yes" if c["holds"] else "NO"
-            print(layout.format(c["claim"], str(c["paper"]), c["ours"], c["threshold"], holds))
-
 
 def revision():
     """What git calls the code that runs; "unknown" without git."""
-    ask = ["git", "describe", "--always", "--dirty"]
-    try:
-        answer = subprocess.run(ask, capture_output=True, text=True, cwd=Path(__file__).parent)
-    except OSError:
-        return "unknown"
-    return answer.stdout.strip() or "unknown"
+    folder = shlex.quote(os.path.dirname(__file__))
+    status, text = subprocess.getstatusoutput(f"git -C {folder} describe --always --dirty")
+    return "unknown" if status else text
 
 
 def claim(id, text, source, paper, value, op, threshold, seeds, beside=""):
@@ -713,14 +623,12 @@ def claim(id, text, source, paper, value, op, threshold, seeds, beside=""):
     told with the standard deviation; what is not finite never holds. op: >= or <=; > or < where the
     threshold is 0, because there a tie must not hold. `beside` is printed next to the value.
     """
-    allowed = (">", "<") if threshold == 0 else (">=", "<=", ">", "<")
-    assert op in allowed, f"{id}: {op} {threshold} would hold on a tie"
+    assert threshold or op in (">", "<"), f"{id}: {op} {threshold} would hold on a tie"
     value = np.asarray(value, dtype=float)
     mean = value.mean()
     ours = f"{mean:.3g}"
     if value.size > 1:
-        with np.errstate(invalid="ignore"):  # the spread of what is not finite is nan
-            ours += f" ± {value.std(ddof=1):.2g}"
+        ours += f" ± {value.std(ddof=1):.2g}"
     compare = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}[op]
     return dict(
         id=id,
@@ -742,7 +650,7 @@ def series(run, key, **where):
     """A metric by seed -> the steps that every seed has (n,), values (seeds, n)."""
     by_seed = {}
     for row in run.rows:
-        if row.get(key) is not None and all(row.get(k) == v for k, v in where.items()):
+        if row.get(key) is not None and where.items() <= row.items():
             by_seed.setdefault(row["seed"], {})[row["step"]] = row[key]
     curves = [by_seed[seed] for seed in sorted(by_seed)]
     steps = sorted(set.intersection(*map(set, curves))) if curves else []
@@ -753,10 +661,10 @@ def band(ax, x, y, label, **style):
     """The mean of y (seeds, n), with one standard deviation over the seeds shaded."""
     if len(x):
         mean = y.mean(0)
-        spread = y.std(0, ddof=1) if len(y) > 1 else 0 * mean
+        spread = y.std(0, ddof=int(len(y) > 1))
         (line,) = ax.plot(x, mean, label=label, **style)
-        color = line.get_color()
-        ax.fill_between(x, mean - spread, mean + spread, color=color, alpha=0.15, lw=0)
+        shade = dict(color=line.get_color(), alpha=0.15, lw=0)
+        ax.fill_between(x, mean - spread, mean + spread, **shade)
 
 
 def lr_at(step, steps, peak, warmup=20):

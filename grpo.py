@@ -286,7 +286,7 @@ def sample(model, task, problems, n, config, generator, uniforms=None):
     texts = rollout.texts(task.tokenizer)
     ended = rollout.ended(stop).tolist()
     rewards = [task.reward(problems[i // n], text) * ended[i] for i, text in enumerate(texts)]
-    return rollout, texts, torch.tensor(rewards, dtype=torch.float32).view(-1, n)
+    return rollout, texts, torch.tensor(rewards).float().view(-1, n)
 
 
 def collect(model, task, config, rng, generator):
@@ -518,22 +518,24 @@ def figure(config, run):
 
     fig, axes = plt.subplots(2, 3, figsize=(13, 7), layout="constrained")
     fig.suptitle(f"Told only right or wrong: {told} ({seeds} seed{'s' * (seeds > 1)})")
-    for ax, (title, unit, *keys) in zip(axes.flat[:-1], panels, strict=True):
+    for i, (title, unit, *keys) in enumerate(panels):
+        ax = axes.flat[i]
         for key in keys:
             band(ax, *series(run, key, phase="rl", arm=config.loss), key)
         ax.set(title=title, xlabel="RL step", ylabel=unit)
         if ax.lines:
             ax.legend()
+    ax = axes[1, 2]
     curves = np.array([final(f"pass@{k}") for k in config.ks])  # (ks, arms, seeds)
     for i, arm in enumerate(arms):
-        band(axes[1, 2], config.ks, curves[:, i].T, arm, marker="o")
+        band(ax, config.ks, curves[:, i].T, arm, marker="o")
     base, trained = curves[-1].mean(1)
     title = f"pass@{config.ks[-1]}: base {base:.2f}, after RL {trained:.2f}"
     if base == trained == 1:
         title += "\n(both at 1: a crossing can't be seen)"
-    axes[1, 2].set(title=title, xlabel="k (samples)", ylabel="held-out pass@k", ylim=(0, 1.02))
-    axes[1, 2].set_xscale("log", base=2)
-    axes[1, 2].legend()
+    ax.set(title=title, xlabel="k (samples)", ylabel="held-out pass@k", ylim=(0, 1.02))
+    ax.set_xscale("log", base=2)
+    ax.legend()
     return fig, claims
 
 
@@ -551,7 +553,7 @@ def main():
             examples = {}
             for arm, model in (("base", base), (config.loss, trained)):
                 run.log_once(
-                    lambda: evaluate(model, task, config, config.ks),
+                    lambda model=model: evaluate(model, task, config, config.ks),
                     phase="pass@k",
                     arm=arm,
                     seed=seed,

@@ -12,16 +12,14 @@ import functools
 import json
 import os
 import re
-import unicodedata
 from pathlib import Path
 
-import tiktoken
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 
-from experiment import UserError, need_memory, whole
-from tokenizer import SPLIT, short_runs
+from experiment import UserError, whole
+from tokenizer import SPLIT, PretrainedBPE
 
 # --------------------------------------------------------------------------------------------------
 # Hugging Face's names for all this
@@ -185,9 +183,6 @@ def hf_config(path, block_size=None):
     heads, width = c.need("num_attention_heads", int), c.need("hidden_size", int)
     head_dim = c.get("head_dim", int, 128 if kind == "qwen3" else None)
     positions = min(c.need("max_position_embeddings", int), block_size or LARGEST)
-    need_memory(
-        16 * positions * (head_dim or width // heads), f"{path}: {positions} rotary positions"
-    )
     return dict(
         vocab_size=c.need("vocab_size", int),
         block_size=positions,
@@ -387,61 +382,6 @@ def hf_save(model, folder, like=None, stop=None):
 
 # --------------------------------------------------------------------------------------------------
 # Tokenizers
-
-
-def plain(text):
-    """Text that has bytes: half of a surrogate pair, which JSON can hold, is replaced."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
-class PretrainedBPE(tiktoken.Encoding):
-    """A tokenizer.json as a tiktoken.Encoding that does what the library does, not tiktoken.
-
-    Text is brought to NFC first if the file says so, a byte that has no token is dropped, an id
-    that has no token (padding of the embedding) decodes to nothing.
-    """
-
-    def encode(self, text, *, allowed_special=frozenset(), disallowed_special="all"):
-        """Special tokens in the text are an error, or with allowed_special="all" their ids.
-
-        No token is added.
-        """
-        allowed = self.special_tokens_set if allowed_special == "all" else set(allowed_special)
-        for token in (
-            self.special_tokens_set - allowed if disallowed_special == "all" else disallowed_special
-        ):
-            if token in text:
-                how = 'allowed_special="all" makes it a special token, encode_ordinary plain text'
-                raise ValueError(f"{token!r} in the text: {how}")
-        order = sorted(
-            allowed, key=lambda token: (token in self.normalized, -len(token))
-        )  # as the library looks for them
-        pieces = re.split(f"({'|'.join(map(re.escape, order))})", text) if allowed else [text]
-        return [
-            i
-            for piece in pieces
-            for i in (
-                [self.encode_single_token(piece)]
-                if piece in allowed
-                else self.encode_ordinary(piece)
-            )
-        ]
-
-    def encode_ordinary(self, text):
-        import regex
-
-        ids, text = [], unicodedata.normalize("NFC", plain(text)) if self.nfc else plain(text)
-        for part in short_runs(text):
-            if self.missing.isdisjoint(part.encode()):
-                ids += super().encode_ordinary(part)
-                continue
-            for piece in regex.findall(self._pat_str, part):
-                if known := bytes(b for b in piece.encode() if b not in self.missing):
-                    ids += self._encode_single_piece(known)
-        return ids
-
-    def decode(self, ids, errors="replace"):
-        return super().decode([i for i in ids if i in self.known], errors)
 
 
 def split_pattern(stages):

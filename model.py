@@ -12,6 +12,7 @@ S positions that a query may see (T, and those in the cache).
 """
 
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +21,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from experiment import UserError, need_memory
+from experiment import UserError
 from huggingface import hf_config, hf_save, hf_state, hub_folder
 from kernels import RMSNormFunction, attention
 
@@ -80,6 +81,14 @@ class RMSNorm(nn.Module):
 
     def forward(self, x):
         return RMSNormFunction.apply(x, self.weight, self.eps)
+
+
+def need_memory(size, what):
+    """UserError if `size` bytes are more than the machine has: said before they are allocated."""
+    has = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if size > has:
+        needs = f"{size / 2**30:,.1f} GiB, of which this machine has {has / 2**30:,.1f}"
+        raise UserError(f"{what}: {needs}")
 
 
 def rotations(config):
@@ -177,10 +186,11 @@ class GPT(nn.Module):
 
     def __init__(self, config):
         super().__init__()
+        size = 16 * config.block_size * config.head_dim  # rotations are numbers in any case
         if torch.get_default_device().type != "meta":  # there, shapes take no memory
-            size = 16 * config.parameters + 4 * config.block_size * config.head_dim
-            what = f"a model of {config.parameters:,} parameters, its gradient, AdamW's two moments"
-            need_memory(size, f"{what} and {config.block_size:,} positions")
+            size += 16 * config.parameters
+        what = f"a model of {config.parameters:,} parameters, its gradient, AdamW's two moments"
+        need_memory(size, f"{what} and {config.block_size:,} positions")
         self.config = config
         self.checkpointing = False
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)

@@ -306,7 +306,7 @@ def main():
     data_hash = hashlib.sha256(json.dumps(texts).encode()).hexdigest()
     with Run(config, inputs={f"the text of --data {config.data}".strip(): data_hash}) as run:
         merges = [tokenizer.decode_single_token_bytes(i) for i in range(256, tokenizer.eos)]
-        run.keep("tokenizer", merges=merges)
+        run.keep("tokenizer", dict(merges=merges))
         run.introduce(device, shape.parameters)
         print(
             f"{len(train_ids):,} tokens to train on, {len(val_ids):,} held out, "

@@ -3,7 +3,7 @@
 What grpo.py and opd.py teach is what runs here: their advantages, surrogates, aggregations and
 divergences are imported. This file adds what size asks for, and nothing to the methods.
 
-    python scale.py --task addition --lr 3e-4       a toy, which reinforce.py's imitation warms up
+    python scale.py --data addition --lr 3e-4       a toy, which reinforce.py's imitation warms up
     python scale.py --init Qwen/Qwen2.5-0.5B-Instruct --chat --data gsm8k --dtype bfloat16
     python scale.py --method opd --init Qwen/Qwen2.5-0.5B-Instruct \\
         --teacher Qwen/Qwen2.5-1.5B-Instruct --chat --data gsm8k --dtype bfloat16
@@ -39,12 +39,9 @@ after, and a folder `METHOD SEED` with the trained model, which transformers ope
 """
 
 import copy
-import os
 import random
-import sys
 import time
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -52,36 +49,39 @@ import matplotlib.pyplot as plt
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.distributed.checkpoint import state_dict as whole_state
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.utils.checkpoint import checkpoint
 
 import tasks
 from engine import Rollout, generate
 from experiment import (
     Flags,
-    LostProcess,
-    Run,
     UserError,
-    all_sum,
     band,
     claim,
     command,
     descend,
-    fingerprint,
     flag,
     parse_args,
     pick_device,
     seeds_of,
     series,
-    world,
 )
 from grpo import LOSSES, advantages, aggregation_weights, kl_estimate, policy_loss
 from kernels import token_logprobs
-from model import GPT
 from opd import METHODS, divergence
+from parallel import (
+    Team,
+    all_sum,
+    handles,
+    join,
+    place,
+    plain,
+    sum_gradients,
+    together,
+    world,
+)
 from reinforce import imitate
-from tasks.wordproblems import load_model, load_teacher, word_problems
+from tasks.wordproblems import fingerprint, load_model, load_teacher, word_problems
 
 # what takes two checkpoints and nothing else: name -> who writes, which divergence
 DISTILLATION = {
@@ -98,14 +98,14 @@ class Config(Flags):
     method: str = flag(
         "dr_grpo", "a row of grpo.LOSSES or opd.METHODS", choices=(*LOSSES, *DISTILLATION)
     )
-    init: str = flag("", "the model to train: a Hugging Face folder or hub id; with --data")
+    init: str = flag("", "the model to train: a Hugging Face folder or hub id")
     teacher: str = flag("", "for distillation: a folder or hub id with the same vocabulary")
     data: str = flag(
         "",
         "gsm8k, or a .jsonl or .parquet file with the columns question and answer, the answer with "
-        "'#### number' (distillation does without); of a file a tenth is held out",
+        "'#### number' (distillation does without); of a file a tenth is held out. Without --init: "
+        "addition, or another toy task",
     )
-    task: str = flag("", "instead of --init and --data: addition, or another toy task")
     template: str = flag(TEMPLATE, "the prompt of a word problem; \\n is a new line")
     chat: bool = flag(False, "put the prompt into the checkpoint's own chat template")
     dtype: str = flag(
@@ -132,11 +132,11 @@ class Config(Flags):
     eval_prompts: int = flag(256, "held-out problems, an answer to each", quick=8, low=1)
 
     def __post_init__(self):
-        given = [*map(bool, (self.task, self.init, self.data, self.teacher))]
-        if given not in ([[0, 1, 1, 1]] if self.distils else [[1, 0, 0, 0], [0, 1, 1, 0]]):
+        needed = self.data and (self.init and self.teacher if self.distils else not self.teacher)
+        if not needed:
             raise UserError(
-                "reinforcement learning needs --task, or --init and --data; distillation "
-                f"(--method {', '.join(DISTILLATION)}) --init, --teacher and --data"
+                "reinforcement learning needs --data, and --init if that is no toy; distillation "
+                f"(--method {', '.join(DISTILLATION)}) --data, --init and --teacher"
             )
         out = Path(self.out or f"out/{self.name}").resolve()
         for name in (self.init, self.teacher):
@@ -153,107 +153,10 @@ class Config(Flags):
         """The flags that do nothing beside the others -> {field: why}."""
         cases = [
             (self.distils, "minibatches correction beta", "it is for reinforcement learning"),
-            (self.task, "template chat", "it is for --data"),
+            (not self.init, "template chat", "it is for a checkpoint's word problems"),
             (self.dtype == "float32", "correction", "the sampler is the policy that is trained"),
         ]
         return {name: why for here, names, why in cases if here for name in names.split()}
-
-
-# --------------------------------------------------------------------------------------------------
-# Several processes
-
-
-def join(device):
-    """Under torchrun, meet the other processes: one on each GPU (nccl), or all on the CPU (gloo).
-
-    Only rank 0 prints.
-    """
-    if not dist.is_torchelastic_launched():
-        return
-    local = int(os.environ["LOCAL_RANK"])
-    if device != "cpu" and local >= torch.cuda.device_count():
-        raise LostProcess(
-            f"process {local + 1} of this machine finds no {device} device of its own"
-        )
-    if device == "cuda":
-        torch.cuda.set_device(local)
-    dist.init_process_group("nccl" if device == "cuda" else "gloo")
-    if world()[0]:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-
-
-def sum_gradients(model):
-    """What data parallelism is: each process has the gradient of its own rows, the batch's is their
-    sum, and all take the same step. A sum, not a mean: each loss is already divided by the counts
-    of the whole batch. A sharded model has done it in its backward pass.
-    """
-    if not isinstance(model, FSDPModule):
-        for p in model.parameters():
-            p.grad = all_sum(p.grad)
-
-
-def place(model, config, device):
-    """The model where it trains. With --shard each process keeps a slice of every weight; a block's
-    are gathered when it is computed, and the gradients are summed slice by slice."""
-    if not config.shard:
-        return model.to(device)
-    mesh = dist.init_device_mesh(device, (world()[1],))
-    for module in (*model.blocks, model):
-        fully_shard(module, mesh=mesh)
-        module.set_gradient_divide_factor(1.0)  # a sum, not a mean
-        module.set_force_sum_reduction_for_comms(True)
-    register_fsdp_forward_method(model, "hidden")
-    return model
-
-
-def plain(model, dtype):
-    """The model as one whole, to sample from: a copy if it is sharded or of another dtype.
-
-    With --shard all processes have to call it.
-    """
-    dtype = getattr(torch, dtype)
-    if not isinstance(model, FSDPModule) and model.lm_head.weight.dtype == dtype:
-        return model
-    with torch.device("meta"):  # shapes without memory
-        whole = GPT(model.config)
-    weights = model.state_dict()
-    for name, w in weights.items():
-        weights[name] = (w.full_tensor() if isinstance(model, FSDPModule) else w).to(dtype)
-    whole.load_state_dict(weights, assign=True)
-    if model.config.tie:
-        whole.lm_head.weight = whole.wte.weight
-    return whole
-
-
-def handles(model, optimizer):
-    """What a run saves and restores. Of a sharded model: the whole of it, in rank 0's memory."""
-    if not isinstance(model, FSDPModule):
-        return model, optimizer
-    options = whole_state.StateDictOptions
-    gather, deal = options(full_state_dict=True, cpu_offload=True), options(full_state_dict=True)
-    weights = SimpleNamespace(
-        state_dict=partial(whole_state.get_model_state_dict, model, options=gather),
-        load_state_dict=partial(whole_state.set_model_state_dict, model, options=deal),
-    )
-    moments = SimpleNamespace(
-        state_dict=partial(whole_state.get_optimizer_state_dict, model, optimizer, options=gather),
-        load_state_dict=partial(
-            whole_state.set_optimizer_state_dict, model, optimizer, options=deal
-        ),
-    )
-    return weights, moments
-
-
-def even(rollouts, device):
-    """Rollouts joined. Rows without an answer fill up what this process has fewer than another: a
-    sharded model needs all of them in each of its passes. Of mask 0, they count for nothing."""
-    rank, processes = world()
-    rows = torch.zeros(processes)
-    rows[rank] = sum(len(r.ids) for r in rollouts)
-    missing = int(all_sum(rows).max() - rows[rank])
-    zeros = torch.zeros(missing, 2, device=device)
-    filler = Rollout(zeros.long(), zeros, zeros, zeros[:, 0].long() + 2)
-    return Rollout.cat([*rollouts, filler])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -269,6 +172,18 @@ def sample(model, task, problems, n, config, generator):
     ended = rollout.ended(stop).tolist()
     rewards = [task.judge(problems[i // n], text, ended[i]) for i, text in enumerate(texts)]
     return rollout, texts, torch.tensor(rewards).float().view(-1, n)
+
+
+def even(rollouts, device):
+    """Rollouts joined. Rows without an answer fill up what this process has fewer than another: a
+    sharded model needs all of them in each of its passes. Of mask 0, they count for nothing."""
+    rank, processes = world()
+    rows = torch.zeros(processes)
+    rows[rank] = sum(len(r.ids) for r in rollouts)
+    missing = int(all_sum(rows).max() - rows[rank])
+    zeros = torch.zeros(missing, 2, device=device)
+    filler = Rollout(zeros.long(), zeros, zeros, zeros[:, 0].long() + 2)
+    return Rollout.cat([*rollouts, filler])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -312,7 +227,8 @@ def collect(model, task, config, rng, generator):
                 kept.append(rollout[slice(i * G, (i + 1) * G)])
                 rewards.append(r[i])
     if not kept:
-        kept, rewards = [rollout], list(r)
+        kept = [rollout]
+        rewards = list(r)
     seen, tokens, logp, right, dull = all_sum(sums).tolist()
     stats = dict(tokens=int(tokens), entropy=-logp / tokens)
     if task.judged:
@@ -331,7 +247,9 @@ def correction_weights(old_logp, sampler_logp, mask, kind, cap=2.0):
     if kind == "seq_tis":
         return log_w.sum(1, keepdim=True).exp().clamp_max(cap).expand_as(mask)
     w = log_w.exp()
-    return w.clamp_max(cap) if kind == "tis" else w * ((w < cap) & (w > 1 / cap))
+    if kind == "tis":
+        return w.clamp_max(cap)
+    return w * ((w < cap) & (w > 1 / cap))
 
 
 def score(model, rollout, rows, config):
@@ -381,7 +299,15 @@ def update(model, base, optimizer, rollout, rewards, config, generator):
             logp = score(model, rollout, rows, config)
             # in a batch's only gradient step the policy is still the old one
             old = old_logp[rows] if config.minibatches > 1 else logp.detach()
-            loss, _ = policy_loss(logp, old, adv[rows], m, *method[1:4])
+            loss, _ = policy_loss(
+                logp,
+                old,
+                adv[rows],
+                m,
+                method.ratio,
+                method.eps_low,
+                method.eps_high,
+            )
             loss = loss * correction_weights(old, rollout.logp[rows], m, config.correction)
             if config.beta:
                 loss = loss + config.beta * kl_estimate(logp, ref_logp[rows], "k3")
@@ -520,17 +446,20 @@ def figure(config, run):
     return fig, [claim("gain", text, "-", "-", worst, *limit, config.seeds)]
 
 
+@together
 def main():
     config = parse_args(Config, __doc__)
     device = pick_device(config.device)
     join(device)
-    if config.shard > dist.is_initialized() or world()[1] > config.prompts:
-        raise UserError("--shard needs torchrun; no more processes than there are --prompts")
+    if config.shard and not dist.is_initialized():
+        raise UserError("--shard deals out to several processes: it needs torchrun")
+    if world()[1] > config.prompts:
+        raise UserError("there are more processes than --prompts")
     # what is impossible ends here, before anything is written
     folders = [f"{config.method} {seed}" for seed in seeds_of(config)]
     teacher = None
-    if config.task:
-        toy = tasks.load(config.task)
+    if not config.init:
+        toy = tasks.load(config.data)
         task = tasks.in_tokens(toy)
         config.max_new_tokens = min(config.max_new_tokens, toy.budget(toy.SIZE))
     else:
@@ -541,11 +470,11 @@ def main():
             teacher = load_teacher(config, task, base)
     files = {name: getattr(config, name) for name in ("init", "teacher", "data")}
     inputs = {f"--{name}": fingerprint(path) for name, path in files.items() if path}
-    with Run(config, folders, inputs) as run:
+    with Team(config, folders, inputs) as run:
         if teacher is not None:
             teacher = place(teacher, config, device)
         for seed, folder in zip(seeds_of(config), folders, strict=True):
-            if config.task:
+            if not config.init:
                 flags = SimpleNamespace(warm_up=5 if config.quick else 600, size=toy.SIZE)
                 base = imitate(flags, toy, run, seed, device)
                 for p in base.parameters():  # rank 0's: GPUs need not have trained to the same bits

@@ -1,11 +1,12 @@
-"""tokenizer.py: text to ids and back: characters, and byte-pair encoding trained from scratch.
+"""tokenizer.py: text to ids and back: characters, byte-pair encoding trained from scratch, and that
+of a real checkpoint, whose file huggingface.py reads.
 
-Both have `encode`, `decode`, `n_vocab` and the id `eos`, which ends a text. Tokenizers of real
-checkpoints are read by huggingface.py.
+All have `encode`, `decode`, `n_vocab` and the id `eos`, which ends a text.
 """
 
 import heapq
 import re
+import unicodedata
 from collections import Counter, defaultdict
 from itertools import pairwise
 
@@ -174,3 +175,51 @@ def byte_level(merges):
     encoding.eos = encoding.eot_token
     encoding.stop = [encoding.eos]
     return encoding
+
+
+def plain(text):
+    """Text that has bytes: half of a surrogate pair, which JSON can hold, is replaced."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+class PretrainedBPE(tiktoken.Encoding):
+    """A tokenizer.json as a tiktoken.Encoding that does what the library does, not tiktoken.
+
+    Text is brought to NFC first if the file says so, a byte that has no token is dropped, an id
+    that has no token (padding of the embedding) decodes to nothing.
+    """
+
+    def encode(self, text, *, allowed_special=frozenset(), disallowed_special="all"):
+        """Special tokens in the text are an error, or with allowed_special="all" their ids.
+
+        No token is added.
+        """
+        allowed = self.special_tokens_set if allowed_special == "all" else set(allowed_special)
+        every = self.special_tokens_set - allowed
+        for token in every if disallowed_special == "all" else disallowed_special:
+            if token in text:
+                how = 'allowed_special="all" makes it a special token, encode_ordinary plain text'
+                raise ValueError(f"{token!r} in the text: {how}")
+        # as the library looks for them
+        order = sorted(allowed, key=lambda token: (token in self.normalized, -len(token)))
+        pieces = re.split(f"({'|'.join(map(re.escape, order))})", text) if allowed else [text]
+        ids = []
+        for piece in pieces:
+            special = piece in allowed
+            ids += [self.encode_single_token(piece)] if special else self.encode_ordinary(piece)
+        return ids
+
+    def encode_ordinary(self, text):
+        text = plain(text)
+        ids = []
+        for part in short_runs(unicodedata.normalize("NFC", text) if self.nfc else text):
+            if self.missing.isdisjoint(part.encode()):
+                ids += super().encode_ordinary(part)
+                continue
+            for piece in regex.findall(self._pat_str, part):
+                if known := bytes(b for b in piece.encode() if b not in self.missing):
+                    ids += self._encode_single_piece(known)
+        return ids
+
+    def decode(self, ids, errors="replace"):
+        return super().decode([i for i in ids if i in self.known], errors)

@@ -45,8 +45,9 @@ def continuation(student, teacher, task, eps, length, config, seed, n=1024):
     prompts = [prompt(pair) for pair in pairs]
     generator = torch.Generator().manual_seed(seed)
     y, mask, _ = write_together(student, teacher, prompts, blended(eps), generator, limit=length)
+    rows = y.tolist()
     lengths = mask.sum(1).int().tolist()
-    begun = [row[:size] for row, size in zip(y.tolist(), lengths, strict=True)]
+    begun = [row[:size] for row, size in zip(rows, lengths, strict=True)]
     longer = [p + b for p, b in zip(prompts, begun, strict=True)]
     rest = generate(teacher, longer, 1, ANSWER - length, stop=EOS, generator=generator).tokens()
     # An answer that ended among the blended tokens is left as it is
@@ -59,7 +60,8 @@ def probe(config, run, base, expert, task):
     for seed, length, eps in itertools.product(seeds_of(config), LENGTHS, BUDGETS):
 
         def measure(seed=seed, length=length, eps=eps):
-            return {"pass@1": continuation(base, expert, task, eps, length, config, seed)}
+            success = continuation(base, expert, task, eps, length, config, seed)
+            return {"pass@1": success}
 
         run.log_once(measure, phase="probe", seed=seed, step=0, length=length, eps=eps)
 
@@ -79,7 +81,8 @@ def early(run, arm, rival, steps=40):
         our_mean = np.interp(grid, our_tokens[seed], ours[seed]).mean()
         their_mean = np.interp(grid, their_tokens[seed], theirs[seed]).mean()
         by_tokens.append(our_mean - their_mean)
-    return (ours - theirs)[:, part].mean(1), np.array(by_tokens)
+    by_steps = (ours - theirs)[:, part].mean(1)
+    return by_steps, np.array(by_tokens)
 
 
 def probed(run):

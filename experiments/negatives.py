@@ -53,7 +53,9 @@ class Config(Flags):
     steps: int = flag(800, "steps of the first task", quick=20, low=10)
 
     def idle(self):
-        return {} if self.device in ("auto", "cpu") else {"device": "a table needs the CPU alone"}
+        if self.device in ("auto", "cpu"):
+            return {}
+        return {"device": "a table needs the CPU alone"}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -77,12 +79,23 @@ def pk_train(masked, seed, K=30, budget=60, lr=30.0, n=256, steps=1500):
         entropy = -(p * p.log()).sum(1) @ (visits / visits.sum())
         path.append((right.mean(), lengths.mean(), entropy.item()))
         rewards = np.where(right, 1.0, 0.0 if masked else -1.0)  # (n,)
-        M = M + lr * pk_gradient(M, pk_sums(M, draws, rewards)) / draws.shape[1]
+        sums = pk_sums(M, draws, rewards)
+        M = M + lr * pk_gradient(M, sums) / draws.shape[1]
     return np.array(path)
 
 
 def pk_reuse(
-    masked, seed, updates, batches, lr, eps=0.2, right=5, K=30, budget=40, groups=8, size=8
+    masked,
+    seed,
+    updates,
+    batches,
+    lr,
+    eps=0.2,
+    right=5,
+    K=30,
+    budget=40,
+    groups=8,
+    size=8,
 ):
     """GRPO on one prompt with `right` right answers; each batch gives `updates` steps of gradient
     ascent, under PPO's clip (eps; inf: without) -> `pk_exact` before each batch and at the end
@@ -233,26 +246,26 @@ def claims_of(run, ratio, longer):
     def of_paper(id, text, paper, y, op, threshold, seeds):
         return claim(id, text, SOURCE, paper, y, op, threshold, seeds)
 
-    half = f"p^k: steps to 50%, masked over full (median of {few})"
-    peak = "p^k, full: length at its peak over the start"
-    rise = "p^k, full: rise of the entropy above its start (nats)"
-    rises = "p^k: that rise, full minus masked"
-    equal = "entropy at equal success, full minus masked: 1 update"
-    clip = "the same: 16 updates a batch, clipped (nats)"
-    no_clip = "the same: 16 updates a batch without the clip"
-    answers = "16 clipped updates: different right answers, the same"
-    tries = "16 clipped updates: draws per episode, the same"
+    # fmt: off
     return [
-        of_paper("pk", half, "masked is flat", ratio, ">=", 1.5, few),
-        of_paper("pk length", peak, "3", longer, ">=", 2.5, few),
-        of_paper("pk entropy", rise, "rises", risen, ">=", 0.05, few),
-        of_paper("pk entropy masked", rises, "masked is flat", against, ">", 0, few),
-        within("pk one update", equal, one),
-        of_paper("pk clip", clip, "0.095", clipped, ">=", 0.5, many),
-        within("pk no clip", no_clip, free),
-        of_paper("pk clip answers", answers, "more", different, ">=", 0.5, many),
-        of_paper("pk clip draws", tries, "more", draws, ">", 0, many),
+        of_paper("pk", f"p^k: steps to 50%, masked over full (median of {few})",
+                 "masked is flat", ratio, ">=", 1.5, few),
+        of_paper("pk length", "p^k, full: length at its peak over the start",
+                 "3", longer, ">=", 2.5, few),
+        of_paper("pk entropy", "p^k, full: rise of the entropy above its start (nats)",
+                 "rises", risen, ">=", 0.05, few),
+        of_paper("pk entropy masked", "p^k: that rise, full minus masked",
+                 "masked is flat", against, ">", 0, few),
+        within("pk one update", "entropy at equal success, full minus masked: 1 update", one),
+        of_paper("pk clip", "the same: 16 updates a batch, clipped (nats)",
+                 "0.095", clipped, ">=", 0.5, many),
+        within("pk no clip", "the same: 16 updates a batch without the clip", free),
+        of_paper("pk clip answers", "16 clipped updates: different right answers, the same",
+                 "more", different, ">=", 0.5, many),
+        of_paper("pk clip draws", "16 clipped updates: draws per episode, the same",
+                 "more", draws, ">", 0, many),
     ]
+    # fmt: on
 
 
 def main():

@@ -13,7 +13,8 @@ def pk_start(K=30, right=1, stop=1.5, low=-3.0, seed=0):
     """Logits (K, K + 1) float64 of the next action given the last: stop has no row. The first
     action is nobody's choice (`pk_sample`).
     """
-    M = torch.as_tensor(np.random.default_rng(seed).uniform(-0.3, 0.3, (K, K + 1)))
+    rng = np.random.default_rng(seed)
+    M = torch.as_tensor(rng.uniform(-0.3, 0.3, (K, K + 1)))
     M[:, :right] = low
     M[:, K] = stop
     return M
@@ -33,13 +34,16 @@ def pk_sample(M, right, budget, n, rng):
     lengths = np.ones(n, int)
     for _ in range(budget - 1):
         # inversion; rounding must not find an action after stop
-        u = rng.random(len(alive))[:, None]
-        action = np.minimum((u > cdf[last[alive]]).sum(1), K)
-        draws.append(np.stack((alive, last[alive], action)))
+        u = rng.random(len(alive))[:, None]  # (alive, 1)
+        before = last[alive]
+        below = u > cdf[before]  # (alive, K + 1)
+        action = np.minimum(below.sum(1), K)
+        draws.append(np.stack((alive, before, action)))
         lengths[alive] += 1
         last[alive] = action
-        success[alive] = action < right
-        alive = alive[(action >= right) & (action < K)]
+        hit = action < right
+        success[alive] = hit
+        alive = alive[~hit & (action < K)]
     return np.concatenate(draws, 1), success, lengths
 
 
@@ -47,14 +51,16 @@ def pk_sums(M, draws, weight):
     """The weights (n,) of the episodes, summed over the draws of each (last, next): (K, K + 1). All
     that a table's gradient needs of them.
     """
+    episode, last, action = draws
     sums = np.zeros(M.shape)
-    np.add.at(sums, (draws[1], draws[2]), weight[draws[0]])
+    np.add.at(sums, (last, action), weight[episode])
     return torch.as_tensor(sums)
 
 
 def pk_gradient(M, sums):
     """sum A grad log pi over the draws, by d log pi(a) / dM_b = 1[a = b] - pi_b."""
-    return sums - sums.sum(1, keepdim=True) * M.softmax(-1)
+    total = sums.sum(1, keepdim=True)  # (K, 1)
+    return sums - total * M.softmax(-1)
 
 
 def pk_exact(M, right, budget):
@@ -74,6 +80,7 @@ def pk_exact(M, right, budget):
         nats += (last @ entropy).item()
         found = found + last @ p[:, :right]
         last = last @ p[:, :K]
-    share = found / found.sum()
-    different = torch.special.entr(share).sum().exp().item()
-    return found.sum().item(), nats / (draws - 1), draws, different
+    success = found.sum()
+    share = found / success
+    different = torch.special.entr(share).sum().exp()
+    return success.item(), nats / (draws - 1), draws, different.item()

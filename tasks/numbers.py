@@ -66,7 +66,8 @@ def draw(rng, size=SIZE, held_out=False):
     while True:
         numbers = rng.sample(range(1, HIGHEST + 1), max(size, 2))  # one number has no pair
         target = sum(rng.sample(numbers, 2))
-        if (zlib.crc32(bytes([*sorted(numbers), target])) % 10 == 0) == held_out:
+        key = bytes([*sorted(numbers), target])
+        if (zlib.crc32(key) % 10 == 0) == held_out:
             return numbers, target
 
 
@@ -163,13 +164,13 @@ def behaviour(problems, texts):
     verdicts = [[t[2] for t in attempts] for attempts, _ in parsed]
     count = sum(map(len, pairs))
     different = sum(len(set(map(frozenset, tried))) for tried in pairs)
-    found = sum(hits(p, *pair) for p, tried in zip(problems, pairs, strict=True) for pair in tried)
+    found = 0
+    for problem, tried in zip(problems, pairs, strict=True):
+        found += sum(hits(problem, *pair) for pair in tried)
     after_no = sum(answered.count(False) for answered in verdicts)
-    # it named a pair although its last verdict was NO
-    gave_up = sum(
-        v[-1:] == [False] and named is not None
-        for v, (_, named) in zip(verdicts, parsed, strict=True)
-    )
+    gave_up = 0  # it named a pair although its last verdict was NO
+    for answered, (_, named) in zip(verdicts, parsed, strict=True):
+        gave_up += answered[-1:] == [False] and named is not None
     return dict(
         attempts=count / len(texts),
         unique_attempts=different / len(texts),

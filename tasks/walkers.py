@@ -156,7 +156,8 @@ def answer(model, pairs, ask, n, seed, temperature=1.0):
     generator = torch.Generator().manual_seed(seed)
     rollout = generate(model, prompts, n, ANSWER, temperature, stop=EOS, generator=generator)
     repeated = [pair for pair in pairs for _ in range(n)]
-    return list(zip(repeated, rollout.tokens(), strict=True))
+    answers = rollout.tokens()
+    return list(zip(repeated, answers, strict=True))
 
 
 def mean(values):

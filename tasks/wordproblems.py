@@ -12,7 +12,9 @@ Unlike the toy tasks this one has no tokenizer of its own: `word_problems` asks 
 """
 
 import functools
+import hashlib
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -51,6 +53,24 @@ def read_rows(data):
         raise
     except Exception as e:
         raise UserError(f"--data {data} cannot be read ({type(e).__name__}: {e})") from None
+
+
+def fingerprint(path):
+    """A hash of a file or of a folder's files; of what is neither (a hub id), the name itself.
+
+    A run depends on it beside its flags: --resume compares it.
+    """
+    path = Path(path)
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    digest = hashlib.sha256()
+    try:
+        for file in files:
+            digest.update(str(file.relative_to(path)).encode())
+            with open(file, "rb") as f:
+                digest.update(hashlib.file_digest(f, "sha256").digest())
+    except OSError as e:
+        raise UserError(f"cannot read {path}: {e.strerror}") from None
+    return digest.hexdigest() if files else str(path)
 
 
 def load_problems(data, answers=True):

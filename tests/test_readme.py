@@ -34,6 +34,7 @@ CLAIMS = re.compile(
 EXERCISES = re.compile(
     r"(<details><summary><code>(\w+)\.py</code>)[^\n]*\n(?:(?!</details>).*\n)*</details>\n"
 )
+BENCH = re.compile(r"(<!-- results/bench/benchmark.txt -->\n```text\n)[^`]*(\n```)")
 LESSON = re.compile(r"^(\| \[`(\w+\.py)`\]\(\2\) \|[^|]*\| )[^|]*( \|[^|]*\|)$", re.M)
 
 
@@ -73,6 +74,8 @@ def minutes(script):
 def rewritten(text):
     text = CLAIMS.sub(lambda m: m[1] + table(m[2]), text)
     text = EXERCISES.sub(lambda m: m[1] + exercises(m[2]), text)
+    bench = (RESULTS / "bench/benchmark.txt").read_text().strip()
+    text = BENCH.sub(lambda m: f"{m[1]}{bench}{m[2]}", text)
     return LESSON.sub(lambda m: f"{m[1]}{minutes(m[2])}{m[3]}", text)
 
 

@@ -8,10 +8,13 @@ import os
 import random
 import shutil
 import signal
+import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from common import (
     ROOT,
     Memory,
@@ -27,14 +30,16 @@ from common import (
 from test_huggingface import CORPUS, make_json, merges_of, refused, save_json
 
 import grpo
+import parallel
 import scale
 import tasks
 from engine import Rollout
-from experiment import UserError, load_checkpoint
+from experiment import UserError, command, load_checkpoint
 from grpo import LOSSES
 from huggingface import load_chat_template, load_tokenizer
 from model import GPT, GPTConfig
 from opd import divergence
+from parallel import LostProcess, all_sum, together
 from scale import DISTILLATION, Config, correction_weights
 from tasks.wordproblems import extract_answer, load_problems, load_teacher, word_problems
 
@@ -114,7 +119,7 @@ def a_rollout(config, task, model, n=None):
     n = n or config.group
     problems = [task.draw(random.Random(i)) for i in range(config.prompts)]
     whole, _, _ = scale.sample(
-        scale.plain(model, config.dtype), task, problems, n, config, seeded()
+        parallel.plain(model, config.dtype), task, problems, n, config, seeded()
     )
     column = torch.arange(whole.ids.shape[1])
     length = 1 + torch.arange(len(whole.ids)) % config.max_new_tokens
@@ -149,7 +154,7 @@ STEPS = [dict(), dict(minibatches=2), dict(beta=0.1)]
 def test_one_process_takes_the_step_of_grpo_to_the_bit(loss, choices):
     choices = dict(choices, prompts=4, group=4, micro_batch=3)
     theirs = grpo.Config(loss=loss, **choices)
-    ours = Config(method=loss, task="addition", max_new_tokens=16, **choices)
+    ours = Config(method=loss, data="addition", max_new_tokens=16, **choices)
     toy = tasks.load("addition")
     shape = GPTConfig(toy.tokenizer.n_vocab, 256, 1, 2, 32, qk_norm=True)
 
@@ -266,7 +271,7 @@ def test_a_correction_weighs_each_token_of_the_loss(real):
 def test_the_plain_model_samples_what_the_model_would(dtype, real):
     for name in ("student", "teacher"):  # one with a head of its own, one tied
         model = GPT.from_pretrained(real / name)
-        copied = scale.plain(model, dtype)
+        copied = parallel.plain(model, dtype)
         assert (copied is model) == (dtype == "float32")
         assert (copied.lm_head.weight is copied.wte.weight) == model.config.tie
         for (k, a), b in zip(model.state_dict().items(), copied.state_dict().values(), strict=True):
@@ -359,7 +364,7 @@ def test_held_out_is_the_reverse_kl_per_token_and_the_rate_of_right_answers(real
 def test_a_student_that_is_its_own_teacher_has_nothing_to_learn(method, real):
     config = config_for(real, method, teacher=str(real / "student"), steps=1, lr=1e-3)
     task, student, teacher = opened(config)
-    run = quiet()
+    run = Quiet()
     scale.train(config, task, run, 0, student, teacher, "cpu")
     assert run.rows[0]["kl"] == pytest.approx(0, abs=1e-6)
     if method not in ("sft", "opd_top4"):  # those have a gradient there, too
@@ -372,7 +377,7 @@ def test_a_student_comes_nearer_to_its_teacher_which_does_not_move(method, real)
     config = config_for(real, method, lr=1e-2, **more)
     task, student, teacher = opened(config)
     before = [flat(m) for m in (student, teacher)]
-    run = quiet()
+    run = Quiet()
     scale.train(config, task, run, 0, student, teacher, "cpu")
     assert all(torch.equal(a, flat(m)) for a, m in zip(before, (student, teacher), strict=True))
     assert all(p.grad is None for m in (student, teacher) for p in m.parameters())
@@ -400,27 +405,31 @@ SHARDED = [METHODS[i] for i in (0, 2, 4, -1)] + [dict(method="opd")]
 DEAL = {1: [[0, 1, 2, 3]], 2: [[3, 1, 0], [2]]}  # the problems of each process
 
 
-def quiet():
+class Quiet(Memory, parallel.Team):
     """A run that keeps rows and state in memory, and shows nothing."""
-    run = Memory()
-    run.samples = lambda *_, **__: None
-    return run
+
+    def __init__(self):
+        super().__init__()
+        self.silent = parallel.world()[0] > 0
+
+    def samples(self, *_, **__):
+        pass
 
 
 def gradient(folder, shard, choices):
     """The gradient of a batch of which this process has some rows, and the step's metrics."""
-    rank, processes = scale.world()
+    rank, processes = parallel.world()
     config = config_for(folder, shard=shard, **choices)
     task, student, teacher = opened(config)
     rollout = a_rollout(config, task, student)
     mine = torch.arange(16).view(4, 4)[DEAL[processes][rank]].flatten()
     rollout = scale.even([rollout[mine]], "cpu")
-    model = scale.place(student, config, "cpu")
+    model = parallel.place(student, config, "cpu")
     if config.distils:
-        teacher = scale.place(teacher, config, "cpu")
+        teacher = parallel.place(teacher, config, "cpu")
         row = scale.distil(model, teacher, still(model), rollout, config)
     else:
-        base = scale.place(GPT.from_pretrained(folder / "other"), config, "cpu")
+        base = parallel.place(GPT.from_pretrained(folder / "other"), config, "cpu")
         rewards = REWARDS[DEAL[processes][rank]]
         row = scale.update(model, base, still(model), rollout, rewards, config, seeded())
     return flat(model, gradient=True) * max(1, row["grad_norm"]), row
@@ -435,22 +444,22 @@ def curve(folder, shard, method, halves=False):
     task, student, teacher = opened(config)
     task.judge = lambda problem, text, finished: len(text) % 2
     if teacher is not None:
-        teacher = scale.place(teacher, config, "cpu")
-    run = quiet()
+        teacher = parallel.place(teacher, config, "cpu")
+    run = Quiet()
     for steps in (2, 4) if halves else (4,):
         config.steps = steps
         trained = scale.train(config, task, run, 0, student, teacher, "cpu")
         box = [run.state]
-        scale.dist.broadcast_object_list(box, 0)
+        dist.broadcast_object_list(box, 0)
         run.state = box[0]
     rows = [{k: v for k, v in row.items() if k != "tokens_per_s"} for row in run.rows]
-    return rows, flat(scale.plain(trained, "float32"))
+    return rows, flat(parallel.plain(trained, "float32"))
 
 
 def worker(folder):
     """What each process measures."""
     folder = Path(folder)
-    rank, processes = scale.world()
+    rank, processes = parallel.world()
     results = {str(choices): gradient(folder, False, choices) for choices in METHODS}
     if processes == 2:
         results["sharded"] = {str(choices): gradient(folder, True, choices) for choices in SHARDED}
@@ -465,8 +474,8 @@ def test_two_processes_are_one_big_batch_and_sharded_weights_train_as_whole_ones
     save_gpt(folder / "other", folder / "like", 300, 32, 0, sharp=7)
     code = tmp_path / "worker.py"
     code.write_text(
-        f"import scale, test_scale as t\nscale.join('cpu')\nt.worker({str(folder)!r})\n"
-        "scale.dist.destroy_process_group()\n"
+        f"import parallel, test_scale as t\nparallel.join('cpu')\nt.worker({str(folder)!r})\n"
+        "parallel.dist.destroy_process_group()\n"
     )
     rc, output = torchrun(code)
     assert rc == 0, output
@@ -515,7 +524,7 @@ def test_each_process_draws_problems_and_answers_of_its_own(real, monkeypatch):
     monkeypatch.setattr(scale, "even", lambda rollouts, device: Rollout.cat(rollouts))
     for here in ((0, 2), (1, 2)):
         monkeypatch.setattr(scale, "world", lambda here=here: here)
-        scale.train(config, task, quiet(), 0, model, None, "cpu")
+        scale.train(config, task, Quiet(), 0, model, None, "cpu")
     assert len(drawn) == len(set(drawn)) == 4  # of two processes, at two steps
 
 
@@ -528,6 +537,42 @@ def flags_for(real, method="dr_grpo", data="sums.jsonl"):
 
 
 FILES = {"scale.png", "metrics.jsonl", "claims.json", "config.json", "model.pt", "samples.txt"}
+
+
+def test_a_sum_leaves_its_argument_alone_and_tells_a_lost_process_from_a_lack_of_memory(
+    monkeypatch,
+):
+    def fails(error):
+        raise error
+
+    (
+        monkeypatch.setattr(dist, "is_initialized", lambda: True),
+        monkeypatch.setattr(dist, "get_backend", lambda: "gloo"),
+    )
+    monkeypatch.setattr(parallel, "world", lambda: (1, 2))
+    monkeypatch.setattr(dist, "all_reduce", lambda x: x.add_(5))
+    x = torch.ones(3)
+    assert all_sum(x).tolist() == [6, 6, 6] and x.tolist() == [1, 1, 1]
+    for error, seen in (
+        (torch.OutOfMemoryError("no"), torch.OutOfMemoryError),
+        (RuntimeError("no"), LostProcess),
+    ):
+        monkeypatch.setattr(dist, "all_reduce", lambda x: fails(error))
+        with pytest.raises(seen):
+            all_sum(x)
+
+
+@pytest.mark.parametrize("rank, lines", [("0", 1), ("1", 0)])
+def test_a_mistake_in_several_processes_is_said_by_rank_0_alone(monkeypatch, capsys, rank, lines):
+    def fails(error):
+        raise error
+
+    monkeypatch.setattr(sys, "argv", ["script.py"]), monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    for error, said in ((UserError("no"), lines), (LostProcess("rank 1 lost another"), 1)):
+        with pytest.raises(SystemExit) as stopped:
+            command(together(lambda: fails(error)))
+        assert stopped.value.code == 2 and capsys.readouterr().err.count("\n") == said
 
 
 def test_several_processes_make_one_run_sharded_and_in_bf16(real, tmp_path):
@@ -554,11 +599,11 @@ def test_several_processes_make_one_run_sharded_and_in_bf16(real, tmp_path):
 
 def test_a_process_that_dies_ends_the_run_with_a_message(real, tmp_path):
     code = tmp_path / "worker.py"
-    code.write_text("""import os, scale
+    code.write_text("""import os, parallel, scale
 update, calls = scale.update, []
 def dying(*args):
     calls.append(1)
-    if len(calls) == 2 and scale.world()[0] == 0:
+    if len(calls) == 2 and parallel.world()[0] == 0:
         os._exit(7)
     return update(*args)
 scale.update = dying
@@ -580,12 +625,12 @@ def test_what_so_many_processes_cannot_do_is_refused_before_anything_is_written(
 
 
 def test_a_process_without_a_gpu_of_its_own_says_so(monkeypatch):
-    monkeypatch.setattr(scale.dist, "is_torchelastic_launched", lambda: True)
+    monkeypatch.setattr(parallel.dist, "is_torchelastic_launched", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setenv("LOCAL_RANK", "1")
     for device in ("cuda", "mps"):
         with pytest.raises(UserError, match=f"process 2 .* no {device} device"):
-            scale.join(device)
+            parallel.join(device)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -624,7 +669,7 @@ def test_a_run_ends_with_a_checkpoint_that_can_be_opened_and_resumes_to_itself(
 
 
 def test_a_toy_learns_from_scratch(tmp_path):
-    finish("scale.py", "--quick", "--task", "addition", "--out", tmp_path)
+    finish("scale.py", "--quick", "--data", "addition", "--out", tmp_path)
     assert {p.name for p in tmp_path.iterdir()} == FILES | {"dr_grpo 0"}
     assert GPT.from_pretrained(tmp_path / "dr_grpo 0").config.qk_norm
 
@@ -734,11 +779,11 @@ def test_a_trained_model_never_takes_the_place_of_what_no_run_saved(real, tmp_pa
 
 
 MISTAKES = [
-    ("--init STUDENT", "--init and --data"),
-    ("--data DATA", "--init and --data"),
-    ("", "--init and --data"),
-    ("--task addition --init STUDENT --data DATA", "--init and --data"),
-    ("--task addition --method opd", "--teacher"),
+    ("--init STUDENT", "needs --data"),
+    ("--data DATA", "no such .py file, and not one of addition"),
+    ("", "needs --data"),
+    ("--data addition --init STUDENT", "addition: no such file"),
+    ("--data addition --method opd", "--teacher"),
     ("--init STUDENT --data DATA --method opd", "--teacher"),
     ("--init STUDENT --teacher TEACHER --data DATA", "--teacher"),
     ("--init STUDENT --data DATA --method trb", "invalid choice"),
@@ -748,7 +793,7 @@ MISTAKES = [
     ("--init STUDENT --data DATA --group 1", "--group 1"),
     ("--init STUDENT --data DATA --minibatches 5", "--minibatches"),
     ("--init STUDENT --data DATA --prompts 4294967295", "9999"),
-    ("--init STUDENT --data DATA --lr nan", "finite"),
+    ("--init STUDENT --data DATA --lr nan", "from 0"),
     ("--init STUDENT --data QUESTIONS", "answer is missing"),
     ("--init STUDENT --data /no/such.jsonl", "no such file"),
     ("--init STUDENT --data FOLDER", "directory"),
@@ -761,8 +806,8 @@ MISTAKES = [
     ("--init FOLDER --data DATA", "no such file"),
     ("--init FOREIGN --data DATA --chat", "chat template"),
     ("--init INSIDE --data DATA", "a run writes its models there"),
-    ("--task nothing", "--task nothing"),
-    ("--task wordproblems", "--task wordproblems"),
+    ("--data nothing", "task nothing"),
+    ("--data wordproblems", "task wordproblems"),
     ("--method opd --init STUDENT --teacher INSIDE --data DATA", "a run writes its models there"),
     ("--method opd --init STUDENT --teacher FOREIGN --data DATA", "vocabulary is not that of"),
     ("--method opd --init STUDENT --teacher NARROW --data DATA", "290 ids"),
@@ -771,8 +816,8 @@ MISTAKES = [
 ]
 IDLE = [
     ("--init STUDENT --data DATA --correction tis", "correction"),
-    ("--task addition --chat", "chat"),
-    ("--task addition --template {question}!", "template"),
+    ("--data addition --chat", "chat"),
+    ("--data addition --template {question}!", "template"),
     ("--method opd --init STUDENT --teacher TEACHER --data DATA --minibatches 1", "minibatches"),
     ("--method opd --init STUDENT --teacher TEACHER --data DATA --beta 0.1", "beta"),
 ]
