@@ -18,6 +18,7 @@ import contextlib
 import copy
 import dataclasses
 import hashlib
+import io
 import json
 import math
 import operator
@@ -434,7 +435,7 @@ class Run:
         # first: it says whose folder this is
         self.write("config.json", json.dumps(about, indent=1))
         self.write("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows))
-        self.metrics = open(self.dir / "metrics.jsonl", "ab", buffering=0)
+        self.metrics = io.FileIO(self.dir / "metrics.jsonl", "a")  # without a buffer
         all_sum(torch.zeros(1))  # the others wait for the folder
         for s in self.handlers:
             signal.signal(s, self.interrupt)
@@ -467,7 +468,7 @@ class Run:
             all_sum(torch.zeros(1))  # wait for rank 0's folder
         except LostProcess:
             raise UserError("rank 0 says what is wrong with its folder") from None
-        self.metrics = open(os.devnull, "wb", buffering=0)
+        self.metrics = io.FileIO(os.devnull, "w")
         self.write = lambda *_: None
         self.save = lambda *_, **__: None
         self.saved = math.inf

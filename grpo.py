@@ -551,7 +551,7 @@ def main():
             examples = {}
             for arm, model in (("base", base), (config.loss, trained)):
                 run.log_once(
-                    lambda: evaluate(model, task, config, config.ks),
+                    lambda model=model: evaluate(model, task, config, config.ks),
                     phase="pass@k",
                     arm=arm,
                     seed=seed,

@@ -136,7 +136,7 @@ def test_the_benchmark_counts_operations_bytes_and_ratios(monkeypatch, tmp_path)
         assert (r["time_ratio"], r["memory_ratio"]) == ((0.25, 0.25) if fast else (1, 1))
 
 
-def test_a_kernel_that_lacks_memory_and_a_peer_that_fails_lose_their_rows_and_no_other_error_is_hidden(
+def test_a_kernel_without_memory_and_a_failing_peer_lose_their_rows_and_no_other_error_is_hidden(
     monkeypatch, at_once, capsys
 ):
     errors = dict(chunked=MemoryError("no more"), liger=ImportError("a\nlong story"))
@@ -294,7 +294,8 @@ class GPT(torch.nn.Module):
 
     def forward(self, x, y):
         logits = self.wte(x)
-        return logits, torch.nn.functional.cross_entropy(logits.view(-1, logits.shape[-1]), y.view(-1))
+        flat = logits.view(-1, logits.shape[-1])
+        return logits, torch.nn.functional.cross_entropy(flat, y.view(-1))
 """
 
 

@@ -471,7 +471,7 @@ def test_the_task_asks_for_a_path_and_pays_for_the_one_of_the_class(size):
         for text in (right, paths.demonstrate(rng, problem)):
             walk = [problem[n - 3], *paths.tokenizer.encode(text)]
             assert walk[-1] == problem[n - 2] and all(
-                u * 100 + v in edges for u, v in zip(walk, walk[1:], strict=True)
+                u * 100 + v in edges for u, v in itertools.pairwise(walk)
             )
         rewards.append(paths.reward(problem, text))
     assert abs(np.mean(rewards) - 0.5 ** (size - 1)) < 0.1, (

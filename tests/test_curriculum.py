@@ -122,9 +122,9 @@ def test_exact_values_are_those_of_all_episodes_one_by_one(right, budget):
     p, draws, nats, found = map(np.array, zip(*episodes(M, right, budget), strict=True))
     assert p.sum() == pytest.approx(1)
     success, entropy, length, different = pk_exact(M, right, budget)
-    assert success == pytest.approx(
-        p[found is not None].sum(), abs=1e-12
-    ) and length == pytest.approx(1 + p @ draws)  # noqa: E711
+    solved = np.not_equal(found, None)
+    assert success == pytest.approx(p[solved].sum(), abs=1e-12)
+    assert length == pytest.approx(1 + p @ draws)
     share = np.array([p[found == i].sum() for i in range(right)]) / success
     assert entropy == pytest.approx((p @ nats) / (p @ draws)) and different == pytest.approx(
         math.exp(-(share * np.log(share)).sum())
@@ -219,7 +219,7 @@ def test_a_batch_used_again_gives_ppos_gradient_draw_by_draw(masked, eps):
     )
 
 
-def test_masking_negatives_scales_the_expected_gradient_by_1_minus_p_whatever_the_size_of_the_group():
+def test_masking_negatives_scales_the_expected_gradient_by_1_minus_p_whatever_the_groups_size():
     """E[masked] = (1 - p) E[full]: over all groups of `size` answers of a softmax over four, two of
     which are right; the lesson's own advantages.
     """
@@ -872,7 +872,7 @@ def test_a_stage_ends_where_its_next_batch_might_sample_too_much(monkeypatch):
 
 
 def test_an_arm_that_goes_on_after_another_is_the_arm_that_never_stopped(monkeypatch):
-    """Optimizer, random streams and tokens included: so the curriculum is treated like its rivals."""
+    """With its optimizer, random streams and tokens: the curriculum is treated like its rivals."""
     paid_by_chance(monkeypatch)
     config, run, stages = (
         small(coupled.Config, eval_every=100),

@@ -69,12 +69,12 @@ def feed(gpt, cache, histories, T=1):
 def test_more_positions_than_the_block_are_an_error_with_a_cache_and_without():
     gpt = make(block_size=8)
     cache, _ = prefill(gpt, [3, 8], 20)
-    for ids, cache in (
+    for ids, past in (
         (torch.zeros(1, 9, dtype=torch.long), None),
         (torch.zeros(2, 1, dtype=torch.long), cache),
     ):
         with pytest.raises(AssertionError, match="block_size"):
-            gpt.hidden(ids, cache)
+            gpt.hidden(ids, past)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

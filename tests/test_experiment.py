@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
@@ -148,7 +149,8 @@ def test_a_snapshot_can_do_without_optimizer_and_generator():
 
 def test_an_interrupted_save_leaves_the_old_checkpoint_whole(tmp_path, monkeypatch):
     def interrupted(state, f):
-        (f if hasattr(f, "write") else open(f, "wb")).write(b"half of it")
+        write = f.write if hasattr(f, "write") else Path(f).write_bytes
+        write(b"half of it")
         raise KeyboardInterrupt
 
     save_checkpoint(tmp_path / "model.pt", step=1)
@@ -196,10 +198,10 @@ class Other(Config):
 
 def test_flags_have_the_types_and_defaults_of_the_fields():
     assert parse_args(Config, "", []) == Config(out="out/test_experiment")
-    config = parse_args(
-        Config, "", "--steps 7 --lr 0.5 --loss dapo --window 3 --out x --quick".split()
+    flags = "--steps 7 --lr 0.5 --loss dapo --window 3 --out x --quick"
+    assert parse_args(Config, "", flags.split()) == Config(
+        out="x", quick=True, steps=7, lr=0.5, loss="dapo", window=3
     )
-    assert config == Config(out="x", quick=True, steps=7, lr=0.5, loss="dapo", window=3)
 
 
 @pytest.mark.parametrize(
@@ -224,9 +226,8 @@ def test_a_mistaken_flag_is_a_user_error(flags):
 
 
 def test_a_value_may_be_its_bound_and_two_words_are_joined_by_a_dash():
-    assert parse_args(Config, "", "--lr 1 --steps 0 --two-words 3 --out x".split()) == Config(
-        out="x", lr=1, steps=0, two_words=3
-    )
+    flags = "--lr 1 --steps 0 --two-words 3 --out x"
+    assert parse_args(Config, "", flags.split()) == Config(lr=1, steps=0, two_words=3, out="x")
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -296,10 +297,8 @@ def test_resuming_from_a_torch_file_that_no_run_wrote_is_a_user_error_that_names
 
 def test_auto_takes_the_fastest_device_and_a_missing_one_is_a_user_error(monkeypatch):
     for cuda, mps, best in ((True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")):
-        (
-            monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda),
-            monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps),
-        )
+        monkeypatch.setattr(torch.cuda, "is_available", lambda cuda=cuda: cuda)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda mps=mps: mps)
         assert pick_device("auto") == best and pick_device("cpu") == "cpu"
     with pytest.raises(UserError, match="cuda"):
         pick_device("cuda")
@@ -323,7 +322,7 @@ def test_a_sum_leaves_its_argument_alone_and_tells_a_lost_process_from_a_lack_of
         (torch.OutOfMemoryError("no"), torch.OutOfMemoryError),
         (RuntimeError("no"), LostProcess),
     ):
-        monkeypatch.setattr(dist, "all_reduce", lambda x: fails(error))
+        monkeypatch.setattr(dist, "all_reduce", lambda x, error=error: fails(error))
         with pytest.raises(seen):
             all_sum(x)
 
@@ -451,7 +450,8 @@ def test_a_resumed_run_names_the_code_that_began_it_and_the_code_that_went_on(
     tmp_path, handlers, monkeypatch
 ):
     for revision, named in (("a1\n", "a1"), ("a1\n", "a1"), *2 * [("b2\n", "a1, resumed at b2")]):
-        monkeypatch.setattr(subprocess, "run", lambda *_, **__: SimpleNamespace(stdout=revision))
+        done = SimpleNamespace(stdout=revision)
+        monkeypatch.setattr(subprocess, "run", lambda *_, done=done, **__: done)
         run = Run(Config(out=str(tmp_path), resume=(tmp_path / "model.pt").exists()))
         run.save("base")
         assert (
@@ -463,7 +463,7 @@ def test_a_row_is_logged_once(tmp_path, handlers):
     run = Run(Config(out=str(tmp_path)))
     run.log(step=1, arm="other"), run.log(step=2, arm="this")
     for value in (3, 4):
-        run.log_once(lambda: {"reward": value}, step=1, arm="this")
+        run.log_once(lambda value=value: {"reward": value}, step=1, arm="this")
     assert run.rows[2:] == [dict(step=1, arm="this", reward=3)]
 
 
@@ -473,7 +473,7 @@ def test_a_save_is_due_after_half_a_minute_or_twenty_times_what_one_takes(
     run, now = Run(Config(out=str(tmp_path))), time.time()
     for cost, seconds, due in ((0, 29, False), (0, 31, True), (10, 199, False), (10, 201, True)):
         run.saved, run.save_seconds = now, cost
-        monkeypatch.setattr(time, "time", lambda: now + seconds)
+        monkeypatch.setattr(time, "time", lambda then=now + seconds: then)
         assert bool(run.due) == due
 
 
@@ -558,7 +558,7 @@ def losses(run, steps, fresh, surprise=lambda step: None, **flags):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_in_the_middle_of_a_step_ends_the_run_at_once_and_a_resumed_run_is_the_whole_one_to_the_bit(
+def test_a_signal_within_a_step_ends_the_run_at_once_and_a_resumed_run_is_the_whole_one_to_the_bit(
     tmp_path, number, capsys
 ):
     with Run(Config(out=str(tmp_path / "whole"))) as whole:
@@ -624,7 +624,7 @@ def test_a_resumed_run_that_is_interrupted_at_once_loses_nothing(tmp_path):
 def test_until_ends_a_loop_and_what_it_carries_comes_back(tmp_path):
     with Run(Config(out=str(tmp_path))) as run:
         kept = dict(seen=0)
-        for step in run.loop(
+        for _ in run.loop(
             "train",
             10**9,
             *fresh_training()[:2],
@@ -666,7 +666,7 @@ def test_rows_logged_outside_of_loops_survive_and_rows_inside_go_with_their_stat
 
 
 @pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
-def test_a_loss_or_gradient_that_is_no_number_ends_the_run_before_the_step_and_keeps_the_last_finite_state(
+def test_a_loss_or_gradient_that_is_no_number_ends_the_run_and_keeps_the_last_finite_state(
     tmp_path, number
 ):
     gpt, optimizer, generator = fresh_training()
@@ -676,13 +676,9 @@ def test_a_loss_or_gradient_that_is_no_number_ends_the_run_before_the_step_and_k
             # found in the next loss, or when the state is kept
             next(gpt.parameters()).data.view(-1)[0] = number
 
-    with (
-        pytest.raises(
-            NotFinite,
-            match=f"at step [34] of train; {re.escape(str(tmp_path / 'model.pt'))} holds what was finite",
-        ),
-        Run(Config(out=str(tmp_path))) as run,
-    ):
+    kept = re.escape(str(tmp_path / "model.pt"))
+    said = f"at step [34] of train; {kept} holds what was finite"
+    with pytest.raises(NotFinite, match=said), Run(Config(out=str(tmp_path))) as run:
         losses(run, 6, (gpt, optimizer, generator), spoil)
     saved = load_checkpoint(tmp_path / "model.pt")
     assert saved["state"]["train"]["step"] in (1, 2) and all(
@@ -925,7 +921,7 @@ def test_a_mistake_in_several_processes_is_said_by_rank_0_alone(monkeypatch, cap
     monkeypatch.setattr(time, "sleep", lambda _: None)
     for error, said in ((UserError("no"), lines), (LostProcess("rank 1 lost another"), 1)):
         with pytest.raises(SystemExit) as stopped:
-            command(lambda: fails(error))
+            command(lambda error=error: fails(error))
         assert stopped.value.code == 2 and capsys.readouterr().err.count("\n") == said
 
 
@@ -944,7 +940,7 @@ def test_no_test_reaches_beyond_this_machine(reached):
 
 
 def test_a_run_without_triton_compiler_display_or_network(tmp_path):
-    """A bare machine: the same folder in the end. Nothing in it can be found, drawn on or reached."""
+    """A bare machine: the same folder in the end. Nothing there can be found, drawn on, reached."""
     code = """if True:
         import socket, sys
         sys.modules["triton"] = None

@@ -398,8 +398,8 @@ def test_each_name_is_the_loss_of_its_paper(loss):
     writes, term by term.
     """
 
-    def cut(x, low, high):
-        return max(low, min(high, x))
+    def ppo(r, a, low, high):
+        return -min(r * a, max(low, min(high, r)) * a)
 
     # of the advantages of rewards 1 and 0, whose std is 0.5 ** 0.5
     size = dict(reinforce=0.5, dr_grpo=0.5, rloo=1.0).get(loss, 0.5**0.5)
@@ -420,18 +420,14 @@ def test_each_name_is_the_loss_of_its_paper(loss):
         s = math.prod(rho[i][:n]) ** (1 / n)
         for t in range(n):
             r, lp = rho[i][t], logp[i, t].item()
-
-            def ppo(r, low, high):
-                return -min(r * A[i], cut(r, low, high) * A[i])
-
             terms[i].append(
                 dict(
                     reinforce=-A[i] * lp,
                     rloo=-A[i] * lp,
-                    grpo=ppo(r, 0.8, 1.2),
-                    dr_grpo=ppo(r, 0.8, 1.2),
-                    dapo=ppo(r, 0.8, 1.28),
-                    gspo=ppo(s, 0.97, 1.04),
+                    grpo=ppo(r, A[i], 0.8, 1.2),
+                    dr_grpo=ppo(r, A[i], 0.8, 1.2),
+                    dapo=ppo(r, A[i], 0.8, 1.28),
+                    gspo=ppo(s, A[i], 0.97, 1.04),
                     cispo=-min(r, 5) * A[i] * lp,
                 )[loss]
             )
@@ -1077,7 +1073,7 @@ def test_an_evaluation_counts_right_answers_and_guessed_carries_over_all_indepen
     )
 
 
-def test_each_seed_trains_its_own_copy_of_the_base_on_its_own_problems_and_answers_and_a_row_tells_right_from_wrong(
+def test_each_seed_has_its_own_copy_of_the_base_and_problems_and_a_row_tells_right_from_wrong(
     monkeypatch,
 ):
     seen, run, config = {}, Memory(), small(steps=2, eval_every=5)
@@ -1471,7 +1467,7 @@ def test_no_claim_of_a_model_that_writes_nothing_holds():
     )
 
 
-def test_an_evaluation_without_a_line_has_no_guessed_carries_and_one_without_lines_in_some_answers_counts_the_others(
+def test_guessed_carries_are_counted_over_the_answers_with_a_line_and_without_any_there_are_none(
     monkeypatch,
 ):
     texts = ["", "", "a1A6007", solve(PROBLEM, [2, 1, 0])]

@@ -929,8 +929,9 @@ def test_kernels_import_and_run_without_triton(tmp_path):
         assert kernels.triton is None
         x = torch.randn(1, 2, 5, 8, requires_grad=True)
         kernels.attention(x, x, x, window=2).sum().backward()
-        kernels.token_logprobs(torch.randn(3, 4), torch.randn(9, 4), torch.arange(3), impl="chunked")
-        for f, args in ((kernels.attention, (x, x, x)), (kernels.token_logprobs, (torch.randn(3, 4), torch.randn(9, 4), torch.arange(3)))):
+        rows = torch.randn(3, 4), torch.randn(9, 4), torch.arange(3)
+        kernels.token_logprobs(*rows, impl="chunked")
+        for f, args in ((kernels.attention, (x, x, x)), (kernels.token_logprobs, rows)):
             try:
                 f(*args, impl="triton")
                 sys.exit(1)
@@ -950,8 +951,11 @@ COMPILE = """if True:
     import json, sys, kernels, triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    SIZES = "H", "G", "T", "S", "before", "after", "size", "stride", "first", "width"
+    HALF = "q", "k", "v", "o", "do", "dq", "dk", "dv", "z"
     for name in sys.argv[1:]:
-        kernel, tuned, attributes, constants, signature = getattr(kernels, name), hasattr(getattr(kernels, name), "configs"), {}, {}, {}
+        kernel, attributes, constants, signature = getattr(kernels, name), {}, {}, {}
+        tuned = hasattr(kernel, "configs")
         config = kernel.configs[0] if tuned else triton.Config({}, num_warps=4, num_stages=3)
         given = dict(D=128, DP=128, **config.kwargs) if tuned else dict(COLS=2048)
         fn = kernel.fn if tuned else kernel
@@ -961,16 +965,22 @@ COMPILE = """if True:
             elif p.name.endswith("_s"):         # strides: multiples of 16, the last one 1
                 signature[p.name], constants[(i, 3)] = ("i32", "i32", "i32", "constexpr"), 1
                 attributes |= {(i, j): [["tt.divisibility", 16]] for j in range(3)}
-            elif p.name in ("H", "G", "T", "S", "before", "after", "size", "stride", "first", "width"):
+            elif p.name in SIZES:
                 signature[p.name] = "i32"
             elif p.name in ("c", "scale", "inv_t"):
                 signature[p.name] = "fp32"
             else:
-                signature[p.name] = "*bf16" if p.name in ("q", "k", "v", "o", "do", "dq", "dk", "dv", "z") else "*i64" if p.name == "y" else "*fp32"
+                kind = "bf16" if p.name in HALF else "i64" if p.name == "y" else "fp32"
+                signature[p.name] = "*" + kind
                 attributes[i,] = [["tt.divisibility", 16]]
-        options = dict(num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True)
-        binary = triton.compile(ASTSource(fn, signature, constants, attributes), target=GPUTarget("cuda", 90, 32), options=options)
-        print(json.dumps([name, binary.metadata.shared, binary.asm["ptx"].count("wgmma.mma_async")]))"""
+        options = {k: getattr(config, k) for k in ("num_warps", "num_stages")}
+        binary = triton.compile(
+            ASTSource(fn, signature, constants, attributes),
+            target=GPUTarget("cuda", 90, 32),
+            options=options | dict(enable_fp_fusion=True),
+        )
+        products = binary.asm["ptx"].count("wgmma.mma_async")
+        print(json.dumps([name, binary.metadata.shared, products]))"""
 
 
 @needs_triton

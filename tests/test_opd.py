@@ -223,26 +223,18 @@ def batch(seed=0, B=8, T=6):
 def test_padding_changes_neither_loss_nor_gradient(method):
     lp, lq, y, mask, rewards = batch()
     results = []
+
+    def wide(x, other, noise):
+        """With noise: `other` under the mask, and in three more positions."""
+        real = mask.bool().view(*mask.shape, *[1] * (x.dim() - 2))
+        return torch.cat((torch.where(real, x, other), other[:, :3]), 1) if noise else x.clone()
+
     for noise in (0, 1):
-
-        def wide(x, other):
-            return torch.cat(
-                (
-                    torch.where(
-                        mask.bool().view(*mask.shape, *[1] * (x.dim() - 2)),
-                        x,
-                        other if noise else x,
-                    ),
-                    other[:, : 3 * noise],
-                ),
-                1,
-            )
-
-        z = wide(lp, logprobs(*lp.shape, seed=7)).requires_grad_()
+        z = wide(lp, logprobs(*lp.shape, seed=7), noise).requires_grad_()
         other = torch.randint(VOCAB, y.shape, generator=torch.Generator().manual_seed(8))
         args = (
-            wide(lq, logprobs(*lq.shape, seed=9)),
-            wide(y, other),
+            wide(lq, logprobs(*lq.shape, seed=9), noise),
+            wide(y, other, noise),
             torch.cat((mask, torch.zeros(len(mask), 3 * noise).double()), 1),
         )
         loss = loss_of(method, z.log_softmax(-1), *args, rewards, small())

@@ -322,7 +322,8 @@ def test_a_learning_rate_that_ruins_the_weights_is_one_line_and_the_last_finite_
         tmp_path / "out",
     )
     assert code == 2 and re.search(
-        r"pretrain.py: error: the (loss|gradient norm) is (nan|inf) at step \d+ of gpt 0; .*model.pt holds what was finite\n$",
+        r"pretrain.py: error: the (loss|gradient norm) is (nan|inf) at step \d+ of gpt 0; "
+        r".*model.pt holds what was finite\n$",
         err,
     )
     assert all(np.isfinite(row["loss"]) for row in metrics(tmp_path / "out"))

@@ -64,15 +64,12 @@ def small(**choices):
 # Masks and weights
 
 GAP = torch.tensor([[5.0, 4, 3, 2, 1, 0.5], [1, 2, 3, 4, 9, 9]])
-
-
 MASK = torch.tensor([[1.0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]])
-
-
 ACCEPTED = torch.tensor([[0, 1, 0, 1, 1, 1], [1, 1, 1, 0, 1, 1]])
 
 
-def chosen(kind, rewards=torch.tensor([1.0, 0.0])):
+def chosen(kind):
+    rewards = torch.tensor([1.0, 0.0])
     return choose_mask(kind, MASK, GAP, ACCEPTED, rewards, recall=4, keep=2).tolist()
 
 
@@ -135,26 +132,18 @@ def test_proximity_lies_between_the_mean_and_the_largest_gap_and_ignores_padding
 def test_padding_changes_neither_loss_nor_gradient(method):
     lp, lq, y, mask, rewards = batch()
     results = []
+
+    def wide(x, other, noise):
+        """With noise: `other` under the mask, and in three more positions."""
+        real = mask.bool().view(*mask.shape, *[1] * (x.dim() - 2))
+        return torch.cat((torch.where(real, x, other), other[:, :3]), 1) if noise else x.clone()
+
     for noise in (0, 1):
-
-        def wide(x, other):
-            return torch.cat(
-                (
-                    torch.where(
-                        mask.bool().view(*mask.shape, *[1] * (x.dim() - 2)),
-                        x,
-                        other if noise else x,
-                    ),
-                    other[:, : 3 * noise],
-                ),
-                1,
-            )
-
-        z = wide(lp, logprobs(*lp.shape, seed=7)).requires_grad_()
+        z = wide(lp, logprobs(*lp.shape, seed=7), noise).requires_grad_()
         other = torch.randint(VOCAB, y.shape, generator=torch.Generator().manual_seed(8))
         args = (
-            wide(lq, logprobs(*lq.shape, seed=9)),
-            wide(y, other),
+            wide(lq, logprobs(*lq.shape, seed=9), noise),
+            wide(y, other, noise),
             torch.cat((mask, torch.zeros(len(mask), 3 * noise).double()), 1),
         )
         loss = loss_of(method, z.log_softmax(-1), *args, rewards, PASSWORD, small())

@@ -3,6 +3,7 @@ and may not touch, the reader, the tasks, the commands.
 """
 
 import copy
+import itertools
 import json
 import math
 import os
@@ -762,11 +763,12 @@ def context_figure(monkeypatch, folder, ttt_late, dynamic):
         assert model[0] == "sliding window" and decay == 0
         return row(dynamic(ALL, eta)[len(ids) == 273], len(ids))
 
+    ticks = itertools.count(step=2)
     monkeypatch.setattr(context, "split", split)
     monkeypatch.setattr(ttt, "train", train)
     monkeypatch.setattr(ttt, "losses", losses)
     monkeypatch.setattr(ttt, "dynamic_evaluation", dynamic_evaluation)
-    monkeypatch.setattr(context, "clock", lambda device, time=iter(range(10**6)): 2 * next(time))
+    monkeypatch.setattr(context, "clock", lambda device: next(ticks))
     made, figure = [], context.figure
     monkeypatch.setattr(
         context, "figure", lambda config, run: made.append((figure(config, run), run)) or made[0][0]
@@ -1215,10 +1217,8 @@ def test_a_flag_that_would_do_nothing_is_refused(command, flags, tmp_path):
 def test_a_number_that_is_not_finite_ends_the_run_in_one_line_and_what_was_finite_stays(
     flags, number, tmp_path
 ):
-    for resume in ((), ("--resume",)):
-        code, _, err = launch(
-            "ttt.py", *(("--quick", *flags.split()) if not resume else resume), "--out", tmp_path
-        )
+    for given in (("--quick", *flags.split()), ("--resume",)):
+        code, _, err = launch("ttt.py", *given, "--out", tmp_path)
         assert (
             code == 2
             and err.splitlines()[-1].startswith(f"ttt.py: error: the {number};")

@@ -1,5 +1,6 @@
 """tasks/walks.py, tasks/walkers.py: the map against brute force, the models and their measures."""
 
+import itertools
 import math
 import random
 from dataclasses import replace
@@ -81,7 +82,8 @@ def test_the_map_keeps_three_quarters_of_the_torus_connected_with_two_roads_ever
 
 def test_random_walks_follow_roads_never_turn_back_and_choose_evenly():
     walks = random_walks(np.random.default_rng(0), np.full(20_000, 3))
-    for a, b, c in zip(walks.T, walks.T[1:], walks.T[2:], strict=True):
+    for t in range(walks.shape[1] - 2):
+        a, b, c = walks.T[t : t + 3]
         assert (NEIGHBOURS[a] == b[:, None]).any(1).all() and (a != c).all()
     firsts = np.bincount(walks[:, 1], minlength=PLACES)[roads(3)]
     assert np.allclose(firsts / 20_000, 1 / DEGREE[3], atol=0.02)
@@ -98,7 +100,7 @@ def test_walking_on_takes_a_shortest_path():
             and walk[n] == goal
             and n - s == DISTANCE[walk[s], goal]
         )
-        assert all(q in roads(p) for p, q in zip(walk[s:n], walk[s + 1 : n + 1], strict=True))
+        assert all(q in roads(p) for p, q in itertools.pairwise(walk[s : n + 1]))
 
 
 def documents(make, n=4000):
@@ -127,9 +129,8 @@ def test_base_documents_are_walks_passwords_and_renamed_walks_as_their_hints_say
             count["lazy"] += 1
             assert tokens == [PW, hints[2], EOS] and hints[2] in PASSWORDS
             continue
-        assert moves[-1] == pair[1] and all(
-            q in roads(p) for p, q in zip([pair[0], *moves], moves, strict=True)
-        )
+        steps = itertools.pairwise([pair[0], *moves])
+        assert moves[-1] == pair[1] and all(q in roads(p) for p, q in steps)
         if hints[2] in PASSWORDS:
             count["told"] += 1
             assert 5 <= len(moves) <= 8 and hints[:2] == [
@@ -274,7 +275,7 @@ def test_plain_and_privileged_prompts_are_equally_long_and_the_hint_is_on_a_shor
         walk = walk_of(pair)
         assert (
             len(walk) == DISTANCE[pair] + 1
-            and all(q in roads(p) for p, q in zip(walk, walk[1:], strict=True))
+            and all(q in roads(p) for p, q in itertools.pairwise(walk))
             and (walk[0], walk[-1]) == pair
         )
         assert (
