@@ -10,6 +10,7 @@ import itertools
 import json
 import re
 import shlex
+import subprocess
 import sys
 import types
 from os.path import commonprefix
@@ -578,6 +579,17 @@ def test_every_lesson_foundation_and_experiment_stands_on_a_page():
     assert [
         p.stem for p in ROOT.glob("experiments/[a-z]*.py") if f"experiments.{p.stem}" not in TEXT
     ] == []
+
+
+@pytest.mark.parametrize("question", ["check", "format --check"])
+def test_ruff_has_nothing_to_mend(question):
+    done = subprocess.run(
+        [sys.executable, "-m", "ruff", *question.split(), "--no-cache", "."],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 if __name__ == "__main__":
