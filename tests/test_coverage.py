@@ -496,18 +496,8 @@ def test_the_task_holds_out_a_tenth_and_draws_nine_of_ten_graphs_of_g1():
 
 def test_reinforce_learns_paths_too_and_says_how_long_they_may_be(tmp_path):
     finish("reinforce.py", "--quick", "--task", "paths", "--size", 3, "--out", tmp_path / "run")
-    code, _, err = launch(
-        "reinforce.py",
-        "--quick",
-        "--task",
-        "paths",
-        "--size",
-        8,
-        "--warm-up",
-        50,
-        "--out",
-        tmp_path / "long",
-    )
+    flags = "--quick --task paths --size 8 --warm-up 50"
+    code, _, err = launch("reinforce.py", *flags.split(), "--out", tmp_path / "long")
     assert code == 2 and "letters for 5" in err and "Traceback" not in err
 
 
@@ -1372,18 +1362,9 @@ def test_interrupt_and_resume_give_the_metrics_of_an_uninterrupted_run_to_the_bi
 ):
     # the quick run draws it
     monkeypatch.setattr(plt.Figure, "savefig", lambda *_, **__: None)
-    check_resume(
-        "coverage.py",
-        tmp_path,
-        (dict(phase="pretrain"), dict(phase="finetune", step=10)),
-        "--quick",
-        "--steps",
-        20,
-        "--eval-every",
-        5,
-        "--n-layer",
-        1,
-    )
+    marks = dict(phase="pretrain"), dict(phase="finetune", step=10)
+    flags = "--quick --steps 20 --eval-every 5 --n-layer 1"
+    check_resume("coverage.py", tmp_path, marks, *flags.split())
 
 
 @pytest.mark.parametrize(

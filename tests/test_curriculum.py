@@ -398,16 +398,14 @@ def test_a_single_problem_has_one_right_pair(size):
 
 @pytest.mark.parametrize("single", [False, True])
 def test_training_never_sees_a_held_out_problem(single, monkeypatch):
-    shown, config = (
-        [],
-        small(
-            mask.Config if single else Config,
-            sft_steps=3,
-            sft_batch=32,
-            gate=-1.0,
-            steps=3,
-            budget=16,
-        ),
+    shown = []
+    config = small(
+        mask.Config if single else Config,
+        sft_steps=3,
+        sft_batch=32,
+        gate=-1.0,
+        steps=3,
+        budget=16,
     )
     monkeypatch.setattr(numbers, "prompt", lambda problem: shown.append(problem) or prompt(problem))
     base = curriculum.warm_up(config, Memory(), 0, "cpu")
@@ -1487,18 +1485,9 @@ def test_a_signal_during_an_evaluation_is_heeded_at_once_and_nothing_is_lost(
 
 
 def test_interrupt_and_resume_give_the_metrics_of_an_uninterrupted_run_to_the_bit(tmp_path):
-    check_resume(
-        "curriculum.py",
-        tmp_path,
-        (dict(phase="sft"), dict(phase="rl")),
-        "--quick",
-        "--n-layer",
-        1,
-        "--sft-steps",
-        40,
-        "--steps",
-        4,
-    )
+    marks = dict(phase="sft"), dict(phase="rl")
+    flags = "--quick --n-layer 1 --sft-steps 40 --steps 4"
+    check_resume("curriculum.py", tmp_path, marks, *flags.split())
 
 
 def test_an_interrupted_curriculum_goes_on_after_stage_1_as_if_nothing_had_happened(
@@ -1515,16 +1504,9 @@ def test_an_interrupted_curriculum_goes_on_after_stage_1_as_if_nothing_had_happe
 
     monkeypatch.setattr(coupled, "evaluate", evaluate)
     paid_by_chance(monkeypatch)
-    check_resume(
-        "experiments.coupled",
-        tmp_path,
-        (dict(phase="rule"), dict(phase="rl", arm="stage 2 at 64")),
-        "--quick",
-        "--n-layer",
-        1,
-        "--stage-tokens",
-        4096,
-    )
+    marks = dict(phase="rule"), dict(phase="rl", arm="stage 2 at 64")
+    flags = "--quick --n-layer 1 --stage-tokens 4096"
+    check_resume("experiments.coupled", tmp_path, marks, *flags.split())
     weights = {
         row["arm"]: row["attempts"] for row in metrics(tmp_path / "whole") if row["phase"] == "rl"
     }

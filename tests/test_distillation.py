@@ -324,36 +324,14 @@ def test_a_mistake_in_the_flags_is_one_line_and_exit_code_2(name, flags, word, t
 
 
 def test_a_number_that_is_none_ends_fastslow_before_it_can_spoil_the_weights(tmp_path):
-    spoils(
-        "experiments.fastslow",
-        fastslow,
-        "divergence",
-        "loss",
-        tmp_path,
-        "--steps",
-        1,
-        "--sft-steps",
-        1,
-    )
+    flags = "--steps 1 --sft-steps 1"
+    spoils("experiments.fastslow", fastslow, "divergence", "loss", tmp_path, *flags.split())
 
 
 def test_a_signal_during_the_probe_ends_the_run_at_once_and_loses_nothing(tmp_path):
+    flags = "--quick --steps 1 --sft-steps 1 --expert-steps 1 --eval-prompts 2"
     cut_by_a_signal(
-        "experiments.cold",
-        cold,
-        "continuation",
-        6,
-        signal.SIGINT,
-        tmp_path,
-        "--quick",
-        "--steps",
-        1,
-        "--sft-steps",
-        1,
-        "--expert-steps",
-        1,
-        "--eval-prompts",
-        2,
+        "experiments.cold", cold, "continuation", 6, signal.SIGINT, tmp_path, *flags.split()
     )
 
 

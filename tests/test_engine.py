@@ -212,7 +212,8 @@ def test_decoding_on_fixed_shapes_gives_the_tokens_of_decoding_step_by_step(
 ):
     gpt, rollouts = make(**VARIANTS[variant]).double().to(device), []
     for where, span in ((), 1), ((device,), 1), ((device,), 5), ((device,), 100):
-        monkeypatch.setattr(engine, "STATIC_ON", where), monkeypatch.setattr(engine, "SPAN", span)
+        monkeypatch.setattr(engine, "STATIC_ON", where)
+        monkeypatch.setattr(engine, "SPAN", span)
         rollouts.append(
             generate(gpt, PROMPTS, n=6, max_new_tokens=17, generator=seeded(), **SETTINGS[settings])
         )
@@ -270,7 +271,8 @@ def test_stopping_cuts_rows_and_changes_nothing_else(gpt, length, uniforms, stop
 
 @pytest.mark.parametrize("where", [(), ("cpu",)])
 def test_a_row_ends_at_whichever_of_several_ids_comes_first(monkeypatch, where):
-    monkeypatch.setattr(engine, "STATIC_ON", where), monkeypatch.setattr(engine, "SPAN", 5)
+    monkeypatch.setattr(engine, "STATIC_ON", where)
+    monkeypatch.setattr(engine, "SPAN", 5)
 
     def sample(stop):
         return generate(

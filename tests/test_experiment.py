@@ -93,11 +93,9 @@ def test_a_resumed_training_is_the_uninterrupted_one_to_the_bit(tmp_path):
     )
     gpt, optimizer, g = fresh_training()
     state = load_checkpoint(tmp_path / "model.pt")
-    (
-        gpt.load_state_dict(state["model"]),
-        optimizer.load_state_dict(state["optimizer"]),
-        g.set_state(state["generator"]),
-    )
+    gpt.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    g.set_state(state["generator"])
     train(gpt, optimizer, g, 6 - state["step"])
     assert all(
         torch.equal(a, b) for a, b in zip(whole[0].parameters(), gpt.parameters(), strict=True)
@@ -264,11 +262,9 @@ def test_resume_takes_the_runs_flags_but_for_more_steps_and_refuses_contradictio
         parse_args(Config, "", ["--resume", "--out", out, "--lr", "0.5"])
     with pytest.raises(UserError, match="5 steps: 4 are fewer"):
         parse_args(Config, "", ["--resume", "--out", out, "--steps", "4"])
-    (
-        os.rename(tmp_path / "model.pt", tmp_path / "moved.pt"),
-        (tmp_path / "moved").mkdir(),
-        os.rename(tmp_path / "moved.pt", tmp_path / "moved" / "model.pt"),
-    )
+    os.rename(tmp_path / "model.pt", tmp_path / "moved.pt")
+    (tmp_path / "moved").mkdir()
+    os.rename(tmp_path / "moved.pt", tmp_path / "moved" / "model.pt")
     assert parse_args(Config, "", ["--resume", "--out", str(tmp_path / "moved")]).out == str(
         tmp_path / "moved"
     )
@@ -310,10 +306,8 @@ def test_a_sum_leaves_its_argument_alone_and_tells_a_lost_process_from_a_lack_of
     def fails(error):
         raise error
 
-    (
-        monkeypatch.setattr(dist, "is_initialized", lambda: True),
-        monkeypatch.setattr(dist, "get_backend", lambda: "gloo"),
-    )
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_backend", lambda: "gloo")
     monkeypatch.setattr(experiment, "world", lambda: (1, 2))
     monkeypatch.setattr(dist, "all_reduce", lambda x: x.add_(5))
     x = torch.ones(3)
@@ -390,17 +384,15 @@ def test_a_resumed_run_goes_on_from_the_checkpoints_rows(tmp_path, handlers):
 def test_a_new_run_in_an_old_folder_forgets_all_of_the_old_one_and_a_resumed_one_nothing(
     tmp_path, handlers
 ):
-    run, whole = (
-        Run(Config(out=str(tmp_path))),
-        {
-            "config.json",
-            "metrics.jsonl",
-            "model.pt",
-            "claims.json",
-            "test_experiment.png",
-            "mine.png",
-        },
-    )
+    run = Run(Config(out=str(tmp_path)))
+    whole = {
+        "config.json",
+        "metrics.jsonl",
+        "model.pt",
+        "claims.json",
+        "test_experiment.png",
+        "mine.png",
+    }
     run.log(step=1)
     run.save("base", step=1)
     run.save("train", step=2)
@@ -427,7 +419,8 @@ def test_a_new_run_in_an_old_folder_forgets_all_of_the_old_one_and_a_resumed_one
 def test_a_folder_with_a_config_that_no_run_wrote_is_refused_and_not_touched(
     tmp_path, handlers, theirs
 ):
-    (tmp_path / "config.json").write_text(theirs), (tmp_path / "model.pt").touch()
+    (tmp_path / "config.json").write_text(theirs)
+    (tmp_path / "model.pt").touch()
     with pytest.raises(UserError, match=re.escape(str(tmp_path / "config.json"))):
         Run(Config(out=str(tmp_path)))
     assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {
@@ -438,7 +431,8 @@ def test_a_folder_with_a_config_that_no_run_wrote_is_refused_and_not_touched(
 
 def test_rows_that_are_missing_are_a_user_error(tmp_path, handlers):
     run = Run(Config(out=str(tmp_path)))
-    run.log(step=1), run.log(step=2)
+    run.log(step=1)
+    run.log(step=2)
     run.save("base")
     for damaged in ('{"step": 1}\n', '{"step": 1}\n{"st'):
         (tmp_path / "metrics.jsonl").write_text(damaged)
@@ -461,7 +455,8 @@ def test_a_resumed_run_names_the_code_that_began_it_and_the_code_that_went_on(
 
 def test_a_row_is_logged_once(tmp_path, handlers):
     run = Run(Config(out=str(tmp_path)))
-    run.log(step=1, arm="other"), run.log(step=2, arm="this")
+    run.log(step=1, arm="other")
+    run.log(step=2, arm="this")
     for value in (3, 4):
         run.log_once(lambda value=value: {"reward": value}, step=1, arm="this")
     assert run.rows[2:] == [dict(step=1, arm="this", reward=3)]
@@ -746,11 +741,9 @@ MINE = ("model.pt", "claims.json", "metrics.jsonl", "test_experiment.png", "base
 @pytest.mark.parametrize("name", MINE)
 @pytest.mark.parametrize("resume", [False, True])
 def test_a_file_that_no_run_wrote_is_never_deleted_or_overwritten(tmp_path, name, resume):
-    (
-        (tmp_path / name).write_text("mine"),
-        (tmp_path / "model.tmp").write_text("mine"),
-        (tmp_path / "other.png").write_text("mine"),
-    )
+    (tmp_path / name).write_text("mine")
+    (tmp_path / "model.tmp").write_text("mine")
+    (tmp_path / "other.png").write_text("mine")
     with pytest.raises(
         UserError,
         match=re.escape(f"{tmp_path} holds {name}, which no run wrote")
@@ -814,7 +807,8 @@ def test_on_a_full_disk_a_file_is_whole_or_as_it_was_and_nothing_else_is_left(tm
 
 def test_resume_refuses_inputs_that_have_changed(tmp_path):
     data, out = tmp_path / "data", str(tmp_path / "run")
-    data.mkdir(), (data / "a.txt").write_text("one")
+    data.mkdir()
+    (data / "a.txt").write_text("one")
     first = fingerprint(data)
     with Run(Config(out=out), inputs={"--data": first}) as run:
         run.save("train", step=1)
@@ -917,7 +911,8 @@ def test_a_mistake_in_several_processes_is_said_by_rank_0_alone(monkeypatch, cap
     def fails(error):
         raise error
 
-    monkeypatch.setattr(sys, "argv", ["script.py"]), monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr(sys, "argv", ["script.py"])
+    monkeypatch.setenv("RANK", rank)
     monkeypatch.setattr(time, "sleep", lambda _: None)
     for error, said in ((UserError("no"), lines), (LostProcess("rank 1 lost another"), 1)):
         with pytest.raises(SystemExit) as stopped:

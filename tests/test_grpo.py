@@ -726,18 +726,16 @@ def test_the_gradient_and_the_metrics_are_the_same_for_any_micro_batch(loss, min
 @each_loss
 @pytest.mark.parametrize("minibatches", [1, 4, 7])  # 7 does not divide the 16 rows
 def test_the_logged_loss_is_that_of_the_full_batch(loss, minibatches):
-    config, rewards = (
-        small(
-            loss=loss,
-            prompts=2,
-            group=8,
-            minibatches=minibatches,
-            beta=0.1,
-            entropy_bonus=0.01,
-            micro_batch=2,
-        ),
-        REWARDS.view(2, 8),
+    config = small(
+        loss=loss,
+        prompts=2,
+        group=8,
+        minibatches=minibatches,
+        beta=0.1,
+        entropy_bonus=0.01,
+        micro_batch=2,
     )
+    rewards = REWARDS.view(2, 8)
     model, base, method = policy(), policy(seed=1), config.method
     rollout, losses = answers(model, config), []
     (logp, entropy), ref = (
@@ -1078,14 +1076,12 @@ def test_each_seed_has_its_own_copy_of_the_base_and_problems_and_a_row_tells_rig
 ):
     seen, run, config = {}, Memory(), small(steps=2, eval_every=5)
     base = policy()
-    before, rollout = (
-        flat(base),
-        Rollout(
-            torch.zeros(4, 9, dtype=torch.long),
-            torch.zeros(4, 9),
-            torch.zeros(4, 9),
-            torch.ones(4, dtype=torch.long),
-        ),
+    before = flat(base)
+    rollout = Rollout(
+        torch.zeros(4, 9, dtype=torch.long),
+        torch.zeros(4, 9),
+        torch.zeros(4, 9),
+        torch.ones(4, dtype=torch.long),
     )
     for i, n in enumerate((2, 4, 6, 8)):
         rollout.mask[i, 1 : n + 1] = 1
@@ -1509,17 +1505,8 @@ def test_an_experiment_runs(experiment, tmp_path):
         length=(),
         samplers=("--size", 2, "--group", 4),
     )[experiment]
-    finish(
-        f"experiments.{experiment}",
-        "--quick",
-        "--sft-steps",
-        2,
-        "--prompts",
-        4,
-        *flags,
-        "--out",
-        tmp_path,
-    )
+    few = "--quick --sft-steps 2 --prompts 4"
+    finish(f"experiments.{experiment}", *few.split(), *flags, "--out", tmp_path)
     assert check_whole(tmp_path) == experiment
 
 
@@ -1795,21 +1782,8 @@ def test_resuming_with_a_contradicting_flag_or_a_damaged_checkpoint_is_refused_a
 
 # a bonus on the entropy: without it no answer of a model this raw is right, and nothing would move
 LONGER = (
-    "--quick",
-    "--size",
-    1,
-    "--sft-steps",
-    20,
-    "--steps",
-    4,
-    "--eval-every",
-    2,
-    "--eval-prompts",
-    2,
-    "--entropy-bonus",
-    0.1,
-    "--minibatches",
-    2,
+    "--quick --size 1 --sft-steps 20 --steps 4 --eval-every 2 --eval-prompts 2 "
+    "--entropy-bonus 0.1 --minibatches 2"
 )
 
 
@@ -1817,7 +1791,8 @@ LONGER = (
 def uninterrupted(tmp_path_factory):
     """A run that nothing interrupted, after those that were have been compared with it."""
     folder = tmp_path_factory.mktemp("resume")
-    check_resume("grpo.py", folder, (dict(phase="sft"), dict(phase="rl", step=3)), *LONGER)
+    marks = dict(phase="sft"), dict(phase="rl", step=3)
+    check_resume("grpo.py", folder, marks, *LONGER.split())
     return folder / "whole"
 
 
@@ -1850,7 +1825,7 @@ def test_a_signal_during_a_held_out_evaluation_is_heeded_within_two_seconds_and_
 
     with monkeypatch.context() as patch:
         patch.setattr(grpo, "evaluate", long)
-        code, output, _ = launch("grpo.py", *LONGER, "--out", tmp_path / "run")
+        code, output, _ = launch("grpo.py", *LONGER.split(), "--out", tmp_path / "run")
     assert (
         code == 128 + number
         and time.time() - sent[0] < 2
@@ -1864,7 +1839,7 @@ def test_a_signal_during_a_held_out_evaluation_is_heeded_within_two_seconds_and_
 
 def test_a_terminated_process_saves_and_ends_with_its_code(tmp_path):
     process = subprocess.Popen(
-        [sys.executable, ROOT / "grpo.py", *map(str, LONGER), "--out", tmp_path],
+        [sys.executable, ROOT / "grpo.py", *LONGER.split(), "--out", tmp_path],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -610,16 +610,14 @@ def test_a_save_touches_no_file_that_no_save_wrote(name, tmp_path):
 
 
 def test_a_folder_holds_what_was_saved_last_and_nothing_older(merges, tmp_path):
-    a, b, out = (
-        save_json(tmp_path / "a", make_json(merges)),
-        save_json(
-            tmp_path / "b",
-            make_json(merges),
-            eos_token="<|im_end|>",
-            chat_template="B{{ messages[0]['content'] }}",
-        ),
-        tmp_path / "out",
+    a = save_json(tmp_path / "a", make_json(merges))
+    b = save_json(
+        tmp_path / "b",
+        make_json(merges),
+        eos_token="<|im_end|>",
+        chat_template="B{{ messages[0]['content'] }}",
     )
+    out = tmp_path / "out"
     (a / "chat_template.jinja").write_text("A")
 
     def save(**like):

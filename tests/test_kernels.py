@@ -178,7 +178,8 @@ def test_autocast_multiplies_in_its_dtype():
 def test_autocast_returns_fp32_gradients(monkeypatch, name, backward_inside):
     small_blocks(monkeypatch)
     hidden, weight, targets, upstream = problem(2, 3)
-    hidden.requires_grad_(), weight.requires_grad_()
+    hidden.requires_grad_()
+    weight.requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
         outputs = token_logprobs(hidden, weight, targets, impl=name)
         if backward_inside:
@@ -225,7 +226,8 @@ def test_scoring_leaves_its_inputs_unchanged(monkeypatch, name):
     small_blocks(monkeypatch)
     hidden, weight, targets, upstream = problem(2, 3)
     before = [t.clone() for t in (hidden, weight, targets, *upstream)]
-    hidden.requires_grad_(), weight.requires_grad_()
+    hidden.requires_grad_()
+    weight.requires_grad_()
     torch.autograd.backward(token_logprobs(hidden, weight, targets, 0.7, impl=name), upstream)
     assert all(
         torch.equal(a, b) for a, b in zip(before, (hidden, weight, targets, *upstream), strict=True)
@@ -417,7 +419,8 @@ def test_attention_in_a_short_window_holds_no_square(monkeypatch):
         ),
     )
     qkv = torch.randn(3, 1, 2, 512, 8)
-    attention(*qkv, window=8), attention(*qkv, window=200)
+    attention(*qkv, window=8)
+    attention(*qkv, window=200)
     assert sizes == [(32, 64), (512, 512)]
 
 

@@ -479,13 +479,11 @@ def test_a_step_asks_training_pairs_in_groups_and_pays_for_the_answer_only(monke
             rates.append(optimizer.param_groups[0]["lr"]) or descend(optimizer, *more)
         ),
     )
-    task, run = (
-        replace(
-            far_task(),
-            reward=lambda pair, tokens: paid.append((pair, len(tokens))) or float(tokens[0] % 2),
-        ),
-        Memory(),
+    task = replace(
+        far_task(),
+        reward=lambda pair, tokens: paid.append((pair, len(tokens))) or float(tokens[0] % 2),
     )
+    run = Memory()
     for arm, seed in (("trb", 0), ("grpo", 0), ("grpo", 1)):
         opd.train(config, run, arm, seed, policy(0), policy(1), task)
     pairs, eps = [p for p, _ in asked], [e for _, e in asked[:3]]
@@ -969,21 +967,8 @@ def spoils(script, module, name, what, folder, *flags):
 
 @pytest.mark.parametrize("what", ["loss", "gradient norm"])
 def test_a_number_that_is_none_ends_the_run_before_it_can_spoil_the_weights(what, tmp_path):
-    spoils(
-        "opd.py",
-        opd,
-        "loss_of",
-        what,
-        tmp_path,
-        "--arms",
-        "opd",
-        "--steps",
-        4,
-        "--sft-steps",
-        1,
-        "--expert-steps",
-        1,
-    )
+    flags = "--arms opd --steps 4 --sft-steps 1 --expert-steps 1"
+    spoils("opd.py", opd, "loss_of", what, tmp_path, *flags.split())
 
 
 @pytest.mark.parametrize("method", ["opd", "trb", "skd", "grpo"])
@@ -1024,34 +1009,11 @@ def cut_by_a_signal(script, module, name, call, number, folder, *flags):
 
 
 def test_a_signal_during_an_evaluation_ends_the_run_at_once_and_loses_nothing(tmp_path):
-    flags = (
-        "--quick",
-        "--arms",
-        "opd",
-        "--steps",
-        3,
-        "--eval-every",
-        1,
-        "--sft-steps",
-        1,
-        "--expert-steps",
-        1,
-    )
-    cut_by_a_signal("opd.py", walkers, "answer", 4, signal.SIGTERM, tmp_path, *flags)
+    flags = "--quick --arms opd --steps 3 --eval-every 1 --sft-steps 1 --expert-steps 1"
+    cut_by_a_signal("opd.py", walkers, "answer", 4, signal.SIGTERM, tmp_path, *flags.split())
 
 
 def test_interrupt_and_resume_give_the_metrics_of_an_uninterrupted_run_to_the_bit(tmp_path):
-    check_resume(
-        "opd.py",
-        tmp_path,
-        (dict(phase="pretrain"), dict(phase="train", arm="grpo")),
-        "--quick",
-        "--arms",
-        "trb,grpo",
-        "--expert-steps",
-        2,
-        "--steps",
-        4,
-        "--eval-every",
-        2,
-    )
+    marks = dict(phase="pretrain"), dict(phase="train", arm="grpo")
+    flags = "--quick --arms trb,grpo --expert-steps 2 --steps 4 --eval-every 2"
+    check_resume("opd.py", tmp_path, marks, *flags.split())

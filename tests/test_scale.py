@@ -531,19 +531,10 @@ FILES = {"scale.png", "metrics.jsonl", "claims.json", "config.json", "model.pt",
 
 
 def test_several_processes_make_one_run_sharded_and_in_bf16(real, tmp_path):
-    more = (
-        "--shard",
-        "--dtype",
-        "bfloat16",
-        "--checkpointing",
-        "--prompts",
-        3,
-        "--correction",
-        "tis",
-    )
-    more += "--minibatches", 2, "--beta", 0.1
+    more = "--shard --dtype bfloat16 --checkpointing --prompts 3 --correction tis "
+    more += "--minibatches 2 --beta 0.1"
     rc, output = torchrun(
-        ROOT / "scale.py", *REAL, *flags_for(real, "dapo"), *more, "--out", tmp_path
+        ROOT / "scale.py", *REAL, *flags_for(real, "dapo"), *more.split(), "--out", tmp_path
     )
     assert rc == 0 and output.count("claims.json, model.pt") == 1, output
     assert {p.name for p in tmp_path.iterdir()} == FILES | {"dapo 0"}

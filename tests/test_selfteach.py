@@ -500,32 +500,14 @@ def test_a_flag_that_does_something_is_taken(flags):
 
 
 def test_a_number_that_is_none_ends_the_run_before_it_can_spoil_the_weights(tmp_path):
-    spoils(
-        "selfteach.py",
-        selfteach,
-        "loss_of",
-        "gradient norm",
-        tmp_path,
-        "--arms",
-        "opsd",
-        "--steps",
-        4,
-        "--sft-steps",
-        1,
-    )
+    flags = "--arms opsd --steps 4 --sft-steps 1"
+    spoils("selfteach.py", selfteach, "loss_of", "gradient norm", tmp_path, *flags.split())
 
 
 def test_a_quick_run_is_whole_and_its_interrupted_and_resumed_twin_the_same_to_the_bit(tmp_path):
-    check_resume(
-        "selfteach.py",
-        tmp_path,
-        (dict(arm="opsd, rule"), dict(arm="pedagogical")),
-        "--quick",
-        "--sft-steps",
-        1,
-        "--eval-prompts",
-        4,
-    )
+    marks = dict(arm="opsd, rule"), dict(arm="pedagogical")
+    flags = "--quick --sft-steps 1 --eval-prompts 4"
+    check_resume("selfteach.py", tmp_path, marks, *flags.split())
     assert check_whole(tmp_path / "whole", also=["base.pt", "samples.txt"]) == "selfteach"
     samples = (tmp_path / "whole" / "samples.txt").read_text()
     assert all(samples.count(f"    {name} ") == 3 for name in ("base", *Config().methods))

@@ -77,11 +77,9 @@ def model_of(full=False, seed=0, dtype=torch.float32, **choices):
     for block in model.blocks:  # away from the start, where W_0 is next to nothing
         torch.nn.init.normal_(block.attn.qkv.weight, std=0.3)
     with torch.no_grad():
-        (
-            model.blocks[-1].w1.normal_(std=0.3),
-            model.blocks[-1].w2.normal_(std=0.3),
-            model.lm_head.weight.normal_(std=0.3),
-        )
+        model.blocks[-1].w1.normal_(std=0.3)
+        model.blocks[-1].w2.normal_(std=0.3)
+        model.lm_head.weight.normal_(std=0.3)
     return model
 
 
@@ -1253,18 +1251,10 @@ def test_a_signal_is_heeded_at_once_while_documents_are_tested_on_and_nothing_is
 
 def test_a_resume_refuses_a_text_that_is_no_longer_the_same(tmp_path):
     (tmp_path / "a.txt").write_text("".join(f"{i} " for i in range(2000)))
-    flags = (
-        "--quick",
-        "--steps",
-        "2",
-        "--data",
-        str(tmp_path / "a.txt"),
-        "--out",
-        str(tmp_path / "out"),
-    )
-    finish("experiments.context", *flags)
+    where = "--data", tmp_path / "a.txt", "--out", tmp_path / "out"
+    finish("experiments.context", "--quick", "--steps", 2, *where)
     (tmp_path / "a.txt").write_text("".join(f"{i} " for i in range(2100)))
-    assert "--data" in complain("experiments.context", "--resume", "--out", str(tmp_path / "out"))
+    assert "--data" in complain("experiments.context", "--resume", "--out", tmp_path / "out")
 
 
 def test_interrupt_and_resume_give_the_metrics_of_an_uninterrupted_run_to_the_bit(tmp_path):
