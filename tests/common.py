@@ -169,11 +169,9 @@ def check_whole(folder, also=()):
     assert {f"{figure}.png", "metrics.jsonl", "claims.json", "config.json", "model.pt", *also} == {
         p.name for p in folder.iterdir()
     }
-    assert (
-        (folder / f"{figure}.png").read_bytes().startswith(b"\x89PNG")
-        and metrics(folder)
-        and all("step" in row for row in metrics(folder))
-    )
+    assert (folder / f"{figure}.png").read_bytes().startswith(b"\x89PNG")
+    assert metrics(folder)
+    assert all("step" in row for row in metrics(folder))
     for claim in json.loads((folder / "claims.json").read_text()):
         assert list(claim) == [
             "id",
@@ -184,7 +182,8 @@ def check_whole(folder, also=()):
             "threshold",
             "holds",
             "seeds",
-        ] and isinstance(claim["holds"], bool)
+        ]
+        assert isinstance(claim["holds"], bool)
     return figure
 
 

@@ -291,14 +291,10 @@ def test_a_row_ends_at_whichever_of_several_ids_comes_first(monkeypatch, where):
         assert rows.tokens() == [
             row[: end[0] + 1] if end else row for row, end in zip(free, ends, strict=True)
         ]
-        assert (
-            rows.lengths.tolist() == [len(row) for row in rows.tokens()]
-            and rows.mask.sum() == rows.lengths.sum()
-        )
-    assert (
-        sample([3]).tokens() == sample(3).tokens() == sample(torch.tensor([3])).tokens()
-        and sample([]).tokens() == free
-    )
+        assert rows.lengths.tolist() == [len(row) for row in rows.tokens()]
+        assert rows.mask.sum() == rows.lengths.sum()
+    assert sample([3]).tokens() == sample(3).tokens() == sample(torch.tensor([3])).tokens()
+    assert sample([]).tokens() == free
 
 
 @pytest.mark.parametrize("where", [(), ("cpu",)])
@@ -395,11 +391,9 @@ def test_a_step_that_cannot_be_captured_runs_eagerly_from_then_on_and_on_the_str
     def step():
         return None
 
-    assert (
-        engine.captured(step, gpu) is step
-        and streams == ["the caller's"]
-        and engine.STATIC_ON == ()
-    )
+    assert engine.captured(step, gpu) is step
+    assert streams == ["the caller's"]
+    assert engine.STATIC_ON == ()
 
 
 @pytest.mark.parametrize(

@@ -118,15 +118,14 @@ def test_a_snapshot_stands_still_while_training_goes_on_and_restores_all_of_it(t
     for kept in (state, load_checkpoint(tmp_path / "model.pt")):
         (gpt2, optimizer2, g2), rng2 = fresh_training(), random.Random(4)
         assert restore(None, gpt2, optimizer2, rng2) == 0
-        assert (
-            restore(kept, gpt2, optimizer2, rng2, g2) == 2
-            and rng2.random() == drawn
-            and kept["more"] == "said"
-        )
+        assert restore(kept, gpt2, optimizer2, rng2, g2) == 2
+        assert rng2.random() == drawn
+        assert kept["more"] == "said"
         train(gpt2, optimizer2, g2, 2)
         assert all(
             torch.equal(p, q) for p, q in zip(gpt.parameters(), gpt2.parameters(), strict=True)
-        ) and torch.equal(g.get_state(), g2.get_state())
+        )
+        assert torch.equal(g.get_state(), g2.get_state())
         assert all(torch.equal(kept["model"][k], v) for k, v in weights.items())
         assert all(
             torch.equal(kept["optimizer"]["state"][i][k], v)
@@ -138,11 +137,9 @@ def test_a_snapshot_stands_still_while_training_goes_on_and_restores_all_of_it(t
 def test_a_snapshot_can_do_without_optimizer_and_generator():
     gpt, _, _ = fresh_training()
     state = snapshot(7, gpt, None, random.Random(3))
-    assert (
-        state["optimizer"] is None
-        and state["generator"] is None
-        and restore(state, gpt, None, random.Random(4)) == 7
-    )
+    assert state["optimizer"] is None
+    assert state["generator"] is None
+    assert restore(state, gpt, None, random.Random(4)) == 7
 
 
 def test_an_interrupted_save_leaves_the_old_checkpoint_whole(tmp_path, monkeypatch):
@@ -155,9 +152,8 @@ def test_an_interrupted_save_leaves_the_old_checkpoint_whole(tmp_path, monkeypat
     with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
         m.setattr(torch, "save", interrupted)
         save_checkpoint(tmp_path / "model.pt", step=2)
-    assert load_checkpoint(tmp_path / "model.pt") == {"step": 1} and [
-        p.name for p in tmp_path.iterdir()
-    ] == ["model.pt"]
+    assert load_checkpoint(tmp_path / "model.pt") == {"step": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["model.pt"]
 
 
 @pytest.mark.parametrize(
@@ -368,9 +364,8 @@ def test_a_resumed_run_goes_on_from_the_checkpoints_rows(tmp_path, handlers):
     run.save("base", weight=torch.ones(3))
     run.log(step=3)  # after the checkpoint: made again
     again = Run(dataclasses.replace(config, resume=True))
-    assert again.rows == [{"step": 1}, {"step": 2}] and torch.equal(
-        again.state["base"]["weight"], torch.ones(3)
-    )
+    assert again.rows == [{"step": 1}, {"step": 2}]
+    assert torch.equal(again.state["base"]["weight"], torch.ones(3))
     again.log(step=3, again=True)
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == [
@@ -568,19 +563,16 @@ def test_a_signal_within_a_step_ends_the_run_at_once_and_a_resumed_run_is_the_wh
     before = signal.getsignal(number)
     with pytest.raises(SystemExit) as stopped, Run(Config(out=str(tmp_path / "run"))) as run:
         losses(run, 6, fresh_training(), surprise)
-    assert (
-        stopped.value.code == 128 + number and not after and "--resume" in capsys.readouterr().out
-    )
+    assert stopped.value.code == 128 + number
+    assert not after
+    assert "--resume" in capsys.readouterr().out
     assert signal.getsignal(number) == before
     with Run(Config(out=str(tmp_path / "run"), resume=True)) as again:
-        assert (
-            0 < len(again.rows) == again.state["train"]["step"] <= 3
-            and again.rows == whole.rows[: len(again.rows)]
-        )
+        assert 0 < len(again.rows) == again.state["train"]["step"] <= 3
+        assert again.rows == whole.rows[: len(again.rows)]
         resumed = losses(again, 6, fresh_training())
-    assert again.rows == whole.rows and all(
-        map(torch.equal, weights.parameters(), resumed.parameters())
-    )
+    assert again.rows == whole.rows
+    assert all(map(torch.equal, weights.parameters(), resumed.parameters()))
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == (
         tmp_path / "whole" / "metrics.jsonl"
     ).read_text()
@@ -676,9 +668,8 @@ def test_a_loss_or_gradient_that_is_no_number_ends_the_run_and_keeps_the_last_fi
     with pytest.raises(NotFinite, match=said), Run(Config(out=str(tmp_path))) as run:
         losses(run, 6, (gpt, optimizer, generator), spoil)
     saved = load_checkpoint(tmp_path / "model.pt")
-    assert saved["state"]["train"]["step"] in (1, 2) and all(
-        p.isfinite().all() for p in saved["state"]["train"]["model"].values()
-    )
+    assert saved["state"]["train"]["step"] in (1, 2)
+    assert all(p.isfinite().all() for p in saved["state"]["train"]["model"].values())
     assert [
         json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()
     ] == [1, 2, 3]
@@ -815,11 +806,9 @@ def test_resume_refuses_inputs_that_have_changed(tmp_path):
     with Run(Config(out=out, resume=True), inputs={"--data": fingerprint(data)}) as run:
         assert run.state["train"] == {"step": 1}
     (data / "a.txt").write_text("two")
-    assert (
-        fingerprint(data) != first
-        and fingerprint(data / "a.txt") != first
-        and fingerprint("some/hub-id") == "some/hub-id"
-    )
+    assert fingerprint(data) != first
+    assert fingerprint(data / "a.txt") != first
+    assert fingerprint("some/hub-id") == "some/hub-id"
     with pytest.raises(UserError, match="--data is no longer what"):
         Run(Config(out=out, resume=True), inputs={"--data": fingerprint(data)})
 
@@ -861,9 +850,9 @@ def test_a_closed_pipe_ends_the_run_without_a_traceback_and_saves_first(tmp_path
         env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
     )
     os.close(write)
-    assert (
-        done.returncode == 141 and done.stderr == b"" and (tmp_path / "run" / "model.pt").exists()
-    )
+    assert done.returncode == 141
+    assert done.stderr == b""
+    assert (tmp_path / "run" / "model.pt").exists()
 
 
 def test_more_memory_than_the_machine_has_is_one_line(monkeypatch, capsys):
@@ -874,9 +863,8 @@ def test_more_memory_than_the_machine_has_is_one_line(monkeypatch, capsys):
     for work in (lambda: torch.empty(2**60), lambda: bytearray(2**62)):
         with pytest.raises(SystemExit) as stopped:
             command(work)
-        assert stopped.value.code == 2 and re.fullmatch(
-            "script.py: error: out of memory .*\n", capsys.readouterr().err
-        )
+        assert stopped.value.code == 2
+        assert re.fullmatch("script.py: error: out of memory .*\n", capsys.readouterr().err)
 
 
 def test_a_number_that_no_arithmetic_holds_is_a_user_error():
@@ -898,10 +886,8 @@ def test_a_flag_that_does_nothing_beside_the_others_is_a_user_error_that_says_wh
         def idle(self):
             return {"beta": "there are no --steps"} if self.steps == 0 else {}
 
-    assert (
-        parse_args(Idle, "", ["--steps", "0"]).steps == 0
-        and parse_args(Idle, "", ["--beta", "0.5"]).beta == 0.5
-    )
+    assert parse_args(Idle, "", ["--steps", "0"]).steps == 0
+    assert parse_args(Idle, "", ["--beta", "0.5"]).beta == 0.5
     with pytest.raises(UserError, match="--beta does nothing here: there are no --steps"):
         parse_args(Idle, "", ["--beta", "0.5", "--steps", "0"])
 

@@ -221,15 +221,12 @@ def test_saving_gives_back_every_tensor_to_the_bit_and_loading_it_again_the_same
         json.loads((tmp_path / "b/config.json").read_text()),
     )
     assert saved.keys() == w.keys() and all(torch.equal(saved[k], w[k]) for k in w)
-    assert (
-        c["model_type"] == kind["model_type"]
-        and c["tie_word_embeddings"] == kind["tie_word_embeddings"]
-        and c["max_position_embeddings"] == 96
-    )
+    assert c["model_type"] == kind["model_type"]
+    assert c["tie_word_embeddings"] == kind["tie_word_embeddings"]
+    assert c["max_position_embeddings"] == 96
     again = GPT.from_pretrained(tmp_path / "b")
-    assert again.config == gpt.config and all(
-        torch.equal(a, b) for a, b in zip(gpt.parameters(), again.parameters(), strict=True)
-    )
+    assert again.config == gpt.config
+    assert all(torch.equal(a, b) for a, b in zip(gpt.parameters(), again.parameters(), strict=True))
     assert not list(tmp_path.glob("b/*.tmp"))
 
 
@@ -250,9 +247,8 @@ def test_the_dtype_is_the_files_or_the_callers_and_fewer_positions_change_nothin
     write(tmp_path, kind, w)
     assert {p.dtype for p in GPT.from_pretrained(tmp_path).parameters()} == {torch.bfloat16}
     gpt = GPT.from_pretrained(tmp_path, dtype=torch.float32, block_size=20)
-    assert {p.dtype for p in gpt.parameters()} == {
-        torch.float32
-    } and gpt.config.block_size == 20 == len(gpt.rope)
+    assert {p.dtype for p in gpt.parameters()} == {torch.float32}
+    assert gpt.config.block_size == 20 == len(gpt.rope)
     with torch.no_grad():
         assert (
             gpt(torch.tensor([PROMPTS[1]]))[0]
@@ -603,10 +599,8 @@ def test_a_save_touches_no_file_that_no_save_wrote(name, tmp_path):
     (tmp_path / name).unlink()
     for layers in (1, 2):
         GPT(GPTConfig(11, 16, layers, 2, 16)).save_pretrained(tmp_path)
-        assert (
-            GPT.from_pretrained(tmp_path).config.n_layer == layers
-            and (tmp_path / "README.md").read_text() == "mine"
-        )
+        assert GPT.from_pretrained(tmp_path).config.n_layer == layers
+        assert (tmp_path / "README.md").read_text() == "mine"
 
 
 def test_a_folder_holds_what_was_saved_last_and_nothing_older(merges, tmp_path):
@@ -626,7 +620,8 @@ def test_a_folder_holds_what_was_saved_last_and_nothing_older(merges, tmp_path):
     save(like=a)
     assert load_chat_template(out)("?") == "A"
     save(like=b)
-    assert load_chat_template(out)("?") == "B?" and contents(out).keys() == {
+    assert load_chat_template(out)("?") == "B?"
+    assert contents(out).keys() == {
         "config.json",
         "model.safetensors",
         "tokenizer.json",
@@ -1257,10 +1252,8 @@ def test_special_tokens_of_older_folders_are_in_a_file_of_their_own(merges, tmp_
     (tmp_path / "special_tokens_map.json").write_text(
         json.dumps(dict(bos_token=dict(content="<think>"), eos_token="<|im_end|>"))
     )
-    assert (
-        load_tokenizer(tmp_path).stop == [2]
-        and load_chat_template(tmp_path)("") == "<think><|im_end|>"
-    )
+    assert load_tokenizer(tmp_path).stop == [2]
+    assert load_chat_template(tmp_path)("") == "<think><|im_end|>"
 
 
 @pytest.mark.parametrize(
@@ -1401,9 +1394,8 @@ def agree(folder, vocab, tmp_path, tolerance=1e-4):
         ids = torch.tensor([prompt])
         with torch.no_grad():
             logits = theirs(ids).logits
-            assert (ours(ids) - logits).abs().max() < tolerance and torch.equal(
-                again(ids).logits, logits
-            )
+            assert (ours(ids) - logits).abs().max() < tolerance
+            assert torch.equal(again(ids).logits, logits)
             greedy = theirs.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),

@@ -166,10 +166,8 @@ def test_pretraining_is_measured_on_all_of_the_held_out_text_and_none_of_it_is_t
     (claim,) = json.loads((tmp_path / "out" / "claims.json").read_text())
     gzip = 8 * len(zlib.compress(data, 9)) / len(data)
     told = [float(x) for x in re.findall(r"[\d.]+", claim["ours"] + claim["threshold"])]
-    assert (
-        told == [pytest.approx(x, rel=6e-2) for x in (np.mean(bits), np.std(bits, ddof=1), gzip)]
-        and claim["seeds"] == 2
-    )
+    assert told == [pytest.approx(x, rel=6e-2) for x in (np.mean(bits), np.std(bits, ddof=1), gzip)]
+    assert claim["seeds"] == 2
     assert abs(bits[0] - bits[1]) > 0.003 and claim["holds"] == (np.mean(bits) <= gzip)
 
 
@@ -206,9 +204,8 @@ def test_the_learning_rate_warms_up_then_falls_in_a_cosine_to_a_tenth():
     assert [experiment.lr_at(t, 1000, 2.0) for t in (0, 9, 500, 1000)] == pytest.approx(
         [0.1, 1.0, 1.1, 0.2]
     )
-    assert experiment.lr_at(20, 1000, 2.0) == pytest.approx(2, rel=0.01) and experiment.lr_at(
-        250, 1000, 2.0
-    ) == pytest.approx(1.1 + 0.9 / 2**0.5)
+    assert experiment.lr_at(20, 1000, 2.0) == pytest.approx(2, rel=0.01)
+    assert experiment.lr_at(250, 1000, 2.0) == pytest.approx(1.1 + 0.9 / 2**0.5)
 
 
 def test_interrupt_and_resume_give_the_metrics_of_an_uninterrupted_pretraining_to_the_bit(tmp_path):
@@ -301,7 +298,8 @@ def test_a_learning_rate_that_ruins_the_weights_is_one_line_and_the_last_finite_
 ):
     flags = [*TINY.split(), "--lr", 1e30, "--data", written(tmp_path, 1)[1]]
     code, _, err = launch("pretrain.py", *flags, "--out", tmp_path / "out")
-    assert code == 2 and re.search(
+    assert code == 2
+    assert re.search(
         r"pretrain.py: error: the (loss|gradient norm) is (nan|inf) at step \d+ of gpt 0; "
         r".*model.pt holds what was finite\n$",
         err,

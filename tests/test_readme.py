@@ -246,13 +246,11 @@ def test_a_number_that_is_in_no_result_is_missed():
         "0.37",
         "45",
     ]
-    assert (
-        found("0.37", {0.3712})
-        and found("37", {0.3712})
-        and found("300", {300000})
-        and not found("0.38", {0.3712})
-        and not found("46", {45.0})
-    )
+    assert found("0.37", {0.3712})
+    assert found("37", {0.3712})
+    assert found("300", {300000})
+    assert not found("0.38", {0.3712})
+    assert not found("46", {45.0})
 
 
 # --------------------------------------------------------------------------------------------------
