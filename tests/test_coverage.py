@@ -46,13 +46,7 @@ from coverage import (
 from experiment import NotFinite, load_checkpoint
 from experiments import dco, horizon, optimizers, selection, token_steps
 from experiments.dco import dco_loss
-from experiments.optimizers import (
-    exact_coverage,
-    gradient,
-    log_probs,
-    project,
-    truncated_weights,
-)
+from experiments.optimizers import exact_coverage, gradient, log_probs, project, truncated_weights
 from experiments.selection import best, offset_tournament, tournament
 from experiments.token_steps import teacher_forced, token_step
 from tasks import paths
@@ -122,10 +116,7 @@ def test_coverage_is_the_tail_of_the_log_ratio_and_falls_with_n(seed):
 def test_coverage_of_a_batch_and_at_the_level_itself():
     log_ratio = np.log([[4.0, 3.9, 1.0, 8.0], [1.0, 1.0, 1.0, 1.0]])
     assert coverage(log_ratio, 4).tolist() == [0.5, 0.0]
-    assert coverage(log_ratio, 1).tolist() == [
-        1.0,
-        1.0,
-    ]
+    assert coverage(log_ratio, 1).tolist() == [1.0, 1.0]
     assert coverage(log_ratio, 4, [0.7, 0.1, 0.1, 0.1]).tolist() == pytest.approx([0.8, 0.0])
 
 
@@ -766,12 +757,7 @@ def test_fine_tuning_hands_the_mixture_and_the_learning_rate_to_training(monkeyp
     config, run, base = small(lr=1e-3), Memory(), build(small(), "cpu")
     cov.fine_tune(config, run, "a", 3, base, "loss", kept="kept")
     assert calls[0][:4] == (config, run, "a 3", 3)
-    assert calls[0][5:] == (
-        (0.9, 0.1, 0.0),
-        [1e-3] * 4,
-        "loss",
-        "kept",
-    )
+    assert calls[0][5:] == ((0.9, 0.1, 0.0), [1e-3] * 4, "loss", "kept")
     cov.pretrain(small(sft_steps=100, sft_lr=1e-2), run, 3, "cpu")
     assert calls[1][2:4] == ("base 3", 3) and calls[1][5] == (1 / 3, 1 / 3, 1 / 3)
     assert calls[1][6] == pytest.approx(

@@ -383,12 +383,7 @@ def test_a_single_problem_has_one_right_pair(size):
 def test_training_never_sees_a_held_out_problem(single, monkeypatch):
     shown = []
     config = small(
-        mask.Config if single else Config,
-        sft_steps=3,
-        sft_batch=32,
-        gate=-1.0,
-        steps=3,
-        budget=16,
+        mask.Config if single else Config, sft_steps=3, sft_batch=32, gate=-1.0, steps=3, budget=16
     )
     monkeypatch.setattr(numbers, "prompt", lambda problem: shown.append(problem) or prompt(problem))
     base = curriculum.warm_up(config, Memory(), 0, "cpu")
@@ -1316,11 +1311,7 @@ def test_where_negatives_change_nothing_no_claim_on_tables_of_a_difference_holds
 )
 def test_an_experiments_own_seeds_and_steps(module, seeds, steps, eval_every):
     config = parse_args(module.Config, "", [])
-    assert (config.seeds, config.steps, config.eval_every) == (
-        seeds,
-        steps,
-        eval_every,
-    )
+    assert (config.seeds, config.steps, config.eval_every) == (seeds, steps, eval_every)
     assert config.out == f"out/{module.__name__.split('.')[-1]}"
     assert parse_args(module.Config, "", ["--quick"]).seeds == 1
 

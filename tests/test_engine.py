@@ -6,14 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from common import (
-    PROMPTS,
-    VARIANTS,
-    V,
-    known,
-    make,
-    seeded,
-)
+from common import PROMPTS, VARIANTS, V, known, make, seeded
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import engine

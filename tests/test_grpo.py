@@ -1086,11 +1086,7 @@ def test_each_seed_has_its_own_copy_of_the_base_and_problems_and_a_row_tells_rig
     assert len(run.state) == 2
     rows = [r for r in run.rows if r["seed"] == 1]
     assert [r["step"] for r in rows] == [0, 1, 2]
-    assert ["pass@1" in r for r in rows] == [
-        True,
-        False,
-        True,
-    ]
+    assert ["pass@1" in r for r in rows] == [True, False, True]
     assert [
         (r["length"], r["length_right"], r["length_wrong"], r["sampled_tokens"]) for r in rows[1:]
     ] == [(5, 2, 6, 20), (5, 5, 5, 40)]

@@ -1087,11 +1087,7 @@ def before(*names, after=()):
         return dict(SpecialToken=dict(id=name, type_id=0))
 
     def text(letter):
-        return [
-            *map(piece, names),
-            dict(Sequence=dict(id=letter, type_id=0)),
-            *map(piece, after),
-        ]
+        return [*map(piece, names), dict(Sequence=dict(id=letter, type_id=0)), *map(piece, after)]
 
     tokens = {
         name: dict(id=name, ids=[SPECIAL.index(name)], tokens=[name]) for name in {*names, *after}

@@ -85,9 +85,7 @@ def test_divergences_are_what_their_names_say_on_two_tokens():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_where_both_agree_divergence_and_gradient_are_zero_but_for_the_raw_top_k(
-    kind,
-):
+def test_where_both_agree_divergence_and_gradient_are_zero_but_for_the_raw_top_k(kind):
     z = logprobs(2, 3, 10).requires_grad_()
     lp = z.log_softmax(-1)
     d = divergence(lp, lp.detach(), torch.zeros(2, 3, dtype=torch.long), kind)
