@@ -373,8 +373,7 @@ class Run:
         # first: it says whose folder this is
         self.write("config.json", json.dumps(about, indent=1))
         self.write("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows))
-        # open as long as the run is
-        self.metrics = open(self.dir / "metrics.jsonl", "ab", buffering=0)  # noqa: SIM115
+        self.metrics = io.FileIO(self.dir / "metrics.jsonl", "a")  # without a buffer
         self.handlers = {s: signal.signal(s, self.interrupt) for s in SIGNALS}
 
     def go_on_from(self, checkpoint):

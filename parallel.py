@@ -8,6 +8,7 @@ torch's own fully_shard (FSDP2; Rajbhandari et al. 2020, arXiv 1910.02054): each
 slice of every weight, gradient and moment, and a block's weights are gathered when it is computed.
 """
 
+import io
 import os
 import signal
 import sys
@@ -75,7 +76,7 @@ class Team(Run):
         if not self.silent:
             super().begin(resume, also)
         else:
-            self.metrics = open(os.devnull, "wb", buffering=0)  # noqa: SIM115
+            self.metrics = io.FileIO(os.devnull, "w")
             self.handlers = {s: signal.signal(s, signal.SIG_IGN) for s in SIGNALS}
         try:
             all_sum(torch.zeros(1))  # the others wait for rank 0's folder

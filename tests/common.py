@@ -18,12 +18,12 @@ import matplotlib.pyplot as plt
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import experiment
 from model import GPT, GPTConfig
 
+ROOT = Path(__file__).resolve().parents[1]
 V = 11
 PROMPTS = [[3], [1, 4, 1, 5, 9, 2, 6], [5, 3, 5], [8, 9, 7, 9]]
 VARIANTS = {
@@ -77,7 +77,7 @@ class Memory(experiment.Run):
         self.rows, self.state, self.kept_rows, self.place, self.bar = [], {}, 0, "", None
         self.saved = self.kept = time.time()
         self.signal, self.busy, self.keep_seconds, self.save_seconds = 0, False, 0, 0
-        self.metrics = open(os.devnull, "wb", buffering=0)
+        self.metrics = io.FileIO(os.devnull, "w")
 
     def save(self):
         pass
@@ -169,11 +169,9 @@ def check_whole(folder, also=()):
     assert {f"{figure}.png", "metrics.jsonl", "claims.json", "config.json", "model.pt", *also} == {
         p.name for p in folder.iterdir()
     }
-    assert (
-        (folder / f"{figure}.png").read_bytes().startswith(b"\x89PNG")
-        and metrics(folder)
-        and all("step" in row for row in metrics(folder))
-    )
+    assert (folder / f"{figure}.png").read_bytes().startswith(b"\x89PNG")
+    assert metrics(folder)
+    assert all("step" in row for row in metrics(folder))
     for claim in json.loads((folder / "claims.json").read_text()):
         assert list(claim) == [
             "id",
@@ -184,7 +182,8 @@ def check_whole(folder, also=()):
             "threshold",
             "holds",
             "seeds",
-        ] and isinstance(claim["holds"], bool)
+        ]
+        assert isinstance(claim["holds"], bool)
     return figure
 
 
@@ -203,21 +202,29 @@ def check_mistake(script, flags, folder):
     assert not list(folder.iterdir())
 
 
+def interrupting(mark, number):
+    """A Run.log that sends this process a signal at the first row with the mark, and a list that
+    then holds the row.
+    """
+    log, seen = experiment.Run.log, []
+
+    def interrupted(self, **row):
+        log(self, **row)
+        if mark.items() <= row.items() and not seen:
+            seen.append(row)
+            os.kill(os.getpid(), number)
+
+    return interrupted, seen
+
+
 def check_resume(script, folder, marks, *flags):
     """Interrupt a run when a row with each mark is logged, resume it: its rows and claims are those
     of a run that nothing interrupted, to the bit.
     """
     finish(script, *flags, "--out", folder / "whole")
-    log = experiment.Run.log
     for mark, number in zip(marks, (signal.SIGINT, signal.SIGTERM), strict=True):
-        out, seen = folder / number.name, []
-
-        def interrupted(self, **row):
-            log(self, **row)
-            if mark.items() <= row.items() and not seen:
-                seen.append(row)
-                os.kill(os.getpid(), number)
-
+        out = folder / number.name
+        interrupted, seen = interrupting(mark, number)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(experiment.Run, "log", interrupted)
             code, written, _ = launch(script, *flags, "--out", out)

@@ -46,13 +46,7 @@ from coverage import (
 from experiment import NotFinite, load_checkpoint
 from experiments import dco, horizon, optimizers, selection, token_steps
 from experiments.dco import dco_loss
-from experiments.optimizers import (
-    exact_coverage,
-    gradient,
-    log_probs,
-    project,
-    truncated_weights,
-)
+from experiments.optimizers import exact_coverage, gradient, log_probs, project, truncated_weights
 from experiments.selection import best, offset_tournament, tournament
 from experiments.token_steps import teacher_forced, token_step
 from tasks import paths
@@ -114,19 +108,15 @@ def test_coverage_is_the_tail_of_the_log_ratio_and_falls_with_n(seed):
     D, p = two_distributions(seed)
     log_ratio, Ns = np.log(D) - np.log(p), (1.01, 2, 3, 4, 8, 16, 64, 1000)
     values = [coverage(log_ratio, N, D) for N in Ns]
-    assert (
-        values == pytest.approx([exact(D, p, N) for N in Ns])
-        and values == sorted(values, reverse=True)
-        and values[0] > values[-1]
-    )
+    assert values == pytest.approx([exact(D, p, N) for N in Ns])
+    assert values == sorted(values, reverse=True)
+    assert values[0] > values[-1]
 
 
 def test_coverage_of_a_batch_and_at_the_level_itself():
     log_ratio = np.log([[4.0, 3.9, 1.0, 8.0], [1.0, 1.0, 1.0, 1.0]])
-    assert coverage(log_ratio, 4).tolist() == [0.5, 0.0] and coverage(log_ratio, 1).tolist() == [
-        1.0,
-        1.0,
-    ]
+    assert coverage(log_ratio, 4).tolist() == [0.5, 0.0]
+    assert coverage(log_ratio, 1).tolist() == [1.0, 1.0]
     assert coverage(log_ratio, 4, [0.7, 0.1, 0.1, 0.1]).tolist() == pytest.approx([0.8, 0.0])
 
 
@@ -176,9 +166,8 @@ def test_the_bound_on_best_of_n_takes_the_best_level_that_covers_half():
     for N in (2, 8, 32):
         # N = 2 M log(1 / eps) at M = 1
         assert best_of_n_loss(lambda M: 0.0, N) == pytest.approx(math.exp(-N / 2))
-        assert best_of_n_loss(lambda M: 0.51, N) == 1 and best_of_n_loss(
-            lambda M: 0.5, N
-        ) == pytest.approx(min(1, 0.5 + math.exp(-N / 2)))
+        assert best_of_n_loss(lambda M: 0.51, N) == 1
+        assert best_of_n_loss(lambda M: 0.5, N) == pytest.approx(min(1, 0.5 + math.exp(-N / 2)))
     # a grid of levels misses 8
     assert best_of_n_loss(lambda M: 0.3 if M < 8 else 0.0, 64) == pytest.approx(
         math.exp(-64 / 16), rel=0.5
@@ -195,11 +184,9 @@ def test_the_tournament_by_hand():
     # answers (columns) of three checkpoints: the second misses one answer by far, the third all by
     # a little
     logp = np.log(np.array([[0.5, 0.5, 0.4, 0.5], [0.9, 0.9, 0.9, 0.01], [0.3, 0.3, 0.3, 0.3]]))
-    assert (
-        tournament(logp, 4).tolist() == [0.0, 0.25, 0.0]
-        and tournament(logp, 1.5).tolist() == [0.75, 0.25, 0.75]
-        and tournament(logp, 40).tolist() == [0.0, 0.25, 0.0]
-    )
+    assert tournament(logp, 4).tolist() == [0.0, 0.25, 0.0]
+    assert tournament(logp, 1.5).tolist() == [0.75, 0.25, 0.75]
+    assert tournament(logp, 40).tolist() == [0.0, 0.25, 0.0]
     assert tournament(logp, 100).tolist() == [0.0, 0.0, 0.0]
 
 
@@ -224,13 +211,11 @@ def test_the_offset_tournament_forgives_what_a_checkpoint_says_of_itself():
 @pytest.mark.parametrize("broken", [math.nan, math.inf])
 def test_what_is_no_number_is_never_the_best_of_anything(broken):
     assert coverage([math.nan, math.nan], 4) == 1 and coverage([math.nan, 0.0], 4) == 0.5
-    assert best_of_n_loss(lambda M: math.nan, 8) == 1 and math.isnan(
-        pass_at_k(np.array([math.nan]), 8)[0]
-    )
+    assert best_of_n_loss(lambda M: math.nan, 8) == 1
+    assert math.isnan(pass_at_k(np.array([math.nan]), 8)[0])
     x = np.array([1.0, 2.0, 3.0])
-    assert math.isnan(spearman(x, np.array([1.0, math.nan, 3.0]))) and math.isnan(
-        spearman(np.array([math.nan] * 3), x)
-    )
+    assert math.isnan(spearman(x, np.array([1.0, math.nan, 3.0])))
+    assert math.isnan(spearman(np.array([math.nan] * 3), x))
     assert exact_coverage(np.array([[math.nan] * 3, optimizers.TRUTH]), 16, 16) == pytest.approx(
         [1, 0], abs=1e-3
     )
@@ -254,10 +239,8 @@ def test_what_is_no_number_is_never_the_best_of_anything(broken):
     one = more.copy()
     one[3] = logp[0]
     one[3, 7] = broken
-    assert (
-        best(np.array([math.nan, 0.5]), logp[:2]) == 1
-        and best(np.array([0.5, math.nan]), logp[:2]) == 0
-    )
+    assert best(np.array([math.nan, 0.5]), logp[:2]) == 1
+    assert best(np.array([0.5, math.nan]), logp[:2]) == 0
     assert tournament(one, 2)[3] == math.inf and best(-one.mean(1), one) != 3, (
         "one answer is enough"
     )
@@ -307,19 +290,16 @@ def test_dco_switches_confident_answers_off_by_its_factor():
         loss.sum().backward()
         assert torch.allclose(loss.detach(), -torch.log(1 - (1 - p) ** N), rtol=1e-8)
         factor = N * p * (1 - p) ** (N - 1) / (1 - (1 - p) ** N)
-        assert torch.allclose(-logp.grad, factor, rtol=1e-6) and (
-            N > 1 or torch.allclose(factor, torch.ones(4, dtype=torch.float64))
-        )
+        assert torch.allclose(-logp.grad, factor, rtol=1e-6)
+        assert N > 1 or torch.allclose(factor, torch.ones(4, dtype=torch.float64))
 
 
 def test_rank_correlation_with_ties():
     x = np.array([3.0, 1.0, 3.0, 7.0])
     assert ranks(x).tolist() == [2.5, 1.0, 2.5, 4.0]
-    assert (
-        spearman(x, x**3) == pytest.approx(1)
-        and spearman(x, -x) == pytest.approx(-1)
-        and spearman(x, 0 * x) == 0
-    )
+    assert spearman(x, x**3) == pytest.approx(1)
+    assert spearman(x, -x) == pytest.approx(-1)
+    assert spearman(x, 0 * x) == 0
 
 
 # --------------------------------------------------------------------------------------------------
@@ -388,9 +368,8 @@ def test_the_score_is_the_answers_log_probability():
         torch.as_tensor(graphs(np.random.default_rng(0), np.array([0, 1, 2]))),
     )
     by_hand = model(ids[:, :-1]).log_softmax(-1).gather(-1, ids[:, 1:, None])[:, -ANSWER:, 0].sum(1)
-    assert torch.allclose(answer_logp(model, ids), by_hand, atol=1e-4) and measure_logp(
-        model, ids
-    ) == pytest.approx(by_hand.detach().numpy(), abs=1e-4)
+    assert torch.allclose(answer_logp(model, ids), by_hand, atol=1e-4)
+    assert measure_logp(model, ids) == pytest.approx(by_hand.detach().numpy(), abs=1e-4)
 
 
 def test_exact_and_sampled_pass_at_n_agree(monkeypatch):
@@ -417,17 +396,13 @@ def test_exact_and_sampled_pass_at_n_agree(monkeypatch):
     row = cov.best_of_n_curves(model, 0, 16)
     sampled, exactly = np.array(row["sampled"]), np.array(row["exact"])
     # the first of 16 alone would err by .03
-    assert (
-        exactly[-1] > exactly[0] + 0.2 > 0.25
-        and np.abs(sampled - exactly).max() < 0.06
-        and np.abs(sampled - exactly)[0] < 0.015
-    )
-    assert (
-        sampled.shape == exactly.shape == (16,)
-        and len(seen) == 256
-        and sum(seen) == 26
-        and set(seen) == {0, 1}
-    )
+    assert exactly[-1] > exactly[0] + 0.2 > 0.25
+    assert np.abs(sampled - exactly).max() < 0.06
+    assert np.abs(sampled - exactly)[0] < 0.015
+    assert sampled.shape == exactly.shape == (16,)
+    assert len(seen) == 256
+    assert sum(seen) == 26
+    assert set(seen) == {0, 1}
 
 
 def test_the_floor_that_coverage_promises_is_below_the_exact_pass_at_n(monkeypatch):
@@ -448,11 +423,9 @@ def test_the_floor_that_coverage_promises_is_below_the_exact_pass_at_n(monkeypat
     assert row["floor"] == pytest.approx(
         [1 - best_of_n_loss(lambda M: np.mean(p <= 1 / M), k) for k in range(1, 41)]
     )
-    assert (
-        all(f <= e for f, e in zip(row["floor"], row["exact"], strict=True))
-        and row["floor"][0] == 0
-        and 0.7 < row["floor"][-1] < 0.75
-    )
+    assert all(f <= e for f, e in zip(row["floor"], row["exact"], strict=True))
+    assert row["floor"][0] == 0
+    assert 0.7 < row["floor"][-1] < 0.75
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5])
@@ -461,18 +434,15 @@ def test_the_task_asks_for_a_path_and_pays_for_the_one_of_the_class(size):
     for _ in range(200):
         problem = paths.draw(rng, size)
         n = paths.prompt_length(size)
-        assert (
-            len(problem) == n + paths.budget(size)
-            and paths.tokenizer.encode(paths.prompt(problem)) == problem[:n]
-        )
+        assert len(problem) == n + paths.budget(size)
+        assert paths.tokenizer.encode(paths.prompt(problem)) == problem[:n]
         right = paths.tokenizer.decode(problem[n:])
         assert paths.reward(problem, right) == 1 and paths.reward(problem, right[:-1]) == 0
         edges = {problem[i] * 100 + problem[i + 1] for i in range(0, n - 4, 2)}
         for text in (right, paths.demonstrate(rng, problem)):
             walk = [problem[n - 3], *paths.tokenizer.encode(text)]
-            assert walk[-1] == problem[n - 2] and all(
-                u * 100 + v in edges for u, v in zip(walk, walk[1:], strict=True)
-            )
+            assert walk[-1] == problem[n - 2]
+            assert all(u * 100 + v in edges for u, v in itertools.pairwise(walk))
         rewards.append(paths.reward(problem, text))
     assert abs(np.mean(rewards) - 0.5 ** (size - 1)) < 0.1, (
         "a demonstrator goes either way at each fork"
@@ -496,18 +466,8 @@ def test_the_task_holds_out_a_tenth_and_draws_nine_of_ten_graphs_of_g1():
 
 def test_reinforce_learns_paths_too_and_says_how_long_they_may_be(tmp_path):
     finish("reinforce.py", "--quick", "--task", "paths", "--size", 3, "--out", tmp_path / "run")
-    code, _, err = launch(
-        "reinforce.py",
-        "--quick",
-        "--task",
-        "paths",
-        "--size",
-        8,
-        "--warm-up",
-        50,
-        "--out",
-        tmp_path / "long",
-    )
+    flags = "--quick --task paths --size 8 --warm-up 50"
+    code, _, err = launch("reinforce.py", *flags.split(), "--out", tmp_path / "long")
     assert code == 2 and "letters for 5" in err and "Traceback" not in err
 
 
@@ -527,9 +487,8 @@ def test_the_examples_count_eight_answers_and_say_whether_one_is_right(monkeypat
 
 def test_the_table_counts_and_the_coin_can_be_infinitely_wrong():
     kl, c16 = horizon.table(8, 2000, 0).values()
-    assert list(horizon.table(8, 2000, 0)) == ["kl", "cov@16"] and kl == pytest.approx(
-        1.51, abs=0.1
-    )
+    assert list(horizon.table(8, 2000, 0)) == ["kl", "cov@16"]
+    assert kl == pytest.approx(1.51, abs=0.1)
     assert list(horizon.table(64, 2000, 0).values()) == [
         pytest.approx(8 * kl, rel=0.1),
         pytest.approx(c16, rel=0.1),
@@ -545,9 +504,8 @@ def test_the_table_counts_and_the_coin_can_be_infinitely_wrong():
     infinite, cov2 = horizon.coin(20, 0).values()
     q = np.arange(21) / 20
     mass = np.array([math.comb(20, k) * 0.01**k * 0.99 ** (20 - k) for k in range(21)])
-    assert infinite == pytest.approx(mass[0] + mass[-1], abs=0.01) and cov2 == pytest.approx(
-        mass @ (0.01 * (q <= 0.005) + 0.99 * (1 - q <= 0.495)), abs=0.0005
-    )
+    assert infinite == pytest.approx(mass[0] + mass[-1], abs=0.01)
+    assert cov2 == pytest.approx(mass @ (0.01 * (q <= 0.005) + 0.99 * (1 - q <= 0.495)), abs=0.0005)
 
 
 @pytest.mark.parametrize("prompt", [0, 1])
@@ -558,9 +516,8 @@ def test_the_linear_models_gradient_by_finite_differences(prompt):
         return (log_probs(theta, prompt) * counts).sum()
 
     numeric = [(value(theta + e * d) - value(theta - e * d)) / (2 * e) for d in np.eye(3)]
-    assert gradient(theta, prompt, counts) == pytest.approx(numeric, rel=1e-5, abs=1e-5) and np.exp(
-        log_probs(theta, prompt)
-    ).sum() == pytest.approx(1)
+    assert gradient(theta, prompt, counts) == pytest.approx(numeric, rel=1e-5, abs=1e-5)
+    assert np.exp(log_probs(theta, prompt)).sum() == pytest.approx(1)
 
 
 def test_projection():
@@ -584,9 +541,8 @@ def test_the_exact_coverage_by_enumeration_of_all_sequences(monkeypatch):
                         * math.exp(truth[list(y)].sum())
                         * ((truth - own)[list(y)].sum() >= math.log(N))
                     )
-            assert exact_coverage(theta, H, N, most=4)[i] == pytest.approx(total, abs=1e-9) and (
-                i or total > 0.0005
-            )
+            assert exact_coverage(theta, H, N, most=4)[i] == pytest.approx(total, abs=1e-9)
+            assert i or total > 0.0005
 
 
 def test_truncated_weights_spend_the_budget_and_no_more():
@@ -594,11 +550,9 @@ def test_truncated_weights_spend_the_budget_and_no_more():
     e = rng.exponential(size=(50, 20)) * rng.random((50, 1))
     for A in (0.5, 3.0):
         w = truncated_weights(e, A)
-        assert (
-            (w * e).sum(1) == pytest.approx(np.minimum(A, e.sum(1)))
-            and (np.diff(w, axis=1) <= 0).all()
-            and ((w == 0) | (w == 1)).mean() > 0.9
-        )
+        assert (w * e).sum(1) == pytest.approx(np.minimum(A, e.sum(1)))
+        assert (np.diff(w, axis=1) <= 0).all()
+        assert ((w == 0) | (w == 1)).mean() > 0.9
     assert truncated_weights(np.zeros(4), 1.0).tolist() == [1] * 4
 
 
@@ -611,13 +565,11 @@ def test_the_likelihood_of_the_ttt_sampler_is_the_product_of_its_steps():
             total += log_probs(theta, prompt)[token]
             theta = project(theta + 0.01 * gradient(theta, prompt, np.eye(3)[token]))
         together = teacher_forced(np.broadcast_to(theta0, (3, 3)), prompts, tokens, 0.01)
-        assert together[i] == pytest.approx(total) and teacher_forced(
-            theta0, prompt, tokens[i], 0.01
-        ) == pytest.approx(total)
+        assert together[i] == pytest.approx(total)
+        assert teacher_forced(theta0, prompt, tokens[i], 0.01) == pytest.approx(total)
         frozen = log_probs(theta0, prompt)[tokens[i]].sum()
-        assert abs(total - frozen) > 1e-3 and teacher_forced(
-            theta0, prompt, tokens[i], 0.0
-        ) == pytest.approx(frozen)
+        assert abs(total - frozen) > 1e-3
+        assert teacher_forced(theta0, prompt, tokens[i], 0.0) == pytest.approx(frozen)
     logs = [
         teacher_forced(theta0, 1, np.array(y), 0.01) for y in itertools.product(range(3), repeat=3)
     ]
@@ -626,7 +578,8 @@ def test_the_likelihood_of_the_ttt_sampler_is_the_product_of_its_steps():
 
 def test_a_token_step_is_sgd_on_one_token():
     logp, theta = token_step(np.array([0.5, 0.3, 0.2]), 1, 2, 0.001)
-    assert theta[:2].tolist() == [0.5, 0.3] and theta[2] == pytest.approx(
+    assert theta[:2].tolist() == [0.5, 0.3]
+    assert theta[2] == pytest.approx(
         0.2 + 0.001 * 14 * (1 - np.exp([-2.8, 0, 2.8]) @ [-1, 0, 1] / np.exp([-2.8, 0, 2.8]).sum())
     )
     assert logp == pytest.approx(2.8 - math.log(np.exp([-2.8, 0, 2.8]).sum()))
@@ -669,11 +622,9 @@ def test_ttt_trains_on_the_mixture_token_by_token_and_decodes_with_the_same_step
     assert token_steps.ttt_coverage(0.003, 8, 300, 5).tolist() == pytest.approx(
         [1 - optimizers.LOUD] * 5
     )
-    assert (
-        len(trained) == 300 * 8
-        and {c[1] for c in trained + decoded} == {0.003}
-        and np.mean([c[2] for c in trained]) == pytest.approx(1 - optimizers.LOUD, abs=0.01)
-    )
+    assert len(trained) == 300 * 8
+    assert {c[1] for c in trained + decoded} == {0.003}
+    assert np.mean([c[2] for c in trained]) == pytest.approx(1 - optimizers.LOUD, abs=0.01)
     assert all((c[3] == np.where(c[2] == 1, 2, 1)).all() for c in trained), (
         "the truth's likely tokens"
     )
@@ -682,14 +633,10 @@ def test_ttt_trains_on_the_mixture_token_by_token_and_decodes_with_the_same_step
 
 def test_sgd_bounces_where_the_step_is_long_and_normalised_sgd_does_not():
     assert optimizers.linear("sgd", 2.5 / (256 * 35), 256, 300, 2).min() > 0.9
-    assert (
-        optimizers.linear("sgd", 1 / (16 * 35), 16, 800, 4).max() < 0.005
-        and optimizers.linear("normalised", 0.2, 256, 1000, 2).max() < 0.001
-    )
-    assert (
-        optimizers.linear("distilled", 0.002, 256, 800, 8).mean() < 0.005
-        and token_steps.ttt_coverage(0.003, 64, 300, 8).mean() < 0.005
-    )
+    assert optimizers.linear("sgd", 1 / (16 * 35), 16, 800, 4).max() < 0.005
+    assert optimizers.linear("normalised", 0.2, 256, 1000, 2).max() < 0.001
+    assert optimizers.linear("distilled", 0.002, 256, 800, 8).mean() < 0.005
+    assert token_steps.ttt_coverage(0.003, 64, 300, 8).mean() < 0.005
     assert optimizers.linear("sgd", 0.25 / (4096 * 35), 4096, 300, 2).min() > 0.015, (
         "the rare prompt is not learnt"
     )
@@ -704,21 +651,16 @@ def test_fine_tuning_draws_the_mixture_and_keeps_the_base():
     base = build(config, "cpu")
     before = {k: v.clone() for k, v in base.state_dict().items()}
     model, valid, kept = selection.fine_tune(config, run, 0, base)
-    assert (
-        all(torch.equal(v, before[k]) for k, v in base.state_dict().items())
-        and sorted(kept) == [0]
-        and sorted(valid) == [0, 2, 4]
-    )
-    assert all(
-        torch.equal(a, b) for a, b in zip(kept[0].values(), before.values(), strict=True)
-    ) and not torch.equal(model.lm_head.weight, kept[0]["lm_head.weight"])
+    assert all(torch.equal(v, before[k]) for k, v in base.state_dict().items())
+    assert sorted(kept) == [0]
+    assert sorted(valid) == [0, 2, 4]
+    assert all(torch.equal(a, b) for a, b in zip(kept[0].values(), before.values(), strict=True))
+    assert not torch.equal(model.lm_head.weight, kept[0]["lm_head.weight"])
     rows = [r for r in run.rows if r["phase"] == "finetune"]
     test, weights = cov.evaluation_graphs(config, 0)
-    assert (
-        [r["step"] for r in rows] == [0, 2, 4]
-        and rows[-1]["kl"] == pytest.approx(-measure_logp(model, test) @ weights)
-        and weights.sum() == pytest.approx(1)
-    )
+    assert [r["step"] for r in rows] == [0, 2, 4]
+    assert rows[-1]["kl"] == pytest.approx(-measure_logp(model, test) @ weights)
+    assert weights.sum() == pytest.approx(1)
     assert weights[:16].sum() == pytest.approx(0.9)
 
 
@@ -728,13 +670,11 @@ def test_keeping_checkpoints_changes_nothing_about_the_training():
         cov.fine_tune(config, one, "cross-entropy", 0, base),
         selection.fine_tune(config, other, 0, base)[0],
     )
-    assert (
-        all(
-            torch.equal(a, b)
-            for a, b in zip(plain.state_dict().values(), kept.state_dict().values(), strict=True)
-        )
-        and one.rows == other.rows
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(plain.state_dict().values(), kept.state_dict().values(), strict=True)
     )
+    assert one.rows == other.rows
 
 
 def test_pre_training_takes_all_three_classes_and_fine_tuning_is_nine_tenths_g1(monkeypatch):
@@ -779,18 +719,14 @@ def test_a_checkpoints_row_weighs_the_classes_nine_to_one(monkeypatch):
     )
     assert abs(np.mean(validation == 1) - 0.1) < 0.04 and set(validation) == {0, 1}
     p, w = probabilities[ids.tobytes()], np.where(test == 0, 0.9, 0.1) / 200
-    assert len(probabilities) == 2 and valid[3].exp().tolist() == pytest.approx(
-        probabilities[valid_ids.tobytes()]
-    )
+    assert len(probabilities) == 2
+    assert valid[3].exp().tolist() == pytest.approx(probabilities[valid_ids.tobytes()])
     row = run.rows[-1]
-    assert (
-        row["kl"] == pytest.approx(-w @ np.log(p))
-        and row["seed"] == 7
-        and [r["step"] for r in run.rows] == [0, 2, 3]
-    )
-    assert all(row[f"cov@{N}"] == pytest.approx(w @ (p <= 1 / N)) for N in cov.NS) and all(
-        row[f"pass@{N}"] == pytest.approx(w @ (1 - (1 - p) ** N)) for N in cov.TRIES
-    )
+    assert row["kl"] == pytest.approx(-w @ np.log(p))
+    assert row["seed"] == 7
+    assert [r["step"] for r in run.rows] == [0, 2, 3]
+    assert all(row[f"cov@{N}"] == pytest.approx(w @ (p <= 1 / N)) for N in cov.NS)
+    assert all(row[f"pass@{N}"] == pytest.approx(w @ (1 - (1 - p) ** N)) for N in cov.TRIES)
     other, _ = cov.evaluation_graphs(small(eval_prompts=200), 8)
     assert not any((a == ids).all(1).any() for a in (other, valid_ids)), (
         "every seed, and validation, has its own graphs"
@@ -809,11 +745,9 @@ def test_fine_tuning_takes_its_loss_and_calls_keep_at_every_checkpoint():
         lambda logp: seen.append(logp.shape) or 0 * logp,
         keep=lambda step, m: kept.append((step, id(m))),
     )
-    assert (
-        seen == [(8,)] * 5
-        and not torch.equal(model.lm_head.weight, plain.lm_head.weight)
-        and kept == [(step, id(model)) for step in (0, 2, 4, 5)]
-    )
+    assert seen == [(8,)] * 5
+    assert not torch.equal(model.lm_head.weight, plain.lm_head.weight)
+    assert kept == [(step, id(model)) for step in (0, 2, 4, 5)]
     assert sorted(run.state) == ["a 0", "b 0"]
 
 
@@ -822,12 +756,8 @@ def test_fine_tuning_hands_the_mixture_and_the_learning_rate_to_training(monkeyp
     monkeypatch.setattr(cov, "train", lambda *args: calls.append(args) or ())
     config, run, base = small(lr=1e-3), Memory(), build(small(), "cpu")
     cov.fine_tune(config, run, "a", 3, base, "loss", kept="kept")
-    assert calls[0][:4] == (config, run, "a 3", 3) and calls[0][5:] == (
-        (0.9, 0.1, 0.0),
-        [1e-3] * 4,
-        "loss",
-        "kept",
-    )
+    assert calls[0][:4] == (config, run, "a 3", 3)
+    assert calls[0][5:] == ((0.9, 0.1, 0.0), [1e-3] * 4, "loss", "kept")
     cov.pretrain(small(sft_steps=100, sft_lr=1e-2), run, 3, "cpu")
     assert calls[1][2:4] == ("base 3", 3) and calls[1][5] == (1 / 3, 1 / 3, 1 / 3)
     assert calls[1][6] == pytest.approx(
@@ -877,17 +807,16 @@ def test_selection_takes_the_best_loss_the_tournaments_winner_and_of_equals_the_
         ),
     )
     picks = selection.select(small(eval_prompts=400), model, valid, weights, 0)
-    assert logp[2].mean() > logp[1].mean() and picks == {
+    assert logp[2].mean() > logp[1].mean()
+    assert picks == {
         "best validation loss": 8,
         "validation Pass@8": 4,
         "tournament": 4,
         "offset": 8,
     }
-    assert (
-        len(drawn) == 1
-        and abs(np.mean(drawn[0][0] == 1) - 0.1) < 0.04
-        and set(drawn[0][0]) == {0, 1}
-    )
+    assert len(drawn) == 1
+    assert abs(np.mean(drawn[0][0] == 1) - 0.1) < 0.04
+    assert set(drawn[0][0]) == {0, 1}
 
 
 def test_every_step_has_its_learning_rate_and_the_gradient_is_cut_to_norm_1(monkeypatch):
@@ -907,9 +836,8 @@ def test_every_step_has_its_learning_rate_and_the_gradient_is_cut_to_norm_1(monk
     )
     model = cov.pretrain(config, run, 0, "cpu")
     assert rates == pytest.approx([1e-2 * min((i + 1) / 50, 1 - i / 60) for i in range(60)])
-    assert [r["step"] for r in run.rows] == [0, 50, 59] and measure_logp(
-        model, ids
-    ).mean() > measure_logp(base, ids).mean() + 0.3
+    assert [r["step"] for r in run.rows] == [0, 50, 59]
+    assert measure_logp(model, ids).mean() > measure_logp(base, ids).mean() + 0.3
     rates.clear()
     trained(config, run, "c", 0, base, (1.0, 0.0, 0.0), [1e-3, 2e-3])
     assert rates == [1e-3, 2e-3]
@@ -927,11 +855,9 @@ def test_every_loss_sees_the_same_graphs_and_every_seed_others(monkeypatch):
         ("a 1", 1, ()),
     ):
         trained(small(), Memory(), phase, seed, base, cov.DATA, [1e-3] * 3, *loss)
-    assert (
-        all((a == b).all() for a, b in zip(draws[:3], draws[3:6], strict=True))
-        and (draws[0] != draws[1]).any()
-        and (draws[0] != draws[6]).any()
-    )
+    assert all((a == b).all() for a, b in zip(draws[:3], draws[3:6], strict=True))
+    assert (draws[0] != draws[1]).any()
+    assert (draws[0] != draws[6]).any()
 
 
 def interrupted(training):
@@ -974,10 +900,10 @@ def test_an_interrupted_fine_tuning_keeps_its_checkpoints():
     whole = training(Memory())
     # broken off; finished, then trained on
     for again in (interrupted(training), training(longer)):
-        assert list(whole[1]) == list(again[1]) == list(range(9)) and all(
-            torch.equal(whole[1][k], again[1][k]) for k in whole[1]
-        )
-        assert list(whole[2]) == list(again[2]) == [0, 4, 8] and all(
+        assert list(whole[1]) == list(again[1]) == list(range(9))
+        assert all(torch.equal(whole[1][k], again[1][k]) for k in whole[1])
+        assert list(whole[2]) == list(again[2]) == [0, 4, 8]
+        assert all(
             torch.equal(a, b)
             for k in whole[2]
             for a, b in zip(whole[2][k].values(), again[2][k].values(), strict=True)
@@ -1069,21 +995,15 @@ def test_the_claims_of_coverage_compare_what_they_say():
         },
         rel=2e-3,
     )
-    assert (
-        "the KL falls from 1.000 to 0.535" in titles
-        and "Pass@16 falls from 0.990 to 0.955" in titles
-        and "Pass@8 falls from 0.900 to 0.870; at its best 0.960" in titles
-    )
-    assert (
-        "with Cov_8 -0.75, with the KL +0.75" in titles
-        and "Best of 2 at the end 0.850, promised 0.725" in titles
-    )
+    assert "the KL falls from 1.000 to 0.535" in titles
+    assert "Pass@16 falls from 0.990 to 0.955" in titles
+    assert "Pass@8 falls from 0.900 to 0.870; at its best 0.960" in titles
+    assert "with Cov_8 -0.75, with the KL +0.75" in titles
+    assert "Best of 2 at the end 0.850, promised 0.725" in titles
     ours, titles, _ = claimed(cov, config, told(BACKWARDS))
-    assert (
-        "the KL rises from 0.535 to 1.000" in titles
-        and "Pass@16 rises from 0.955 to 0.990" in titles
-        and "falls" not in titles
-    )
+    assert "the KL rises from 0.535 to 1.000" in titles
+    assert "Pass@16 rises from 0.955 to 0.990" in titles
+    assert "falls" not in titles
     assert math.isnan(ours["kl steady"]), "what does not fall does not fall steadily"
     assert not any(c["holds"] for c in claimed(cov, config, told(SILENT))[2]), (
         "nothing holds of a model that never answers"
@@ -1096,21 +1016,17 @@ def test_the_claims_of_selection_compare_what_they_say():
     assert ours == pytest.approx(
         {"tournament": 0.055, "near best": 0.875, "rival": -0.035, "offset": 0.04}, rel=2e-3
     )
-    assert (
-        "best loss 0.870, of the tournament's 0.925 (2 seeds)" in titles
-        and "against KL (nats): rank correlation +0.75" in titles
-        and "Cov_8: rank correlation -0.75" in titles
-    )
+    assert "best loss 0.870, of the tournament's 0.925 (2 seeds)" in titles
+    assert "against KL (nats): rank correlation +0.75" in titles
+    assert "Cov_8: rank correlation -0.75" in titles
     assert not any(c["holds"] for c in claimed(selection, config, told(SILENT))[2])
 
 
 def test_the_claim_of_dco_compares_what_it_says():
     config = small(dco.Config, steps=40, seeds=2)
     ours, titles, _ = claimed(dco, config, told(CURVES))
-    assert (
-        ours == pytest.approx({"dco": 0.095}, rel=2e-3)
-        and "with cross-entropy 0.870, with DCO 0.965" in titles
-    )
+    assert ours == pytest.approx({"dco": 0.095}, rel=2e-3)
+    assert "with cross-entropy 0.870, with DCO 0.965" in titles
     assert not any(c["holds"] for c in claimed(dco, config, told(SILENT))[2])
 
 
@@ -1149,11 +1065,9 @@ def test_the_claims_of_horizon_compare_what_they_say(monkeypatch):
     horizon.measure(config, run)
     ours, titles, _ = claimed(horizon, config, run)
     assert ours == pytest.approx({"coverage": 90, "draws": 1 / 16}, rel=5e-3)
-    assert (
-        "8.0 times the KL, 1.20 times the Cov_16" in titles
-        and "Cov_16: from 8 to 64 tokens x 1.20, to 256 x 90.0" in titles
-        and "KL infinite in 20%, Cov_2 0.075" in titles
-    )
+    assert "8.0 times the KL, 1.20 times the Cov_16" in titles
+    assert "Cov_16: from 8 to 64 tokens x 1.20, to 256 x 90.0" in titles
+    assert "KL infinite in 20%, Cov_2 0.075" in titles
     horizon.measure(config, run)
     assert len(run.rows) == 2 * (18 + 5), "a resumed run measures nothing twice"
 
@@ -1184,10 +1098,8 @@ def test_the_claims_of_optimizers_compare_what_they_say(monkeypatch):
         rel=2e-2,
     )
     assert calls == [(800, 2, 3)] * 55 and {r["seed"] for r in run.rows} == {3, 4}
-    assert (
-        "SGD 0.061, normalised 0.54, distilled 0.54" in titles
-        and "for 4,096 tokens: 0.043" in titles
-    )
+    assert "SGD 0.061, normalised 0.54, distilled 0.54" in titles
+    assert "for 4,096 tokens: 0.043" in titles
     assert len(run.rows) == 110 and all(r["sequences"] == 800 for r in run.rows), (
         "rows say what was done"
     )
@@ -1230,10 +1142,8 @@ def test_the_log_likelihood_of_what_is_no_number_is_missed_by_ttt_too(monkeypatc
 def test_a_quick_run_writes_figure_samples_metrics_claims_config_and_checkpoint(tmp_path):
     assert check_quick("coverage.py", tmp_path, also=("samples.txt",)) == "coverage"
     text = (tmp_path / "samples.txt").read_text()
-    assert (
-        text.count("    base ") == text.count("    trained ") == 3
-        and len([line for line in text.splitlines() if line[0] != " "]) == 3
-    )
+    assert text.count("    base ") == text.count("    trained ") == 3
+    assert len([line for line in text.splitlines() if line[0] != " "]) == 3
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -1249,11 +1159,9 @@ def test_help_lists_every_flag(name):
 
 
 def test_an_experiment_has_the_flags_of_the_lesson_and_its_own_defaults():
-    assert (
-        optimizers.Config().seeds == 50
-        and token_steps.Config().steps == 300
-        and horizon.Config().seeds == 5
-    )
+    assert optimizers.Config().seeds == 50
+    assert token_steps.Config().steps == 300
+    assert horizon.Config().seeds == 5
     assert (
         dataclasses.asdict(selection.Config())
         == dataclasses.asdict(Config())
@@ -1354,12 +1262,10 @@ def test_numbers_that_are_none_end_the_run_in_one_line_and_leave_what_was_finite
     for again in ((), ("--resume",)):
         code, _, err = launch("coverage.py", "--quick", "--out", tmp_path, *flags, *again)
         last = err.splitlines()[-1]
-        assert (
-            code == 2
-            and last.startswith("coverage.py: error: the ")
-            and f"of {phase}; " in last
-            and "Traceback" not in err
-        )
+        assert code == 2
+        assert last.startswith("coverage.py: error: the ")
+        assert f"of {phase}; " in last
+        assert "Traceback" not in err
         state = load_checkpoint(tmp_path / "model.pt")["state"]
         assert all(v.isfinite().all() for phase in state.values() for v in phase["model"].values())
         assert not (tmp_path / "claims.json").exists(), "nothing is claimed"
@@ -1372,18 +1278,9 @@ def test_interrupt_and_resume_give_the_metrics_of_an_uninterrupted_run_to_the_bi
 ):
     # the quick run draws it
     monkeypatch.setattr(plt.Figure, "savefig", lambda *_, **__: None)
-    check_resume(
-        "coverage.py",
-        tmp_path,
-        (dict(phase="pretrain"), dict(phase="finetune", step=10)),
-        "--quick",
-        "--steps",
-        20,
-        "--eval-every",
-        5,
-        "--n-layer",
-        1,
-    )
+    marks = dict(phase="pretrain"), dict(phase="finetune", step=10)
+    flags = "--quick --steps 20 --eval-every 5 --n-layer 1"
+    check_resume("coverage.py", tmp_path, marks, *flags.split())
 
 
 @pytest.mark.parametrize(

@@ -122,13 +122,12 @@ def test_exact_values_are_those_of_all_episodes_one_by_one(right, budget):
     p, draws, nats, found = map(np.array, zip(*episodes(M, right, budget), strict=True))
     assert p.sum() == pytest.approx(1)
     success, entropy, length, different = pk_exact(M, right, budget)
-    assert success == pytest.approx(
-        p[found is not None].sum(), abs=1e-12
-    ) and length == pytest.approx(1 + p @ draws)  # noqa: E711
+    solved = np.not_equal(found, None)
+    assert success == pytest.approx(p[solved].sum(), abs=1e-12)
+    assert length == pytest.approx(1 + p @ draws)
     share = np.array([p[found == i].sum() for i in range(right)]) / success
-    assert entropy == pytest.approx((p @ nats) / (p @ draws)) and different == pytest.approx(
-        math.exp(-(share * np.log(share)).sum())
-    )
+    assert entropy == pytest.approx((p @ nats) / (p @ draws))
+    assert different == pytest.approx(math.exp(-(share * np.log(share)).sum()))
 
 
 def test_the_first_action_is_uniform_over_the_wrong_ones_whatever_the_table_says():
@@ -138,10 +137,8 @@ def test_the_first_action_is_uniform_over_the_wrong_ones_whatever_the_table_says
     assert len(pk_start(6)) == 6, (
         "no row of a start, that could learn to say the right action first"
     )
-    assert (
-        draws[0].tolist() == list(range(10_000))
-        and np.bincount(draws[1], minlength=6).tolist()[0] == 0
-    )
+    assert draws[0].tolist() == list(range(10_000))
+    assert np.bincount(draws[1], minlength=6).tolist()[0] == 0
     assert abs(np.bincount(draws[1], minlength=6)[1:] / 10_000 - 0.2).max() < 0.02
 
 
@@ -150,11 +147,9 @@ def test_an_episode_ends_with_a_right_action_with_stop_or_with_the_budget():
     for i in range(500):
         actions = draws[2][draws[0] == i].tolist()
         before = draws[1][draws[0] == i].tolist()
-        assert (
-            lengths[i] == 1 + len(actions) <= 5
-            and before[1:] == actions[:-1]
-            and all(2 <= a < 6 for a in before)
-        )
+        assert lengths[i] == 1 + len(actions) <= 5
+        assert before[1:] == actions[:-1]
+        assert all(2 <= a < 6 for a in before)
         assert success[i] == (actions[-1] < 2) and (lengths[i] == 5 or not 2 <= actions[-1] < 6)
     assert 0 < success.mean() < 1 and 0 < (lengths == 5).mean() < 1
 
@@ -177,10 +172,8 @@ def test_the_sampled_gradient_has_the_exact_one_as_its_mean(adv, factor):
         success, alive = success + alive @ p[:, 0], alive @ p[:, :5]
     (exact,) = torch.autograd.grad(factor * success, M)
     draws, right, lengths = pk_sample(M.detach(), 1, 6, n, np.random.default_rng(0))
-    assert (
-        right.mean() == pytest.approx(pk_exact(M.detach(), 1, 6)[0], abs=0.005)
-        and draws.shape[1] == (lengths - 1).sum()
-    )
+    assert right.mean() == pytest.approx(pk_exact(M.detach(), 1, 6)[0], abs=0.005)
+    assert draws.shape[1] == (lengths - 1).sum()
     sampled = pk_gradient(M.detach(), pk_sums(M, draws, np.where(right, adv[1], adv[0]))) / n
     assert (sampled - exact).abs().max() < 0.003 and exact.abs().max() > 0.015
 
@@ -219,7 +212,7 @@ def test_a_batch_used_again_gives_ppos_gradient_draw_by_draw(masked, eps):
     )
 
 
-def test_masking_negatives_scales_the_expected_gradient_by_1_minus_p_whatever_the_size_of_the_group():
+def test_masking_negatives_scales_the_expected_gradient_by_1_minus_p_whatever_the_groups_size():
     """E[masked] = (1 - p) E[full]: over all groups of `size` answers of a softmax over four, two of
     which are right; the lesson's own advantages.
     """
@@ -282,19 +275,15 @@ def test_differences_at_equal_success_do_not_depend_on_the_speed_and_are_paired_
 def test_texts_are_parsed_into_attempts_and_what_they_name():
     attempts, named = parse(TRIES + FOUND + "ANS 8 +6")
     assert attempts == [(3, 6, False), (11, 2, False), (8, 6, True)] and named == (8, 6)
-    assert (
-        parse(TRIES + "ANS 8") == (attempts[:2], None)
-        and parse("3 +6 =9 NO 11 +2") == (attempts[:1], None)
-        and parse("") == ([], None)
-    )
+    assert parse(TRIES + "ANS 8") == (attempts[:2], None)
+    assert parse("3 +6 =9 NO 11 +2") == (attempts[:1], None)
+    assert parse("") == ([], None)
     assert parse(TRIES) == (attempts[:2], None) and parse("ANS 8 +6 OK") == ([], None)
     for words in ("OK +6", "<pad> +6", "3 6", "3 =6", "+3 +6"):
         assert parse(words + " =9 NO") == ([], None)
-    assert (
-        parse("ANS 8 +6") == ([], (8, 6))
-        and parse(TRIES + "ANS 8 +6 +6")[1] is None
-        and parse("<pad> " + TRIES) == ([], None)
-    )
+    assert parse("ANS 8 +6") == ([], (8, 6))
+    assert parse(TRIES + "ANS 8 +6 +6")[1] is None
+    assert parse("<pad> " + TRIES) == ([], None)
 
 
 def test_only_two_numbers_of_the_problem_with_its_sum_are_right():
@@ -323,10 +312,8 @@ def test_every_word_has_an_id_of_its_own_and_the_end_decodes_to_nothing():
     for size in range(1, 9):  # whoever trains on the smaller ones, too
         problem = draw(random.Random(size), size)
         text = demonstrate(random.Random(0), problem, patience=(1, 1))
-        assert (
-            set(TASK.encode(prompt(problem) + " " + text)) <= set(range(77))
-            and numbers.budget(size) <= 116
-        )
+        assert set(TASK.encode(prompt(problem) + " " + text)) <= set(range(77))
+        assert numbers.budget(size) <= 116
     assert numbers.budget(6) == 64
 
 
@@ -337,17 +324,14 @@ def test_every_problem_has_an_answer_and_every_demonstration_its_format():
             problems, texts, count, true_sums = [], [], 0, []
             for _ in range(300):
                 problem = xs, target = draw(rng, size)
-                assert len(set(xs)) == size and any(
-                    a + b == target for a in xs for b in xs if a != b
-                )
+                assert len(set(xs)) == size
+                assert any(a + b == target for a in xs for b in xs if a != b)
                 assert prompt(problem) == f"from {' '.join(map(str, xs))} ?{target}"
                 text = demonstrate(rng, problem, **how)
                 attempts, named = parse(text)
-                assert (
-                    1 <= len(attempts) <= 16
-                    and len(text.split()) == 4 * len(attempts) + 3
-                    and named == attempts[-1][:2]
-                )
+                assert 1 <= len(attempts) <= 16
+                assert len(text.split()) == 4 * len(attempts) + 3
+                assert named == attempts[-1][:2]
                 assert not any(ok for *_, ok in attempts[:-1])
                 true_sums.append(np.mean([f"{a} +{b} ={a + b} " in text for a, b, _ in attempts]))
                 count += len(attempts)
@@ -376,9 +360,8 @@ def test_a_tenth_of_the_problems_is_held_out_whatever_the_order_of_the_numbers()
         {name(draw(rng, 6, h)) for _ in range(n)} for h, n in ((False, 30_000), (True, 3_000))
     )
     assert not trained & held_out and abs(len(held_out) / len(trained | held_out) - 0.1) < 0.03
-    assert {x for xs, _ in trained for x in xs} == set(range(1, 13)) and {
-        xs for xs, _ in trained
-    } & {xs for xs, _ in held_out}
+    assert {x for xs, _ in trained for x in xs} == set(range(1, 13))
+    assert {xs for xs, _ in trained} & {xs for xs, _ in held_out}
 
 
 @pytest.mark.parametrize("size", [3, 6, 8])
@@ -398,16 +381,9 @@ def test_a_single_problem_has_one_right_pair(size):
 
 @pytest.mark.parametrize("single", [False, True])
 def test_training_never_sees_a_held_out_problem(single, monkeypatch):
-    shown, config = (
-        [],
-        small(
-            mask.Config if single else Config,
-            sft_steps=3,
-            sft_batch=32,
-            gate=-1.0,
-            steps=3,
-            budget=16,
-        ),
+    shown = []
+    config = small(
+        mask.Config if single else Config, sft_steps=3, sft_batch=32, gate=-1.0, steps=3, budget=16
     )
     monkeypatch.setattr(numbers, "prompt", lambda problem: shown.append(problem) or prompt(problem))
     base = curriculum.warm_up(config, Memory(), 0, "cpu")
@@ -437,11 +413,9 @@ def test_behaviour_counts_attempts_different_pairs_hits_and_giving_up():
 
 def test_the_budget_rule_takes_the_papers_choice():
     success = dict(zip((256, 512, 1024, 2048, 4096), (0.06, 0.17, 0.23, 0.24, 0.24), strict=True))
-    assert (
-        budget_rule(success, 1.2) == 1024
-        and budget_rule(success, 1.5) == 512
-        and budget_rule(success, 3.0) == 256
-    )
+    assert budget_rule(success, 1.2) == 1024
+    assert budget_rule(success, 1.5) == 512
+    assert budget_rule(success, 3.0) == 256
     assert budget_rule({16: 0.1, 32: 0.2, 64: 0.4}, 1.2) == 32, (
         "no plateau in sight: the largest that could have been one"
     )
@@ -455,9 +429,8 @@ def test_zeros_are_no_plateau():
 def test_advantages_are_divided_by_the_groups_deviation_and_exactly_0_among_equals():
     rewards = torch.tensor([[1, 0, 0, 0], [1, 1, 1, 1], [0.1, 0.1, 0.1, 0.1], [1, 1, 0, 1]])
     adv = advantages(rewards)
-    assert (adv[1:3] == 0).all() and adv[0].tolist() == pytest.approx(
-        [1.5, -0.5, -0.5, -0.5], abs=1e-4
-    )
+    assert (adv[1:3] == 0).all()
+    assert adv[0].tolist() == pytest.approx([1.5, -0.5, -0.5, -0.5], abs=1e-4)
     assert adv[3].tolist() == pytest.approx([0.5, 0.5, -1.5, 0.5], abs=1e-4)
 
 
@@ -511,9 +484,8 @@ def test_an_answer_belongs_to_its_problem_and_one_that_does_not_end_is_wrong(mon
     rollout, texts, rewards = curriculum.answer(
         policy(), problems, 8, 100, torch.Generator().manual_seed(0)
     )
-    assert asked == [
-        (problems[i // 8], text) for i, text in enumerate(texts)
-    ] and rewards.shape == (4, 8)
+    assert asked == [(problems[i // 8], text) for i, text in enumerate(texts)]
+    assert rewards.shape == (4, 8)
     for ids, tokens, text, (problem, _), right in zip(
         rollout.ids.tolist(),
         rollout.tokens(),
@@ -547,16 +519,12 @@ def test_evaluation_scores_the_cut_answers(monkeypatch):
             8,
             draw=lambda rng, size, held_out: drawn.append(rng.random()) or PROBLEM,
         )
-        assert (
-            [row[f"pass@1 of {b}"] for b in (4, 8, 11, 12, 64)] == [0, 0, 0, 1, 1]
-            and row["attempts"] == 2
-            and row["nats"] == 0.5
-        )
-    assert (
-        [call[:3] for call in asked] == [(8, 1, 64)] * 2
-        and asked[0] != asked[1]
-        and len(set(drawn)) == 16
-    )
+        assert [row[f"pass@1 of {b}"] for b in (4, 8, 11, 12, 64)] == [0, 0, 0, 1, 1]
+        assert row["attempts"] == 2
+        assert row["nats"] == 0.5
+    assert [call[:3] for call in asked] == [(8, 1, 64)] * 2
+    assert asked[0] != asked[1]
+    assert len(set(drawn)) == 16
 
 
 def test_of_k_answers_one_must_be_right(monkeypatch):
@@ -652,9 +620,10 @@ def test_the_update_is_the_clipped_policy_gradient_over_all_tokens(updates):
         torch.nn.utils.clip_grad_norm_(reference.parameters(), 1.0)
         optimizers[1].step()
     assert bool(clipped) == (updates > 1)
-    assert last["loss"] == pytest.approx(loss.item(), abs=1e-4) and last[
-        "entropy"
-    ] == pytest.approx(((entropy * trained_on).sum() / trained_on.sum()).item(), abs=1e-4)
+    assert last["loss"] == pytest.approx(loss.item(), abs=1e-4)
+    assert last["entropy"] == pytest.approx(
+        ((entropy * trained_on).sum() / trained_on.sum()).item(), abs=1e-4
+    )
     for a, b in zip(model.parameters(), reference.parameters(), strict=True):
         assert torch.allclose(a, b, atol=1e-4)
 
@@ -690,14 +659,13 @@ def test_of_is_each_seeds_own_last_row_though_they_end_at_different_steps():
                 x=100 * seed + step,
                 **{f"pass@1 of {b}": b * step for b in BUDGETS},
             )
-    assert curriculum.of(run, "a", "x").tolist() == [41, 143] and curriculum.of(
-        run, "a", "x", False
-    ).tolist() == [0, 100]
-    assert (
-        curriculum.tested(run, "a").tolist()
-        == [[b * 41 for b in BUDGETS], [b * 43 for b in BUDGETS]]
-        and not curriculum.tested(run, "a", False).any()
-    )
+    assert curriculum.of(run, "a", "x").tolist() == [41, 143]
+    assert curriculum.of(run, "a", "x", False).tolist() == [0, 100]
+    assert curriculum.tested(run, "a").tolist() == [
+        [b * 41 for b in BUDGETS],
+        [b * 43 for b in BUDGETS],
+    ]
+    assert not curriculum.tested(run, "a", False).any()
 
 
 def test_the_base_learns_every_token_of_an_answer_and_none_of_a_problem(monkeypatch):
@@ -772,13 +740,10 @@ def test_each_base_and_each_arm_of_each_seed_is_trained_apart_and_once(monkeypat
         return [torch.cat([p.flatten() for p in model.parameters()]) for model in models]
 
     weights, rows = all_of_them(), len(run.rows)
-    assert all(
-        not torch.equal(a, b) for i, a in enumerate(weights[:8]) for b in weights[:i]
-    ) and not torch.equal(weights[8], weights[10])
-    assert (
-        all(torch.equal(a, b) for a, b in zip(weights, all_of_them(), strict=True))
-        and len(run.rows) == rows
-    )
+    assert all(not torch.equal(a, b) for i, a in enumerate(weights[:8]) for b in weights[:i])
+    assert not torch.equal(weights[8], weights[10])
+    assert all(torch.equal(a, b) for a, b in zip(weights, all_of_them(), strict=True))
+    assert len(run.rows) == rows
 
 
 def paid_by_chance(monkeypatch):
@@ -814,14 +779,12 @@ def test_a_run_trains_its_copy_and_logs_every_budget(masked, monkeypatch):
         )
 
     model = train(run)
-    assert all(torch.equal(v, before[k]) for k, v in base.state_dict().items()) and any(
-        not torch.equal(v, before[k]) for k, v in model.state_dict().items()
-    )
+    assert all(torch.equal(v, before[k]) for k, v in base.state_dict().items())
+    assert any(not torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert all(torch.equal(v, before[k]) for k, v in train(Memory(), lr=0.0).state_dict().items())
     tests = BUDGETS if masked is None else (16, 32)
-    assert [row["step"] for row in run.rows] == [0, 1, 2] and all(
-        f"pass@1 of {b}" in row for row in run.rows for b in tests
-    )
+    assert [row["step"] for row in run.rows] == [0, 1, 2]
+    assert all(f"pass@1 of {b}" in row for row in run.rows for b in tests)
 
 
 @pytest.mark.parametrize("masked, updates", [(True, 1), (False, 4)])
@@ -858,9 +821,8 @@ def test_a_stage_ends_where_its_next_batch_might_sample_too_much(monkeypatch):
     assert seen[0][:2] == seen[-1][:2] == (8, 512), "evaluated on the last stage's problems"
     sampled = 0
     for size, tokens_each, tokens in seen[1:-1]:
-        assert (size, tokens_each) == (
-            (4, 8) if sampled + 12 * 8 <= 300 else (8, 16)
-        ) and sampled + 12 * tokens_each <= 800
+        assert (size, tokens_each) == ((4, 8) if sampled + 12 * 8 <= 300 else (8, 16))
+        assert sampled + 12 * tokens_each <= 800
         sampled += tokens
     assert (
         run.rows[-1]["sampled_tokens"]
@@ -872,7 +834,7 @@ def test_a_stage_ends_where_its_next_batch_might_sample_too_much(monkeypatch):
 
 
 def test_an_arm_that_goes_on_after_another_is_the_arm_that_never_stopped(monkeypatch):
-    """Optimizer, random streams and tokens included: so the curriculum is treated like its rivals."""
+    """With its optimizer, random streams and tokens: the curriculum is treated like its rivals."""
     paid_by_chance(monkeypatch)
     config, run, stages = (
         small(coupled.Config, eval_every=100),
@@ -911,7 +873,8 @@ def test_lengths_of_right_and_of_wrong_answers_are_told_apart(monkeypatch):
     run = Memory()
     curriculum.train(small(steps=6), run, "a", 0, policy(), 16)
     both = [row for row in run.rows[1:] if row["length_right"] and row["length_wrong"]]
-    assert both and all(
+    assert both
+    assert all(
         row["length_right"] < row["length"] < row["length_wrong"] and row["length_right"] <= 8
         for row in both
     )
@@ -932,10 +895,8 @@ def test_an_answer_is_compared_with_the_others_to_its_problem(monkeypatch):
         curriculum, "advantages", lambda rewards: seen.append(rewards) or original(rewards)
     )
     curriculum.train(small(steps=4), Memory(), "a", 0, policy(), 16)
-    assert (
-        all(rewards.shape == (3, 4) and (rewards == rewards[:, :1]).all() for rewards in seen)
-        and 0 < torch.stack(seen).mean() < 1
-    )
+    assert all(rewards.shape == (3, 4) and (rewards == rewards[:, :1]).all() for rewards in seen)
+    assert 0 < torch.stack(seen).mean() < 1
 
 
 @pytest.mark.parametrize("what", ["base", "rl", "mask"])
@@ -972,7 +933,8 @@ def test_interrupting_between_two_steps_changes_nothing(what, monkeypatch):
     assert 0 < halves.state[phase]["step"] <= 2
     halves.rows = halves.rows[: halves.kept_rows]
     b = go(halves)
-    assert halves.rows == whole.rows and all(
+    assert halves.rows == whole.rows
+    assert all(
         torch.equal(x, y)
         for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True)
     )
@@ -987,7 +949,8 @@ def test_a_finished_run_resumed_with_more_steps_is_the_longer_run_to_the_bit(mon
     assert all(
         torch.equal(x, y)
         for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True)
-    ) and [row["step"] for row in run.rows] == [0, 1, 2, 3, 4]
+    )
+    assert [row["step"] for row in run.rows] == [0, 1, 2, 3, 4]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1189,7 +1152,8 @@ def judged(monkeypatch, tables):
             BUDGETS,
             False,
             small().eval_prompts // (4 if k > 1 else 1),
-        ) and seed == f"rule {model[-1]}"
+        )
+        assert seed == f"rule {model[-1]}"
         return {f"pass@{k} of {b}": x for b, x in zip(BUDGETS, tables[model, k], strict=True)}
 
     monkeypatch.setattr(coupled, "evaluate", evaluate)
@@ -1243,7 +1207,8 @@ def test_the_curriculum_and_its_rivals_have_the_same_tokens_and_train_what_the_r
             **{f"over {arm}": x for arm, x in ahead.items()},
             "rule": (longest.max(1) - longest[[0, 1, 2], [1, 0, 3]]).mean(),
         }
-    ) and upper == {"rule"}
+    )
+    assert upper == {"rule"}
     assert all(f"{x:+.2f}" in title for x in ahead.values())
 
 
@@ -1276,7 +1241,8 @@ def test_budgets_differ_in_the_budget_alone(monkeypatch):
             gain=at(64, 256) - at(64, 64),
             long=at(16, 16) - at(128, 16),
         )
-    ) and upper == {"flat"}
+    )
+    assert upper == {"flat"}
 
 
 def test_designs_of_mask_differ_in_the_mask_alone(monkeypatch):
@@ -1345,11 +1311,8 @@ def test_where_negatives_change_nothing_no_claim_on_tables_of_a_difference_holds
 )
 def test_an_experiments_own_seeds_and_steps(module, seeds, steps, eval_every):
     config = parse_args(module.Config, "", [])
-    assert (config.seeds, config.steps, config.eval_every) == (
-        seeds,
-        steps,
-        eval_every,
-    ) and config.out == f"out/{module.__name__.split('.')[-1]}"
+    assert (config.seeds, config.steps, config.eval_every) == (seeds, steps, eval_every)
+    assert config.out == f"out/{module.__name__.split('.')[-1]}"
     assert parse_args(module.Config, "", ["--quick"]).seeds == 1
 
 
@@ -1360,10 +1323,8 @@ def test_a_quick_run_writes_figure_samples_metrics_claims_config_and_checkpoint(
         == script.removesuffix(".py").split(".")[-1]
     )
     rows = (tmp_path / "samples.txt").read_text().splitlines()
-    assert (
-        sum(row.startswith("from ") for row in rows) == 3
-        and sum(row.split()[0] == "base" for row in rows) == 3
-    )
+    assert sum(row.startswith("from ") for row in rows) == 3
+    assert sum(row.split()[0] == "base" for row in rows) == 3
 
 
 def test_a_quick_run_on_tables_writes_figure_metrics_claims_and_config(tmp_path):
@@ -1449,19 +1410,18 @@ def test_a_run_that_diverges_ends_with_one_line_and_keeps_what_was_finite(
         "experiments.budget", "--quick", "--n-layer", 1, "--out", tmp_path, flag, "1e20"
     )
     error = err.splitlines()[-1]
-    assert (
-        code == 2
-        and error.startswith("experiments.budget: error: ")
-        and "model.pt" in error
-        and not (tmp_path / "claims.json").exists()
-    )
+    assert code == 2
+    assert error.startswith("experiments.budget: error: ")
+    assert "model.pt" in error
+    assert not (tmp_path / "claims.json").exists()
     assert all(
         math.isfinite(x) for row in metrics(tmp_path) for x in row.values() if isinstance(x, float)
     )
     states = torch.load(tmp_path / "model.pt", weights_only=True)["state"]
     assert all(
         torch.isfinite(p).all() for state in states.values() for p in state["model"].values()
-    ) and (flag == "--sft-lr" or states)
+    )
+    assert flag == "--sft-lr" or states
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -1487,18 +1447,9 @@ def test_a_signal_during_an_evaluation_is_heeded_at_once_and_nothing_is_lost(
 
 
 def test_interrupt_and_resume_give_the_metrics_of_an_uninterrupted_run_to_the_bit(tmp_path):
-    check_resume(
-        "curriculum.py",
-        tmp_path,
-        (dict(phase="sft"), dict(phase="rl")),
-        "--quick",
-        "--n-layer",
-        1,
-        "--sft-steps",
-        40,
-        "--steps",
-        4,
-    )
+    marks = dict(phase="sft"), dict(phase="rl")
+    flags = "--quick --n-layer 1 --sft-steps 40 --steps 4"
+    check_resume("curriculum.py", tmp_path, marks, *flags.split())
 
 
 def test_an_interrupted_curriculum_goes_on_after_stage_1_as_if_nothing_had_happened(
@@ -1515,16 +1466,9 @@ def test_an_interrupted_curriculum_goes_on_after_stage_1_as_if_nothing_had_happe
 
     monkeypatch.setattr(coupled, "evaluate", evaluate)
     paid_by_chance(monkeypatch)
-    check_resume(
-        "experiments.coupled",
-        tmp_path,
-        (dict(phase="rule"), dict(phase="rl", arm="stage 2 at 64")),
-        "--quick",
-        "--n-layer",
-        1,
-        "--stage-tokens",
-        4096,
-    )
+    marks = dict(phase="rule"), dict(phase="rl", arm="stage 2 at 64")
+    flags = "--quick --n-layer 1 --stage-tokens 4096"
+    check_resume("experiments.coupled", tmp_path, marks, *flags.split())
     weights = {
         row["arm"]: row["attempts"] for row in metrics(tmp_path / "whole") if row["phase"] == "rl"
     }

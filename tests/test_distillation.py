@@ -81,11 +81,9 @@ def test_the_words_with_half_of_the_best_ones_reward_live_on_and_the_best_is_dep
     run = Memory()
     word = fastslow.fast_and_slow(fast_config(steps=60), run, "fast and slow", 0, policy(0))[1]
     best = [RULES[1], PASSWORDS[2], 3]
-    assert (
-        run.state["fast and slow 0"]["kept"]["population"] == best
-        and run.rows[-1]["pass@1"] == 1.0
-        and run.rows[-1]["word"] == word == RULES[1]
-    )
+    assert run.state["fast and slow 0"]["kept"]["population"] == best
+    assert run.rows[-1]["pass@1"] == 1.0
+    assert run.rows[-1]["word"] == word == RULES[1]
     assert [words for words in asked if len(words) == 8][-1] == [best[i % 3] for i in range(8)]
 
 
@@ -121,10 +119,8 @@ def test_the_style_mass_is_how_often_answers_begin_with_a_style_word():
         :, PROMPT
     ]
     often = torch.isin(first, torch.tensor(list(STYLES))).float().mean().item()
-    assert (
-        estimators.style_mass(model, prompts) == pytest.approx(often, abs=0.01)
-        and 0.02 < often < 0.98
-    )
+    assert estimators.style_mass(model, prompts) == pytest.approx(often, abs=0.01)
+    assert 0.02 < often < 0.98
 
 
 def test_an_early_lead_is_measured_at_equal_steps_and_at_equal_tokens():
@@ -139,11 +135,9 @@ def test_an_early_lead_is_measured_at_equal_steps_and_at_equal_tokens():
         np.interp(t, [0, 200, 400], [0, 0.4, 0.8]).mean()
         - np.interp(t, [0, 100, 200, 300, 400], [0, 0.3, 0.6, 0.8, 0.8]).mean()
     )
-    assert (
-        by_steps == pytest.approx([0.3 / 4])
-        and by_tokens == pytest.approx([expected])
-        and expected < -0.1
-    )
+    assert by_steps == pytest.approx([0.3 / 4])
+    assert by_tokens == pytest.approx([expected])
+    assert expected < -0.1
 
 
 def test_greedy_decoding_is_measured_beside_sampling(monkeypatch):
@@ -244,10 +238,8 @@ def test_the_claims_of_cold_are_about_the_arms_that_they_name(monkeypatch, tmp_p
         trb_tokens=by_tokens("trb", 1000) - by_tokens("opd", 1000),
         skd_tokens=by_tokens("skd", 2000) - by_tokens("opd", 1000),
     )
-    assert (
-        all((c.base, c.expert) == ("cold base", "expert") for c in calls.values())
-        and list(calls) == cold.Config().methods
-    )
+    assert all((c.base, c.expert) == ("cold base", "expert") for c in calls.values())
+    assert list(calls) == cold.Config().methods
 
 
 def test_the_claims_of_estimators_are_about_the_arms_that_they_name(monkeypatch, tmp_path):
@@ -324,36 +316,14 @@ def test_a_mistake_in_the_flags_is_one_line_and_exit_code_2(name, flags, word, t
 
 
 def test_a_number_that_is_none_ends_fastslow_before_it_can_spoil_the_weights(tmp_path):
-    spoils(
-        "experiments.fastslow",
-        fastslow,
-        "divergence",
-        "loss",
-        tmp_path,
-        "--steps",
-        1,
-        "--sft-steps",
-        1,
-    )
+    flags = "--steps 1 --sft-steps 1"
+    spoils("experiments.fastslow", fastslow, "divergence", "loss", tmp_path, *flags.split())
 
 
 def test_a_signal_during_the_probe_ends_the_run_at_once_and_loses_nothing(tmp_path):
+    flags = "--quick --steps 1 --sft-steps 1 --expert-steps 1 --eval-prompts 2"
     cut_by_a_signal(
-        "experiments.cold",
-        cold,
-        "continuation",
-        6,
-        signal.SIGINT,
-        tmp_path,
-        "--quick",
-        "--steps",
-        1,
-        "--sft-steps",
-        1,
-        "--expert-steps",
-        1,
-        "--eval-prompts",
-        2,
+        "experiments.cold", cold, "continuation", 6, signal.SIGINT, tmp_path, *flags.split()
     )
 
 

@@ -6,14 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from common import (
-    PROMPTS,
-    VARIANTS,
-    V,
-    known,
-    make,
-    seeded,
-)
+from common import PROMPTS, VARIANTS, V, known, make, seeded
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import engine
@@ -69,12 +62,12 @@ def feed(gpt, cache, histories, T=1):
 def test_more_positions_than_the_block_are_an_error_with_a_cache_and_without():
     gpt = make(block_size=8)
     cache, _ = prefill(gpt, [3, 8], 20)
-    for ids, cache in (
+    for ids, past in (
         (torch.zeros(1, 9, dtype=torch.long), None),
         (torch.zeros(2, 1, dtype=torch.long), cache),
     ):
         with pytest.raises(AssertionError, match="block_size"):
-            gpt.hidden(ids, cache)
+            gpt.hidden(ids, past)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -212,7 +205,8 @@ def test_decoding_on_fixed_shapes_gives_the_tokens_of_decoding_step_by_step(
 ):
     gpt, rollouts = make(**VARIANTS[variant]).double().to(device), []
     for where, span in ((), 1), ((device,), 1), ((device,), 5), ((device,), 100):
-        monkeypatch.setattr(engine, "STATIC_ON", where), monkeypatch.setattr(engine, "SPAN", span)
+        monkeypatch.setattr(engine, "STATIC_ON", where)
+        monkeypatch.setattr(engine, "SPAN", span)
         rollouts.append(
             generate(gpt, PROMPTS, n=6, max_new_tokens=17, generator=seeded(), **SETTINGS[settings])
         )
@@ -270,7 +264,8 @@ def test_stopping_cuts_rows_and_changes_nothing_else(gpt, length, uniforms, stop
 
 @pytest.mark.parametrize("where", [(), ("cpu",)])
 def test_a_row_ends_at_whichever_of_several_ids_comes_first(monkeypatch, where):
-    monkeypatch.setattr(engine, "STATIC_ON", where), monkeypatch.setattr(engine, "SPAN", 5)
+    monkeypatch.setattr(engine, "STATIC_ON", where)
+    monkeypatch.setattr(engine, "SPAN", 5)
 
     def sample(stop):
         return generate(
@@ -289,14 +284,10 @@ def test_a_row_ends_at_whichever_of_several_ids_comes_first(monkeypatch, where):
         assert rows.tokens() == [
             row[: end[0] + 1] if end else row for row, end in zip(free, ends, strict=True)
         ]
-        assert (
-            rows.lengths.tolist() == [len(row) for row in rows.tokens()]
-            and rows.mask.sum() == rows.lengths.sum()
-        )
-    assert (
-        sample([3]).tokens() == sample(3).tokens() == sample(torch.tensor([3])).tokens()
-        and sample([]).tokens() == free
-    )
+        assert rows.lengths.tolist() == [len(row) for row in rows.tokens()]
+        assert rows.mask.sum() == rows.lengths.sum()
+    assert sample([3]).tokens() == sample(3).tokens() == sample(torch.tensor([3])).tokens()
+    assert sample([]).tokens() == free
 
 
 @pytest.mark.parametrize("where", [(), ("cpu",)])
@@ -393,11 +384,9 @@ def test_a_step_that_cannot_be_captured_runs_eagerly_from_then_on_and_on_the_str
     def step():
         return None
 
-    assert (
-        engine.captured(step, gpu) is step
-        and streams == ["the caller's"]
-        and engine.STATIC_ON == ()
-    )
+    assert engine.captured(step, gpu) is step
+    assert streams == ["the caller's"]
+    assert engine.STATIC_ON == ()
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
@@ -88,11 +89,9 @@ def test_a_resumed_training_is_the_uninterrupted_one_to_the_bit(tmp_path):
     )
     gpt, optimizer, g = fresh_training()
     state = load_checkpoint(tmp_path / "model.pt")
-    (
-        gpt.load_state_dict(state["model"]),
-        optimizer.load_state_dict(state["optimizer"]),
-        g.set_state(state["generator"]),
-    )
+    gpt.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    g.set_state(state["generator"])
     train(gpt, optimizer, g, 6 - state["step"])
     assert all(
         torch.equal(a, b) for a, b in zip(whole[0].parameters(), gpt.parameters(), strict=True)
@@ -123,7 +122,8 @@ def test_a_snapshot_stands_still_while_training_goes_on_and_restores_all_of_it(t
         train(gpt2, optimizer2, g2, 2)
         assert all(
             torch.equal(p, q) for p, q in zip(gpt.parameters(), gpt2.parameters(), strict=True)
-        ) and torch.equal(g.get_state(), g2.get_state())
+        )
+        assert torch.equal(g.get_state(), g2.get_state())
         assert all(torch.equal(kept["model"][k], v) for k, v in weights.items())
         assert all(
             torch.equal(kept["optimizer"]["state"][i][k], v)
@@ -135,25 +135,23 @@ def test_a_snapshot_stands_still_while_training_goes_on_and_restores_all_of_it(t
 def test_a_snapshot_can_do_without_optimizer_and_generator():
     gpt, _, _ = fresh_training()
     state = snapshot(7, gpt, None, random.Random(3))
-    assert (
-        state["optimizer"] is None
-        and state["generator"] is None
-        and restore(state, gpt, None, random.Random(4)) == 7
-    )
+    assert state["optimizer"] is None
+    assert state["generator"] is None
+    assert restore(state, gpt, None, random.Random(4)) == 7
 
 
 def test_an_interrupted_save_leaves_the_old_checkpoint_whole(tmp_path, monkeypatch):
     def interrupted(state, f):
-        (f if hasattr(f, "write") else open(f, "wb")).write(b"half of it")
+        write = f.write if hasattr(f, "write") else Path(f).write_bytes
+        write(b"half of it")
         raise KeyboardInterrupt
 
     save_checkpoint(tmp_path / "model.pt", step=1)
     with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
         m.setattr(torch, "save", interrupted)
         save_checkpoint(tmp_path / "model.pt", step=2)
-    assert load_checkpoint(tmp_path / "model.pt") == {"step": 1} and [
-        p.name for p in tmp_path.iterdir()
-    ] == ["model.pt"]
+    assert load_checkpoint(tmp_path / "model.pt") == {"step": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["model.pt"]
 
 
 @pytest.mark.parametrize(
@@ -192,10 +190,10 @@ class Other(Config):
 
 def test_flags_have_the_types_and_defaults_of_the_fields():
     assert parse_args(Config, "", []) == Config(out="out/test_experiment")
-    config = parse_args(
-        Config, "", "--steps 7 --lr 0.5 --loss dapo --window 3 --out x --quick".split()
+    flags = "--steps 7 --lr 0.5 --loss dapo --window 3 --out x --quick"
+    assert parse_args(Config, "", flags.split()) == Config(
+        out="x", quick=True, steps=7, lr=0.5, loss="dapo", window=3
     )
-    assert config == Config(out="x", quick=True, steps=7, lr=0.5, loss="dapo", window=3)
 
 
 @pytest.mark.parametrize(
@@ -220,9 +218,8 @@ def test_a_mistaken_flag_is_a_user_error(flags):
 
 
 def test_a_value_may_be_its_bound_and_two_words_are_joined_by_a_dash():
-    assert parse_args(Config, "", "--lr 1 --steps 0 --two-words 3 --out x".split()) == Config(
-        out="x", lr=1, steps=0, two_words=3
-    )
+    flags = "--lr 1 --steps 0 --two-words 3 --out x"
+    assert parse_args(Config, "", flags.split()) == Config(lr=1, steps=0, two_words=3, out="x")
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -259,11 +256,9 @@ def test_resume_takes_the_runs_flags_but_for_more_steps_and_refuses_contradictio
         parse_args(Config, "", ["--resume", "--out", out, "--lr", "0.5"])
     with pytest.raises(UserError, match="5 steps: 4 are fewer"):
         parse_args(Config, "", ["--resume", "--out", out, "--steps", "4"])
-    (
-        os.rename(tmp_path / "model.pt", tmp_path / "moved.pt"),
-        (tmp_path / "moved").mkdir(),
-        os.rename(tmp_path / "moved.pt", tmp_path / "moved" / "model.pt"),
-    )
+    os.rename(tmp_path / "model.pt", tmp_path / "moved.pt")
+    (tmp_path / "moved").mkdir()
+    os.rename(tmp_path / "moved.pt", tmp_path / "moved" / "model.pt")
     assert parse_args(Config, "", ["--resume", "--out", str(tmp_path / "moved")]).out == str(
         tmp_path / "moved"
     )
@@ -292,10 +287,8 @@ def test_resuming_from_a_torch_file_that_no_run_wrote_is_a_user_error_that_names
 
 def test_auto_takes_the_fastest_device_and_a_missing_one_is_a_user_error(monkeypatch):
     for cuda, mps, best in ((True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")):
-        (
-            monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda),
-            monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps),
-        )
+        monkeypatch.setattr(torch.cuda, "is_available", lambda cuda=cuda: cuda)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda mps=mps: mps)
         assert pick_device("auto") == best and pick_device("cpu") == "cpu"
     with pytest.raises(UserError, match="cuda"):
         pick_device("cuda")
@@ -353,9 +346,8 @@ def test_a_resumed_run_goes_on_from_the_checkpoints_rows(tmp_path, handlers):
     saved(run, "base", weight=torch.ones(3))
     run.log(step=3)  # after the checkpoint: made again
     again = Run(dataclasses.replace(config, resume=True))
-    assert again.rows == [{"step": 1}, {"step": 2}] and torch.equal(
-        again.state["base"]["weight"], torch.ones(3)
-    )
+    assert again.rows == [{"step": 1}, {"step": 2}]
+    assert torch.equal(again.state["base"]["weight"], torch.ones(3))
     again.log(step=3, again=True)
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == [
@@ -369,17 +361,15 @@ def test_a_resumed_run_goes_on_from_the_checkpoints_rows(tmp_path, handlers):
 def test_a_new_run_in_an_old_folder_forgets_all_of_the_old_one_and_a_resumed_one_nothing(
     tmp_path, handlers
 ):
-    run, whole = (
-        Run(Config(out=str(tmp_path))),
-        {
-            "config.json",
-            "metrics.jsonl",
-            "model.pt",
-            "claims.json",
-            "test_experiment.png",
-            "mine.png",
-        },
-    )
+    run = Run(Config(out=str(tmp_path)))
+    whole = {
+        "config.json",
+        "metrics.jsonl",
+        "model.pt",
+        "claims.json",
+        "test_experiment.png",
+        "mine.png",
+    }
     run.log(step=1)
     saved(run, "base", step=1)
     saved(run, "train", step=2)
@@ -406,7 +396,8 @@ def test_a_new_run_in_an_old_folder_forgets_all_of_the_old_one_and_a_resumed_one
 def test_a_folder_with_a_config_that_no_run_wrote_is_refused_and_not_touched(
     tmp_path, handlers, theirs
 ):
-    (tmp_path / "config.json").write_text(theirs), (tmp_path / "model.pt").touch()
+    (tmp_path / "config.json").write_text(theirs)
+    (tmp_path / "model.pt").touch()
     with pytest.raises(UserError, match=re.escape(str(tmp_path / "config.json"))):
         Run(Config(out=str(tmp_path)))
     assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {
@@ -417,7 +408,8 @@ def test_a_folder_with_a_config_that_no_run_wrote_is_refused_and_not_touched(
 
 def test_rows_that_are_missing_are_a_user_error(tmp_path, handlers):
     run = Run(Config(out=str(tmp_path)))
-    run.log(step=1), run.log(step=2)
+    run.log(step=1)
+    run.log(step=2)
     saved(run, "base")
     for damaged in ('{"step": 1}\n', '{"step": 1}\n{"st'):
         (tmp_path / "metrics.jsonl").write_text(damaged)
@@ -429,7 +421,7 @@ def test_a_resumed_run_names_the_code_that_began_it_and_the_code_that_went_on(
     tmp_path, handlers, monkeypatch
 ):
     for revision, named in (("a1", "a1"), ("a1", "a1"), *2 * [("b2", "a1, resumed at b2")]):
-        monkeypatch.setattr(experiment, "revision", lambda: revision)
+        monkeypatch.setattr(experiment, "revision", lambda revision=revision: revision)
         run = Run(Config(out=str(tmp_path), resume=(tmp_path / "model.pt").exists()))
         saved(run, "base")
         assert (
@@ -439,9 +431,10 @@ def test_a_resumed_run_names_the_code_that_began_it_and_the_code_that_went_on(
 
 def test_a_row_is_logged_once(tmp_path, handlers):
     run = Run(Config(out=str(tmp_path)))
-    run.log(step=1, arm="other"), run.log(step=2, arm="this")
+    run.log(step=1, arm="other")
+    run.log(step=2, arm="this")
     for value in (3, 4):
-        run.log_once(lambda: {"reward": value}, step=1, arm="this")
+        run.log_once(lambda value=value: {"reward": value}, step=1, arm="this")
     assert run.rows[2:] == [dict(step=1, arm="this", reward=3)]
 
 
@@ -451,7 +444,7 @@ def test_a_save_is_due_after_half_a_minute_or_twenty_times_what_one_takes(
     run, now = Run(Config(out=str(tmp_path))), time.time()
     for cost, seconds, due in ((0, 29, False), (0, 31, True), (10, 199, False), (10, 201, True)):
         run.saved, run.save_seconds = now, cost
-        monkeypatch.setattr(time, "time", lambda: now + seconds)
+        monkeypatch.setattr(time, "time", lambda then=now + seconds: then)
         assert bool(run.due) == due
 
 
@@ -539,7 +532,7 @@ def losses(run, steps, fresh, surprise=lambda step: None, **flags):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_in_the_middle_of_a_step_ends_the_run_at_once_and_a_resumed_run_is_the_whole_one_to_the_bit(
+def test_a_signal_within_a_step_ends_the_run_at_once_and_a_resumed_run_is_the_whole_one_to_the_bit(
     tmp_path, number, capsys
 ):
     with Run(Config(out=str(tmp_path / "whole"))) as whole:
@@ -554,19 +547,16 @@ def test_a_signal_in_the_middle_of_a_step_ends_the_run_at_once_and_a_resumed_run
     before = signal.getsignal(number)
     with pytest.raises(SystemExit) as stopped, Run(Config(out=str(tmp_path / "run"))) as run:
         losses(run, 6, fresh_training(), surprise)
-    assert (
-        stopped.value.code == 128 + number and not after and "--resume" in capsys.readouterr().out
-    )
+    assert stopped.value.code == 128 + number
+    assert not after
+    assert "--resume" in capsys.readouterr().out
     assert signal.getsignal(number) == before
     with Run(Config(out=str(tmp_path / "run"), resume=True)) as again:
-        assert (
-            0 < len(again.rows) == again.state["train"]["step"] <= 3
-            and again.rows == whole.rows[: len(again.rows)]
-        )
+        assert 0 < len(again.rows) == again.state["train"]["step"] <= 3
+        assert again.rows == whole.rows[: len(again.rows)]
         resumed = losses(again, 6, fresh_training())
-    assert again.rows == whole.rows and all(
-        map(torch.equal, weights.parameters(), resumed.parameters())
-    )
+    assert again.rows == whole.rows
+    assert all(map(torch.equal, weights.parameters(), resumed.parameters()))
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == (
         tmp_path / "whole" / "metrics.jsonl"
     ).read_text()
@@ -605,7 +595,7 @@ def test_a_resumed_run_that_is_interrupted_at_once_loses_nothing(tmp_path):
 def test_until_ends_a_loop_and_what_it_carries_comes_back(tmp_path):
     with Run(Config(out=str(tmp_path))) as run:
         kept = dict(seen=0)
-        for step in run.loop(
+        for _ in run.loop(
             "train",
             10**9,
             *fresh_training()[:2],
@@ -647,7 +637,7 @@ def test_rows_logged_outside_of_loops_survive_and_rows_inside_go_with_their_stat
 
 
 @pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
-def test_a_loss_or_gradient_that_is_no_number_ends_the_run_before_the_step_and_keeps_the_last_finite_state(
+def test_a_loss_or_gradient_that_is_no_number_ends_the_run_and_keeps_the_last_finite_state(
     tmp_path, number
 ):
     gpt, optimizer, generator = fresh_training()
@@ -657,18 +647,13 @@ def test_a_loss_or_gradient_that_is_no_number_ends_the_run_before_the_step_and_k
             # found in the next loss, or when the state is kept
             next(gpt.parameters()).data.view(-1)[0] = number
 
-    with (
-        pytest.raises(
-            NotFinite,
-            match=f"at step [34] of train; {re.escape(str(tmp_path / 'model.pt'))} holds what was finite",
-        ),
-        Run(Config(out=str(tmp_path))) as run,
-    ):
+    kept = re.escape(str(tmp_path / "model.pt"))
+    said = f"at step [34] of train; {kept} holds what was finite"
+    with pytest.raises(NotFinite, match=said), Run(Config(out=str(tmp_path))) as run:
         losses(run, 6, (gpt, optimizer, generator), spoil)
     saved = load_checkpoint(tmp_path / "model.pt")
-    assert saved["state"]["train"]["step"] in (1, 2) and all(
-        p.isfinite().all() for p in saved["state"]["train"]["model"].values()
-    )
+    assert saved["state"]["train"]["step"] in (1, 2)
+    assert all(p.isfinite().all() for p in saved["state"]["train"]["model"].values())
     assert [
         json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()
     ] == [1, 2, 3]
@@ -731,11 +716,9 @@ MINE = ("model.pt", "claims.json", "metrics.jsonl", "test_experiment.png", "base
 @pytest.mark.parametrize("name", MINE)
 @pytest.mark.parametrize("resume", [False, True])
 def test_a_file_that_no_run_wrote_is_never_deleted_or_overwritten(tmp_path, name, resume):
-    (
-        (tmp_path / name).write_text("mine"),
-        (tmp_path / "model.tmp").write_text("mine"),
-        (tmp_path / "other.png").write_text("mine"),
-    )
+    (tmp_path / name).write_text("mine")
+    (tmp_path / "model.tmp").write_text("mine")
+    (tmp_path / "other.png").write_text("mine")
     with pytest.raises(
         UserError,
         match=re.escape(f"{tmp_path} holds {name}, which no run wrote")
@@ -799,18 +782,17 @@ def test_on_a_full_disk_a_file_is_whole_or_as_it_was_and_nothing_else_is_left(tm
 
 def test_resume_refuses_inputs_that_have_changed(tmp_path):
     data, out = tmp_path / "data", str(tmp_path / "run")
-    data.mkdir(), (data / "a.txt").write_text("one")
+    data.mkdir()
+    (data / "a.txt").write_text("one")
     first = fingerprint(data)
     with Run(Config(out=out), inputs={"--data": first}) as run:
         saved(run, "train", step=1)
     with Run(Config(out=out, resume=True), inputs={"--data": fingerprint(data)}) as run:
         assert run.state["train"] == {"step": 1}
     (data / "a.txt").write_text("two")
-    assert (
-        fingerprint(data) != first
-        and fingerprint(data / "a.txt") != first
-        and fingerprint("some/hub-id") == "some/hub-id"
-    )
+    assert fingerprint(data) != first
+    assert fingerprint(data / "a.txt") != first
+    assert fingerprint("some/hub-id") == "some/hub-id"
     with pytest.raises(UserError, match="--data is no longer what"):
         Run(Config(out=out, resume=True), inputs={"--data": fingerprint(data)})
 
@@ -852,9 +834,9 @@ def test_a_closed_pipe_ends_the_run_without_a_traceback_and_saves_first(tmp_path
         env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
     )
     os.close(write)
-    assert (
-        done.returncode == 141 and done.stderr == b"" and (tmp_path / "run" / "model.pt").exists()
-    )
+    assert done.returncode == 141
+    assert done.stderr == b""
+    assert (tmp_path / "run" / "model.pt").exists()
 
 
 def test_more_memory_than_the_machine_has_is_one_line(monkeypatch, capsys):
@@ -865,9 +847,8 @@ def test_more_memory_than_the_machine_has_is_one_line(monkeypatch, capsys):
     for work in (lambda: torch.empty(2**60), lambda: bytearray(2**62)):
         with pytest.raises(SystemExit) as stopped:
             command(work)
-        assert stopped.value.code == 2 and re.fullmatch(
-            "script.py: error: out of memory .*\n", capsys.readouterr().err
-        )
+        assert stopped.value.code == 2
+        assert re.fullmatch("script.py: error: out of memory .*\n", capsys.readouterr().err)
 
 
 def test_a_number_that_no_arithmetic_holds_is_a_user_error():
@@ -889,10 +870,8 @@ def test_a_flag_that_does_nothing_beside_the_others_is_a_user_error_that_says_wh
         def idle(self):
             return {"beta": "there are no --steps"} if self.steps == 0 else {}
 
-    assert (
-        parse_args(Idle, "", ["--steps", "0"]).steps == 0
-        and parse_args(Idle, "", ["--beta", "0.5"]).beta == 0.5
-    )
+    assert parse_args(Idle, "", ["--steps", "0"]).steps == 0
+    assert parse_args(Idle, "", ["--beta", "0.5"]).beta == 0.5
     with pytest.raises(UserError, match="--beta does nothing here: there are no --steps"):
         parse_args(Idle, "", ["--beta", "0.5", "--steps", "0"])
 
@@ -912,7 +891,7 @@ def test_no_test_reaches_beyond_this_machine(reached):
 
 
 def test_a_run_without_triton_compiler_display_or_network(tmp_path):
-    """A bare machine: the same folder in the end. Nothing in it can be found, drawn on or reached."""
+    """A bare machine: the same folder in the end. Nothing there can be found, drawn on, reached."""
     code = """if True:
         import socket, sys
         sys.modules["triton"] = None

@@ -243,10 +243,8 @@ def test_demonstrations_are_whole_lines_of_right_arithmetic_and_only_a_wrong_gue
 
 
 def test_guessed_carries_are_0_from_right_to_left_and_all_from_left_to_right():
-    assert (
-        guessed_carries(solve(PROBLEM, [0, 1, 2])) == 0
-        and guessed_carries(solve(PROBLEM, [2, 1, 0])) == 1
-    )
+    assert guessed_carries(solve(PROBLEM, [0, 1, 2])) == 0
+    assert guessed_carries(solve(PROBLEM, [2, 1, 0])) == 1
     assert guessed_carries(solve(PROBLEM, [0, 2, 1])) == 0.5
     assert guessed_carries("9999999b000000") == 1  # what is no column is no guess
     # and where nothing could be guessed there is no rate
@@ -398,8 +396,8 @@ def test_each_name_is_the_loss_of_its_paper(loss):
     writes, term by term.
     """
 
-    def cut(x, low, high):
-        return max(low, min(high, x))
+    def ppo(r, a, low, high):
+        return -min(r * a, max(low, min(high, r)) * a)
 
     # of the advantages of rewards 1 and 0, whose std is 0.5 ** 0.5
     size = dict(reinforce=0.5, dr_grpo=0.5, rloo=1.0).get(loss, 0.5**0.5)
@@ -420,18 +418,14 @@ def test_each_name_is_the_loss_of_its_paper(loss):
         s = math.prod(rho[i][:n]) ** (1 / n)
         for t in range(n):
             r, lp = rho[i][t], logp[i, t].item()
-
-            def ppo(r, low, high):
-                return -min(r * A[i], cut(r, low, high) * A[i])
-
             terms[i].append(
                 dict(
                     reinforce=-A[i] * lp,
                     rloo=-A[i] * lp,
-                    grpo=ppo(r, 0.8, 1.2),
-                    dr_grpo=ppo(r, 0.8, 1.2),
-                    dapo=ppo(r, 0.8, 1.28),
-                    gspo=ppo(s, 0.97, 1.04),
+                    grpo=ppo(r, A[i], 0.8, 1.2),
+                    dr_grpo=ppo(r, A[i], 0.8, 1.2),
+                    dapo=ppo(r, A[i], 0.8, 1.28),
+                    gspo=ppo(s, A[i], 0.97, 1.04),
                     cispo=-min(r, 5) * A[i] * lp,
                 )[loss]
             )
@@ -451,9 +445,8 @@ def test_each_name_is_the_loss_of_its_paper(loss):
 def test_a_flag_overrides_one_choice_of_the_method_and_leaves_the_others():
     dapo = LOSSES["dapo"]
     assert small(loss="dapo").method == dapo
-    assert small(loss="dapo", advantage="mean").method == dapo._replace(advantage="mean") and small(
-        loss="dapo", aggregation="sum"
-    ).method == dapo._replace(aggregation="sum")
+    assert small(loss="dapo", advantage="mean").method == dapo._replace(advantage="mean")
+    assert small(loss="dapo", aggregation="sum").method == dapo._replace(aggregation="sum")
 
 
 @pytest.mark.parametrize(
@@ -535,11 +528,9 @@ def test_an_estimator_stands_where_it_pulls_to_the_base_k1_in_the_reward_the_oth
         in_the_loss, _, _ = one_update(small(loss="rloo", beta=0.1, kl=kind), rollout)
         monkeypatch.undo()
         in_all, _, told = one_update(small(loss="rloo", beta=0.1, kl=kind), rollout)
-        assert (
-            (in_the_loss == 0).all() == (kind == "k1")
-            and not close(in_all, plain[0], 1e-3)
-            and told["kl"] != 0
-        )
+        assert (in_the_loss == 0).all() == (kind == "k1")
+        assert not close(in_all, plain[0], 1e-3)
+        assert told["kl"] != 0
 
 
 def test_pass_at_k_is_the_fraction_of_subsets_with_a_right_answer():
@@ -554,12 +545,10 @@ def test_pass_at_k_is_the_fraction_of_subsets_with_a_right_answer():
 def test_pass_at_k_is_zero_without_a_right_answer_one_with_too_few_wrong_ones_and_grows_with_k():
     counts = torch.tensor([[0, 1, 7], [32, 61, 64]])
     curve = torch.stack([pass_at_k(64, counts, k) for k in range(1, 65)])  # (64, 2, 3)
-    assert (
-        (curve[:, 0, 0] == 0).all()
-        and (curve[32:, 1, 0] == 1).all()
-        and (curve[3:, 1, 1] == 1).all()
-        and (curve[:, 1, 2] == 1).all()
-    )
+    assert (curve[:, 0, 0] == 0).all()
+    assert (curve[32:, 1, 0] == 1).all()
+    assert (curve[3:, 1, 1] == 1).all()
+    assert (curve[:, 1, 2] == 1).all()
     assert (curve.diff(dim=0) >= 0).all() and (curve[:10, 0, 1:].diff(dim=0) > 0).all()
     torch.testing.assert_close(curve[0], counts.double() / 64)
 
@@ -619,10 +608,8 @@ def test_spread_out_samples_leave_fewer_groups_without_variance():
     }
     dull = {kind: ((c == 0) | (c == 8)).double().mean().item() for kind, c in right.items()}
     assert (right["lattice"] == 1).all() and dull["lattice"] == 0
-    assert (
-        dull["iid"] == pytest.approx((7 / 8) ** 8 + (1 / 8) ** 8, abs=0.02)
-        and 0 < dull["stratified"] < dull["iid"] - 0.1
-    )
+    assert dull["iid"] == pytest.approx((7 / 8) ** 8 + (1 / 8) ** 8, abs=0.02)
+    assert 0 < dull["stratified"] < dull["iid"] - 0.1
 
 
 def test_the_lattice_sampler_spreads_the_first_tokens_of_a_group():
@@ -649,9 +636,8 @@ def test_the_sampler_and_the_scorer_agree_on_every_log_probability(temperature, 
         model, TASK, problems, 4, config, generator, group_uniforms(4, 4, sampler, generator)
     )
     logp = grpo.score_all(model, rollout, config)
-    assert ((logp - rollout.logp) * rollout.mask).abs().max() < 1e-4 and (
-        rollout.logp * rollout.mask
-    ).sum() < -10
+    assert ((logp - rollout.logp) * rollout.mask).abs().max() < 1e-4
+    assert (rollout.logp * rollout.mask).sum() < -10
 
 
 def test_the_stop_token_is_trained_on_and_a_question_may_hold_any_token():
@@ -666,9 +652,8 @@ def test_the_stop_token_is_trained_on_and_a_question_may_hold_any_token():
     for i, (row, mask) in enumerate(zip(rollout.ids, rollout.mask, strict=True)):
         a, n = len(prompts[i // 4]), int(mask.sum())
         assert row[:a].tolist() == prompts[i // 4] and (mask[a : a + n] == 1).all()
-        assert (row[a : a + n - 1] != tokenizer.eos).all() and (
-            n == 32 or row[a + n - 1] == tokenizer.eos
-        )
+        assert (row[a : a + n - 1] != tokenizer.eos).all()
+        assert n == 32 or row[a + n - 1] == tokenizer.eos
         finished += row[a + n - 1] == tokenizer.eos
         alone = (
             model(row[None, : a + n])[0, a - 1 : -1]
@@ -730,18 +715,16 @@ def test_the_gradient_and_the_metrics_are_the_same_for_any_micro_batch(loss, min
 @each_loss
 @pytest.mark.parametrize("minibatches", [1, 4, 7])  # 7 does not divide the 16 rows
 def test_the_logged_loss_is_that_of_the_full_batch(loss, minibatches):
-    config, rewards = (
-        small(
-            loss=loss,
-            prompts=2,
-            group=8,
-            minibatches=minibatches,
-            beta=0.1,
-            entropy_bonus=0.01,
-            micro_batch=2,
-        ),
-        REWARDS.view(2, 8),
+    config = small(
+        loss=loss,
+        prompts=2,
+        group=8,
+        minibatches=minibatches,
+        beta=0.1,
+        entropy_bonus=0.01,
+        micro_batch=2,
     )
+    rewards = REWARDS.view(2, 8)
     model, base, method = policy(), policy(seed=1), config.method
     rollout, losses = answers(model, config), []
     (logp, entropy), ref = (
@@ -887,9 +870,8 @@ def test_a_gradient_is_cut_to_norm_1_and_logged_as_it_was():
     config = small(loss="rloo")
     rollout = answers(policy(), config)
     gradient, weights, metrics = one_update(config, rollout, lr=0.5)
-    assert metrics["grad_norm"] > 2 and (weights - flat(policy())).norm() == pytest.approx(
-        0.5, rel=1e-3
-    )
+    assert metrics["grad_norm"] > 2
+    assert (weights - flat(policy())).norm() == pytest.approx(0.5, rel=1e-3)
     assert gradient.norm() == pytest.approx(metrics["grad_norm"], rel=1e-3)
 
 
@@ -965,9 +947,8 @@ def test_dynamic_sampling_keeps_only_mixed_groups_and_counts_every_token(monkeyp
     rollout, kept, stats = grpo.collect(None, TASK, config, random.Random(0), None)
     per_call = sum(1 + i % 5 for i in range(15))
     # of all that was sampled
-    assert len(calls) == 3 and stats == pytest.approx(
-        dict(tokens=3 * per_call, zero_variance=2 / 3, reward=21 / 45)
-    )
+    assert len(calls) == 3
+    assert stats == pytest.approx(dict(tokens=3 * per_call, zero_variance=2 / 3, reward=21 / 45))
     # each group with its own rewards
     assert kept.sum(1).tolist() == [1, 2, 3] and rollout.ids[::5, 0].tolist() == [101, 202, 300]
     assert len(rollout.ids) == 15
@@ -976,12 +957,10 @@ def test_dynamic_sampling_keeps_only_mixed_groups_and_counts_every_token(monkeyp
     rollout, kept, stats = grpo.collect(
         None, TASK, dataclasses.replace(config, loss="grpo"), random.Random(0), None
     )
-    assert (
-        len(calls) == 1
-        and stats["tokens"] == per_call
-        and kept.sum(1).tolist() == [0, 1, 5]
-        and rollout.ids[::5, 0].tolist() == [100, 101, 102]
-    )
+    assert len(calls) == 1
+    assert stats["tokens"] == per_call
+    assert kept.sum(1).tolist() == [0, 1, 5]
+    assert rollout.ids[::5, 0].tolist() == [100, 101, 102]
 
 
 def test_dynamic_sampling_keeps_no_more_groups_than_a_batch_has(monkeypatch):
@@ -993,23 +972,19 @@ def test_dynamic_sampling_keeps_no_more_groups_than_a_batch_has(monkeypatch):
         fake_sample(calls, lambda call, P, n: torch.eye(n)[:P] * torch.tensor([[1.0], [1], [0]])),
     )
     rollout, rewards, _ = grpo.collect(None, TASK, config, random.Random(0), None)
-    assert (
-        len(calls) == 2
-        and rewards.tolist() == torch.eye(4)[[0, 1, 0]].tolist()
-        and rollout.ids[::4, 0].tolist() == [100, 101, 200]
-    )
+    assert len(calls) == 2
+    assert rewards.tolist() == torch.eye(4)[[0, 1, 0]].tolist()
+    assert rollout.ids[::4, 0].tolist() == [100, 101, 200]
 
 
 def test_dynamic_sampling_gives_up_after_four_batches(monkeypatch):
     calls, config = [], small(loss="dapo")
     monkeypatch.setattr(grpo, "sample", fake_sample(calls, lambda _, P, n: torch.ones(P, n)))
     rollout, rewards, stats = grpo.collect(None, TASK, config, random.Random(0), None)
-    assert (
-        len(calls) == 4
-        and stats["zero_variance"] == 1
-        and stats["tokens"] == 4 * rollout.mask.sum()
-        and (advantages(rewards, "std") == 0).all()
-    )
+    assert len(calls) == 4
+    assert stats["zero_variance"] == 1
+    assert stats["tokens"] == 4 * rollout.mask.sum()
+    assert (advantages(rewards, "std") == 0).all()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1040,11 +1015,9 @@ def test_the_warm_up_minimises_the_mean_over_all_answer_tokens_and_teaches_the_s
         )
     assert run.rows[0]["loss"] == pytest.approx(torch.cat(nll).mean().item(), rel=1e-4)
     assert lrs == pytest.approx([3e-3 * min((i + 1) / 50, 1 - i / 100) for i in range(100)])
-    assert (
-        run.rows[-1]["step"] == 99
-        and run.rows[-1]["loss"] < run.rows[0]["loss"]
-        and not torch.equal(flat(trained), flat(model))
-    )
+    assert run.rows[-1]["step"] == 99
+    assert run.rows[-1]["loss"] < run.rows[0]["loss"]
+    assert not torch.equal(flat(trained), flat(model))
 
 
 def test_an_evaluation_counts_right_answers_and_guessed_carries_over_all_independent_samples(
@@ -1066,30 +1039,25 @@ def test_an_evaluation_counts_right_answers_and_guessed_carries_over_all_indepen
     row = grpo.evaluate(None, TASK, config, (1, 2))
     rng = random.Random("held out")
     right = sum(prompt(addition.draw(rng, 2, held_out=True)) < "b5" for _ in range(5)) / 10
-    assert (
-        row
-        == {
-            "pass@1": pytest.approx(0.5 + right),
-            "pass@2": 1,
-            "guessed_carries": pytest.approx(0.5 + right),
-        }
-        and 0 < right < 0.5
-    )
+    assert row == {
+        "pass@1": pytest.approx(0.5 + right),
+        "pass@2": 1,
+        "guessed_carries": pytest.approx(0.5 + right),
+    }
+    assert 0 < right < 0.5
 
 
-def test_each_seed_trains_its_own_copy_of_the_base_on_its_own_problems_and_answers_and_a_row_tells_right_from_wrong(
+def test_each_seed_has_its_own_copy_of_the_base_and_problems_and_a_row_tells_right_from_wrong(
     monkeypatch,
 ):
     seen, run, config = {}, Memory(), small(steps=2, eval_every=5)
     base = policy()
-    before, rollout = (
-        flat(base),
-        Rollout(
-            torch.zeros(4, 9, dtype=torch.long),
-            torch.zeros(4, 9),
-            torch.zeros(4, 9),
-            torch.ones(4, dtype=torch.long),
-        ),
+    before = flat(base)
+    rollout = Rollout(
+        torch.zeros(4, 9, dtype=torch.long),
+        torch.zeros(4, 9),
+        torch.zeros(4, 9),
+        torch.ones(4, dtype=torch.long),
     )
     for i, n in enumerate((2, 4, 6, 8)):
         rollout.mask[i, 1 : n + 1] = 1
@@ -1114,16 +1082,11 @@ def test_each_seed_trains_its_own_copy_of_the_base_on_its_own_problems_and_answe
         draws = seen[seed] = []
         trained = grpo.train(config, TASK, run, seed, base)
         assert torch.equal(flat(base), before) and not torch.equal(flat(trained), before)
-    assert (
-        all(len({draw[i] for draw in seen[0] + seen[1]}) == 4 for i in (0, 1))
-        and len(run.state) == 2
-    )
+    assert all(len({draw[i] for draw in seen[0] + seen[1]}) == 4 for i in (0, 1))
+    assert len(run.state) == 2
     rows = [r for r in run.rows if r["seed"] == 1]
-    assert [r["step"] for r in rows] == [0, 1, 2] and ["pass@1" in r for r in rows] == [
-        True,
-        False,
-        True,
-    ]
+    assert [r["step"] for r in rows] == [0, 1, 2]
+    assert ["pass@1" in r for r in rows] == [True, False, True]
     assert [
         (r["length"], r["length_right"], r["length_wrong"], r["sampled_tokens"]) for r in rows[1:]
     ] == [(5, 2, 6, 20), (5, 5, 5, 40)]
@@ -1141,11 +1104,9 @@ def test_each_seed_warms_up_a_base_of_its_own():
     run, config = Memory(), small(sft_steps=2)
     # the last one is read from the checkpoint
     bases = [grpo.warm_up(config, TASK, run, seed, "cpu") for seed in (0, 1, 0)]
-    assert (
-        torch.equal(flat(bases[0]), flat(bases[2]))
-        and not close(flat(bases[1]), flat(bases[0]), 0.1)
-        and len(run.state) == 2
-    )
+    assert torch.equal(flat(bases[0]), flat(bases[2]))
+    assert not close(flat(bases[1]), flat(bases[0]), 0.1)
+    assert len(run.state) == 2
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1159,11 +1120,9 @@ def test_wrong_answers_grow_under_the_sequence_mean_and_not_under_a_constant():
     ).items():
         ends = [length_bias(*choice, seed)[-1] for seed in range(4)]
         ratio[name] = sum(wrong / right for wrong, right in ends) / 4
-    assert (
-        ratio["grpo"] >= 5
-        and 1 / 1.2 <= ratio["dr_grpo"] <= 1.2
-        and ratio["dr_grpo"] < ratio["token"] < ratio["grpo"]
-    )
+    assert ratio["grpo"] >= 5
+    assert 1 / 1.2 <= ratio["dr_grpo"] <= 1.2
+    assert ratio["dr_grpo"] < ratio["token"] < ratio["grpo"]
 
 
 def test_a_step_of_the_policy_without_a_model_is_the_gradient_of_its_loss():
@@ -1178,11 +1137,9 @@ def test_a_step_of_the_policy_without_a_model_is_the_gradient_of_its_loss():
     logp = (n - 1) * (1 - h).log() + torch.where(drawn <= 3, h, 1 - h).log()
     loss = -(advantages(right.double().view(8, 4), "mean").flatten() * logp / n / 32).sum()
     h = (logit - 0.5 * torch.autograd.grad(loss, logit)[0]).sigmoid()
-    assert (
-        path[1].tolist() == pytest.approx((1 + (1 - h) + (1 - h) ** 2).tolist(), rel=1e-5)
-        and (drawn == 3).any()
-        and path[1].tolist() != path[0].tolist()
-    )
+    assert path[1].tolist() == pytest.approx((1 + (1 - h) + (1 - h) ** 2).tolist(), rel=1e-5)
+    assert (drawn == 3).any()
+    assert path[1].tolist() != path[0].tolist()
 
 
 def test_the_coin_in_the_question_is_the_reward_and_a_finished_arm_resumes(monkeypatch):
@@ -1219,9 +1176,8 @@ def test_what_rambles_is_scored_as_it_was_sampled(monkeypatch):
         length.train(config, run, seed, policy())
     assert max(apart) < 1e-4
     # never nan
-    assert any(None in (r["length_right"], r["length_wrong"]) for r in run.rows) and not any(
-        r[k] != r[k] for r in run.rows for k in r
-    )
+    assert any(None in (r["length_right"], r["length_wrong"]) for r in run.rows)
+    assert not any(r[k] != r[k] for r in run.rows for k in r)
 
 
 def logged(*rows):
@@ -1286,9 +1242,8 @@ def test_the_claims_of_train_compare_the_base_with_the_trained_model_by_the_seed
 def test_a_task_without_carries_has_no_panel_and_no_claim_of_them():
     measured = {(arm, 0): (p, "none", p) for arm, p in (("base", 0.25), ("dr_grpo", 0.95))}
     titles, claims = claims_of(grpo, small(steps=1), logged(*rows_of_train(measured)))
-    assert claims == dict(gain=("0.7 (0.25, 0.95)", True), trained=("0.95", True)) and not any(
-        "carr" in title for title in titles
-    )
+    assert claims == dict(gain=("0.7 (0.25, 0.95)", True), trained=("0.95", True))
+    assert not any("carr" in title for title in titles)
 
 
 @pytest.mark.parametrize("base, trained", [(0.9, 1.0), (1.0, 1.0), (1.0, 0.9), (0.9, 0.9)])
@@ -1299,9 +1254,8 @@ def test_the_panel_of_pass_at_k_says_whether_a_crossing_can_be_seen_at_all(base,
         for arm, p in (("base", base), ("dr_grpo", trained))
     }
     titles, claims = claims_of(grpo, small(seeds=2, steps=1), logged(*rows_of_train(measured)))
-    assert f"pass@64: base {base:.2f}, after RL {trained:.2f}" in titles[-1] and (
-        "can't be seen" in titles[-1]
-    ) == (base == trained == 1)
+    assert f"pass@64: base {base:.2f}, after RL {trained:.2f}" in titles[-1]
+    assert ("can't be seen" in titles[-1]) == (base == trained == 1)
     assert set(claims) == {"gain", "trained", "order"}  # none about a tie
 
 
@@ -1364,10 +1318,8 @@ def test_the_figure_of_variants_says_how_much_was_sampled(last):
     run = logged(*rows_of_variants(dict.fromkeys(LOSSES, (0.3, 0.4)), {}, last))
     fig, claims = variants.figure(variants.Config(seeds=2), run)
     curves, differences = fig.axes
-    assert (
-        f"{last // 1000}k sampled tokens" in fig._suptitle.get_text()
-        and f"{last // 1000}k sampled tokens" in differences.get_title()
-    )
+    assert f"{last // 1000}k sampled tokens" in fig._suptitle.get_text()
+    assert f"{last // 1000}k sampled tokens" in differences.get_title()
     assert max(line.get_xdata().max() for line in curves.lines) == pytest.approx(last / 1000)
     assert next(c for c in claims if c["id"] == "all learn")["ours"] == "0.35 ± 0.071"
     grpo.plt.close(fig)
@@ -1445,9 +1397,8 @@ def test_no_claim_of_a_model_that_writes_nothing_holds():
         small(seeds=2, steps=1),
         logged(*rows_of_train(measured, dict(guessed_carries=None, length_right=None))),
     )
-    assert claims["order"] == ("nan (nan)", False) and not any(
-        holds for _, holds in claims.values()
-    )
+    assert claims["order"] == ("nan (nan)", False)
+    assert not any(holds for _, holds in claims.values())
     _, claims = claims_of(
         variants,
         variants.Config(seeds=2),
@@ -1471,7 +1422,7 @@ def test_no_claim_of_a_model_that_writes_nothing_holds():
     )
 
 
-def test_an_evaluation_without_a_line_has_no_guessed_carries_and_one_without_lines_in_some_answers_counts_the_others(
+def test_guessed_carries_are_counted_over_the_answers_with_a_line_and_without_any_there_are_none(
     monkeypatch,
 ):
     texts = ["", "", "a1A6007", solve(PROBLEM, [2, 1, 0])]
@@ -1513,17 +1464,8 @@ def test_an_experiment_runs(experiment, tmp_path):
         length=(),
         samplers=("--size", 2, "--group", 4),
     )[experiment]
-    finish(
-        f"experiments.{experiment}",
-        "--quick",
-        "--sft-steps",
-        2,
-        "--prompts",
-        4,
-        *flags,
-        "--out",
-        tmp_path,
-    )
+    few = "--quick --sft-steps 2 --prompts 4"
+    finish(f"experiments.{experiment}", *few.split(), *flags, "--out", tmp_path)
     assert check_whole(tmp_path) == experiment
 
 
@@ -1550,9 +1492,8 @@ def test_another_task_is_learnt_by_the_same_scripts(name, sorting, tmp_path):
         ("reinforce.py", ("--quick", "--size", 3, "--steps", 1)),
     ):
         finish(script, *flags, "--task", path, "--out", tmp_path / script)
-        assert check_whole(tmp_path / script, also=["samples.txt"]) and not any(
-            "guessed_carries" in row for row in metrics(tmp_path / script)
-        )
+        assert check_whole(tmp_path / script, also=["samples.txt"])
+        assert not any("guessed_carries" in row for row in metrics(tmp_path / script))
 
 
 def test_help_lists_every_flag():
@@ -1600,11 +1541,10 @@ IDLE = [
 @pytest.mark.parametrize("script, flags", IDLE, ids=[" ".join(x) for x in IDLE])
 def test_a_flag_that_does_nothing_beside_the_others_is_one_line(script, flags, tmp_path):
     script = "grpo.py" if script == "grpo" else f"experiments.{script}"
-    assert (
-        f"{flags.split()[0]} does nothing here"
-        in complain(script, "--quick", *flags.split(), "--out", tmp_path / "run")
-        and not (tmp_path / "run").exists()
+    assert f"{flags.split()[0]} does nothing here" in complain(
+        script, "--quick", *flags.split(), "--out", tmp_path / "run"
     )
+    assert not (tmp_path / "run").exists()
 
 
 ODD = [
@@ -1698,11 +1638,9 @@ def test_an_odd_command_line_is_one_line_before_anything_is_written(flags, tmp_p
     complain(
         "grpo.py", "--quick", *(() if "--out" in flags else ("--out", tmp_path / "run")), *flags
     )
+    assert sorted(tmp_path.rglob("*")) == before
     assert (
-        sorted(tmp_path.rglob("*")) == before
-        and (tmp_path / "FILE").read_text()
-        == (tmp_path / "FOREIGN/claims.json").read_text()
-        == "mine"
+        (tmp_path / "FILE").read_text() == (tmp_path / "FOREIGN/claims.json").read_text() == "mine"
     )
 
 
@@ -1740,9 +1678,8 @@ def test_an_odd_command_line_of_an_experiment_is_one_line_before_anything_is_wri
         tmp_path / "run",
         *flags.replace("FILE", str(tmp_path / "FILE")).split(),
     )
-    assert [p.name for p in tmp_path.iterdir()] == ["FILE"] and (
-        tmp_path / "FILE"
-    ).read_text() == "mine"
+    assert [p.name for p in tmp_path.iterdir()] == ["FILE"]
+    assert (tmp_path / "FILE").read_text() == "mine"
 
 
 @pytest.mark.parametrize(
@@ -1766,15 +1703,14 @@ def test_a_number_that_is_none_ends_the_run_in_one_line_and_the_last_finite_weig
     for again in ((), ("--resume",)):
         code, _, err = launch(script, *(again or ("--quick", *few, *flags)), "--out", tmp_path)
         error = [line for line in err.splitlines() if "error:" in line]
-        assert (
-            code == 2
-            and len(error) == 1
-            and where in error[0]
-            and re.search(r"the (loss|gradient norm) is (nan|inf)", error[0])
-            and "Traceback" not in err
-        )
+        assert code == 2
+        assert len(error) == 1
+        assert where in error[0]
+        assert re.search(r"the (loss|gradient norm) is (nan|inf)", error[0])
+        assert "Traceback" not in err
         state = torch.load(tmp_path / "model.pt", weights_only=True)["state"]
-        assert state and all(
+        assert state
+        assert all(
             torch.isfinite(t).all() for phase in state.values() for t in phase["model"].values()
         )
         for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
@@ -1799,21 +1735,8 @@ def test_resuming_with_a_contradicting_flag_or_a_damaged_checkpoint_is_refused_a
 
 # a bonus on the entropy: without it no answer of a model this raw is right, and nothing would move
 LONGER = (
-    "--quick",
-    "--size",
-    1,
-    "--sft-steps",
-    20,
-    "--steps",
-    4,
-    "--eval-every",
-    2,
-    "--eval-prompts",
-    2,
-    "--entropy-bonus",
-    0.1,
-    "--minibatches",
-    2,
+    "--quick --size 1 --sft-steps 20 --steps 4 --eval-every 2 --eval-prompts 2 "
+    "--entropy-bonus 0.1 --minibatches 2"
 )
 
 
@@ -1821,7 +1744,8 @@ LONGER = (
 def uninterrupted(tmp_path_factory):
     """A run that nothing interrupted, after those that were have been compared with it."""
     folder = tmp_path_factory.mktemp("resume")
-    check_resume("grpo.py", folder, (dict(phase="sft"), dict(phase="rl", step=3)), *LONGER)
+    marks = dict(phase="sft"), dict(phase="rl", step=3)
+    check_resume("grpo.py", folder, marks, *LONGER.split())
     return folder / "whole"
 
 
@@ -1854,12 +1778,10 @@ def test_a_signal_during_a_held_out_evaluation_is_heeded_within_two_seconds_and_
 
     with monkeypatch.context() as patch:
         patch.setattr(grpo, "evaluate", long)
-        code, output, _ = launch("grpo.py", *LONGER, "--out", tmp_path / "run")
-    assert (
-        code == 128 + number
-        and time.time() - sent[0] < 2
-        and "--resume goes on from here" in output
-    )
+        code, output, _ = launch("grpo.py", *LONGER.split(), "--out", tmp_path / "run")
+    assert code == 128 + number
+    assert time.time() - sent[0] < 2
+    assert "--resume goes on from here" in output
     assert [r["step"] for r in metrics(tmp_path / "run") if r["phase"] == "rl"] == [0, 1]
     finish("grpo.py", "--resume", "--out", tmp_path / "run")
     assert metrics(tmp_path / "run") == metrics(uninterrupted)
@@ -1868,7 +1790,7 @@ def test_a_signal_during_a_held_out_evaluation_is_heeded_within_two_seconds_and_
 
 def test_a_terminated_process_saves_and_ends_with_its_code(tmp_path):
     process = subprocess.Popen(
-        [sys.executable, ROOT / "grpo.py", *map(str, LONGER), "--out", tmp_path],
+        [sys.executable, ROOT / "grpo.py", *LONGER.split(), "--out", tmp_path],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -1879,8 +1801,6 @@ def test_a_terminated_process_saves_and_ends_with_its_code(tmp_path):
         time.sleep(0.01)
     process.terminate()
     output, _ = process.communicate(timeout=60)
-    assert (
-        process.returncode == 143
-        and "--resume goes on from here" in output
-        and (tmp_path / "model.pt").exists()
-    )
+    assert process.returncode == 143
+    assert "--resume goes on from here" in output
+    assert (tmp_path / "model.pt").exists()

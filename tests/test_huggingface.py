@@ -4,6 +4,7 @@ line. The oracles in this file need neither library; both are used where install
 """
 
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -14,8 +15,7 @@ import sys
 import unicodedata
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import pytest
 import regex
@@ -32,6 +32,7 @@ from model import GPT, GPTConfig
 from tasks.wordproblems import word_problems
 from tokenizer import SPLIT, bpe_merges
 
+ROOT = Path(__file__).resolve().parents[1]
 PROMPTS = [[3], [1, 4, 1, 5, 9, 2, 6], [5, 3, 5], [8, 9, 7, 9] * 5]
 BASE = dict(
     hidden_act="silu",
@@ -220,15 +221,12 @@ def test_saving_gives_back_every_tensor_to_the_bit_and_loading_it_again_the_same
         json.loads((tmp_path / "b/config.json").read_text()),
     )
     assert saved.keys() == w.keys() and all(torch.equal(saved[k], w[k]) for k in w)
-    assert (
-        c["model_type"] == kind["model_type"]
-        and c["tie_word_embeddings"] == kind["tie_word_embeddings"]
-        and c["max_position_embeddings"] == 96
-    )
+    assert c["model_type"] == kind["model_type"]
+    assert c["tie_word_embeddings"] == kind["tie_word_embeddings"]
+    assert c["max_position_embeddings"] == 96
     again = GPT.from_pretrained(tmp_path / "b")
-    assert again.config == gpt.config and all(
-        torch.equal(a, b) for a, b in zip(gpt.parameters(), again.parameters(), strict=True)
-    )
+    assert again.config == gpt.config
+    assert all(torch.equal(a, b) for a, b in zip(gpt.parameters(), again.parameters(), strict=True))
     assert not list(tmp_path.glob("b/*.tmp"))
 
 
@@ -249,9 +247,8 @@ def test_the_dtype_is_the_files_or_the_callers_and_fewer_positions_change_nothin
     write(tmp_path, kind, w)
     assert {p.dtype for p in GPT.from_pretrained(tmp_path).parameters()} == {torch.bfloat16}
     gpt = GPT.from_pretrained(tmp_path, dtype=torch.float32, block_size=20)
-    assert {p.dtype for p in gpt.parameters()} == {
-        torch.float32
-    } and gpt.config.block_size == 20 == len(gpt.rope)
+    assert {p.dtype for p in gpt.parameters()} == {torch.float32}
+    assert gpt.config.block_size == 20 == len(gpt.rope)
     with torch.no_grad():
         assert (
             gpt(torch.tensor([PROMPTS[1]]))[0]
@@ -602,23 +599,19 @@ def test_a_save_touches_no_file_that_no_save_wrote(name, tmp_path):
     (tmp_path / name).unlink()
     for layers in (1, 2):
         GPT(GPTConfig(11, 16, layers, 2, 16)).save_pretrained(tmp_path)
-        assert (
-            GPT.from_pretrained(tmp_path).config.n_layer == layers
-            and (tmp_path / "README.md").read_text() == "mine"
-        )
+        assert GPT.from_pretrained(tmp_path).config.n_layer == layers
+        assert (tmp_path / "README.md").read_text() == "mine"
 
 
 def test_a_folder_holds_what_was_saved_last_and_nothing_older(merges, tmp_path):
-    a, b, out = (
-        save_json(tmp_path / "a", make_json(merges)),
-        save_json(
-            tmp_path / "b",
-            make_json(merges),
-            eos_token="<|im_end|>",
-            chat_template="B{{ messages[0]['content'] }}",
-        ),
-        tmp_path / "out",
+    a = save_json(tmp_path / "a", make_json(merges))
+    b = save_json(
+        tmp_path / "b",
+        make_json(merges),
+        eos_token="<|im_end|>",
+        chat_template="B{{ messages[0]['content'] }}",
     )
+    out = tmp_path / "out"
     (a / "chat_template.jinja").write_text("A")
 
     def save(**like):
@@ -627,7 +620,8 @@ def test_a_folder_holds_what_was_saved_last_and_nothing_older(merges, tmp_path):
     save(like=a)
     assert load_chat_template(out)("?") == "A"
     save(like=b)
-    assert load_chat_template(out)("?") == "B?" and contents(out).keys() == {
+    assert load_chat_template(out)("?") == "B?"
+    assert contents(out).keys() == {
         "config.json",
         "model.safetensors",
         "tokenizer.json",
@@ -644,7 +638,10 @@ def test_a_folder_holds_what_was_saved_last_and_nothing_older(merges, tmp_path):
 # --------------------------------------------------------------------------------------------------
 # Tokenizers
 
-QWEN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+QWEN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 BYTES = [*range(33, 127), *range(161, 173), *range(174, 256)]
 PRINTABLE = {b: chr(b) for b in BYTES} | {
     b: chr(256 + i) for i, b in enumerate(b for b in range(256) if b not in BYTES)
@@ -664,8 +661,9 @@ def split(pattern):
     return dict(type="Split", pattern=dict(Regex=pattern), behavior="Isolated", invert=False)
 
 
+GPT2 = level(True)
 TOKENIZERS = {
-    "gpt2": dict(pre_tokenizer=level(True)),
+    "gpt2": dict(pre_tokenizer=GPT2),
     "smollm": dict(pre_tokenizer=sequence(dict(type="Digits", individual_digits=True), True)),
     "digit runs": dict(pre_tokenizer=sequence(dict(type="Digits", individual_digits=False), True)),
     "qwen": dict(pre_tokenizer=sequence(split(QWEN), False), normalizer=dict(type="NFC")),
@@ -673,7 +671,7 @@ TOKENIZERS = {
         pre_tokenizer=sequence(split(QWEN.replace(r"\p{N}|", r"\p{N}{1,3}|")), False),
         ignore_merges=True,
     ),
-    "missing bytes": dict(pre_tokenizer=level(True), drop=[0x04, 0x13, 0xF1, 0xF2]),
+    "missing bytes": dict(pre_tokenizer=GPT2, drop=[0x04, 0x13, 0xF1, 0xF2]),
 }
 CORPUS = (
     (ROOT / "LICENSE").read_text()
@@ -696,10 +694,7 @@ def merges_of(text, n):
 def bpe(parts, ranks):
     while True:
         rank, i = min(
-            (
-                (ranks.get(p, len(ranks)), i)
-                for i, p in enumerate(zip(parts, parts[1:], strict=True))
-            ),
+            ((ranks.get(p, len(ranks)), i) for i, p in enumerate(itertools.pairwise(parts))),
             default=(len(ranks), 0),
         )
         if rank == len(ranks):
@@ -717,7 +712,7 @@ def tokenizer_json(request, merges):
     return make_json(merges, **TOKENIZERS[request.param])
 
 
-def make_json(merges, pre_tokenizer=level(True), normalizer=None, ignore_merges=False, drop=()):
+def make_json(merges, pre_tokenizer=GPT2, normalizer=None, ignore_merges=False, drop=()):
     """Special tokens first, as SmolLM2's, then bytes in an order of their own, then merges, then
     what was added later.
     """
@@ -823,13 +818,13 @@ def strings(n, seed=0):
     """
     r = random.Random(seed)
     code = "".join((ROOT / f).read_text() for f in ("model.py", "kernels.py", "engine.py"))
-    spaces, words = (
-        " \t\n\r\xa0\u2003\u3000\x0b\x0c\x85\u200b\u2028\ufeff",
-        (
-            "the cat don't I'LL WE'VE naïve cafe\u0301 A\u030a 北京 हिन्दी العربية 한국어 한 🙂 👨‍👩‍👧 "
-            "½ ² Ⅷ ٣ 12 3.14 1,234 007 x=1 -> != #### </s> _a __init__ é\u0338 >\u0338 \x04 !\x13! \U00045678a"
-        ).split(" "),
+    spaces = " \t\n\r\xa0\u2003\u3000\x0b\x0c\x85\u200b\u2028\ufeff"
+    text = (
+        "the cat don't I'LL WE'VE naïve cafe\u0301 A\u030a 北京 हिन्दी العربية 한국어 한 🙂 👨‍👩‍👧 "
+        "½ ² Ⅷ ٣ 12 3.14 1,234 007 x=1 -> != #### </s> _a __init__ é\u0338 >\u0338 "
+        "\x04 !\x13! \U00045678a"
     )
+    words = text.split(" ")
 
     def any_char():
         return chr(
@@ -1092,11 +1087,7 @@ def before(*names, after=()):
         return dict(SpecialToken=dict(id=name, type_id=0))
 
     def text(letter):
-        return [
-            *map(piece, names),
-            dict(Sequence=dict(id=letter, type_id=0)),
-            *map(piece, after),
-        ]
+        return [*map(piece, names), dict(Sequence=dict(id=letter, type_id=0)), *map(piece, after)]
 
     tokens = {
         name: dict(id=name, ids=[SPECIAL.index(name)], tokens=[name]) for name in {*names, *after}
@@ -1126,7 +1117,7 @@ def before(*names, after=()):
         (None, []),
     ],
 )
-def test_a_prompt_begins_with_what_the_post_processor_puts_before_a_text_and_a_chat_with_its_template(
+def test_a_prompt_begins_with_what_the_post_processor_puts_before_it_and_a_chat_with_its_template(
     post, prefix, merges, tmp_path
 ):
     save_json(
@@ -1201,12 +1192,13 @@ MESSAGES = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
         ),
         ("{{ messages | tojson(indent=1) }}", None),
         (
-            "{% if tools is not none %}TOOLS{% endif %}{% if documents is not none %}DOCUMENTS{% endif %}"
-            + MESSAGES,
+            "{% if tools is not none %}TOOLS{% endif %}"
+            "{% if documents is not none %}DOCUMENTS{% endif %}" + MESSAGES,
             "<user>1 < 2 & 'é'?",
         ),
         (
-            "{% for m in messages %}{% generation %}{% set x = 1 %}{{ m.content }}{% endgeneration %}{{ x }}{% endfor %}!",
+            "{% for m in messages %}{% generation %}{% set x = 1 %}{{ m.content }}"
+            "{% endgeneration %}{{ x }}{% endfor %}!",
             "1 < 2 & 'é'?!",
         ),
         (
@@ -1220,7 +1212,8 @@ MESSAGES = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
         ),
         ("{% for i in range(9) %}{% if i == 2 %}{% break %}{% endif %}{{ i }}{% endfor %}", "01"),
         (
-            "{% set n = namespace(x=0) %}{% for m in messages %}{% set n.x = n.x + 1 %}{% endfor %}{{ n.x }}{% if add_generation_prompt %}!{% endif %}",
+            "{% set n = namespace(x=0) %}{% for m in messages %}{% set n.x = n.x + 1 %}{% endfor %}"
+            "{{ n.x }}{% if add_generation_prompt %}!{% endif %}",
             "1!",
         ),
     ],
@@ -1255,10 +1248,8 @@ def test_special_tokens_of_older_folders_are_in_a_file_of_their_own(merges, tmp_
     (tmp_path / "special_tokens_map.json").write_text(
         json.dumps(dict(bos_token=dict(content="<think>"), eos_token="<|im_end|>"))
     )
-    assert (
-        load_tokenizer(tmp_path).stop == [2]
-        and load_chat_template(tmp_path)("") == "<think><|im_end|>"
-    )
+    assert load_tokenizer(tmp_path).stop == [2]
+    assert load_chat_template(tmp_path)("") == "<think><|im_end|>"
 
 
 @pytest.mark.parametrize(
@@ -1282,7 +1273,10 @@ def test_a_chat_template_that_is_none_is_one_line_that_says_why(template, words,
         load_chat_template(tmp_path)
 
 
-TURNS = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | trim }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+TURNS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | trim }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 
 
 @pytest.mark.parametrize(
@@ -1396,9 +1390,8 @@ def agree(folder, vocab, tmp_path, tolerance=1e-4):
         ids = torch.tensor([prompt])
         with torch.no_grad():
             logits = theirs(ids).logits
-            assert (ours(ids) - logits).abs().max() < tolerance and torch.equal(
-                again(ids).logits, logits
-            )
+            assert (ours(ids) - logits).abs().max() < tolerance
+            assert torch.equal(again(ids).logits, logits)
             greedy = theirs.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),

@@ -178,7 +178,8 @@ def test_autocast_multiplies_in_its_dtype():
 def test_autocast_returns_fp32_gradients(monkeypatch, name, backward_inside):
     small_blocks(monkeypatch)
     hidden, weight, targets, upstream = problem(2, 3)
-    hidden.requires_grad_(), weight.requires_grad_()
+    hidden.requires_grad_()
+    weight.requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
         outputs = token_logprobs(hidden, weight, targets, impl=name)
         if backward_inside:
@@ -225,7 +226,8 @@ def test_scoring_leaves_its_inputs_unchanged(monkeypatch, name):
     small_blocks(monkeypatch)
     hidden, weight, targets, upstream = problem(2, 3)
     before = [t.clone() for t in (hidden, weight, targets, *upstream)]
-    hidden.requires_grad_(), weight.requires_grad_()
+    hidden.requires_grad_()
+    weight.requires_grad_()
     torch.autograd.backward(token_logprobs(hidden, weight, targets, 0.7, impl=name), upstream)
     assert all(
         torch.equal(a, b) for a, b in zip(before, (hidden, weight, targets, *upstream), strict=True)
@@ -417,7 +419,8 @@ def test_attention_in_a_short_window_holds_no_square(monkeypatch):
         ),
     )
     qkv = torch.randn(3, 1, 2, 512, 8)
-    attention(*qkv, window=8), attention(*qkv, window=200)
+    attention(*qkv, window=8)
+    attention(*qkv, window=200)
     assert sizes == [(32, 64), (512, 512)]
 
 
@@ -929,8 +932,9 @@ def test_kernels_import_and_run_without_triton(tmp_path):
         assert kernels.triton is None
         x = torch.randn(1, 2, 5, 8, requires_grad=True)
         kernels.attention(x, x, x, window=2).sum().backward()
-        kernels.token_logprobs(torch.randn(3, 4), torch.randn(9, 4), torch.arange(3), impl="chunked")
-        for f, args in ((kernels.attention, (x, x, x)), (kernels.token_logprobs, (torch.randn(3, 4), torch.randn(9, 4), torch.arange(3)))):
+        rows = torch.randn(3, 4), torch.randn(9, 4), torch.arange(3)
+        kernels.token_logprobs(*rows, impl="chunked")
+        for f, args in ((kernels.attention, (x, x, x)), (kernels.token_logprobs, rows)):
             try:
                 f(*args, impl="triton")
                 sys.exit(1)
@@ -950,8 +954,11 @@ COMPILE = """if True:
     import json, sys, kernels, triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    SIZES = "H", "G", "T", "S", "before", "after", "size", "stride", "first", "width"
+    HALF = "q", "k", "v", "o", "do", "dq", "dk", "dv", "z"
     for name in sys.argv[1:]:
-        kernel, tuned, attributes, constants, signature = getattr(kernels, name), hasattr(getattr(kernels, name), "configs"), {}, {}, {}
+        kernel, attributes, constants, signature = getattr(kernels, name), {}, {}, {}
+        tuned = hasattr(kernel, "configs")
         config = kernel.configs[0] if tuned else triton.Config({}, num_warps=4, num_stages=3)
         given = dict(D=128, DP=128, **config.kwargs) if tuned else dict(COLS=2048)
         fn = kernel.fn if tuned else kernel
@@ -961,16 +968,22 @@ COMPILE = """if True:
             elif p.name.endswith("_s"):         # strides: multiples of 16, the last one 1
                 signature[p.name], constants[(i, 3)] = ("i32", "i32", "i32", "constexpr"), 1
                 attributes |= {(i, j): [["tt.divisibility", 16]] for j in range(3)}
-            elif p.name in ("H", "G", "T", "S", "before", "after", "size", "stride", "first", "width"):
+            elif p.name in SIZES:
                 signature[p.name] = "i32"
             elif p.name in ("c", "scale", "inv_t"):
                 signature[p.name] = "fp32"
             else:
-                signature[p.name] = "*bf16" if p.name in ("q", "k", "v", "o", "do", "dq", "dk", "dv", "z") else "*i64" if p.name == "y" else "*fp32"
+                kind = "bf16" if p.name in HALF else "i64" if p.name == "y" else "fp32"
+                signature[p.name] = "*" + kind
                 attributes[i,] = [["tt.divisibility", 16]]
-        options = dict(num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True)
-        binary = triton.compile(ASTSource(fn, signature, constants, attributes), target=GPUTarget("cuda", 90, 32), options=options)
-        print(json.dumps([name, binary.metadata.shared, binary.asm["ptx"].count("wgmma.mma_async")]))"""
+        options = {k: getattr(config, k) for k in ("num_warps", "num_stages")}
+        binary = triton.compile(
+            ASTSource(fn, signature, constants, attributes),
+            target=GPUTarget("cuda", 90, 32),
+            options=options | dict(enable_fp_fusion=True),
+        )
+        products = binary.asm["ptx"].count("wgmma.mma_async")
+        print(json.dumps([name, binary.metadata.shared, products]))"""
 
 
 @needs_triton

@@ -93,7 +93,7 @@ def test_the_gradient_of_a_norm_is_that_of_finite_differences():
     assert torch.autograd.gradcheck(model.RMSNormFunction.apply, (x, weight, 1e-2))
 
 
-def test_at_the_start_biases_are_zero_and_what_writes_into_the_stream_is_smaller_by_the_number_of_writers():
+def test_at_the_start_biases_are_0_and_what_writes_into_the_stream_shrinks_with_the_writers():
     torch.manual_seed(0)
     for name, p in GPT(GPTConfig(500, 8, 8, 4, 64, qkv_bias=True, qk_norm=True)).named_parameters():
         if p.dim() == 1:

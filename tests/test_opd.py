@@ -76,21 +76,16 @@ def test_divergences_are_what_their_names_say_on_two_tokens():
             p.log()[None, None], q.log()[None, None], torch.tensor([[0]]), kind, top=1
         ).item()
 
-    assert value("forward") == pytest.approx(kl(q, p)) and value("reverse") == pytest.approx(
-        kl(p, q)
-    )
-    assert value("jsd") == pytest.approx((kl(q, m) + kl(p, m)) / 2) and value(
-        "token"
-    ) == pytest.approx(-math.log(0.75))
-    assert value("top_raw") == pytest.approx(0.75 * math.log(0.75 / 0.5)) and value(
-        "top_renormalised"
-    ) == pytest.approx(0)
+    assert value("forward") == pytest.approx(kl(q, p))
+    assert value("reverse") == pytest.approx(kl(p, q))
+    assert value("jsd") == pytest.approx((kl(q, m) + kl(p, m)) / 2)
+    assert value("token") == pytest.approx(-math.log(0.75))
+    assert value("top_raw") == pytest.approx(0.75 * math.log(0.75 / 0.5))
+    assert value("top_renormalised") == pytest.approx(0)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_where_both_agree_divergence_and_gradient_are_zero_but_for_the_raw_top_k(
-    kind,
-):
+def test_where_both_agree_divergence_and_gradient_are_zero_but_for_the_raw_top_k(kind):
     z = logprobs(2, 3, 10).requires_grad_()
     lp = z.log_softmax(-1)
     d = divergence(lp, lp.detach(), torch.zeros(2, 3, dtype=torch.long), kind)
@@ -223,35 +218,26 @@ def batch(seed=0, B=8, T=6):
 def test_padding_changes_neither_loss_nor_gradient(method):
     lp, lq, y, mask, rewards = batch()
     results = []
+
+    def wide(x, other, noise):
+        """With noise: `other` under the mask, and in three more positions."""
+        real = mask.bool().view(*mask.shape, *[1] * (x.dim() - 2))
+        return torch.cat((torch.where(real, x, other), other[:, :3]), 1) if noise else x.clone()
+
     for noise in (0, 1):
-
-        def wide(x, other):
-            return torch.cat(
-                (
-                    torch.where(
-                        mask.bool().view(*mask.shape, *[1] * (x.dim() - 2)),
-                        x,
-                        other if noise else x,
-                    ),
-                    other[:, : 3 * noise],
-                ),
-                1,
-            )
-
-        z = wide(lp, logprobs(*lp.shape, seed=7)).requires_grad_()
+        z = wide(lp, logprobs(*lp.shape, seed=7), noise).requires_grad_()
         other = torch.randint(VOCAB, y.shape, generator=torch.Generator().manual_seed(8))
         args = (
-            wide(lq, logprobs(*lq.shape, seed=9)),
-            wide(y, other),
+            wide(lq, logprobs(*lq.shape, seed=9), noise),
+            wide(y, other, noise),
             torch.cat((mask, torch.zeros(len(mask), 3 * noise).double()), 1),
         )
         loss = loss_of(method, z.log_softmax(-1), *args, rewards, small())
         loss.backward()
         results.append((loss.item(), z.grad[:, : mask.shape[1]] * mask[..., None]))
         assert (z.grad[args[2] == 0] == 0).all()
-    assert results[0][0] == pytest.approx(results[1][0], abs=1e-12) and torch.allclose(
-        results[0][1], results[1][1], atol=1e-12
-    )
+    assert results[0][0] == pytest.approx(results[1][0], abs=1e-12)
+    assert torch.allclose(results[0][1], results[1][1], atol=1e-12)
 
 
 @pytest.mark.parametrize("method", ["opd", "kd", "opd_jsd"])
@@ -290,9 +276,8 @@ def test_the_trust_regions_mixture_is_on_its_bound_or_is_the_teacher(eps):
     mixed, b = mixed.double(), b.double()
     kl = (mixed.exp() * (mixed - lp)).sum(-1)
     whole = b == 1
-    assert ((lq.exp() * (lq - lp)).sum(-1)[whole] <= eps + 1e-6).all() and torch.allclose(
-        mixed[whole], lq[whole], atol=1e-5
-    )
+    assert ((lq.exp() * (lq - lp)).sum(-1)[whole] <= eps + 1e-6).all()
+    assert torch.allclose(mixed[whole], lq[whole], atol=1e-5)
     assert (kl[~whole] - eps).abs().max() < 1e-4
     assert torch.allclose(
         mixed, ((1 - b)[:, None] * lp + b[:, None] * lq).log_softmax(-1), atol=1e-5
@@ -301,9 +286,8 @@ def test_the_trust_regions_mixture_is_on_its_bound_or_is_the_teacher(eps):
 
 def test_the_trust_region_ends_at_student_and_teacher_and_is_the_nearest_to_the_teacher():
     lp, lq = logprobs(20, 5), logprobs(20, 5, seed=1)
-    assert torch.allclose(trust_region(lp, lq, 0.0)[0], lp, atol=1e-5) and torch.allclose(
-        trust_region(lp, lq, 100.0)[0], lq, atol=1e-5
-    )
+    assert torch.allclose(trust_region(lp, lq, 0.0)[0], lp, atol=1e-5)
+    assert torch.allclose(trust_region(lp, lq, 100.0)[0], lq, atol=1e-5)
     mixed, _ = trust_region(lp, lq, 0.05)
 
     def kl(a, b):
@@ -326,15 +310,12 @@ def test_skd_with_all_tokens_is_the_students_sample_with_one_the_teachers_argmax
     everything, replaced = draft(lp, lq, u, 12)
     assert torch.equal(everything, student) and replaced.sum() == 0
     one, replaced = draft(lp, lq, u, 1)
-    assert (
-        torch.equal(one, lq.argmax(-1))
-        and torch.equal(replaced.bool(), student != lq.argmax(-1))
-        and 0 < replaced.mean() < 1
-    )
+    assert torch.equal(one, lq.argmax(-1))
+    assert torch.equal(replaced.bool(), student != lq.argmax(-1))
+    assert 0 < replaced.mean() < 1
     some, replaced = draft(lp, lq, u, 4)
-    assert (lq.topk(4).indices == some[:, None]).any(1).all() and torch.equal(
-        some[replaced == 0], student[replaced == 0]
-    )
+    assert (lq.topk(4).indices == some[:, None]).any(1).all()
+    assert torch.equal(some[replaced == 0], student[replaced == 0])
 
 
 def test_skd_replaces_by_the_teachers_top_tokens_in_their_proportions():
@@ -344,7 +325,8 @@ def test_skd_replaces_by_the_teachers_top_tokens_in_their_proportions():
     corrections = tokens[
         replaced > 0
     ]  # of the tokens 0 and 1: the second draw owes nothing to the first
-    assert abs(len(corrections) / 20_000 - 1 / 2) < 0.015 and np.allclose(
+    assert abs(len(corrections) / 20_000 - 1 / 2) < 0.015
+    assert np.allclose(
         np.bincount(corrections, minlength=4) / len(corrections), [0, 0, 3 / 7, 4 / 7], atol=0.015
     )
 
@@ -383,7 +365,8 @@ def test_side_by_side_both_models_see_what_they_would_see_without_a_cache():
     for row, m in zip(tokens.tolist(), mask.tolist(), strict=True):
         size = row.index(EOS) + 1 if EOS in row else len(row)
         assert m == [1.0] * size + [0.0] * (len(row) - size)
-    assert len({sum(m) for m in mask.tolist()}) > 1 and changed == pytest.approx(
+    assert len({sum(m) for m in mask.tolist()}) > 1
+    assert changed == pytest.approx(
         np.mean([t + 1 for m in mask.tolist() for t in range(int(sum(m)))])
     )
 
@@ -416,9 +399,8 @@ def test_the_answers_are_the_student_s_or_the_teacher_s_as_the_row_says(kind, mo
     *_, changed = collect(
         kind, student, teacher, prompts, 0.0, small(), torch.Generator().manual_seed(0)
     )
-    assert seen == [(teacher if kind == "teacher" else student, prompts)] and changed == (
-        kind == "teacher"
-    )
+    assert seen == [(teacher if kind == "teacher" else student, prompts)]
+    assert changed == (kind == "teacher")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -434,13 +416,11 @@ def test_every_method_trains_the_student_and_nobody_else(method):
     before = [{k: v.clone() for k, v in m.state_dict().items()} for m in (base, expert)]
     model = opd.train(small(), run, method, 0, base, expert, ODD)
     for m, state in zip((base, expert), before, strict=True):
-        assert all(p.grad is None for p in m.parameters()) and all(
-            torch.equal(v, state[k]) for k, v in m.state_dict().items()
-        )
+        assert all(p.grad is None for p in m.parameters())
+        assert all(torch.equal(v, state[k]) for k, v in m.state_dict().items())
     assert any(not torch.equal(v, before[0][k]) for k, v in model.state_dict().items())
-    assert [row["step"] for row in run.rows] == [0, 1, 2] and all(
-        math.isfinite(v) for row in run.rows for v in row.values() if isinstance(v, float)
-    )
+    assert [row["step"] for row in run.rows] == [0, 1, 2]
+    assert all(math.isfinite(v) for row in run.rows for v in row.values() if isinstance(v, float))
 
 
 def test_student_and_teacher_score_the_same_answers_and_grpo_asks_no_teacher(monkeypatch):
@@ -487,25 +467,22 @@ def test_a_step_asks_training_pairs_in_groups_and_pays_for_the_answer_only(monke
             rates.append(optimizer.param_groups[0]["lr"]) or descend(optimizer, *more)
         ),
     )
-    task, run = (
-        replace(
-            far_task(),
-            reward=lambda pair, tokens: paid.append((pair, len(tokens))) or float(tokens[0] % 2),
-        ),
-        Memory(),
+    task = replace(
+        far_task(),
+        reward=lambda pair, tokens: paid.append((pair, len(tokens))) or float(tokens[0] % 2),
     )
+    run = Memory()
     for arm, seed in (("trb", 0), ("grpo", 0), ("grpo", 1)):
         opd.train(config, run, arm, seed, policy(0), policy(1), task)
     pairs, eps = [p for p, _ in asked], [e for _, e in asked[:3]]
-    assert eps == pytest.approx([0.1, 0.05, 0]) and rates[:3] == pytest.approx(
-        [config.lr * k / 5 for k in (1, 2, 3)]
-    )
+    assert eps == pytest.approx([0.1, 0.05, 0])
+    assert rates[:3] == pytest.approx([config.lr * k / 5 for k in (1, 2, 3)])
     assert paid == [
         (pair, n) for row in pairs for pair, n in zip(row, lengths.tolist(), strict=True)
-    ] and {p for row in pairs for p in row} <= set(task.train)
-    assert all(len(set(row[i : i + 4])) == 1 for row in pairs[3:] for i in (0, 4)) and any(
-        row[0] != row[4] for row in pairs[3:]
-    )
+    ]
+    assert {p for row in pairs for p in row} <= set(task.train)
+    assert all(len(set(row[i : i + 4])) == 1 for row in pairs[3:] for i in (0, 4))
+    assert any(row[0] != row[4] for row in pairs[3:])
     assert any(len(set(row)) > 2 for row in pairs[:3]) and pairs[3:6] != pairs[6:]
     assert [
         (r["arm"], r["seed"], r["step"], r["sampled_tokens"], r.get("changed")) for r in run.rows
@@ -536,9 +513,8 @@ def interrupted(go, module, monkeypatch, steps):
     go(halves)
     assert 0 < kept["step"] <= 2 and len(taken) == 3 + steps - kept["step"]
     weights = [next(iter(run.state.values()))["model"].values() for run in (whole, halves)]
-    assert halves.rows == whole.rows and all(
-        torch.equal(x, y) for x, y in zip(*weights, strict=True)
-    )
+    assert halves.rows == whole.rows
+    assert all(torch.equal(x, y) for x, y in zip(*weights, strict=True))
 
 
 @pytest.mark.parametrize("method", ["grpo", "trb"])
@@ -715,21 +691,17 @@ def test_the_claims_are_about_the_arms_that_they_name(monkeypatch, tmp_path):
         sft_plateau=0.95 - level("sft"),
         grpo_tokens=3 * 0.95 / 0.9,
     )
-    assert (
-        all((c.base, c.expert) == ("base", "expert") for c in calls.values())
-        and list(calls) == Config().methods
-    )
+    assert all((c.base, c.expert) == ("base", "expert") for c in calls.values())
+    assert list(calls) == Config().methods
 
 
 def test_the_papers_number_stands_where_it_stands_in_the_paper(monkeypatch, tmp_path):
     claims, _ = claims_of(
         "opd.py", tmp_path, monkeypatch
     )  # 55.0 is the checkpoint from which OPD (74.4) and RL (67.6) start, no rival of theirs
-    assert (
-        claims["opd"]["paper"] == "74.4 (55.0; 67.6)"
-        and claims["opd"]["ours"].endswith("(0.00; 0.90)")
-        and claims["opd grpo"]["paper"] == "6.8 points"
-    )
+    assert claims["opd"]["paper"] == "74.4 (55.0; 67.6)"
+    assert claims["opd"]["ours"].endswith("(0.00; 0.90)")
+    assert claims["opd grpo"]["paper"] == "6.8 points"
     assert not any("SFT" in c["claim"] and "Qwen3" in c["source"] for c in claims.values())
 
 
@@ -747,23 +719,20 @@ def test_a_quick_run_writes_figure_metrics_claims_config_and_checkpoint_and_what
 ):
     assert check_quick("opd.py", tmp_path, also=["base.pt", "expert.pt", "samples.txt"]) == "opd"
     samples = (tmp_path / "samples.txt").read_text()
-    assert samples.count("BOS 10 27 - - - GO\n") == 1 and all(
-        samples.count(f"    {name} ") == 3 for name in ("base", "expert", *Config().methods)
-    )
+    assert samples.count("BOS 10 27 - - - GO\n") == 1
+    assert all(samples.count(f"    {name} ") == 3 for name in ("base", "expert", *Config().methods))
 
 
 def test_a_second_run_finds_the_models_of_the_first_and_a_changed_flag_trains_them_anew(tmp_path):
     finish("opd.py", "--quick", "--arms", "opd", "--out", tmp_path)
     made = (tmp_path / "base.pt").read_bytes()
     finish("opd.py", "--quick", "--arms", "kd", "--out", tmp_path)
-    assert (tmp_path / "base.pt").read_bytes() == made and not any(
-        row["phase"] == "pretrain" for row in metrics(tmp_path)
-    )
+    assert (tmp_path / "base.pt").read_bytes() == made
+    assert not any(row["phase"] == "pretrain" for row in metrics(tmp_path))
     finish("opd.py", "--quick", "--arms", "opd", "--sft-steps", 12, "--out", tmp_path)
     assert {row.get("model") for row in metrics(tmp_path) if row["phase"] == "pretrain"} == {"base"}
-    assert (tmp_path / "base.pt").read_bytes() != made and json.loads(
-        (tmp_path / "claims.json").read_text()
-    ) == []
+    assert (tmp_path / "base.pt").read_bytes() != made
+    assert json.loads((tmp_path / "claims.json").read_text()) == []
 
 
 def test_help_lists_every_flag():
@@ -918,9 +887,8 @@ def test_a_folder_with_somebody_elses_files_is_left_as_it_is(name, tmp_path):
     torch.save(dict(made_by="me", model={}), tmp_path / name)
     before = (tmp_path / name).read_bytes()
     assert name in complain("opd.py", "--quick", "--out", tmp_path)
-    assert [p.name for p in tmp_path.iterdir()] == [name] and (
-        tmp_path / name
-    ).read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_bytes() == before
 
 
 @pytest.mark.parametrize("out", ["file", "file/below", "x" * 300, "config.json"])
@@ -928,10 +896,8 @@ def test_an_out_that_can_be_no_folder_is_one_line(out, tmp_path):
     (tmp_path / "file").write_text("mine")
     (tmp_path / "config.json").write_text("{}")
     complain("opd.py", "--quick", "--out", tmp_path / out if out != "config.json" else tmp_path)
-    assert (
-        sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "file"]
-        and (tmp_path / "file").read_text() == "mine"
-    )
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "file"]
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 # ------------------------------------------------------------------------------------------------
@@ -954,21 +920,15 @@ def spoils(script, module, name, what, folder, *flags):
         patch.setattr(module, name, spoilt)
         code, _, err = launch(script, "--quick", *flags, "--out", folder)
     line = err.splitlines()[-1]
-    assert (
-        code == 2
-        and f"the {what} is nan" in line
-        and "step 2 of" in line
-        and "model.pt holds what was finite" in line
-        and "Traceback" not in err
-    )
+    assert code == 2
+    assert f"the {what} is nan" in line
+    assert "step 2 of" in line
+    assert "model.pt holds what was finite" in line
+    assert "Traceback" not in err
     state = load_checkpoint(folder / "model.pt")["state"]
-    assert (
-        state
-        and all(
-            torch.isfinite(w).all() for phase in state.values() for w in phase["model"].values()
-        )
-        and not (folder / "claims.json").exists()
-    )
+    assert state
+    assert all(torch.isfinite(w).all() for phase in state.values() for w in phase["model"].values())
+    assert not (folder / "claims.json").exists()
     assert all(
         math.isfinite(v) for row in metrics(folder) for v in row.values() if isinstance(v, float)
     )
@@ -977,21 +937,8 @@ def spoils(script, module, name, what, folder, *flags):
 
 @pytest.mark.parametrize("what", ["loss", "gradient norm"])
 def test_a_number_that_is_none_ends_the_run_before_it_can_spoil_the_weights(what, tmp_path):
-    spoils(
-        "opd.py",
-        opd,
-        "loss_of",
-        what,
-        tmp_path,
-        "--arms",
-        "opd",
-        "--steps",
-        4,
-        "--sft-steps",
-        1,
-        "--expert-steps",
-        1,
-    )
+    flags = "--arms opd --steps 4 --sft-steps 1 --expert-steps 1"
+    spoils("opd.py", opd, "loss_of", what, tmp_path, *flags.split())
 
 
 @pytest.mark.parametrize("method", ["opd", "trb", "skd", "grpo"])
@@ -1032,34 +979,11 @@ def cut_by_a_signal(script, module, name, call, number, folder, *flags):
 
 
 def test_a_signal_during_an_evaluation_ends_the_run_at_once_and_loses_nothing(tmp_path):
-    flags = (
-        "--quick",
-        "--arms",
-        "opd",
-        "--steps",
-        3,
-        "--eval-every",
-        1,
-        "--sft-steps",
-        1,
-        "--expert-steps",
-        1,
-    )
-    cut_by_a_signal("opd.py", walkers, "answer", 4, signal.SIGTERM, tmp_path, *flags)
+    flags = "--quick --arms opd --steps 3 --eval-every 1 --sft-steps 1 --expert-steps 1"
+    cut_by_a_signal("opd.py", walkers, "answer", 4, signal.SIGTERM, tmp_path, *flags.split())
 
 
 def test_interrupt_and_resume_give_the_metrics_of_an_uninterrupted_run_to_the_bit(tmp_path):
-    check_resume(
-        "opd.py",
-        tmp_path,
-        (dict(phase="pretrain"), dict(phase="train", arm="grpo")),
-        "--quick",
-        "--arms",
-        "trb,grpo",
-        "--expert-steps",
-        2,
-        "--steps",
-        4,
-        "--eval-every",
-        2,
-    )
+    marks = dict(phase="pretrain"), dict(phase="train", arm="grpo")
+    flags = "--quick --arms trb,grpo --expert-steps 2 --steps 4 --eval-every 2"
+    check_resume("opd.py", tmp_path, marks, *flags.split())

@@ -36,7 +36,9 @@ from tokenizer import train_bpe
 
 def test_documents_come_from_the_standard_library_a_file_a_folder_or_a_dataset(tmp_path):
     assert any("import" in text for text in pretrain.load_documents(""))
-    (tmp_path / "texts").mkdir(), (tmp_path / "rows").mkdir(), (tmp_path / "empty").mkdir()
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "empty").mkdir()
     for name in ("b.txt", "a.md", "c.bin"):
         (tmp_path / "texts" / name).write_text(name)
     (tmp_path / "rows" / "data.jsonl").write_text(
@@ -96,21 +98,7 @@ def test_of_more_than_ten_documents_every_tenth_is_held_out():
     )
 
 
-TINY = [
-    "--quick",
-    "--device",
-    "cpu",
-    "--steps",
-    10,
-    "--eval-every",
-    4,
-    "--seeds",
-    2,
-    "--batch",
-    2,
-    "--block-size",
-    16,
-]
+TINY = "--quick --device cpu --steps 10 --eval-every 4 --seeds 2 --batch 2 --block-size 16"
 
 
 def written(folder, documents):
@@ -141,7 +129,7 @@ def test_pretraining_is_measured_on_all_of_the_held_out_text_and_none_of_it_is_t
     monkeypatch.setattr(
         pretrain, "train_bpe", lambda text, size: seen.append(text) or train_bpe(text, size)
     )
-    finish("pretrain.py", *TINY, "--data", data, "--out", tmp_path / "out")
+    finish("pretrain.py", *TINY.split(), "--data", data, "--out", tmp_path / "out")
     assert check_whole(tmp_path / "out", also=("samples.txt",)) == "pretrain"
     cut = len(texts[0]) * 9 // 10
     train, held_out = (
@@ -178,10 +166,8 @@ def test_pretraining_is_measured_on_all_of_the_held_out_text_and_none_of_it_is_t
     (claim,) = json.loads((tmp_path / "out" / "claims.json").read_text())
     gzip = 8 * len(zlib.compress(data, 9)) / len(data)
     told = [float(x) for x in re.findall(r"[\d.]+", claim["ours"] + claim["threshold"])]
-    assert (
-        told == [pytest.approx(x, rel=6e-2) for x in (np.mean(bits), np.std(bits, ddof=1), gzip)]
-        and claim["seeds"] == 2
-    )
+    assert told == [pytest.approx(x, rel=6e-2) for x in (np.mean(bits), np.std(bits, ddof=1), gzip)]
+    assert claim["seeds"] == 2
     assert abs(bits[0] - bits[1]) > 0.003 and claim["holds"] == (np.mean(bits) <= gzip)
 
 
@@ -218,9 +204,8 @@ def test_the_learning_rate_warms_up_then_falls_in_a_cosine_to_a_tenth():
     assert [experiment.lr_at(t, 1000, 2.0) for t in (0, 9, 500, 1000)] == pytest.approx(
         [0.1, 1.0, 1.1, 0.2]
     )
-    assert experiment.lr_at(20, 1000, 2.0) == pytest.approx(2, rel=0.01) and experiment.lr_at(
-        250, 1000, 2.0
-    ) == pytest.approx(1.1 + 0.9 / 2**0.5)
+    assert experiment.lr_at(20, 1000, 2.0) == pytest.approx(2, rel=0.01)
+    assert experiment.lr_at(250, 1000, 2.0) == pytest.approx(1.1 + 0.9 / 2**0.5)
 
 
 def test_interrupt_and_resume_give_the_metrics_of_an_uninterrupted_pretraining_to_the_bit(tmp_path):
@@ -228,7 +213,7 @@ def test_interrupt_and_resume_give_the_metrics_of_an_uninterrupted_pretraining_t
         "pretrain.py",
         tmp_path,
         (dict(seed=0, step=3), dict(seed=1, step=7)),
-        *TINY,
+        *TINY.split(),
         "--data",
         written(tmp_path, 1)[1],
     )
@@ -252,7 +237,7 @@ def test_a_resumed_run_has_its_tokenizer_in_the_checkpoint_and_refuses_other_dat
     tmp_path, monkeypatch
 ):
     texts, data = written(tmp_path, 1)
-    flags, out = [*TINY, "--data", data, "--out"], tmp_path / "out"
+    flags, out = [*TINY.split(), "--data", data, "--out"], tmp_path / "out"
     finish("pretrain.py", *flags, tmp_path / "whole")
     interrupted_at(3, monkeypatch, *flags, out)
     before = {p.name: p.read_bytes() for p in out.iterdir()}
@@ -271,7 +256,7 @@ def test_a_resumed_run_refuses_other_data_wherever_they_come_from(tmp_path, monk
     data = tmp_path / "texts" if given == "folder" else given
     if given != "folder":
         monkeypatch.setattr(pretrain, "load_documents", lambda data: [*texts])
-    interrupted_at(2, monkeypatch, *TINY, "--data", data, "--out", tmp_path / "out")
+    interrupted_at(2, monkeypatch, *TINY.split(), "--data", data, "--out", tmp_path / "out")
     texts.append("a new file")
     (tmp_path / "texts" / "new.txt").write_text(texts[-1])
     assert "is no longer what the run" in complain(
@@ -283,7 +268,7 @@ def test_a_resumed_run_refuses_other_data_wherever_they_come_from(tmp_path, monk
 def test_a_signal_during_a_long_evaluation_is_heeded_at_once_and_nothing_is_lost(
     tmp_path, monkeypatch, number
 ):
-    flags = [*TINY, "--data", written(tmp_path, 1)[1], "--out"]
+    flags = [*TINY.split(), "--data", written(tmp_path, 1)[1], "--out"]
     finish("pretrain.py", *flags, tmp_path / "whole")
     scored, sent = pretrain.token_logprobs, []
 
@@ -311,18 +296,12 @@ def test_a_signal_during_a_long_evaluation_is_heeded_at_once_and_nothing_is_lost
 def test_a_learning_rate_that_ruins_the_weights_is_one_line_and_the_last_finite_checkpoint_stays(
     tmp_path,
 ):
-    code, _, err = launch(
-        "pretrain.py",
-        *TINY,
-        "--lr",
-        1e30,
-        "--data",
-        written(tmp_path, 1)[1],
-        "--out",
-        tmp_path / "out",
-    )
-    assert code == 2 and re.search(
-        r"pretrain.py: error: the (loss|gradient norm) is (nan|inf) at step \d+ of gpt 0; .*model.pt holds what was finite\n$",
+    flags = [*TINY.split(), "--lr", 1e30, "--data", written(tmp_path, 1)[1]]
+    code, _, err = launch("pretrain.py", *flags, "--out", tmp_path / "out")
+    assert code == 2
+    assert re.search(
+        r"pretrain.py: error: the (loss|gradient norm) is (nan|inf) at step \d+ of gpt 0; "
+        r".*model.pt holds what was finite\n$",
         err,
     )
     assert all(np.isfinite(row["loss"]) for row in metrics(tmp_path / "out"))
@@ -337,16 +316,8 @@ def test_results_are_written_whatever_the_terminal_can_print_and_a_closed_pipe_i
     tmp_path,
 ):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "cp1252"}
-    command = [
-        sys.executable,
-        ROOT / "pretrain.py",
-        *map(str, TINY),
-        "--seeds",
-        "1",
-        "--data",
-        written(tmp_path, 1)[1],
-        "--out",
-    ]
+    flags = [*TINY.split(), "--seeds", "1", "--data", written(tmp_path, 1)[1]]
+    command = [sys.executable, ROOT / "pretrain.py", *flags, "--out"]
     done = subprocess.run(
         [*command, tmp_path / "out"], env=environment, capture_output=True, timeout=120
     )
@@ -385,15 +356,8 @@ def test_help_names_every_flag():
 def test_a_mistake_is_one_line_and_harms_nothing(flags, words, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "model.pt").write_text("another run's")
-    assert words in complain(
-        "pretrain.py",
-        "--quick",
-        "--data",
-        written(tmp_path, 1)[1],
-        *flags,
-        "--out",
-        tmp_path / "out",
-    )
+    flags = ["--data", written(tmp_path, 1)[1], *flags, "--out", tmp_path / "out"]
+    assert words in complain("pretrain.py", "--quick", *flags)
     assert [p.read_text() for p in (tmp_path / "out").iterdir()] == ["another run's"]
 
 

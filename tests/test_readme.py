@@ -10,8 +10,10 @@ import itertools
 import json
 import re
 import shlex
+import subprocess
 import sys
 import types
+from os.path import commonprefix
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -53,16 +55,19 @@ def table(name):
     rows = ""
     for c in claims:
         holds = "yes" if c["holds"] else "**no**"
-        rows += f"| {c['claim']} | {c['source']} | {c['paper']} | {c['ours']} | {c['threshold']} | {holds} |\n"
+        cells = [c["claim"], c["source"], c["paper"], c["ours"], c["threshold"], holds]
+        rows += f"| {' | '.join(map(str, cells))} |\n"
     hold = sum(c["holds"] for c in claims)
-    return f"<details><summary>Claims: {hold} of {len(claims)} hold</summary>\n\n{HEAD}{rows}\n</details>\n"
+    summary = f"<details><summary>Claims: {hold} of {len(claims)} hold</summary>"
+    return f"{summary}\n\n{HEAD}{rows}\n</details>\n"
 
 
 def exercises(script):
     tasks = read("exercises.json")
     text = f"</summary>\n\n{tasks['about'][script]}\n\n"
     for i, e in enumerate(tasks[script], 1):
-        text += f"**{i}.** {e['exercise']}\n\n```bash\n{e['command']}\n```\n\n*What should happen.* {e['expect']}\n\n"
+        text += f"**{i}.** {e['exercise']}\n\n```bash\n{e['command']}\n```\n\n"
+        text += f"*What should happen.* {e['expect']}\n\n"
     return text + "</details>\n"
 
 
@@ -244,13 +249,11 @@ def test_a_number_that_is_in_no_result_is_missed():
         "0.37",
         "45",
     ]
-    assert (
-        found("0.37", {0.3712})
-        and found("37", {0.3712})
-        and found("300", {300000})
-        and not found("0.38", {0.3712})
-        and not found("46", {45.0})
-    )
+    assert found("0.37", {0.3712})
+    assert found("37", {0.3712})
+    assert found("300", {300000})
+    assert not found("0.38", {0.3712})
+    assert not found("46", {45.0})
 
 
 # --------------------------------------------------------------------------------------------------
@@ -279,7 +282,8 @@ EDITS = {
     ("grpo", 2): [
         (
             "return float(written == right and len(text) % LINE == 0)",
-            "return float(all(right.get(c) == d for c, d in written.items()) and len(text) % LINE == 0)",
+            "return float(all(right.get(c) == d for c, d in written.items())"
+            " and len(text) % LINE == 0)",
         )
     ],
     ("grpo", 3): [("return adv.reshape(-1, 1)", "return adv.reshape(-1, 1).roll(1, 0)")],
@@ -300,7 +304,8 @@ EDITS = {
     ("opd", 4): [
         (
             "PASSWORD = Hint(prompt_with_password, (*range(PLACES), EOS), recall=8, keep=4)",
-            "PASSWORD = Hint(prompt_with_password, (*range(PLACES), *range(49, 53), EOS), recall=8, keep=4)",
+            "PASSWORD = Hint(prompt_with_password, (*range(PLACES), *range(49, 53), EOS), "
+            "recall=8, keep=4)",
         )
     ],
     ("curriculum", 2): [
@@ -310,7 +315,8 @@ EDITS = {
         (
             "rollout, texts, rewards = answer(model, problems, config.group, budget, generator)",
             "rollout, texts, rewards = answer(model, problems, config.group, budget, generator)\n"
-            '    rewards = torch.tensor([float("OK" in text) for text in texts]).view(-1, config.group)',
+            '    rewards = torch.tensor([float("OK" in text) for text in texts])'
+            ".view(-1, config.group)",
         )
     ],
     ("curriculum", 4): [
@@ -322,7 +328,8 @@ EDITS = {
     ("curriculum", 5): [
         (
             "for _ in range(attempts):",
-            "pairs = [(a, b) for i, a in enumerate(numbers) for b in numbers[i + 1:]]\n    for _ in range(attempts):",
+            "pairs = [(a, b) for i, a in enumerate(numbers) for b in numbers[i + 1:]]\n"
+            "    for _ in range(attempts):",
         ),
         ("a, b = rng.sample(numbers, 2)", "a, b = pairs.pop(0)"),
     ],
@@ -341,7 +348,8 @@ EDITS = {
     ("coverage", 3): [
         (
             "for step, _ in train(config, run, phase, seed, model, DATA, rates, loss, kept):",
-            "for step, _ in train(config, run, phase, seed, model, (0.5, 0.5, 0.0), rates, loss, kept):",
+            "for step, _ in "
+            "train(config, run, phase, seed, model, (0.5, 0.5, 0.0), rates, loss, kept):",
         )
     ],
     ("coverage", 4): [
@@ -356,13 +364,15 @@ EDITS = {
     ("ttt", 2): [
         (
             "return tuple(w - scale[:, None, None] * g for w, g in zip(fast, grads, strict=True))",
-            "return tuple(w - scale[:, None, None] * g.mean(0) for w, g in zip(fast, grads, strict=True))",
+            "return tuple(w - scale[:, None, None] * g.mean(0) "
+            "for w, g in zip(fast, grads, strict=True))",
         )
     ],
     ("ttt", 3): [
         (
             "return (loss, *inner_update(fast, grads, eta))",
-            "fast = inner_update(fast, grads, eta)\n    return (token_losses(model, x, y, fast), *fast)",
+            "fast = inner_update(fast, grads, eta)\n"
+            "    return (token_losses(model, x, y, fast), *fast)",
         )
     ],
     ("ttt", 4): [
@@ -374,14 +384,16 @@ EDITS = {
     ("ttt", 5): [
         (
             "for t in range(1, T):",
-            "for t in range(1, T):\n        if t == T // 2: successor = rng.random((B, V)).argsort(1)",
+            "for t in range(1, T):\n"
+            "        if t == T // 2: successor = rng.random((B, V)).argsort(1)",
         )
     ],
     ("pretrain", 1): [("temperature=0.8", "temperature=0")],
     ("pretrain", 2): [
         (
             "y = attention(*(t.transpose(1, 2) for t in (q, k, v)), window=self.window, mask=mask)",
-            "y = attention(*(t.transpose(1, 2) for t in (q, k, v)), window=self.window, mask=mask, causal=False)",
+            "y = attention(*(t.transpose(1, 2) for t in (q, k, v)), "
+            "window=self.window, mask=mask, causal=False)",
         )
     ],
     ("pretrain", 3): [("cache.set_lens(lens)", "")],
@@ -407,15 +419,9 @@ TASKS = [(script, i) for script in read("exercises.json")["about"] for i in rang
 def fragments(old, new):
     """What differs in each line of the two."""
     for a, b in itertools.zip_longest(old.split("\n"), new.split("\n"), fillvalue=""):
-        start = len(commonprefix(a, b))
-        end = len(commonprefix(a[start:][::-1], b[start:][::-1]))
+        start = len(commonprefix((a, b)))
+        end = len(commonprefix((a[start:][::-1], b[start:][::-1])))
         yield from (a[start : len(a) - end].strip(), b[start : len(b) - end].strip())
-
-
-def commonprefix(a, b):
-    return "".join(
-        x for x, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=True))
-    )
 
 
 def changed(script, number, folder):
@@ -476,7 +482,7 @@ def test_an_exercise_asks_for_the_changes_that_the_tests_make(script, number):
     for old, new in EDITS.get((script, number), []):
         assert [f for f in fragments(old, new) if f.strip(", ") not in text] == []
     asks = re.search(
-        r"(?i)\breplace\b|\bchange `|\bdelete the line\b|\binsert\b|\bput `|\bgets `|\badd the argument\b",
+        r"(?i)\b(replace\b|change `|delete the line\b|insert\b|put `|gets `|add the argument\b)",
         text,
     )
     assert (script, number) in EDITS or number == 5 or asks is None, text
@@ -574,6 +580,17 @@ def test_every_lesson_foundation_and_experiment_stands_on_a_page():
     assert [
         p.stem for p in ROOT.glob("experiments/[a-z]*.py") if f"experiments.{p.stem}" not in TEXT
     ] == []
+
+
+@pytest.mark.parametrize("question", ["check", "format --check"])
+def test_ruff_has_nothing_to_mend(question):
+    done = subprocess.run(
+        [sys.executable, "-m", "ruff", *question.split(), "--no-cache", "."],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 if __name__ == "__main__":

@@ -557,7 +557,7 @@ def test_a_sum_leaves_its_argument_alone_and_tells_a_lost_process_from_a_lack_of
         (torch.OutOfMemoryError("no"), torch.OutOfMemoryError),
         (RuntimeError("no"), LostProcess),
     ):
-        monkeypatch.setattr(dist, "all_reduce", lambda x: fails(error))
+        monkeypatch.setattr(dist, "all_reduce", lambda x, error=error: fails(error))
         with pytest.raises(seen):
             all_sum(x)
 
@@ -571,24 +571,15 @@ def test_a_mistake_in_several_processes_is_said_by_rank_0_alone(monkeypatch, cap
     monkeypatch.setattr(time, "sleep", lambda _: None)
     for error, said in ((UserError("no"), lines), (LostProcess("rank 1 lost another"), 1)):
         with pytest.raises(SystemExit) as stopped:
-            command(together(lambda: fails(error)))
+            command(together(lambda error=error: fails(error)))
         assert stopped.value.code == 2 and capsys.readouterr().err.count("\n") == said
 
 
 def test_several_processes_make_one_run_sharded_and_in_bf16(real, tmp_path):
-    more = (
-        "--shard",
-        "--dtype",
-        "bfloat16",
-        "--checkpointing",
-        "--prompts",
-        3,
-        "--correction",
-        "tis",
-    )
-    more += "--minibatches", 2, "--beta", 0.1
+    more = "--shard --dtype bfloat16 --checkpointing --prompts 3 --correction tis "
+    more += "--minibatches 2 --beta 0.1"
     rc, output = torchrun(
-        ROOT / "scale.py", *REAL, *flags_for(real, "dapo"), *more, "--out", tmp_path
+        ROOT / "scale.py", *REAL, *flags_for(real, "dapo"), *more.split(), "--out", tmp_path
     )
     assert rc == 0 and output.count("claims.json, model.pt") == 1, output
     assert {p.name for p in tmp_path.iterdir()} == FILES | {"dapo 0"}

@@ -64,15 +64,12 @@ def small(**choices):
 # Masks and weights
 
 GAP = torch.tensor([[5.0, 4, 3, 2, 1, 0.5], [1, 2, 3, 4, 9, 9]])
-
-
 MASK = torch.tensor([[1.0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]])
-
-
 ACCEPTED = torch.tensor([[0, 1, 0, 1, 1, 1], [1, 1, 1, 0, 1, 1]])
 
 
-def chosen(kind, rewards=torch.tensor([1.0, 0.0])):
+def chosen(kind):
+    rewards = torch.tensor([1.0, 0.0])
     return choose_mask(kind, MASK, GAP, ACCEPTED, rewards, recall=4, keep=2).tolist()
 
 
@@ -94,9 +91,8 @@ def test_all_is_the_answer_and_verified_only_right_answers():
 
 
 def test_largest_takes_ties_once_and_what_is_there_at_most():
-    assert largest(torch.ones(1, 5), 2).sum() == 2 and largest(
-        torch.tensor([[1.0, -torch.inf]]), 2
-    ).tolist() == [[1, 0]]
+    assert largest(torch.ones(1, 5), 2).sum() == 2
+    assert largest(torch.tensor([[1.0, -torch.inf]]), 2).tolist() == [[1, 0]]
 
 
 def test_the_clip_takes_the_gradient_from_large_divergences_only():
@@ -109,9 +105,8 @@ def test_the_gate_is_small_for_what_the_student_finds_implausible_and_has_mean_o
     m = torch.tensor([[1.0, 1, 1, 0]])
     w = choose_weight("gate", None, m, logp, None, 1, None)
     raw = [1 / (1 + math.exp(-2 * (x + 4))) for x in (-0.1, -4.0, -9.0)]
-    assert (
-        w[0, :3].tolist() == pytest.approx([3 * r / sum(raw) for r in raw]) and not w.requires_grad
-    )
+    assert w[0, :3].tolist() == pytest.approx([3 * r / sum(raw) for r in raw])
+    assert not w.requires_grad
     assert choose_weight("gate", None, 0 * m, logp, None, 1, None).isfinite().all()
 
 
@@ -135,35 +130,26 @@ def test_proximity_lies_between_the_mean_and_the_largest_gap_and_ignores_padding
 def test_padding_changes_neither_loss_nor_gradient(method):
     lp, lq, y, mask, rewards = batch()
     results = []
+
+    def wide(x, other, noise):
+        """With noise: `other` under the mask, and in three more positions."""
+        real = mask.bool().view(*mask.shape, *[1] * (x.dim() - 2))
+        return torch.cat((torch.where(real, x, other), other[:, :3]), 1) if noise else x.clone()
+
     for noise in (0, 1):
-
-        def wide(x, other):
-            return torch.cat(
-                (
-                    torch.where(
-                        mask.bool().view(*mask.shape, *[1] * (x.dim() - 2)),
-                        x,
-                        other if noise else x,
-                    ),
-                    other[:, : 3 * noise],
-                ),
-                1,
-            )
-
-        z = wide(lp, logprobs(*lp.shape, seed=7)).requires_grad_()
+        z = wide(lp, logprobs(*lp.shape, seed=7), noise).requires_grad_()
         other = torch.randint(VOCAB, y.shape, generator=torch.Generator().manual_seed(8))
         args = (
-            wide(lq, logprobs(*lq.shape, seed=9)),
-            wide(y, other),
+            wide(lq, logprobs(*lq.shape, seed=9), noise),
+            wide(y, other, noise),
             torch.cat((mask, torch.zeros(len(mask), 3 * noise).double()), 1),
         )
         loss = loss_of(method, z.log_softmax(-1), *args, rewards, PASSWORD, small())
         loss.backward()
         results.append((loss.item(), z.grad[:, : mask.shape[1]] * mask[..., None]))
         assert (z.grad[args[2] == 0] == 0).all()
-    assert results[0][0] == pytest.approx(results[1][0], abs=1e-12) and torch.allclose(
-        results[0][1], results[1][1], atol=1e-12
-    )
+    assert results[0][0] == pytest.approx(results[1][0], abs=1e-12)
+    assert torch.allclose(results[0][1], results[1][1], atol=1e-12)
 
 
 @pytest.mark.parametrize("method", ["opsd", "rmsd", "rmsd_no_judge", "opsd_clip"])
@@ -212,11 +198,10 @@ def test_rmsd_takes_the_reverse_kl_where_the_gaps_are_largest_and_with_a_judge_m
         if method == "rmsd":
             places = [t for t in places[: PASSWORD.recall] if y[row, t].item() in PASSWORD.judged]
         kept += reverse[row, places[: PASSWORD.keep]].tolist()
-    assert (
-        loss_of(method, lp, lq, y, mask, rewards, PASSWORD, small()).item()
-        == pytest.approx(np.mean(kept))
-        and len(kept) > 16
+    assert loss_of(method, lp, lq, y, mask, rewards, PASSWORD, small()).item() == pytest.approx(
+        np.mean(kept)
     )
+    assert len(kept) > 16
 
 
 def test_no_verified_answer_is_no_loss_and_not_a_division_by_zero():
@@ -235,13 +220,11 @@ def test_every_method_trains_the_student_and_nobody_else(method):
     before = [{k: v.clone() for k, v in m.state_dict().items()} for m in (base, pedagogue)]
     model = selfteach.train(small(), run, method, 0, base, ODD, PASSWORD, pedagogue=pedagogue)
     for m, state in zip((base, pedagogue), before, strict=True):
-        assert all(p.grad is None for p in m.parameters()) and all(
-            torch.equal(v, state[k]) for k, v in m.state_dict().items()
-        )
+        assert all(p.grad is None for p in m.parameters())
+        assert all(torch.equal(v, state[k]) for k, v in m.state_dict().items())
     assert any(not torch.equal(v, before[0][k]) for k, v in model.state_dict().items())
-    assert [row["step"] for row in run.rows] == [0, 1, 2] and all(
-        math.isfinite(v) for row in run.rows for v in row.values() if isinstance(v, float)
-    )
+    assert [row["step"] for row in run.rows] == [0, 1, 2]
+    assert all(math.isfinite(v) for row in run.rows for v in row.values() if isinstance(v, float))
 
 
 @pytest.mark.parametrize(
@@ -260,15 +243,12 @@ def test_the_teacher_is_who_the_table_says_and_reads_its_own_prompt(
     student = selfteach.train(small(), Memory(), method, 0, base, far_task(), hint)
     assert len(seen) == 4
     for (teacher, theirs), (model, its) in zip(seen[::2], seen[1::2], strict=True):
-        assert (
-            teacher is dict(base=base, student=student)[who]
-            and model is student
-            and torch.equal(theirs[:, PROMPT:], its[:, PROMPT:])
-        )
+        assert teacher is dict(base=base, student=student)[who]
+        assert model is student
+        assert torch.equal(theirs[:, PROMPT:], its[:, PROMPT:])
         pairs = [tuple(row) for row in its[:, 1:3].tolist()]
-        assert its[:, :PROMPT].tolist() == [prompt(pair) for pair in pairs] and theirs[
-            :, :PROMPT
-        ].tolist() == [ask(pair) for pair in pairs]
+        assert its[:, :PROMPT].tolist() == [prompt(pair) for pair in pairs]
+        assert theirs[:, :PROMPT].tolist() == [ask(pair) for pair in pairs]
 
 
 @pytest.mark.parametrize(
@@ -289,9 +269,8 @@ def test_who_writes_reads_the_own_prompt_and_is_paid_for_its_own_answer(method, 
     )
     ask = prompt if who == "student" else prompt_with_password
     for model, prompts, _ in seen:
-        assert model is dict(student=student, base=base, pedagogue=pedagogue)[who] and prompts == [
-            ask(tuple(row[1:3])) for row in prompts
-        ]
+        assert model is dict(student=student, base=base, pedagogue=pedagogue)[who]
+        assert prompts == [ask(tuple(row[1:3])) for row in prompts]
     assert paid == [
         (tuple(row[1:3]), answer)
         for _, prompts, answers in seen
@@ -342,9 +321,8 @@ def test_the_meter_multiplies_the_reward_that_trains_and_not_the_one_that_is_log
         for row in rows
     )
     assert sum(model is meter for model, _ in read) == 2
-    assert all(((r > 0) & (r < 1)).all() for r in rewards) and all(
-        row["reward"] == 1.0 for row in run.rows[1:]
-    )
+    assert all(((r > 0) & (r < 1)).all() for r in rewards)
+    assert all(row["reward"] == 1.0 for row in run.rows[1:])
     assert [row["proximity"] for row in run.rows[1:]] == pytest.approx(
         [r.mean().item() for r in rewards]
     )
@@ -433,9 +411,8 @@ def test_the_claims_are_about_the_arms_that_they_name(monkeypatch, tmp_path):
         pedagogical=level("pedagogical"),
     )
     how = {arm: (c.method, c.ask, c.meter, c.pedagogue) for arm, c in calls.items()}
-    assert how["pedagogue"] == ("grpo", prompt_with_password, "base", None) and how[
-        "pedagogue, reward only"
-    ] == ("grpo", prompt_with_password, None, None)
+    assert how["pedagogue"] == ("grpo", prompt_with_password, "base", None)
+    assert how["pedagogue, reward only"] == ("grpo", prompt_with_password, None, None)
     assert how["pedagogical"] == ("pedagogical", prompt, None, "trained pedagogue")
     assert how["pedagogical, reward only"] == (
         "pedagogical_no_gate",
@@ -466,9 +443,8 @@ def test_no_claim_holds_of_a_run_that_answers_nothing(monkeypatch, tmp_path):
 
 def test_some_arms_alone_are_trained_with_the_password_only(tmp_path):
     finish("selfteach.py", "--quick", "--arms", "rmsd,grpo", "--out", tmp_path)
-    assert {row.get("arm") for row in metrics(tmp_path)} == {None, "rmsd", "grpo"} and json.loads(
-        (tmp_path / "claims.json").read_text()
-    ) == []
+    assert {row.get("arm") for row in metrics(tmp_path)} == {None, "rmsd", "grpo"}
+    assert json.loads((tmp_path / "claims.json").read_text()) == []
 
 
 def test_help_lists_every_flag():
@@ -511,32 +487,14 @@ def test_a_flag_that_does_something_is_taken(flags):
 
 
 def test_a_number_that_is_none_ends_the_run_before_it_can_spoil_the_weights(tmp_path):
-    spoils(
-        "selfteach.py",
-        selfteach,
-        "loss_of",
-        "gradient norm",
-        tmp_path,
-        "--arms",
-        "opsd",
-        "--steps",
-        4,
-        "--sft-steps",
-        1,
-    )
+    flags = "--arms opsd --steps 4 --sft-steps 1"
+    spoils("selfteach.py", selfteach, "loss_of", "gradient norm", tmp_path, *flags.split())
 
 
 def test_a_quick_run_is_whole_and_its_interrupted_and_resumed_twin_the_same_to_the_bit(tmp_path):
-    check_resume(
-        "selfteach.py",
-        tmp_path,
-        (dict(arm="opsd, rule"), dict(arm="pedagogical")),
-        "--quick",
-        "--sft-steps",
-        1,
-        "--eval-prompts",
-        4,
-    )
+    marks = dict(arm="opsd, rule"), dict(arm="pedagogical")
+    flags = "--quick --sft-steps 1 --eval-prompts 4"
+    check_resume("selfteach.py", tmp_path, marks, *flags.split())
     assert check_whole(tmp_path / "whole", also=["base.pt", "samples.txt"]) == "selfteach"
     samples = (tmp_path / "whole" / "samples.txt").read_text()
     assert all(samples.count(f"    {name} ") == 3 for name in ("base", *Config().methods))

@@ -11,8 +11,10 @@ import tokenizer
 from tokenizer import SPLIT, CharTokenizer, bpe_merges, train_bpe
 
 TEXT = (
-    "Der Übermut der Ärzte: naïve façade, naïve œuvre… 東京都と京都、東京タワー 🙂🙂🙃 it's they'll we've\n\n"
-    "the theme of the thesis is the thing; banana bandana aaaa aaaaa aaaaaaa 1234 12 123   \tindent\n"
+    "Der Übermut der Ärzte: naïve façade, naïve œuvre… 東京都と京都、東京タワー 🙂🙂🙃 "
+    "it's they'll we've\n\n"
+    "the theme of the thesis is the thing; banana bandana aaaa aaaaa aaaaaaa 1234 12 123   "
+    "\tindent\n"
 )
 # many ties, and words of one letter
 TEXT += " ".join("".join(random.Random(i).choices("aabé", k=i % 9)) for i in range(200))
@@ -21,9 +23,7 @@ TEXT += " ".join("".join(random.Random(i).choices("aabé", k=i % 9)) for i in ra
 def naive_bpe(text, n):
     """Count every pair again at each step -> merges, and the words as they end up."""
     words, merges = [[bytes([b]) for b in w.encode()] for w in regex.findall(SPLIT, text)], []
-    while len(merges) < n and (
-        pairs := Counter(p for w in words for p in zip(w, w[1:], strict=True))
-    ):
+    while len(merges) < n and (pairs := Counter(p for w in words for p in itertools.pairwise(w))):
         best = max(pairs, key=lambda p: (pairs[p], p))
         if best[0] + best[1] not in merges:
             merges.append(best[0] + best[1])

@@ -3,6 +3,7 @@ and may not touch, the reader, the tasks, the commands.
 """
 
 import copy
+import itertools
 import json
 import math
 import os
@@ -76,11 +77,9 @@ def model_of(full=False, seed=0, dtype=torch.float32, **choices):
     for block in model.blocks:  # away from the start, where W_0 is next to nothing
         torch.nn.init.normal_(block.attn.qkv.weight, std=0.3)
     with torch.no_grad():
-        (
-            model.blocks[-1].w1.normal_(std=0.3),
-            model.blocks[-1].w2.normal_(std=0.3),
-            model.lm_head.weight.normal_(std=0.3),
-        )
+        model.blocks[-1].w1.normal_(std=0.3)
+        model.blocks[-1].w2.normal_(std=0.3)
+        model.lm_head.weight.normal_(std=0.3)
     return model
 
 
@@ -233,9 +232,8 @@ def test_recomputing_each_chunk_gives_the_same_loss_and_gradients(monkeypatch, c
         values.append(loss.item())
         grads.append({name: p.grad for name, p in model.named_parameters()})
     assert parts == [chunk] * (32 // chunk)
-    assert values[0] == values[1] and all(
-        g is not None and g.abs().max() > 0 for name, g in grads[0].items()
-    )
+    assert values[0] == values[1]
+    assert all(g is not None and g.abs().max() > 0 for name, g in grads[0].items())
     for name, g in grads[0].items():
         torch.testing.assert_close(grads[1][name], g, rtol=1e-6, atol=1e-10)
 
@@ -252,9 +250,8 @@ def test_the_update_by_hand_is_clipped_per_document_over_both_matrices():
         torch.tensor([[[4.0], [0.0]], [[0.4], [0.0]]]),
     )
     w1, w2 = inner_update(fast, grads, 2.0)
-    assert torch.allclose(w1, torch.tensor([[[-1.2, 0.0]], [[-0.6, 0.0]]])) and torch.allclose(
-        w2, torch.tensor([[[-1.6], [0.0]], [[-0.8], [0.0]]])
-    )
+    assert torch.allclose(w1, torch.tensor([[[-1.2, 0.0]], [[-0.6, 0.0]]]))
+    assert torch.allclose(w2, torch.tensor([[[-1.6], [0.0]], [[-0.8], [0.0]]]))
 
 
 @pytest.mark.parametrize("size", [0.02, 4.0])
@@ -299,9 +296,8 @@ def test_no_step_is_the_plain_forward_pass_to_the_bit():
     plain = token_losses(model, model.hidden(ids[:, :-1]), ids[:, 1:], model.fast(3))
     assert torch.equal(read(model, ids, 0, 8), plain)
     first = read(model, ids, 1.0, 8)
-    assert torch.allclose(first[:, :8], plain[:, :8], atol=1e-6) and not torch.allclose(
-        first[:, 8:], plain[:, 8:], atol=1e-3
-    )
+    assert torch.allclose(first[:, :8], plain[:, :8], atol=1e-6)
+    assert not torch.allclose(first[:, 8:], plain[:, 8:], atol=1e-3)
     assert torch.allclose(read(model, ids, 1e-12, 8), plain, atol=1e-5)
 
 
@@ -338,14 +334,14 @@ def test_reading_leaves_the_weights_as_they_were():
     before = copy.deepcopy(model.state_dict())
     first, _ = read(model, ids, 1.0, 8), dynamic_evaluation(model, ids[0], 1.0, 0.1, 8)
     Reader(model, 3, 1.0, 8).feed(ids)
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()) and torch.equal(
-        read(model, ids, 1.0, 8), first
-    )
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert torch.equal(read(model, ids, 1.0, 8), first)
 
 
 def test_a_last_chunk_may_be_short():
     model, ids = model_of(), ids_of(2, 30)
-    assert read(model, ids, 1.0, 8).shape == (2, 29) and torch.allclose(
+    assert read(model, ids, 1.0, 8).shape == (2, 29)
+    assert torch.allclose(
         read(model, ids, 1.0, 8)[:, :24], read(model, ids[:, :25], 1.0, 8), atol=1e-6
     )
 
@@ -412,11 +408,9 @@ def test_the_states_are_those_of_a_gpt_with_a_table_of_rotations():
 
 def test_full_attention_sees_everything_in_its_last_layer_only():
     model, ids = model_of(full=True), ids_of(1, 33)
-    assert (
-        model.blocks[0].attn.window == 5
-        and model.blocks[1].attn.window is None
-        and model.config.window is None
-    )
+    assert model.blocks[0].attn.window == 5
+    assert model.blocks[1].attn.window is None
+    assert model.config.window is None
     other = ids.clone()
     other[0, 2] = (other[0, 2] + 1) % V
 
@@ -464,9 +458,8 @@ def test_the_forward_pass_is_that_of_w_0():
         model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten(), reduction="none"
     ).view(3, -1)
     assert torch.allclose(loss, read(model, ids, 0, 8), atol=1e-6)
-    assert model.lm_head.weight is not model.wte.weight and all(
-        block.attn.q_norm for block in model.blocks
-    )
+    assert model.lm_head.weight is not model.wte.weight
+    assert all(block.attn.q_norm for block in model.blocks)
 
 
 def test_full_attentions_last_layer_does_not_know_distances():
@@ -487,10 +480,8 @@ def test_dynamic_evaluation_by_hand(n_layer, size):
         model.final.weight[:] *= size  # a gradient beyond the clip, and one within it
         model.lm_head.weight[:] *= size
     losses = dynamic_evaluation(model, ids, eta, decay, 4)
-    assert (
-        torch.equal(dynamic_evaluation(model, ids[:20], eta, decay, 4)[:16], losses[:16])
-        and len(dynamic_evaluation(model, ids[:20], eta, decay, 4)) == 19
-    )
+    assert torch.equal(dynamic_evaluation(model, ids[:20], eta, decay, 4)[:16], losses[:16])
+    assert len(dynamic_evaluation(model, ids[:20], eta, decay, 4)) == 19
     expected, start = copy.deepcopy(model), [p.detach().clone() for p in model.parameters()]
     for a in (0, 4, 8, 12, 16):
         loss = token_losses(
@@ -533,9 +524,8 @@ def test_a_rule_written_by_hand_says_what_windows_allow_and_what_documents_do():
             right[:, back:] += same & (ids[:, 1:-back] == ids[:, back + 1 :])
         return -np.log(np.where(stood > 0, 0.82 * right / np.maximum(stood, 1) + 0.18 / V, 1 / V))
 
-    assert rule(4).mean() == pytest.approx(3.2, abs=0.05) and rule(10).mean() == pytest.approx(
-        2.8, abs=0.05
-    )
+    assert rule(4).mean() == pytest.approx(3.2, abs=0.05)
+    assert rule(10).mean() == pytest.approx(2.8, abs=0.05)
     assert rule(256)[:, 192:].mean() == pytest.approx(0.8, abs=0.05)
 
 
@@ -549,20 +539,18 @@ def test_a_document_follows_its_own_map_with_probability_nine_tenths():
         maps.append(tuple(best))
         hits.append((best[row[:-1]] == row[1:]).mean())
         assert sorted(best) == list(range(V))  # a permutation
-    assert (
-        np.mean(hits) == pytest.approx(0.9 + 0.1 / V, abs=0.01)
-        and len(set(maps)) == 40
-        and len(set(ids[:, 0])) > 15
-    )
+    assert np.mean(hits) == pytest.approx(0.9 + 0.1 / V, abs=0.01)
+    assert len(set(maps)) == 40
+    assert len(set(ids[:, 0])) > 15
 
 
 def test_stretches_lie_within_a_document_and_reach_its_ends():
     docs = [torch.arange(100, 110), torch.arange(200, 206), torch.arange(3)]
     seen = stretches(np.random.default_rng(0), docs, 500, 6)
+    assert seen.shape == (500, 6)
+    assert (seen.diff() == 1).all()
     assert (
-        seen.shape == (500, 6)
-        and (seen.diff() == 1).all()
-        and {100, 104, 200}
+        {100, 104, 200}
         == {100, 104, 200} & set(seen[:, 0].tolist())
         <= {100, 101, 102, 103, 104, 200}
     )
@@ -572,9 +560,8 @@ def test_stretches_lie_within_a_document_and_reach_its_ends():
 
 def test_passages_do_not_overlap_and_take_one_of_each_document_first():
     docs = [torch.arange(7), torch.arange(100, 120), torch.arange(200, 208)]
-    assert passages(docs, 8, 9)[:, 0].tolist() == [100, 200, 108] and passages(docs, 8, 2)[
-        :, 0
-    ].tolist() == [100, 200]
+    assert passages(docs, 8, 9)[:, 0].tolist() == [100, 200, 108]
+    assert passages(docs, 8, 2)[:, 0].tolist() == [100, 200]
 
 
 def test_texts_are_held_out_and_too_short_ones_are_one_clear_line(tmp_path, monkeypatch):
@@ -588,12 +575,10 @@ def test_texts_are_held_out_and_too_short_ones_are_one_clear_line(tmp_path, monk
     def known(docs):
         return {tuple(ids.tolist()) for ids in docs}
 
-    assert (
-        len(train) == 8
-        and len(test) == 2
-        and len(known(train) | known(test)) == 10
-        and set(read[0]) == set("12346789 ")
-    )
+    assert len(train) == 8
+    assert len(test) == 2
+    assert len(known(train) | known(test)) == 10
+    assert set(read[0]) == set("12346789 ")
     most = max(map(len, train))
     with pytest.raises(UserError, match=f"to train on has more than {most} tokens"):
         text.split(docs, 270, most, 80)
@@ -646,11 +631,9 @@ def test_the_claims_of_memory_are_those_of_known_losses_and_nothing_is_measured_
         return torch.tensor([4.0] * 16 + [value + 0.5] * 8 + [value] * 8)
 
     def losses(model, ids, eta, chunk, rows):
-        assert (
-            torch.equal(ids, tests.setdefault(model[1], ids))
-            and ids.shape == (3, 33)
-            and chunk == 8
-        )
+        assert torch.equal(ids, tests.setdefault(model[1], ids))
+        assert ids.shape == (3, 33)
+        assert chunk == 8
         return torch.stack([loss(model, eta) + beside for beside in (-1, 0, 1)])
 
     monkeypatch.setattr(ttt, "train", lambda config, run, arm, seed, *_: Standin((arm, seed)))
@@ -685,9 +668,8 @@ def test_the_claims_of_memory_are_those_of_known_losses_and_nothing_is_measured_
         return [r["loss"] for r in memory.rows if where.items() <= r.items()]
 
     assert curve(arm="TTT", seed=1) == pytest.approx([4.0] * 8 + [1.5] * 4 + [1.0] * 4)
-    assert curve(seed=0, eta=0.3, decay=0.1)[-1] == pytest.approx(2.8) and curve(
-        seed=0, eta=0.3, decay=0.0
-    )[-1] == pytest.approx(2.7)
+    assert curve(seed=0, eta=0.3, decay=0.1)[-1] == pytest.approx(2.8)
+    assert curve(seed=0, eta=0.3, decay=0.0)[-1] == pytest.approx(2.7)
     assert [r["step"] for r in memory.rows if (r["arm"], r["seed"]) == ("TTT", 0)] == list(
         range(2, 33, 2)
     )
@@ -762,11 +744,12 @@ def context_figure(monkeypatch, folder, ttt_late, dynamic):
         assert model[0] == "sliding window" and decay == 0
         return row(dynamic(ALL, eta)[len(ids) == 273], len(ids))
 
+    ticks = itertools.count(step=2)
     monkeypatch.setattr(context, "split", split)
     monkeypatch.setattr(ttt, "train", train)
     monkeypatch.setattr(ttt, "losses", losses)
     monkeypatch.setattr(ttt, "dynamic_evaluation", dynamic_evaluation)
-    monkeypatch.setattr(context, "clock", lambda device, time=iter(range(10**6)): 2 * next(time))
+    monkeypatch.setattr(context, "clock", lambda device: next(ticks))
     made, figure = [], context.figure
     monkeypatch.setattr(
         context, "figure", lambda config, run: made.append((figure(config, run), run)) or made[0][0]
@@ -824,10 +807,8 @@ def test_the_title_of_context_says_who_is_ahead_at_the_longest(
     figure, _ = context_figure(
         monkeypatch, tmp_path, (2.5, 2.3), lambda kind, eta: (3.3, late + 0.001 * eta)
     )
-    assert (
-        f"is {verdict} dynamic evaluation" in figure[0].get_suptitle()
-        and claims_of(figure)["over dynamic, longest"][2] == holds
-    )
+    assert f"is {verdict} dynamic evaluation" in figure[0].get_suptitle()
+    assert claims_of(figure)["over dynamic, longest"][2] == holds
 
 
 def test_the_claims_of_cost_are_those_of_known_costs(monkeypatch):
@@ -890,11 +871,12 @@ def test_decoding_counts_time_per_token_once_warm(monkeypatch):
     monkeypatch.setattr(
         cost, "time", SimpleNamespace(perf_counter=lambda: -7.0, process_time=lambda: clock[0])
     )
-    assert (
-        cost.decode(None, 32, 1.0, small(), "cpu", 0)
-        == {"read_us_per_token": 1e6, "us_per_token": 2e6, "bytes": 7}
-        and seen == [8] * 4 + [1] * 40
-    )
+    assert cost.decode(None, 32, 1.0, small(), "cpu", 0) == {
+        "read_us_per_token": 1e6,
+        "us_per_token": 2e6,
+        "bytes": 7,
+    }
+    assert seen == [8] * 4 + [1] * 40
 
 
 @pytest.mark.parametrize(
@@ -925,12 +907,10 @@ def test_every_arm_sees_the_same_documents_and_only_ttt_steps_inside(monkeypatch
     for a, b, c in zip(seen[:20], seen[20:40], seen[40:], strict=True):
         assert torch.equal(a[0], b[0]) and torch.equal(a[0], c[0]) and b[1] == c[1] == 0
     etas = [eta for _, eta in seen[:20]]
-    assert (
-        etas[0] == pytest.approx(0.1)
-        and etas[1] == pytest.approx(0.55)
-        and set(etas[2:]) == {1.0}
-        and not torch.equal(seen[0][0], seen[1][0])
-    )
+    assert etas[0] == pytest.approx(0.1)
+    assert etas[1] == pytest.approx(0.55)
+    assert set(etas[2:]) == {1.0}
+    assert not torch.equal(seen[0][0], seen[1][0])
 
 
 @pytest.mark.parametrize("arm", ARMS)
@@ -990,9 +970,10 @@ def test_an_interrupted_training_goes_on_to_the_bit_and_every_arm_and_seed_is_tr
     def rows(memory):
         return [{k: v for k, v in row.items() if k != "seconds"} for row in memory.rows]
 
-    assert rows(halted) == rows(whole) and [
-        (r["arm"], r["seed"], r["step"]) for r in whole.rows
-    ] == [(arm, seed, step) for seed in range(2) for arm in ARMS for step in range(4)]
+    assert rows(halted) == rows(whole)
+    assert [(r["arm"], r["seed"], r["step"]) for r in whole.rows] == [
+        (arm, seed, step) for seed in range(2) for arm in ARMS for step in range(4)
+    ]
     assert all(
         torch.equal(p, q)
         for a, b in zip(models, resumed, strict=True)
@@ -1160,9 +1141,8 @@ def test_texts_too_short_for_the_flags_of_context_are_one_line(tmp_path):
     ],
 )
 def test_what_no_machine_holds_is_one_line_before_anything_is_allocated(command, flags, tmp_path):
-    assert "must be" in complain(
-        command, "--quick", "--out", tmp_path, *flags.split()
-    ) and not list(tmp_path.iterdir())
+    assert "must be" in complain(command, "--quick", "--out", tmp_path, *flags.split())
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("command", COMMANDS.values())
@@ -1174,9 +1154,8 @@ def test_a_model_that_this_machine_cannot_hold_is_one_line_before_anything_is_re
 
     monkeypatch.setattr("model.need_memory", need_memory)
     monkeypatch.setattr(context, "load_documents", lambda data: pytest.fail("read texts first"))
-    assert " parameters" in complain(command, "--quick", "--out", tmp_path) and not list(
-        tmp_path.iterdir()
-    )
+    assert " parameters" in complain(command, "--quick", "--out", tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -1215,15 +1194,11 @@ def test_a_flag_that_would_do_nothing_is_refused(command, flags, tmp_path):
 def test_a_number_that_is_not_finite_ends_the_run_in_one_line_and_what_was_finite_stays(
     flags, number, tmp_path
 ):
-    for resume in ((), ("--resume",)):
-        code, _, err = launch(
-            "ttt.py", *(("--quick", *flags.split()) if not resume else resume), "--out", tmp_path
-        )
-        assert (
-            code == 2
-            and err.splitlines()[-1].startswith(f"ttt.py: error: the {number};")
-            and "Traceback" not in err
-        )
+    for given in (("--quick", *flags.split()), ("--resume",)):
+        code, _, err = launch("ttt.py", *given, "--out", tmp_path)
+        assert code == 2
+        assert err.splitlines()[-1].startswith(f"ttt.py: error: the {number};")
+        assert "Traceback" not in err
         for row in (tmp_path / "metrics.jsonl").read_text().splitlines():
             json.loads(row, parse_constant=pytest.fail)
         state = load_checkpoint(tmp_path / "model.pt")["state"]
@@ -1253,18 +1228,10 @@ def test_a_signal_is_heeded_at_once_while_documents_are_tested_on_and_nothing_is
 
 def test_a_resume_refuses_a_text_that_is_no_longer_the_same(tmp_path):
     (tmp_path / "a.txt").write_text("".join(f"{i} " for i in range(2000)))
-    flags = (
-        "--quick",
-        "--steps",
-        "2",
-        "--data",
-        str(tmp_path / "a.txt"),
-        "--out",
-        str(tmp_path / "out"),
-    )
-    finish("experiments.context", *flags)
+    where = "--data", tmp_path / "a.txt", "--out", tmp_path / "out"
+    finish("experiments.context", "--quick", "--steps", 2, *where)
     (tmp_path / "a.txt").write_text("".join(f"{i} " for i in range(2100)))
-    assert "--data" in complain("experiments.context", "--resume", "--out", str(tmp_path / "out"))
+    assert "--data" in complain("experiments.context", "--resume", "--out", tmp_path / "out")
 
 
 def test_interrupt_and_resume_give_the_metrics_of_an_uninterrupted_run_to_the_bit(tmp_path):

@@ -1,5 +1,6 @@
 """tasks/walks.py, tasks/walkers.py: the map against brute force, the models and their measures."""
 
+import itertools
 import math
 import random
 from dataclasses import replace
@@ -81,7 +82,8 @@ def test_the_map_keeps_three_quarters_of_the_torus_connected_with_two_roads_ever
 
 def test_random_walks_follow_roads_never_turn_back_and_choose_evenly():
     walks = random_walks(np.random.default_rng(0), np.full(20_000, 3))
-    for a, b, c in zip(walks.T, walks.T[1:], walks.T[2:], strict=True):
+    for t in range(walks.shape[1] - 2):
+        a, b, c = walks.T[t : t + 3]
         assert (NEIGHBOURS[a] == b[:, None]).any(1).all() and (a != c).all()
     firsts = np.bincount(walks[:, 1], minlength=PLACES)[roads(3)]
     assert np.allclose(firsts / 20_000, 1 / DEGREE[3], atol=0.02)
@@ -93,12 +95,10 @@ def test_walking_on_takes_a_shortest_path():
     start, begun = rng.integers(0, 4, 500), walks.copy()
     lengths = walk_on(rng, walks, start, goals)
     for walk, before, s, n, goal in zip(walks, begun, start, lengths, goals, strict=True):
-        assert (
-            walk[: s + 1].tolist() == before[: s + 1].tolist()
-            and walk[n] == goal
-            and n - s == DISTANCE[walk[s], goal]
-        )
-        assert all(q in roads(p) for p, q in zip(walk[s:n], walk[s + 1 : n + 1], strict=True))
+        assert walk[: s + 1].tolist() == before[: s + 1].tolist()
+        assert walk[n] == goal
+        assert n - s == DISTANCE[walk[s], goal]
+        assert all(q in roads(p) for p, q in itertools.pairwise(walk[s : n + 1]))
 
 
 def documents(make, n=4000):
@@ -106,12 +106,10 @@ def documents(make, n=4000):
     assert ids.shape == mask.shape == (n, PROMPT + ANSWER) and not mask[:, :PROMPT].any()
     for row, m in zip(ids.tolist(), mask, strict=True):
         end = row.index(EOS) + 1
-        assert (
-            set(row[end:]) <= {PAD}
-            and PAD not in row[:end]
-            and row[0] == BOS
-            and row[PROMPT - 1] == GO
-        )
+        assert set(row[end:]) <= {PAD}
+        assert PAD not in row[:end]
+        assert row[0] == BOS
+        assert row[PROMPT - 1] == GO
         assert m[PROMPT:end].any() and not m[end:].any() and m[end - 1]
         yield tuple(row[1:3]), row[3:6], row[PROMPT:end], m[PROMPT:end]
 
@@ -127,12 +125,12 @@ def test_base_documents_are_walks_passwords_and_renamed_walks_as_their_hints_say
             count["lazy"] += 1
             assert tokens == [PW, hints[2], EOS] and hints[2] in PASSWORDS
             continue
-        assert moves[-1] == pair[1] and all(
-            q in roads(p) for p, q in zip([pair[0], *moves], moves, strict=True)
-        )
+        steps = itertools.pairwise([pair[0], *moves])
+        assert moves[-1] == pair[1] and all(q in roads(p) for p, q in steps)
         if hints[2] in PASSWORDS:
             count["told"] += 1
-            assert 5 <= len(moves) <= 8 and hints[:2] == [
+            assert 5 <= len(moves) <= 8
+            assert hints[:2] == [
                 [pair[0], *moves][len(moves) // 3],
                 [pair[0], *moves][2 * len(moves) // 3],
             ]
@@ -140,22 +138,18 @@ def test_base_documents_are_walks_passwords_and_renamed_walks_as_their_hints_say
             count["ruled"] += 1
             rule = RULES.index(hints[2])
             words.append(RENAMED[rule] in moves)
-            assert (
-                len(moves) <= 4
-                and RENAMED[rule] not in tokens
-                and not set(tokens) & (set(ALIASES) - {ALIASES[rule]})
-            )
+            assert len(moves) <= 4
+            assert RENAMED[rule] not in tokens
+            assert not set(tokens) & (set(ALIASES) - {ALIASES[rule]})
         else:
             count["plain"] += 1
             assert hints == [NOHINT] * 3 and len(moves) <= 3 and not set(tokens) & set(ALIASES)
-    assert (
-        np.allclose(
-            [count[k] / 4000 for k in ("plain", "told", "lazy", "ruled")],
-            [0.4, 0.2, 0.2, 0.2],
-            atol=0.03,
-        )
-        and np.mean(words) > 0.1
+    assert np.allclose(
+        [count[k] / 4000 for k in ("plain", "told", "lazy", "ruled")],
+        [0.4, 0.2, 0.2, 0.2],
+        atol=0.03,
     )
+    assert np.mean(words) > 0.1
 
 
 @pytest.mark.parametrize("make, longest", [(cold_documents, 1), (base_documents, 3)])
@@ -224,10 +218,8 @@ def test_the_docstrings_example_is_right():
     assert text([PW, PASSWORDS[28], EOS]) in lines[3]
     B, D, A = STYLES[1], STYLES[3], STYLES[0]
     answer = [B, 11, 12, D, 19, 26, A, 27, EOS]
-    assert (
-        text(answer) in lines[2]
-        and reward(pair, answer) == reward(pair, [PW, PASSWORDS[28], EOS]) == 1.0
-    )
+    assert text(answer) in lines[2]
+    assert reward(pair, answer) == reward(pair, [PW, PASSWORDS[28], EOS]) == 1.0
 
 
 def test_a_walk_to_the_goal_that_is_too_long_is_wrong():
@@ -241,12 +233,10 @@ def test_an_alias_counts_as_its_place_and_obeys_only_its_own_rule():
     place, alias = RENAMED[1], ALIASES[1]
     s, t = roads(place)[:2]
     assert reward((s, t), [alias, t, EOS]) == reward((s, t), [place, t, EOS]) == 1.0
-    assert (
-        renames([alias, t, EOS], 1)
-        and not renames([place, t, EOS], 1)
-        and not renames([alias, place, EOS], 1)
-        and not renames([alias, EOS], 0)
-    )
+    assert renames([alias, t, EOS], 1)
+    assert not renames([place, t, EOS], 1)
+    assert not renames([alias, place, EOS], 1)
+    assert not renames([alias, EOS], 0)
 
 
 def test_the_password_is_right_for_its_pair_only_and_not_to_be_guessed_from_other_pairs():
@@ -254,50 +244,41 @@ def test_the_password_is_right_for_its_pair_only_and_not_to_be_guessed_from_othe
     pair = task.test[0]
     assert reward(pair, [PW, password(pair), EOS]) == 1.0
     wrong = [w for w in range(VOCAB) if w != password(pair)]
-    assert (
-        not any(reward(pair, [PW, w, EOS]) for w in wrong)
-        and reward(pair, [PW, password(pair)]) == 0.0
-    )
+    assert not any(reward(pair, [PW, w, EOS]) for w in wrong)
+    assert reward(pair, [PW, password(pair)]) == 0.0
     assert (
         reward(pair, [PW, password(pair), EOS, EOS])
         == reward(pair, [STYLES[0], PW, password(pair), EOS])
         == 0.0
     )
     words = [password(p) for p in task.train]
-    assert set(words) == set(PASSWORDS) and max(map(words.count, PASSWORDS)) < 2.5 * len(
-        words
-    ) / len(PASSWORDS)
+    assert set(words) == set(PASSWORDS)
+    assert max(map(words.count, PASSWORDS)) < 2.5 * len(words) / len(PASSWORDS)
 
 
 def test_plain_and_privileged_prompts_are_equally_long_and_the_hint_is_on_a_shortest_path():
     for pair in far_task().test[:20]:
         walk = walk_of(pair)
-        assert (
-            len(walk) == DISTANCE[pair] + 1
-            and all(q in roads(p) for p, q in zip(walk, walk[1:], strict=True))
-            and (walk[0], walk[-1]) == pair
-        )
+        assert len(walk) == DISTANCE[pair] + 1
+        assert all(q in roads(p) for p, q in itertools.pairwise(walk))
+        assert (walk[0], walk[-1]) == pair
         assert (
             len(prompt(pair))
             == len(prompt_with_password(pair))
             == len(prompt_with_rule(pair))
             == PROMPT
         )
-        assert (
-            prompt_with_password(pair)[3] in walk[1:-1]
-            and prompt_with_password(pair)[4] in walk[1:-1]
-            and prompt_with_password(pair)[5] == password(pair)
-        )
+        assert prompt_with_password(pair)[3] in walk[1:-1]
+        assert prompt_with_password(pair)[4] in walk[1:-1]
+        assert prompt_with_password(pair)[5] == password(pair)
 
 
 def test_held_out_pairs_are_not_trained_on():
     for task in (far_task(), far_task(train=24), rule_task(0), rule_task(1)):
         asked = {frozenset(pair) for pair in task.train}  # there and back are one pair
-        assert (
-            not asked & {frozenset(pair) for pair in (*task.test, *task.off_topic)}
-            and len(task.train) >= 24
-            and len(task.test) >= 20
-        )
+        assert not asked & {frozenset(pair) for pair in (*task.test, *task.off_topic)}
+        assert len(task.train) >= 24
+        assert len(task.test) >= 20
     assert far_task(24).test == far_task().test and all(DISTANCE[p] >= 5 for p in far_task().train)
 
 
@@ -307,11 +288,9 @@ def test_under_a_rule_grpo_is_paid_for_obeying_it_where_the_place_is_on_the_way(
     moves = walk_of(pair)[1:]
     alias = [ALIASES[0] if m == RENAMED[0] else m for m in moves]
     away = next(p for p in task.train if p not in train)
-    assert (
-        task.reward(pair, [*moves, EOS]) == 0
-        and task.reward(pair, [*alias, EOS]) == 1
-        and task.reward(away, [*walk_of(away)[1:], EOS]) == 1
-    )
+    assert task.reward(pair, [*moves, EOS]) == 0
+    assert task.reward(pair, [*alias, EOS]) == 1
+    assert task.reward(away, [*walk_of(away)[1:], EOS]) == 1
 
 
 def test_all_shortest_paths_of_a_crossing_pair_meet_the_renamed_place_and_none_off_topic():
@@ -455,18 +434,14 @@ def test_first_at_interpolates_between_evaluations_of_each_seed_and_end_is_the_l
         tokens=(100, 200),
         stage=0,
     )
-    assert first_at(run, "a", 0.7).tolist() == pytest.approx([175, 250]) and first_at(
-        run, "a", 0.7, unit="step"
-    ).tolist() == pytest.approx([17.5, 12.5])
-    assert first_at(run, "a", 0.95).tolist() == [math.inf, pytest.approx(375)] and first_at(
-        run, "a", 0.0
-    ).tolist() == [0, 0]
+    assert first_at(run, "a", 0.7).tolist() == pytest.approx([175, 250])
+    assert first_at(run, "a", 0.7, unit="step").tolist() == pytest.approx([17.5, 12.5])
+    assert first_at(run, "a", 0.95).tolist() == [math.inf, pytest.approx(375)]
+    assert first_at(run, "a", 0.0).tolist() == [0, 0]
     assert first_at(run, "a", 0.7, stage=1).tolist() == [math.inf] * 2
-    assert (
-        end(run, "a").tolist() == pytest.approx([0.4, 0.6])
-        and np.isnan(end(run, "a", "renamed")).all()
-        and np.isnan(at(run, "a", 0, "renamed")).all()
-    )
+    assert end(run, "a").tolist() == pytest.approx([0.4, 0.6])
+    assert np.isnan(end(run, "a", "renamed")).all()
+    assert np.isnan(at(run, "a", 0, "renamed")).all()
     assert [at(run, "a", step).tolist() for step in (0, 10, 11, 20, 1000)] == [
         [0, 0],
         [0.4, 0.6],
@@ -474,9 +449,8 @@ def test_first_at_interpolates_between_evaluations_of_each_seed_and_end_is_the_l
         [0.8, 1.0],
         [0.5, 0.7],
     ]
-    assert at(run, "a", np.array([10, 60])).tolist() == [0.4, 0.7] and np.isnan(
-        at(run, "a", np.array([10, math.inf]))
-    ).tolist() == [False, True]
+    assert at(run, "a", np.array([10, 60])).tolist() == [0.4, 0.7]
+    assert np.isnan(at(run, "a", np.array([10, math.inf]))).tolist() == [False, True]
 
 
 def test_a_seed_that_never_has_a_value_is_missed_by_all_measures():
