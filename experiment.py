@@ -336,7 +336,8 @@ class Run:
     folder that cannot be written or holds somebody else's files, or a checkpoint without its rows.
     """
 
-    silent = False  # True: no progress bar
+    alone = True  # no other processes
+    silent = False  # no progress bar
 
     def __init__(self, config, also=(), inputs=None):
         self.config = dataclasses.asdict(config)
@@ -355,13 +356,13 @@ class Run:
         self.revision = revision()
         if config.resume:
             self.go_on_from(load_checkpoint(self.dir / "model.pt"))
-        self.begin(config.resume, also)
+        self.begin(also)
 
-    def begin(self, resume, also):
+    def begin(self, also):
         """Take the folder; from now on a signal ends the run."""
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if self.alone and int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise UserError("this script runs in one process")
-        self.take_folder(resume, also)
+        self.take_folder(also)
         about = dict(
             name=self.name,
             config=self.config,
@@ -400,12 +401,12 @@ class Run:
             before += f", resumed at {self.revision}"
         self.revision = before
 
-    def take_folder(self, resume, also):
+    def take_folder(self, also):
         """Make the folder, or clear it of an earlier run's files. UserError for somebody else's."""
         try:
             self.dir.mkdir(parents=True, exist_ok=True)
             owned = self.owned()
-            if resume:
+            if self.config["resume"]:
                 return
             foreign = self.files(self.name) - owned if owned else self.files(self.name).union(also)
             for name in sorted(foreign):

@@ -71,10 +71,12 @@ def join(device):
 class Team(Run):
     """A Run of several processes: rank 0 writes, saves and heeds signals, the others follow it."""
 
-    def begin(self, resume, also):
+    alone = False
+
+    def begin(self, also):
         self.silent = world()[0] > 0
         if not self.silent:
-            super().begin(resume, also)
+            super().begin(also)
         else:
             self.metrics = io.FileIO(os.devnull, "w")
             self.handlers = {s: signal.signal(s, signal.SIG_IGN) for s in SIGNALS}

@@ -1,6 +1,5 @@
 """bench.py: what is measured is what is said."""
 
-import importlib.util
 import json
 import os
 import sys
@@ -168,7 +167,7 @@ def test_a_kernel_without_memory_and_a_failing_peer_lose_their_rows_and_no_other
 
 
 def test_peers_that_cannot_run_here_are_named(monkeypatch, at_once, capsys):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(bench, "find_spec", lambda name: None)
     monkeypatch.setattr(bench, "no_triton", lambda x: "triton is not installed")
     assert {impl: bench.left_out(impl, "cpu") for impl in bench.MARKERS} == dict(
         reference=None,
