@@ -76,27 +76,19 @@ def train(gpt, optimizer, generator, steps):
 
 
 def test_a_resumed_training_is_the_uninterrupted_one_to_the_bit(tmp_path):
-    whole = fresh_training()
+    whole, numbers = fresh_training(), random.Random(3)
     train(*whole, 6)
     gpt, optimizer, g = fresh_training()
     train(gpt, optimizer, g, 2)
-    save_checkpoint(
-        tmp_path / "model.pt",
-        model=gpt.state_dict(),
-        optimizer=optimizer.state_dict(),
-        generator=g.get_state(),
-        step=2,
-    )
+    save_checkpoint(tmp_path / "model.pt", **snapshot(2, gpt, optimizer, numbers, g))
     gpt, optimizer, g = fresh_training()
-    state = load_checkpoint(tmp_path / "model.pt")
-    gpt.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    g.set_state(state["generator"])
-    train(gpt, optimizer, g, 6 - state["step"])
+    again = random.Random(4)
+    step = restore(load_checkpoint(tmp_path / "model.pt"), gpt, optimizer, again, g)
+    train(gpt, optimizer, g, 6 - step)
     assert all(
         torch.equal(a, b) for a, b in zip(whole[0].parameters(), gpt.parameters(), strict=True)
     )
-    assert torch.equal(whole[2].get_state(), g.get_state())
+    assert torch.equal(whole[2].get_state(), g.get_state()) and again.random() == numbers.random()
 
 
 def test_a_snapshot_stands_still_while_training_goes_on_and_restores_all_of_it(tmp_path):
@@ -731,6 +723,18 @@ def test_a_file_that_no_run_wrote_is_never_deleted_or_overwritten(tmp_path, name
     assert {p.name: p.read_text() for p in tmp_path.iterdir()} == dict.fromkeys(
         [name, "model.tmp", "other.png"], "mine"
     )
+
+
+@pytest.mark.parametrize(
+    "text", ["mine", "[]", "{}", '{"model_type": "llama"}', '{"name": "a", "config": {}}']
+)
+def test_a_folder_whose_config_no_run_wrote_is_nobodys(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    (tmp_path / "metrics.jsonl").write_text("mine")
+    with pytest.raises(UserError, match="config.json is not a run's|which no run wrote"):
+        Run(Config(out=str(tmp_path)))
+    assert (tmp_path / "config.json").read_text() == text
+    assert (tmp_path / "metrics.jsonl").read_text() == "mine"
 
 
 def test_a_runs_folder_may_hold_files_of_yours_under_other_names(tmp_path):

@@ -450,18 +450,22 @@ def test_a_flag_overrides_one_choice_of_the_method_and_leaves_the_others():
 
 
 @pytest.mark.parametrize(
-    "kind, short, long",
+    "kind, short, long, alone",
     [
-        ("sequence", 1 / 8, 1 / 128),
-        ("token", 1 / 68, 1 / 68),
-        ("constant", 1 / 128, 1 / 128),
-        ("sum", 1 / 2, 1 / 2),
+        ("sequence", 1 / 8, 1 / 128, 1 / 4),
+        ("token", 1 / 68, 1 / 68, 1 / 4),
+        ("constant", 1 / 128, 1 / 128, 1 / 64),
+        ("sum", 1 / 2, 1 / 2, 1),
     ],
 )
-def test_a_token_of_a_short_and_of_a_long_answer_weighs_what_its_paper_says(kind, short, long):
+def test_a_token_of_a_short_and_of_a_long_answer_weighs_what_its_paper_says(
+    kind, short, long, alone
+):
     mask = (torch.arange(70) < torch.tensor([[4], [64]])).float()
     a = aggregation_weights(mask, kind, 64)
     torch.testing.assert_close(a, mask * torch.tensor([[short], [long]]))
+    # the budget is what an answer may take, not what the longest took
+    torch.testing.assert_close(aggregation_weights(mask[:1], kind, 64), mask[:1] * alone)
 
 
 def categoricals():
