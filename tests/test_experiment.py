@@ -725,18 +725,6 @@ def test_a_file_that_no_run_wrote_is_never_deleted_or_overwritten(tmp_path, name
     )
 
 
-@pytest.mark.parametrize(
-    "text", ["mine", "[]", "{}", '{"model_type": "llama"}', '{"name": "a", "config": {}}']
-)
-def test_a_folder_whose_config_no_run_wrote_is_nobodys(tmp_path, text):
-    (tmp_path / "config.json").write_text(text)
-    (tmp_path / "metrics.jsonl").write_text("mine")
-    with pytest.raises(UserError, match="config.json is not a run's|which no run wrote"):
-        Run(Config(out=str(tmp_path)))
-    assert (tmp_path / "config.json").read_text() == text
-    assert (tmp_path / "metrics.jsonl").read_text() == "mine"
-
-
 def test_a_runs_folder_may_hold_files_of_yours_under_other_names(tmp_path):
     for name in ("model.tmp", "other.png", "notes"):
         (tmp_path / name).write_text("mine")

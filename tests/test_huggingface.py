@@ -1207,7 +1207,7 @@ MESSAGES = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
         ),
         ("{{ strftime_now('%Y') }}", None),
         (
-            "{% for m in messages %}\n  {% if true %}\n{{ m.content }}\n  {% endif %}\n{% endfor %}\n",
+            "{% for m in messages %}\n {% if 1 %}\n{{ m.content }}\n {% endif %}\n{% endfor %}\n",
             "1 < 2 & 'é'?\n",
         ),
         (
