@@ -40,7 +40,7 @@ def test_a_step_is_that_of_the_next_lesson_with_the_groups_mean_no_ratio_and_all
     same = policy()
     still = torch.optim.SGD(same.parameters(), 0.0)
     row = grpo.update(same, None, still, seen[0], REWARDS, choices, 16, torch.Generator())
-    assert run.rows[-1]["loss"] == pytest.approx(row["loss"], rel=1e-4) and abs(row["loss"]) > 0.01
+    assert run.rows[-1]["loss"] == pytest.approx(row["loss"], rel=1e-4) and abs(row["loss"]) > 1e-3
     assert close(flat(trained, gradient=True), flat(same, gradient=True), 1e-4)
     assert not torch.equal(flat(trained), flat(policy()))
     assert run.rows[-1]["reward"] == pytest.approx(REWARDS.mean().item())
