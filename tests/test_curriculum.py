@@ -1466,8 +1466,9 @@ def test_an_interrupted_curriculum_goes_on_after_stage_1_as_if_nothing_had_happe
 
     monkeypatch.setattr(coupled, "evaluate", evaluate)
     paid_by_chance(monkeypatch)
-    marks = dict(phase="rule"), dict(phase="rl", arm="stage 2 at 64")
-    flags = "--quick --n-layer 1 --stage-tokens 4096"
+    # the second cut is in the middle of an arm
+    marks = dict(phase="rule"), dict(phase="rl", arm="stage 2 at 64", step=3)
+    flags = "--quick --n-layer 1 --stage-tokens 4096 --eval-every 1"
     check_resume("experiments.coupled", tmp_path, marks, *flags.split())
     weights = {
         row["arm"]: row["attempts"] for row in metrics(tmp_path / "whole") if row["phase"] == "rl"

@@ -124,19 +124,20 @@ def test_the_style_mass_is_how_often_answers_begin_with_a_style_word():
 
 
 def test_an_early_lead_is_measured_at_equal_steps_and_at_equal_tokens():
-    run = curve([0, 0.4, 0.8, 0.8, 0.8, 0.8], tokens=(200,))
-    for i, v in enumerate([0, 0.3, 0.6, 0.8, 0.8, 0.8]):
-        run.log(
-            phase="train", arm="b", seed=0, step=10 * i, sampled_tokens=100 * i, **{"pass@1": v}
-        )
+    # in 10 steps ours takes 200 tokens in the first seed, 50 in the second; the rival 100
+    run = curve([0, 0.4, 0.8, 0.8, 0.8, 0.8], [0, 0.2, 0.4, 0.6, 0.8, 0.8], tokens=(200, 50))
+    for seed in (0, 1):
+        for i, v in enumerate([0, 0.3, 0.6, 0.8, 0.8, 0.8]):
+            where = dict(phase="train", arm="b", seed=seed, step=10 * i, sampled_tokens=100 * i)
+            run.log(**where, **{"pass@1": v})
     by_steps, by_tokens = cold.early(run, "a", "b")
-    t = np.linspace(0, 400, 200)  # ours takes 800 tokens for 40 steps, the rival 400
+    t = np.linspace(0, 400, 200)  # 40 steps take ours 800 tokens and the rival 400; or 200, 400
     expected = (
         np.interp(t, [0, 200, 400], [0, 0.4, 0.8]).mean()
         - np.interp(t, [0, 100, 200, 300, 400], [0, 0.3, 0.6, 0.8, 0.8]).mean()
     )
-    assert by_steps == pytest.approx([0.3 / 4])
-    assert by_tokens == pytest.approx([expected])
+    assert by_steps == pytest.approx([0.3 / 4, -0.5 / 4])
+    assert by_tokens == pytest.approx([expected, 0.4 - 0.3])
     assert expected < -0.1
 
 

@@ -76,27 +76,19 @@ def train(gpt, optimizer, generator, steps):
 
 
 def test_a_resumed_training_is_the_uninterrupted_one_to_the_bit(tmp_path):
-    whole = fresh_training()
+    whole, numbers = fresh_training(), random.Random(3)
     train(*whole, 6)
     gpt, optimizer, g = fresh_training()
     train(gpt, optimizer, g, 2)
-    save_checkpoint(
-        tmp_path / "model.pt",
-        model=gpt.state_dict(),
-        optimizer=optimizer.state_dict(),
-        generator=g.get_state(),
-        step=2,
-    )
+    save_checkpoint(tmp_path / "model.pt", **snapshot(2, gpt, optimizer, numbers, g))
     gpt, optimizer, g = fresh_training()
-    state = load_checkpoint(tmp_path / "model.pt")
-    gpt.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    g.set_state(state["generator"])
-    train(gpt, optimizer, g, 6 - state["step"])
+    again = random.Random(4)
+    step = restore(load_checkpoint(tmp_path / "model.pt"), gpt, optimizer, again, g)
+    train(gpt, optimizer, g, 6 - step)
     assert all(
         torch.equal(a, b) for a, b in zip(whole[0].parameters(), gpt.parameters(), strict=True)
     )
-    assert torch.equal(whole[2].get_state(), g.get_state())
+    assert torch.equal(whole[2].get_state(), g.get_state()) and again.random() == numbers.random()
 
 
 def test_a_snapshot_stands_still_while_training_goes_on_and_restores_all_of_it(tmp_path):

@@ -450,18 +450,22 @@ def test_a_flag_overrides_one_choice_of_the_method_and_leaves_the_others():
 
 
 @pytest.mark.parametrize(
-    "kind, short, long",
+    "kind, short, long, alone",
     [
-        ("sequence", 1 / 8, 1 / 128),
-        ("token", 1 / 68, 1 / 68),
-        ("constant", 1 / 128, 1 / 128),
-        ("sum", 1 / 2, 1 / 2),
+        ("sequence", 1 / 8, 1 / 128, 1 / 4),
+        ("token", 1 / 68, 1 / 68, 1 / 4),
+        ("constant", 1 / 128, 1 / 128, 1 / 64),
+        ("sum", 1 / 2, 1 / 2, 1),
     ],
 )
-def test_a_token_of_a_short_and_of_a_long_answer_weighs_what_its_paper_says(kind, short, long):
+def test_a_token_of_a_short_and_of_a_long_answer_weighs_what_its_paper_says(
+    kind, short, long, alone
+):
     mask = (torch.arange(70) < torch.tensor([[4], [64]])).float()
     a = aggregation_weights(mask, kind, 64)
     torch.testing.assert_close(a, mask * torch.tensor([[short], [long]]))
+    # the budget is what an answer may take, not what the longest took
+    torch.testing.assert_close(aggregation_weights(mask[:1], kind, 64), mask[:1] * alone)
 
 
 def categoricals():
@@ -1101,9 +1105,12 @@ def test_each_seed_has_its_own_copy_of_the_base_and_problems_and_a_row_tells_rig
 
 
 def test_each_seed_warms_up_a_base_of_its_own():
-    run, config = Memory(), small(sft_steps=2)
+    run, config, shown = Memory(), small(sft_steps=2), []
+    watched = SimpleNamespace(**vars(TASK))
+    watched.demonstrate = lambda rng, p: shown.append(p) or demonstrate(rng, p)
     # the last one is read from the checkpoint
-    bases = [grpo.warm_up(config, TASK, run, seed, "cpu") for seed in (0, 1, 0)]
+    bases = [grpo.warm_up(config, watched, run, seed, "cpu") for seed in (0, 1, 0)]
+    assert len(shown) == 2 * 2 * 32 and shown[:64] != shown[64:], "and on its own problems"
     assert torch.equal(flat(bases[0]), flat(bases[2]))
     assert not close(flat(bases[1]), flat(bases[0]), 0.1)
     assert len(run.state) == 2
@@ -1650,9 +1657,11 @@ def test_a_pipe_that_is_closed_ends_the_run_without_a_traceback(tmp_path):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": ""},  # a buffer is written out at the end
     )
     process.stdout.close()
-    assert "Traceback" not in process.stderr.read() and process.wait(60) == 141
+    said = process.stderr.read()
+    assert "Traceback" not in said and "BrokenPipe" not in said and process.wait(60) == 141
 
 
 @pytest.mark.parametrize("script", ["variants", "length"])

@@ -1207,6 +1207,10 @@ MESSAGES = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
         ),
         ("{{ strftime_now('%Y') }}", None),
         (
+            "{% for m in messages %}\n {% if 1 %}\n{{ m.content }}\n {% endif %}\n{% endfor %}\n",
+            "1 < 2 & 'é'?\n",
+        ),
+        (
             [dict(name="tool_use", template="T"), dict(name="default", template=MESSAGES)],
             "<user>1 < 2 & 'é'?",
         ),

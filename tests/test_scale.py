@@ -698,6 +698,18 @@ def test_a_signal_while_a_checkpoint_is_measured_ends_the_run_at_once_and_loses_
     assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
 
 
+def test_ctrl_c_while_a_checkpoint_loads_ends_at_once_and_leaves_nothing(
+    real, monkeypatch, tmp_path
+):
+    def loads(_):
+        os.kill(os.getpid(), signal.SIGINT)
+        raise AssertionError("the signal was not heeded")
+
+    monkeypatch.setattr("huggingface.load_file", loads)
+    code, _, err = launch("scale.py", *REAL, *flags_for(real), "--out", tmp_path / "run")
+    assert code == 130 and err == "" and not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("method", ["grpo", "opd"])
 def test_a_number_that_is_none_ends_the_run_before_it_spoils_the_weights(
     method, real, monkeypatch, tmp_path
