@@ -3,13 +3,15 @@
 A small GPT has read answers by demonstrators who do not take care (tasks/addition.py: they guess
 their carries, and are right about one time in four). It answers each problem many times, a program
 says which answers are right, and a step makes the tokens of those likelier. Of token t of answer i,
-with rho = exp(logp - old_logp), the probability now over the one before the step:
+with rho = exp(logp - old_logp), the probability now over the one before the batch's first gradient
+step:
 
     loss = sum_{i,t} a_{i,t} * (L(rho_{i,t}, A_i) + beta * KL_{i,t} - entropy_bonus * H_{i,t})
 
     1. advantage A:    how much better the answer's reward r_i is than a baseline
        std             (r_i - mean) / std of the answers to the same problem
-       mean, positive  r_i - mean; the same, but never below 0
+       mean            r_i - mean
+       positive        the same, but never below 0
        rloo            r_i - mean of the others
        batch           r_i - mean of all problems
     2. ratio L:        what is minimised, where clip(rho) lies in 1 - eps_low .. 1 + eps_high
@@ -18,10 +20,10 @@ with rho = exp(logp - old_logp), the probability now over the one before the ste
        sequence        the same, with the geometric mean of the answer's rho
        cispo           -clip(rho) A logp, and no gradient through clip(rho)
     3. aggregation a:  1 / what a token's loss is divided by
-       sequence        tokens of its answer, and answers
+       sequence        tokens of its answer * number of answers
        token           tokens of all answers
-       constant        tokens that an answer may have, and answers
-       sum             answers
+       constant        tokens that an answer may have * number of answers
+       sum             number of answers
 
 `LOSSES` has the usual combinations by their names: to try another, add a row there.
 
@@ -149,7 +151,8 @@ class Config(Flags):
 
 
 # --------------------------------------------------------------------------------------------------
-# The loss: pure functions of tensors. P problems, G answers to each, R = P * G rows, T tokens
+# The loss: pure functions of tensors. P problems, G answers to each: R = P * G rows of T tokens, a
+# problem, its answer, padding on the right. mask (R, T): 1 on the answer's tokens and its end
 
 
 def advantages(rewards, kind):
@@ -167,7 +170,9 @@ def advantages(rewards, kind):
         return centred * G / (G - 1)
     if kind == "std":
         return centred / (rewards.std(1, keepdim=True) + 1e-6)
-    return centred.clamp_min(0) if kind == "positive" else centred
+    if kind == "positive":
+        return centred.clamp_min(0)
+    return centred  # mean
 
 
 def policy_loss(logp, old_logp, adv, mask, ratio, eps_low, eps_high):
@@ -178,7 +183,7 @@ def policy_loss(logp, old_logp, adv, mask, ratio, eps_low, eps_high):
     """
     if ratio == "none":  # REINFORCE
         return -adv * logp, torch.zeros_like(mask)
-    log_rho = logp - old_logp
+    log_rho = logp - old_logp  # token
     if ratio == "sequence":
         # GSPO-token: the value is the sequence's geometric mean, the gradient the token's own
         lengths = mask.sum(1, keepdim=True).clamp_min(1)  # (R, 1)
@@ -269,7 +274,10 @@ def warm_up(config, task, run, seed, device):
 
 
 def sample(model, task, problems, n, config, generator, uniforms=None):
-    """n answers to each problem -> Rollout, texts, rewards (P, n). What did not end is wrong."""
+    """n answers to each problem -> Rollout (ids, mask, logp: engine.py), texts, rewards (P, n).
+
+    What did not end is wrong. uniforms: instead of fresh random numbers, for experiments/.
+    """
     # P prompts of any lengths; row i of the R = P * n answers is one to problem i // n
     prompts = [task.tokenizer.encode(task.prompt(problem)) for problem in problems]
     stop = task.tokenizer.stop
@@ -296,18 +304,18 @@ def collect(model, task, config, rng, generator):
     are `prompts` others, at most 4 times; P may be less.
     """
     P, dynamic = config.prompts, config.method.dynamic
-    rollouts, kept, drawn = [], [], []
+    rollouts, kept, drawn = [], [], []  # kept and drawn: rewards
     tokens = 0
-    while not drawn or (dynamic and sum(map(len, kept)) < P and len(drawn) < 4):
+    while not drawn or dynamic and sum(map(len, kept)) < P and len(drawn) < 4:
         problems = [task.draw(rng, config.size) for _ in range(P)]
         rollout, _, rewards = sample(model, task, problems, config.group, config, generator)
-        # from a group that is all right or all wrong nothing is learnt: its advantages are 0
+        # all right or all wrong says nothing of what was better: the group's advantages are 0
         keep = (rewards.std(1) > 0) | (not dynamic)  # (P,)
         rollouts.append(rollout[keep.repeat_interleave(config.group)])
         kept.append(rewards[keep])
         drawn.append(rewards)
         tokens += int(rollout.mask.sum())
-    # What is logged tells of all answers that were drawn, dropped ones included
+    # These three tell of all answers that were drawn, dropped ones included
     everything = torch.cat(drawn).double()  # (P of all calls, G)
     statistics = dict(
         reward=everything.mean().item(),
@@ -342,19 +350,19 @@ def score_all(model, rollout, config):
     return torch.cat([score(model, rollout, r, config)[0] for r in rows])
 
 
-def with_baseline(rewards, rollout, old_logp, ref_logp, config):
+def row_advantages(rewards, rollout, old_logp, ref_logp, config):
     """The advantage of each row (R, 1). With --kl k1 an answer's KL is taken off its reward."""
     kind = config.method.advantage
     adv = advantages(rewards.to(rollout.mask.device), kind)  # (P, G)
     if config.beta and config.kl == "k1":
         kl = kl_estimate(old_logp, ref_logp, "k1") * rollout.mask  # (R, T)
-        centred = "rloo" if kind == "rloo" else "mean"  # never divided by std
-        adv = adv - config.beta * advantages(kl.sum(1).view_as(adv), centred)
+        kl_kind = "rloo" if kind == "rloo" else "mean"  # never divided by std
+        adv = adv - config.beta * advantages(kl.sum(1).view_as(adv), kl_kind)
     return adv.reshape(-1, 1)
 
 
 def token_losses(model, rollout, rows, adv, old_logp, ref_logp, config):
-    """What the equation at the top sums up, but for a -> (rows, T), and metrics of each token."""
+    """The bracket of the equation at the top, for each token -> (rows, T), and its metrics."""
     method = config.method
     logp, entropy = score(model, rollout, rows, config)
     # Where a batch has one gradient step, the old policy is the one that is trained: rho is 1
@@ -390,7 +398,7 @@ def update(model, base, optimizer, rollout, rewards, config, budget, generator):
     several = config.minibatches > 1
     old_logp = score_all(model, rollout, config) if several or config.kl == "k1" else None
     ref_logp = score_all(base, rollout, config) if config.beta else None
-    adv = with_baseline(rewards, rollout, old_logp, ref_logp, config)  # (R, 1)
+    adv = row_advantages(rewards, rollout, old_logp, ref_logp, config)  # (R, 1)
     # 2. One gradient step for each part of the rows
     order = torch.randperm(R, generator=generator) if several else torch.arange(R)
     total = Counter()
@@ -408,6 +416,7 @@ def update(model, base, optimizer, rollout, rewards, config, budget, generator):
             total["loss"] += loss.item() / config.minibatches
             for name, values in metrics.items():  # means over all tokens of the batch
                 total[name] += ((values * rollout.mask[rows]).sum() / tokens).item()
+        # cuts the gradient and steps -> its norm before; a loss that is no number ends the run
         total["grad_norm"] += descend(optimizer, total["loss"]) / config.minibatches
     return dict(total)
 
@@ -453,7 +462,7 @@ def train(config, task, run, seed, base, tokens=math.inf):
     budget = task.budget(config.size)
     if phase not in run.state:
         run.log(**where, step=0, sampled_tokens=0, **evaluate(model, task, config))
-    kept = dict(sampled=0)
+    kept = dict(sampled=0)  # what a checkpoint holds beside the weights
 
     def enough():
         return kept["sampled"] >= tokens
@@ -543,10 +552,10 @@ def main():
     config = parse_args(Config, __doc__)
     device = pick_device(config.device)
     task = tasks.load(config.task)
-    model = build(config, task, device)  # an impossible shape ends here, before a run begins
+    untrained = build(config, task, device)  # an impossible shape ends here, before a run begins
     problems = [task.draw(random.Random(i), config.size, held_out=True) for i in range(3)]
     with Run(config) as run:
-        run.introduce(device, model.config.parameters)
+        run.introduce(device, untrained.config.parameters)
         for seed in seeds_of(config):
             base = warm_up(config, task, run, seed, device)
             trained = train(config, task, run, seed, base)
@@ -563,6 +572,7 @@ def main():
                     model, task, problems, 1, config, torch.Generator().manual_seed(0)
                 )
                 examples[arm] = list(zip(texts, rewards.flatten().tolist(), strict=True))
+        # of the last seed
         run.samples([task.prompt(problem) for problem in problems], **examples)
         run.finish(*figure(config, run))
 
