@@ -4,19 +4,21 @@
     python opd.py --arms opd,opd_jsd     any rows of METHODS
 
 The task is a map that only the weights know (tasks/walks.py): a prompt names two places, an answer
-is a walk from one to the other. The base model finds a far place once in ten times; the expert is a
-larger model that knows the map.
+is a walk from one to the other. The base model, where every student starts, finds a far place once
+in ten times; the expert is a larger model that knows the map.
 
 Distillation minimises a divergence between student p and teacher q at each prefix of an answer y:
 
     loss = sum_t m_t D(p, q)_t / sum_t m_t          m_t = 1 on the answer's tokens
+
+GRPO has no q: its D is the token's -log p, times the advantage of its answer.
 
 A method is a row of METHODS, three choices:
 
     1. rollout     who writes the answers: the student (on-policy), the teacher (off-policy), a
                    blend of both within a trust region (TRB), a draft by the student that the
                    teacher corrects (SKD)
-    2. teacher     the expert; or none: GRPO, which is told only right or wrong
+    2. teacher     whose q: the expert's; or none: GRPO is told only right or wrong
     3. divergence  D: token -log p(y); forward KL(q|p); reverse KL(p|q); jsd;
                    sampled sg[log p(y)/q(y)] log p(y); three estimates from the student's top 4
 
@@ -33,7 +35,8 @@ How this differs from the papers:
    the same random numbers for all arms.
 
 What to see: OPD at the expert's level with a fraction of GRPO's sampled tokens; SFT fast, then
-lower. Watch pass@1; the loss is a divergence, and falls towards 0 where there is a teacher.
+lower. Watch pass@1: what a loss can fall to depends on its D (a divergence's is 0, that of `token`
+the entropy of the answers).
 
 More: python -m experiments.cold (a base without any success), experiments.few (24 prompts),
 experiments.estimators (why a raw top-k KL fails). selfteach.py is the same without an expert.
@@ -43,6 +46,7 @@ import copy
 import math
 import random
 from dataclasses import dataclass
+from functools import partial
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -80,7 +84,7 @@ from tasks.walkers import (
 from tasks.walks import ANSWER, EOS, PROMPT, VOCAB, far_task, prompt
 
 # fmt: off
-#  name:        rollout, teacher, divergence
+#  name:        rollout, teacher, divergence (top4: the k that --top has by default)
 METHODS = {
     "sft": ("teacher", "expert", "token"),
     "kd": ("teacher", "expert", "forward"),
@@ -112,7 +116,9 @@ class Config(Flags):
     trb_steps: int = flag(50, "TRB: steps until the budget is 0", quick=1, low=1)
     n_embd: int = flag(64, "channels of the student", quick=32, low=8, high=1024)
     expert_embd: int = flag(96, "channels of the expert", quick=32, low=8, high=1024)
-    sft_steps: int = flag(1800, "steps of training the base model", quick=10, low=1)
+    sft_steps: int = flag(
+        1800, "steps of training the base model, before any method", quick=10, low=1
+    )
     expert_steps: int = flag(1000, "steps of training the expert", quick=10, low=1)
     eval_every: int = flag(10, "steps between evaluations", low=1)
     eval_prompts: int = flag(256, "held-out pairs of places", quick=16, low=1, high=256)
@@ -124,10 +130,11 @@ class Config(Flags):
             raise UserError(f"--arms: no such method: {', '.join(unknown)}; there are {names}")
         if len(set(self.methods)) < len(self.methods):
             raise UserError(f"--arms {self.arms}: a method stands there twice")
-        if "grpo" in self.methods and self.group > 0 and self.batch % self.group:
+        untaught = any(METHODS[name][1] is None for name in self.methods)
+        if untaught and self.group > 0 and self.batch % self.group:  # ranges are checked later
             raise UserError(f"--batch {self.batch} is no multiple of --group {self.group}")
         for width in (self.n_embd, self.expert_embd):
-            shape(width)
+            shape(width)  # an error if there is no such model
 
     @property
     def methods(self):
@@ -160,10 +167,8 @@ def divergence(lp, lq, y, kind, top=4):
     """D at each position (B, T), from the log-probabilities of student lp and teacher lq (B, T, V)
     and the tokens y (B, T) that stand there.
 
-    Where p = q the expected gradient of every kind is 0, but for top_raw, whose gradient is that of
-    the top tokens' mass: D falls as mass moves out of them, until p = q / e there and 63% of the
-    mass is elsewhere. Spread over many tokens none of it joins the top, where it would be pushed
-    back, and the likeliest token stays a good one: greedy decoding does not notice.
+    Where p = q the gradient of every kind is 0 (of `token` and `sampled`: its mean over y ~ q = p),
+    but for top_raw's.
     """
     if kind == "token":
         return -lp.gather(2, y[..., None]).squeeze(2)
@@ -187,11 +192,15 @@ def divergence(lp, lq, y, kind, top=4):
     lp, index = lp.topk(top)  # (B, T, top)
     lq = lq.gather(2, index)
     if kind == "top_raw":
+        # Its gradient is the sum of p (log p/q + 1) grad log p, whose 1 cancels over all tokens
+        # alone: mass leaves the top until p = q / e there. It spreads too thinly to join the top,
+        # whose likeliest token stays a good one: greedy decoding does not notice
         return divergence(lp, lq, y, "reverse")
     if kind == "top_renormalised":
         # Both are made distributions over these tokens
         return divergence(lp.log_softmax(-1), lq.log_softmax(-1), y, "reverse")
-    # top_stopgrad: log p - log q is an advantage (its negative) for each of the top tokens
+    # top_stopgrad: as `sampled`, with all top tokens in the place of one draw, each as likely as
+    # the student makes it among them
     return ((lp.softmax(-1) * (lp - lq)).detach() * lp).sum(-1)
 
 
@@ -204,8 +213,10 @@ def advantages(rewards):
 
 
 def loss_of(method, lp, lq, y, mask, rewards, config):
-    """The whole family: sum m D / sum m. lp, lq (B, T, V), lq None where there is no teacher;
-    y, mask (B, T); rewards (B,), prompt by prompt."""
+    """The whole family: sum m D / sum m, D times the advantage where there is no teacher.
+
+    lp, lq (B, T, V), lq None without a teacher; y, mask (B, T); rewards (B,), prompt by prompt.
+    """
     _, teacher, kind = METHODS[method]
     d = divergence(lp, lq, y, kind, config.top)
     if teacher is None:
@@ -244,11 +255,11 @@ def trust_region(lp, lq, eps, iterations=18):
 
 
 def blended(eps):
-    """What write_together asks of TRB: a token of the mixture, and its b."""
+    """TRB's choice for write_together: a token of the mixture, and its b."""
 
     def choose(lp, lq, u):
-        mixed, b = trust_region(lp, lq, eps)
-        return inverse_cdf(mixed.exp(), u[:, 0])[0], b
+        mixture, b = trust_region(lp, lq, eps)
+        return inverse_cdf(mixture.exp(), u[:, 0])[0], b  # [0]: the token that u falls on
 
     return choose
 
@@ -304,15 +315,12 @@ def write_together(student, teacher, prompts, choose, generator, limit=ANSWER):
 def collect(author, student, teacher, prompts, eps, config, generator):
     """One answer to each prompt -> tokens (B, T), mask (B, T), how much the teacher changed."""
     if author == "draft":
-
-        def choose(lp, lq, u):
-            return draft(lp, lq, u, config.skd_top)
-
+        choose = partial(draft, top=config.skd_top)
         return write_together(student, teacher, prompts, choose, generator)
-    if author == "blend" and eps > 0:
+    if author == "blend" and eps > 0:  # a budget of 0 is the student alone
         return write_together(student, teacher, prompts, blended(eps), generator)
     writer = teacher if author == "teacher" else student
-    rollout = generate(writer, prompts, 1, ANSWER, stop=EOS, generator=generator)
+    rollout = generate(writer, prompts, n=1, max_new_tokens=ANSWER, stop=EOS, generator=generator)
     return rollout.ids[:, PROMPT:], rollout.mask[:, PROMPT:], float(author == "teacher")
 
 
@@ -324,7 +332,7 @@ def train(config, run, arm, seed, base, expert, task, measure=evaluate):
     """A row of METHODS from the base for config.steps steps -> the trained model. measure: what is
     logged of it."""
     # 1. A copy of the base, two random streams: pairs, and everything else
-    author, teacher, _ = METHODS[arm]
+    author, teacher, _ = METHODS[arm]  # teacher: "expert" or None
     phase = f"{arm} {seed}"
     model = copy.deepcopy(base)
     device = base.lm_head.weight.device
@@ -336,7 +344,7 @@ def train(config, run, arm, seed, base, expert, task, measure=evaluate):
     group = 1 if teacher else config.group
     eval_seed = 10_000 + 1000 * seed  # the same random numbers for every arm
     kept = dict(sampled=0)
-    if phase not in run.state:
+    if phase not in run.state:  # not when it goes on after an interrupt
         row = measure(model, task, config, eval_seed)
         run.log(phase="train", arm=arm, seed=seed, step=0, sampled_tokens=0, **row)
     for step in run.loop(phase, config.steps, model, optimizer, rng, generator, kept):
@@ -362,7 +370,7 @@ def train(config, run, arm, seed, base, expert, task, measure=evaluate):
         loss = loss_of(arm, answer_logprobs(model, ids), lq, y, mask, rewards, config)
         optimizer.zero_grad()
         loss.backward()
-        norm = descend(optimizer, loss)
+        norm = descend(optimizer, loss)  # cuts the gradient and steps -> its norm before
         kept["sampled"] += int(mask.sum())
         # 4. Log
         if (step + 1) % config.eval_every == 0 or step + 1 == config.steps:
@@ -393,7 +401,7 @@ def figure(config, run):
     curves(ax, run, config.methods, "pass@1", "", "held-out pass@1")
     ax.axhline(level, color="k", ls=":", lw=1, label="expert")
     ax.legend()
-    if config.arms != Config.arms:  # the title and the claims are about all six
+    if config.arms != Config.arms:  # the title and the claims are about the default arms
         return fig, []
     n = config.seeds
     opd = end(run, "opd")
@@ -404,12 +412,13 @@ def figure(config, run):
         f"its answers alone (sft) at {sft.mean():.2f}, "
         f"right or wrong alone (grpo) at {grpo.mean():.2f} ({n} seeds)"
     )
-    # Sampled tokens to .85. A seed of GRPO that never gets there needs at least all that it sampled
-    fast = first_at(run, "opd", 0.85)
-    slow = first_at(run, "grpo", 0.85)
+    # Sampled tokens to .85, of each seed (inf: never). Such a seed of GRPO needs at least all that
+    # it sampled
+    opd_tokens = first_at(run, "opd", 0.85)
+    grpo_tokens = first_at(run, "grpo", 0.85)
     spent = series(run, "sampled_tokens", phase="train", arm="grpo")[1][:, -1]
-    ratio = over(np.minimum(slow, spent), fast)
-    never = " (at least: not all seeds get there)" * bool(np.isinf(slow).any())
+    ratio = over(np.minimum(grpo_tokens, spent), opd_tokens)
+    never = " (at least: not all seeds get there)" * bool(np.isinf(grpo_tokens).any())
     behind = alive(run, "opd", level - opd)
     beside = f" ({at(run, 'opd', 0).mean():.2f}; {grpo.mean():.2f})"
     qwen = "Qwen3, arXiv 2505.09388, table 21"

@@ -1,13 +1,15 @@
 """selfteach.py: a model as its own teacher: the base model, told more than the student.
 
-    python selfteach.py                  two kinds of hints, ten ways to learn from them, 3 seeds:
-                                         8 minutes on two cores
+    python selfteach.py                  two kinds of hints, nine ways to learn from them, 3 seeds:
+                                         7 minutes on two cores
     python selfteach.py --arms opsd      rows of METHODS, for the password only
 
-The task is a map that only the weights know (tasks/walks.py). Told a password and two places on the
-way, the base model is nearly always right; told a rule, it calls a place by its alias. Without a
-hint it finds a far place once in ten times. The student never sees the hint: an answer is scored
-once after the student's prompt (p) and once after the teacher's (q), position by position.
+The task is a map that only the weights know (tasks/walks.py): a right answer is a walk between two
+places, or this pair's password and nothing else. Told the password and two places on the way, the
+base model is nearly always right, half of the time by the password; told a rule, it calls a place
+by its alias. Without a hint it finds a far place once in ten times. The student never sees the
+hint: an answer is scored once after the student's prompt (p) and once after the teacher's (q),
+position by position.
 
     loss = sum_t m_t w_t D(p, q)_t / sum_t m_t
 
@@ -18,8 +20,8 @@ A method is a row of METHODS, five choices:
                    pedagogue, the base with the hint, trained to be right in a way that the student
                    finds plausible; none
     3. divergence  D: reverse KL(p|q), or token -log p(y)
-    4. mask        m: all tokens; gap, where p and q differ most; judge, those of them that matter
-                   (RMSD); verified answers
+    4. mask        m: all tokens; gap, where p and q differ most; judge, only what matters of where
+                   they differ most (RMSD); verified, the answers that are right
     5. weight      w: one; clip, 0 where D is large; gate, small where p finds y implausible;
                    advantage (GRPO: no teacher at all)
 
@@ -28,15 +30,16 @@ How this differs from the papers:
    at most 18, so RMSD keeps 4 of 8 positions (5 of 20).
 2. RMSD's judge is a language model. Ours accepts tokens that name places (and EOS); under a rule
    only the renamed place and its alias.
-3. OPSD's code clips each token of the vocabulary under JSD; our clip drops positions whose reverse
-   KL is above 0.5 nats.
+3. OPSD's code clips each token of the vocabulary under JSD; our clip gives weight 0 to positions
+   whose reverse KL is above 0.5 nats (they still count in the mean).
 4. GRPO takes one step per batch (no ratio, no clip), and the mean over all tokens.
 5. Seeds vary prompts and samples. The base model is the same for all seeds, and evaluations draw
    the same random numbers for all arms.
 
-What to see: a student can learn what its hints share (a rule), and nothing of what they do not
-(each pair's password). Its success rises, then falls as it learns to say passwords that it cannot
-know. A clip or a judge stops it. Watch pass@1 and password_rate together.
+What to see: a student can learn what its teacher knows from the weights they share (the map), or
+from a hint that is always the same (a rule), but not what is told anew for each pair. Its success
+rises, then falls as it learns to say passwords, any of them, that it cannot know. A clip or a judge
+stops it. Watch pass@1 and password_rate together.
 """
 
 import copy
@@ -113,7 +116,7 @@ STUDENTS = "pedagogical", "pedagogical, reward only"
 class Config(Flags):
     seeds: int = flag(3, "repeat over this many seeds", quick=1, low=1, high=1000)
     arms: str = flag(SECRET_ARMS, "rows of METHODS, for the password; others: only these")
-    steps: int = flag(150, "steps of a method (with a rule, pedagogical: 100)", quick=2, low=1)
+    steps: int = flag(150, "of a method (rule, pedagogical: 100; pedagogue: 50)", quick=2, low=1)
     batch: int = flag(64, "answers per step", quick=8, low=8, high=4096)
     group: int = flag(8, "answers per prompt where there is no teacher (grpo)", quick=4, low=2)
     lr: float = flag(1e-3, "learning rate: 5 steps of warm-up; rule: 0.3 of it", low=0, high=1)
@@ -131,9 +134,10 @@ class Config(Flags):
             raise UserError(f"--arms: no such method: {', '.join(unknown)}; there are {names}")
         if len(set(self.methods)) < len(self.methods):
             raise UserError(f"--arms {self.arms}: a method stands there twice")
-        if "group" not in self.idle() and self.group > 0 and self.batch % self.group:
+        grouped = "group" not in self.idle() and self.group > 0  # ranges are checked later
+        if grouped and self.batch % self.group:
             raise UserError(f"--batch {self.batch} is no multiple of --group {self.group}")
-        shape(self.n_embd)
+        shape(self.n_embd)  # an error if there is no such model
 
     @property
     def methods(self):
@@ -142,7 +146,7 @@ class Config(Flags):
     @property
     def complete(self):
         """Whether all arms are trained that the figure and its claims are about."""
-        return self.arms == Config.arms
+        return self.arms == SECRET_ARMS
 
     def idle(self):
         """The flags that do nothing beside the others -> {field: why}."""
@@ -155,7 +159,7 @@ class Config(Flags):
 
 @dataclass
 class Hint:
-    ask: Callable  # pair -> the prompt of the teacher
+    teacher_prompt: Callable  # pair -> the prompt that tells it
     judged: tuple  # RMSD's judge: the tokens that matter
     recall: int  # RMSD: of the `recall` positions where student and teacher differ most,
     keep: int  # those that matter, at most `keep`
@@ -191,9 +195,9 @@ def largest(gap, k):
 def choose_mask(kind, mask, gap, accepted, rewards, recall, keep):
     """m (B, T) from the answers' mask (B, T).
 
-    gap (B, T): |log p(y) - log q(y)|; accepted (B, T): the judge's verdict; rewards (B,). judge is
-    RMSD's two steps: the `recall` positions of largest gap; of those the accepted ones, at most
-    `keep`.
+    gap (B, T): |log p(y) - log q(y)|; accepted (B, T): the judge's verdict; rewards (B,). gap keeps
+    the `keep` positions where it is largest. judge is RMSD's two steps: the `recall` positions of
+    largest gap; of those the accepted ones, at most `keep`.
     """
     if kind == "verified":
         return mask * (rewards > 0)[:, None]
@@ -228,12 +232,12 @@ def choose_weight(kind, d, m, logp, rewards, group, clip, slope=2.0, gamma=-4.0)
 
 
 def loss_of(method, lp, lq, y, mask, rewards, hint, config):
-    """The whole family: sum m w D / sum m. lp, lq (B, T, V), lq None where D needs none;
-    y, mask (B, T); rewards (B,), prompt by prompt."""
+    """The whole family: sum m w D / sum m. lp, lq (B, T, V), lq None where neither D nor m needs a
+    teacher; y, mask (B, T); rewards (B,), prompt by prompt."""
     _, _, divergence_kind, mask_kind, weight_kind = METHODS[method]
     d = divergence(lp, lq, y, divergence_kind)
     logp = log_prob(lp, y)
-    # How much less likely one of the two finds the token that was written
+    # How far the two are apart about the token that was written
     gap = None if lq is None else (logp - log_prob(lq, y)).detach().abs()
     accepted = torch.isin(y, torch.tensor(hint.judged, device=y.device))
     m = choose_mask(mask_kind, mask, gap, accepted, rewards, hint.recall, hint.keep)
@@ -259,8 +263,15 @@ def proximity(lp, y, mask, spike=5.0, strength=1.0):
 
 def collect(writer, ask, pairs, task, generator):
     """One answer of the writer to each pair -> tokens (B, T), mask (B, T), rewards (B,)."""
-    prompts = [ask(pair) for pair in pairs]
-    rollout = generate(writer, prompts, 1, ANSWER, stop=EOS, generator=generator)
+    prompts = [ask(pair) for pair in pairs]  # PROMPT tokens each, with a hint or without
+    rollout = generate(
+        writer,
+        prompts,
+        n=1,
+        max_new_tokens=ANSWER,
+        stop=EOS,
+        generator=generator,
+    )
     rewards = [task.reward(*answer) for answer in zip(pairs, rollout.tokens(), strict=True)]
     y = rollout.ids[:, PROMPT:]
     return y, rollout.mask[:, PROMPT:], torch.tensor(rewards, device=y.device)
@@ -277,12 +288,12 @@ def train(
 ):
     """A row of METHODS (default: the arm's name) from the base -> the trained model.
 
-    ask: pair -> what the student sees; meter: the reward is multiplied by `proximity` to this model
-    on plain prompts.
+    ask: pair -> what the trained model sees; meter: the base, which stands for a student: the
+    reward is multiplied by how plausible it finds the answer after a plain prompt (`proximity`).
     """
     method = method or arm
     # 1. A copy of the base, its teacher, two random streams: pairs, and everything else
-    author, who, kind, _, weight = METHODS[method]
+    author, who, divergence_kind, mask_kind, weight_kind = METHODS[method]
     phase = f"{arm} {seed}"
     model = copy.deepcopy(base)
     teacher = {"self": base, "live": model, "pedagogue": pedagogue, None: None}[who]
@@ -291,10 +302,10 @@ def train(
     )
     rng = random.Random(seed)
     generator = torch.Generator().manual_seed(seed)
-    group = config.group if weight == "advantage" else 1
+    group = config.group if weight_kind == "advantage" else 1
     eval_seed = 10_000 + 1000 * seed  # the same random numbers for every arm
     kept = dict(sampled=0)
-    if phase not in run.state:
+    if phase not in run.state:  # not when it goes on after an interrupt
         row = evaluate(model, task, config, eval_seed, ask)
         run.log(phase="train", arm=arm, seed=seed, step=0, sampled_tokens=0, **row)
     for step in run.loop(phase, config.steps, model, optimizer, rng, generator, kept):
@@ -303,13 +314,13 @@ def train(
         # 2. Pairs, answers, rewards
         asked = rng.choices(task.train, k=config.batch // group)
         pairs = [pair for pair in asked for _ in range(group)]
-        writer = (teacher, hint.ask) if author == "teacher" else (model, ask)
+        writer = (teacher, hint.teacher_prompt) if author == "teacher" else (model, ask)
         y, mask, rewards = collect(*writer, pairs, task, generator)
         # 3. What the teacher thinks of them, and how plausible the meter finds them
         lq, near = None, torch.ones_like(rewards)
         with torch.no_grad():
-            if kind != "token":
-                lq = read(teacher, hint.ask, pairs, y)  # (B, T, V)
+            if divergence_kind != "token" or mask_kind in ("gap", "judge"):
+                lq = read(teacher, hint.teacher_prompt, pairs, y)  # (B, T, V)
             if meter:
                 near = proximity(read(meter, prompt, pairs, y), y, mask)  # (B,)
         # 4. The loss, a step
@@ -317,7 +328,7 @@ def train(
         loss = loss_of(method, lp, lq, y, mask, rewards * near, hint, config)
         optimizer.zero_grad()
         loss.backward()
-        norm = descend(optimizer, loss)
+        norm = descend(optimizer, loss)  # cuts the gradient and steps -> its norm before
         kept["sampled"] += int(mask.sum())
         # 5. Log
         if (step + 1) % config.eval_every == 0 or step + 1 == config.steps:
@@ -354,13 +365,14 @@ def train_with_pedagogue(config, run, seed, base, task):
     then the student learns from it."""
     teaching = replace(config, steps=min(config.steps, 50))
     learning = replace(config, steps=min(config.steps, 100))
-    meters = base, None
-    methods = "pedagogical", "pedagogical_no_gate"
-    for teacher, student, meter, method in zip(PEDAGOGUES, STUDENTS, meters, methods, strict=True):
+    # meter of the teacher, method of the student: with both of the paper's ideas, and without
+    pairs = (base, "pedagogical"), (None, "pedagogical_no_gate")
+    arms = zip(PEDAGOGUES, STUDENTS, pairs, strict=True)
+    for teacher_arm, student_arm, (meter, method) in arms:
         how = dict(method="grpo", ask=prompt_with_password, meter=meter)
-        pedagogue = train(teaching, run, teacher, seed, base, task, PASSWORD, **how)
+        pedagogue = train(teaching, run, teacher_arm, seed, base, task, PASSWORD, **how)
         how = dict(method=method, pedagogue=pedagogue)
-        train(learning, run, student, seed, base, task, PASSWORD, **how)
+        train(learning, run, student_arm, seed, base, task, PASSWORD, **how)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -408,9 +420,11 @@ RMSD = "Applied Compute 2026"
 PEDAGOGY = "Chakraborty et al. 2026"
 
 
+# end: of each seed, the mean of the last third of the evaluations (default: of pass@1)
 def rule_claims(config, run):
     n = config.seeds
     obeyed = end(run, "opsd, rule", "renamed")
+    # alive: nan, of which no claim holds, for a model that answers nothing and so leaks nothing
     off_topic = alive(run, "opsd, rule", end(run, "opsd, rule", "off_topic"))
     # Steps until the rule is obeyed nine times in ten, and how far the style has drifted by then
     fast = first_at(run, "rmsd, rule", 0.9, "renamed", "step")
@@ -421,7 +435,8 @@ def rule_claims(config, run):
         return at(run, arm, step, "formal") - at(run, arm, 0, "formal")
 
     by_then = over(drift("rmsd, rule", fast), drift("opsd, rule", slow))
-    at_end = over(drift("rmsd, rule", 100), drift("opsd, rule", 100))
+    last = min(config.steps, 100)
+    at_end = over(drift("rmsd, rule", last), drift("opsd, rule", last))
     # fmt: off
     return [
         claim("rule", "OPSD, shared rule: obeyed where the place is named",

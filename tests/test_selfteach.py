@@ -463,7 +463,7 @@ def test_help_lists_every_flag():
         ("--n-embd 65", "n_embd 65"),
         ("--clip -1", "clip"),
         ("--clip 1e300", "clip"),
-        ("--lr nan", "finite"),
+        ("--lr nan", "must be from 0"),
         ("--steps 0", "steps"),
         ("--arms opsd --clip 0.3", "does nothing here"),
         ("--arms opsd --group 4", "does nothing here"),
