@@ -5,14 +5,16 @@ is the tail of the log density ratio whose mean is the KL divergence; (x, y) are
 
     Cov_N = Pr[ D(y|x) / p(y|x) >= N ]        KL = E[ log D(y|x) / p(y|x) ]        lower is better
 
-The best of N samples is right if an answer keeps a probability of about 1/N; more does not help. So
-it fails where Cov_N is large, whatever the KL. Cross-entropy lowers the KL, and may do so by giving
-up answers that are rare already.
+One of N samples is likely right if the right answer keeps a probability of about 1/N; more does not
+help. So best-of-N fails where Cov_N is large, whatever the KL. Cross-entropy lowers the KL, and may
+do so by giving up answers that are rare already.
 
-The task is a path through a graph (tasks/paths.py). In nine of ten graphs it follows one rule, in
-the tenth the opposite one, and nobody can tell which. The base was trained on all ways to the goal,
-and samples any. Fine-tuning first mends the coverage (ways that the data never take vanish), then
-breaks it: cross-entropy ends at .9 and .1, or further apart, and the rarer path falls below 1/N.
+The task is a path through a graph (tasks/paths.py). In nine of ten graphs (class G1) it follows
+one rule, in the tenth (G2) the opposite one. A parity of the letters says which: a graph has one
+answer, D(y|x) = 1, and Cov_N is the share of answers with p <= 1/N. But nobody learns that parity.
+The base was trained on all ways to the goal (G3: some other way), and samples any. Fine-tuning
+first mends the coverage (ways that the data never take vanish), then breaks it: cross-entropy ends
+at .9 and .1, or further apart, and the rarer path falls below 1/N.
 
     python coverage.py                          3 minutes on two cores
     python -m experiments.selection             which checkpoint to take? a tournament of coverage
@@ -68,7 +70,7 @@ SOURCE = "Chen et al., arXiv 2510.15020"
 PROMPT = paths.prompt_length(paths.SIZE)  # tokens
 ANSWER = paths.budget(paths.SIZE)
 VOCAB = paths.EQUALS + 1  # an answer's length is known: no token ends it
-ALL_WAYS = (1 / 3, 1 / 3, 1 / 3)  # shares of G1, G2, G3 in pre-training
+ALL_WAYS = (1 / 3, 1 / 3, 1 / 3)  # shares of the classes G1, G2, G3 in pre-training
 DATA = (0.9, 0.1, 0.0)  # and in the data of fine-tuning
 NS = (2, 3, 4, 6, 8)  # of Cov_N
 TRIES = (1, 4, 8, 12, 16)  # of Pass@N
@@ -82,8 +84,8 @@ class Config(Flags):
     n_layer: int = flag(3, "layers", low=1)
     n_head: int = flag(4, "heads", low=1)
     n_embd: int = flag(64, "channels", quick=32, low=8)
-    sft_steps: int = flag(2200, "steps of pre-training", quick=10, low=1, high=10**6)
-    sft_lr: float = flag(4e-3, "its learning rate (up in 50 steps, then linear to 0)", low=0)
+    pretrain_steps: int = flag(2200, "steps of pre-training", quick=10, low=1, high=10**6)
+    pretrain_lr: float = flag(4e-3, "its learning rate (50 steps up, down to 0)", low=0)
     eval_every: int = flag(20, "steps of fine-tuning between checkpoints", quick=2, low=1)
     eval_prompts: int = flag(
         512, "graphs of each class to evaluate on", quick=16, low=8, high=2**16
@@ -124,7 +126,8 @@ def pass_at_k(logp, k):
 
 
 def best_of_n_loss(coverage_of, N):
-    """Prop. D.6: the reward that the best of N samples loses, at most, against the data's answers.
+    """Prop. D.6: the reward that the best of N samples loses, at most, against the reward of the
+    data's answers.
 
     It is Cov_M + eps for N >= 2 M log(1 / eps) and Cov_M <= 1/2; we take the best M. coverage_of:
     a function M -> Cov_M. Rewards are within [0, 1], so that 1 is a bound, too.
@@ -210,7 +213,7 @@ def sample_answers(model, ids, n, seed):
 
 
 def best_of_n_curves(model, seed, N=16):
-    """Pass@k for k = 1 to N on 256 graphs, a tenth of G2.
+    """Pass@k for k = 1 to N on 256 graphs, of which a tenth is of class G2.
 
     By sampling, from the exact probabilities, and what the coverage promises (Prop. D.6).
     """
@@ -222,12 +225,12 @@ def best_of_n_curves(model, seed, N=16):
     logp = measure_logp(model, ids)
 
     def sampled(k):
-        """The chance that k of the N samples hold a right one, over all choices of k: unbiased."""
+        """The chance that a right one is among k of the N samples, over all choices of them."""
         ways = math.comb(N, k)
         return np.mean([1 - math.comb(w, k) / ways for w in wrong])
 
     def floor(k):
-        """The data's answers have reward 1."""
+        """At least so much is promised: the reward of the data's answers, 1, minus the loss."""
         return 1 - best_of_n_loss(lambda M: coverage(-logp, M), k)
 
     tries = range(1, N + 1)
@@ -247,11 +250,12 @@ def cross_entropy(logp):
     return -logp
 
 
-def train(config, run, phase, seed, model, mixture, rates, loss=cross_entropy, kept=None):
+def train(config, run, phase, seed, model, mixture, rates, loss_of=cross_entropy, kept=None):
     """Train the model on new graphs at every step, whose classes come from `mixture` (3,).
 
     Yields, after each step, its number and its loss. rates: the learning rate of each step; so many
-    steps are taken. loss: log-probabilities (R,) -> (R,). kept: what is saved beside the model.
+    steps are taken. loss_of: log-probabilities (R,) -> (R,). kept: a dict of what is saved beside
+    the model.
     NotFinite for a loss, a gradient or a weight that is no number.
     """
     rng = random.Random(f"{seed} {mixture}")  # the same graphs for every loss
@@ -268,25 +272,25 @@ def train(config, run, phase, seed, model, mixture, rates, loss=cross_entropy, k
         ids = torch.as_tensor(graphs, device=model.lm_head.weight.device)  # (R, PROMPT + ANSWER)
         # 2. The loss, on the answers only
         logp = answer_logp(model, ids)  # (R,)
-        value = loss(logp).mean()
+        loss = loss_of(logp).mean()
         # 3. A step
         optimizer.zero_grad()
-        value.backward()
-        descend(optimizer, value)
+        loss.backward()
+        descend(optimizer, loss)
         if step % 50 == 0:
-            run.say(loss=value.item())
-        yield step, value.item()
+            run.say(loss=loss.item())
+        yield step, loss.item()
 
 
 def pretrain(config, run, seed, device):
     """The base: trained on all ways to the goal."""
     torch.manual_seed(seed)
     model = build(config, device)
-    steps = config.sft_steps
+    steps = config.pretrain_steps
 
     def rate(step):
-        """Up in 50 steps, then linearly to 0."""
-        return config.sft_lr * min((step + 1) / 50, 1 - step / steps)
+        """Up in 50 steps, under a line that falls to 0."""
+        return config.pretrain_lr * min((step + 1) / 50, 1 - step / steps)
 
     rates = [rate(step) for step in range(steps)]
     for step, loss in train(config, run, f"base {seed}", seed, model, ALL_WAYS, rates):
@@ -298,7 +302,7 @@ def pretrain(config, run, seed, device):
 def evaluation_graphs(config, seed):
     """As many of G1 as of G2, and the weight of each (2n,): nine tenths on G1.
 
-    They are not kept out of training: the chance of drawing one of them there is nil.
+    They are not kept out of training, where letters and edges are drawn anew each time.
     """
     classes = np.repeat([paths.G1, paths.G2], config.eval_prompts)
     class_weights = np.array(DATA)[classes]  # (2n,)
@@ -306,11 +310,11 @@ def evaluation_graphs(config, seed):
     return paths.graphs(rng, classes), class_weights / config.eval_prompts
 
 
-def fine_tune(config, run, arm, seed, base, loss=cross_entropy, keep=None, kept=None):
+def fine_tune(config, run, arm, seed, base, loss_of=cross_entropy, on_checkpoint=None, kept=None):
     """From the base on the data -> the model. Logs KL, coverage and Pass@N of every checkpoint.
 
-    keep(step, model), if there is one, is called at every checkpoint; what it puts into `kept` is
-    saved.
+    on_checkpoint(step, model), if there is one, is called at every checkpoint; what it puts into
+    the dict `kept` is saved.
     """
     model = copy.deepcopy(base)
     graphs, weights = evaluation_graphs(config, seed)
@@ -322,14 +326,14 @@ def fine_tune(config, run, arm, seed, base, loss=cross_entropy, keep=None, kept=
         row |= {f"cov@{N}": coverage(log_ratio, N, weights) for N in NS}
         row |= {f"pass@{N}": pass_at_k(logp, N) @ weights for N in TRIES}
         run.log(phase="finetune", arm=arm, seed=seed, step=step, **row)
-        if keep:
-            keep(step, model)
+        if on_checkpoint:
+            on_checkpoint(step, model)
 
-    phase = f"{arm} {seed}"
-    if phase not in run.state:  # a resumed run has this row
+    loop = f"{arm} {seed}"
+    if loop not in run.state:  # a resumed run has this row
         evaluate(0)
     rates = [config.lr] * config.steps
-    for step, _ in train(config, run, phase, seed, model, DATA, rates, loss, kept):
+    for step, _ in train(config, run, loop, seed, model, DATA, rates, loss_of, kept):
         if (step + 1) % config.eval_every == 0 or step + 1 == config.steps:
             evaluate(step + 1)
     return model
@@ -399,15 +403,15 @@ def judge(kl, passed, with_coverage, with_kl):
     kl_left = (last / first).max()
     rise = share(np.diff(kl).max(1), first - last).max()
     steady = "KL, largest rise between checkpoints, share of its fall"
-    lost8 = passed[8].max(1) - passed[8][:, -1]
-    lost16 = passed[16][:, 0] - passed[16][:, -1]
+    below_best8 = passed[8].max(1) - passed[8][:, -1]
+    below_start16 = passed[16][:, 0] - passed[16][:, -1]
     lost = "Pass@16, before fine-tuning minus after"
     rank = "rank correlation of Pass@16 with"
     return [
         claim("kl", falls, SOURCE, "falls", kl_left, "<=", 0.6, n),
         claim("kl steady", steady, SOURCE, "monotone", rise, "<=", 0.04, n),
-        claim("pass falls", "Pass@8, best minus last", SOURCE, "0.04", lost8, ">=", 0.015, n),
-        claim("pass@16 falls", lost, SOURCE, "0.04", lost16, ">=", 0.02, n),
+        claim("pass falls", "Pass@8, best minus last", SOURCE, "0.04", below_best8, ">=", 0.015, n),
+        claim("pass@16 falls", lost, SOURCE, "0.04", below_start16, ">=", 0.02, n),
         claim("by coverage", f"{rank} Cov_8", SOURCE, "strong", with_coverage, "<=", -0.7, n),
         claim("by kl", f"{rank} KL", SOURCE, "wrong sign", with_kl, ">=", 0.2, n),
     ]
@@ -453,6 +457,7 @@ def main():
             model = fine_tune(config, run, "cross-entropy", seed, base)
             where = dict(phase="sampled", seed=seed, step=config.steps)
             run.log_once(partial(best_of_n_curves, model, seed), **where)
+        # What the models of the last seed write
         classes = np.array([paths.G1, paths.G1, paths.G2])
         ids = paths.graphs(np.random.default_rng(7), classes)
         prompts = [paths.prompt(row) for row in ids.tolist()]

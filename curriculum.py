@@ -1,15 +1,21 @@
 """curriculum.py: learning to explore: a model that judges better than it guesses learns to go on
 trying, and goes on beyond the budget that it was trained with.
 
-(e3, Setlur et al., arXiv 2506.09026.) The task is to name two of six numbers that make a sum
-(tasks/numbers.py). An answer tries pairs, judges each of them, then names one. With a reward at
-the end only, GRPO can raise the success of one attempt, or the number of attempts. The second
-takes an asymmetry, and it is measured before RL begins:
+(e3, Setlur et al., arXiv 2506.09026. Its curriculum, easy problems and short answers first, is
+experiments/coupled.py.) The task is to name two of six numbers that make a sum (tasks/numbers.py).
+An answer tries pairs, judges each of them, then names one:
 
-    gap = balanced accuracy of the verdicts - success of an attempt
+    BOS 3 11 8 2 6 12 ?14        3 +6 =9 NO  11 +2 =13 NO  8 +6 =14 OK  ANS 8 +6 EOS
 
-Two base models have read answers of the same format. To one of them sums and verdicts were honest:
-its gap is above .9. To the other they were random: its gap is about .4, a coin's. Then both get
+An attempt is four tokens, the last of them its verdict. With a reward at the end only, GRPO can
+raise the share of attempts that hit, or the number of attempts. The second takes an asymmetry, and
+it is measured before RL begins:
+
+    gap = balanced accuracy of the verdicts - share of the attempts that hit
+
+Two base models were trained on answers of this format. In those of one of them sums and verdicts
+were honest: its gap is above .9. In the other's they were random: its gap is about .4, a coin's.
+Then both get
 
     A_i  = (r_i - mean of the group) / std of the group          r: 1 if it names a right pair
     loss = - mean over tokens of  A_i log p(token | problem, tokens before)
@@ -21,13 +27,13 @@ its gap is above .9. To the other they were random: its gap is about .4, a coin'
     python -m experiments.mask              GRPO without its negative advantages
     python -m experiments.negatives         the same of a table of logits, where all is exact
 
-What to see: with the gap attempts per answer grow several times and success rises, most where the
+What to see: with the gap, attempts per answer grow several times and success rises, most where the
 test budget is larger than the training budget; without it neither moves. `samples.txt` shows an
 answer of the base, which gives up, beside one of the trained model, which does not. A bad run:
 attempts stay, or fall; then look at the gap.
 
 How this differs from the paper:
-1. A model of 0.1 million parameters from scratch, sums for equations, budgets of 16 to 512 tokens
+1. A model of 0.1 million parameters from scratch, sums for equations, budgets of 16 to 256 tokens
    for 1k to 32k.
 2. One gradient step a batch, so that nothing is clipped; no KL term; temperature 1.
 3. Positions: only half of the pairs of channels turn (partial rotary, periods of 6 to 35 tokens,
@@ -66,7 +72,7 @@ from tasks import numbers, padded
 SOURCE = "Setlur et al., arXiv 2506.09026"
 # A base model: what is different about its demonstrations
 BASES = {"gap": dict(), "no gap": dict(honest=False)}
-BUDGETS = (16, 32, 64, 128, 256)  # tokens that an answer may have in a test
+BUDGETS = (16, 32, 64, 128, 256)  # tokens that an answer may have in a test; 16: three attempts
 LONGEST = 512  # and the most that the model has positions for
 SIZES = (3, 4, 6, 8)  # numbers in the problems that a base model learns from
 TASK = numbers.tokenizer
@@ -76,7 +82,7 @@ TASK = numbers.tokenizer
 class Config(Flags):
     steps: int = flag(80, "RL steps of an arm", quick=2, low=1)
     size: int = flag(6, "numbers in a problem", choices=SIZES)
-    budget: int = flag(64, "tokens that an answer may have in training", choices=BUDGETS[:-1])
+    budget: int = flag(64, "tokens that an answer may have in training", choices=BUDGETS[1:-1])
     prompts: int = flag(32, "problems per step", quick=4, low=1, high=1000)
     group: int = flag(8, "answers per problem", quick=4, low=2, high=1000)
     lr: float = flag(4e-4, "RL learning rate (AdamW, constant)", low=0)
@@ -149,22 +155,24 @@ def answer(model, problems, n, budget, generator):
 
 def update(model, optimizer, rollout, adv):
     """One step of policy gradient on the R answers of a batch; adv (P, G) -> row of metrics. The
-    loss is the mean over all tokens of all answers.
+    loss is the mean over all tokens of all answers. As a number it is the mean of -A, about 0.
     """
     adv = adv.view(-1, 1).to(rollout.ids.device)  # (R, 1): one number for all tokens of an answer
     count = rollout.mask.sum()  # tokens of all answers
     row = dict(loss=0.0, entropy=0.0)
     optimizer.zero_grad()
     for rows in rollout.lengths.argsort().split(64):  # short answers together: less padding
-        part = rollout[rows]
-        mask = part.mask[:, 1:]  # (64, T - 1), as logp and entropy
+        part = rollout[rows]  # cut to its longest row
+        mask = part.mask[:, 1:]  # (64, T - 1), as logp and entropy: 1 on the answers' tokens
         logp, entropy = score(model, part.ids)
-        # The ratio to the sampler is 1, as the policy is still what it was: its gradient is logp's
+        # The ratio to the policy that sampled, as in GRPO's papers: in a batch's only step it is 1,
+        # and its gradient that of logp
         rho = (logp - logp.detach()).exp()
         loss = -(rho * adv[rows] * mask).sum() / count
         loss.backward()
         row["loss"] += loss.item()
         row["entropy"] += ((entropy * mask).sum() / count).item()
+    # cuts the gradient and steps -> its norm before; a loss that is no number ends the run
     row["grad_norm"] = descend(optimizer, row["loss"])
     return row
 
@@ -186,14 +194,15 @@ def build(config, device):
         rope_theta=100.0,
     )
     model = GPT(shape).to(device)
-    # Partial rotary: the slower half of the pairs does not turn
+    # Partial rotary: the slower half of the pairs does not turn (angle 0 is the complex number 1)
     model.rope[..., model.rope.shape[-1] // 2 :] = 1
     return model
 
 
 def warm_up(config, run, seed, device, kind="gap"):
     """Supervised training on demonstrations, from scratch -> a base model of a row of BASES.
-    UserError if it doesn't judge better than it guesses: then there is nothing to build on.
+    UserError if the one of honest demonstrations does not judge better than it guesses: then there
+    is nothing to build on.
     """
     phase = f"base {kind} {seed}"
     rng = random.Random(seed)
@@ -203,7 +212,6 @@ def warm_up(config, run, seed, device, kind="gap"):
         model.parameters(), config.sft_lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True
     )
     for step in run.loop(phase, config.sft_steps, model, optimizer, rng):
-        # up in a line, then down in a line
         ramp = min((step + 1) / 50, 1 - step / config.sft_steps)
         optimizer.param_groups[0]["lr"] = config.sft_lr * ramp
         problems = [numbers.draw(rng, rng.choice(SIZES)) for _ in range(config.sft_batch)]
@@ -215,7 +223,8 @@ def warm_up(config, run, seed, device, kind="gap"):
         total = 0.0
         optimizer.zero_grad()
         for i in range(0, len(pairs), 16):  # short ones together: less padding
-            part = padded(pairs[i : i + 16], TASK)
+            texts = pairs[i : i + 16]
+            part = padded(texts, TASK)
             ids, mask = (x.to(device) for x in part)  # (16, T) each
             logp, _ = score(model, ids)  # (16, T - 1)
             loss = -(logp * mask[:, 1:]).sum() / count
@@ -238,7 +247,7 @@ def warm_up(config, run, seed, device, kind="gap"):
 def evaluate(model, size, budgets, seed, n, held_out=True, k=1, draw=numbers.draw):
     """k answers to each of n problems at the largest budget, cut to the smaller ones -> row of
     metrics: the share of the problems that one of the k solves, at each budget; behaviour at the
-    largest, `gap` and the entropy in `nats` per token (of its log-probabilities) included.
+    largest, `gap` and the entropy in `nats` per token (from the sampled tokens) included.
     """
     rng = random.Random(f"{size} {seed}")
     problems = [draw(rng, size, held_out) for _ in range(n)]
@@ -271,7 +280,6 @@ def outcome(rollout, rewards):
     def mean(x):
         return x.mean().item() if len(x) else None
 
-    # of none there is no length
     return dict(
         reward=rewards.mean().item(),
         length=mean(lengths),
@@ -300,18 +308,19 @@ def train(config, run, arm, seed, base, budget):
     optimizer = adamw(model, config)
     rng = random.Random(seed + 1)
     generator = torch.Generator().manual_seed(seed + 1)
-    kept = {"sampled": 0}
+    kept = {"sampled": 0}  # what a checkpoint holds beside the weights
 
     def test(step, **row):
-        n = config.eval_prompts if step in (0, config.steps) else config.eval_prompts // 4
+        n = config.eval_prompts
+        if step not in (0, config.steps):
+            n //= 4
         row |= evaluate(model, config.size, BUDGETS, f"{seed} {step}", n)
         run.log(phase="rl", arm=arm, seed=seed, step=step, sampled_tokens=kept["sampled"], **row)
         return row
 
-    if phase not in run.state:
+    if phase not in run.state:  # not when it goes on after an interrupt
         test(0)
     for step in run.loop(phase, config.steps, model, optimizer, rng, generator, kept):
-        # New problems, one step on them, and now and then a test
         problems = [numbers.draw(rng, config.size) for _ in range(config.prompts)]
         row, sampled = practise(model, optimizer, problems, budget, config, generator)
         kept["sampled"] += sampled
@@ -331,7 +340,8 @@ def verdicts_by_place(model, config, seed, places=56, n=16):
     """
     rng = random.Random(f"places {seed}")
     rows = []
-    hit_at = torch.arange(places + 1).repeat(n)  # (R,): in the last of places + 1 there is none
+    # Row r reads hit_at[r] misses, then a hit (where that is `places`: misses only), then padding
+    hit_at = torch.arange(places + 1).repeat(n)  # (R,)
     for place in hit_at.tolist():
         problem = numbers.draw(rng, config.size, held_out=True)
         text = numbers.misses_then_hit(rng, problem, place, hit=place < places)
@@ -339,12 +349,12 @@ def verdicts_by_place(model, config, seed, places=56, n=16):
         rows.append(ids + [0] * (2 + config.size + 4 * places - len(ids)))
     ids = torch.tensor(rows, device=model.lm_head.weight.device)  # (R, T)
     same = [model(part[:, :-1]).argmax(-1) == part[:, 1:] for part in ids.split(64)]
-    # The last token of each attempt is its verdict
+    # The last of the four tokens of each attempt is its verdict
     right = torch.cat(same)[:, -1 - 4 * (places - 1) :: 4].float().cpu()  # (R, places)
     balanced = []
     for i in range(places):
-        no = right[hit_at > i, i].mean()
-        ok = right[hit_at == i, i].mean()
+        no = right[hit_at > i, i].mean()  # rows that have not hit yet
+        ok = right[hit_at == i, i].mean()  # rows that hit here
         balanced.append(((no + ok) / 2).item())
     return dict(right=balanced)
 
@@ -367,9 +377,8 @@ def show(run, size, budget, **models):
 
 def of(run, arm, key, last=True):
     """The last (first) value of a metric, of each seed (seeds,)."""
-    rows = [
-        r for r in run.rows if r["phase"] == "rl" and r["arm"] == arm and r.get(key) is not None
-    ]
+    here = [r for r in run.rows if r["phase"] == "rl" and r["arm"] == arm]
+    rows = [r for r in here if r.get(key) is not None]
     seeds = sorted({r["seed"] for r in rows})
     by_seed = [[r[key] for r in rows if r["seed"] == seed] for seed in seeds]
     return np.array([values[-1 if last else 0] for values in by_seed])
@@ -399,9 +408,11 @@ def draw_budgets(ax, curves, title, budgets=BUDGETS):
 
 
 def growth(run, arm):
-    """Attempts per answer after training, over before (seeds,): inf if there was none before."""
-    with np.errstate(divide="ignore"):
-        return of(run, arm, "attempts") / of(run, arm, "attempts", False)
+    """Attempts per answer after training, over before (seeds,): no number if there was none."""
+    before = of(run, arm, "attempts", last=False)
+    after = of(run, arm, "attempts")
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return after / before
 
 
 def figure(config, run):
@@ -419,7 +430,7 @@ def figure(config, run):
     axes[0].set_ylabel(f"attempts per answer (of {BUDGETS[-1]} tokens)")
     axes[0].set_ylim(0)
     right = np.array([r["right"] for r in run.rows if r["phase"] == "places"])  # (seeds, places)
-    near = right[:, :16].mean(1)  # (seeds,)
+    near = right[:, :16].mean(1)  # (seeds,): 16 attempts is the longest demonstration
     far = right[:, 16:].mean(1)
     band(axes[1], np.arange(1, right.shape[1] + 1), right, "the base, made to read on")
     axes[1].axvline(16, color="k", ls=":", lw=1, label="longest demonstration")
@@ -455,8 +466,8 @@ def claims_of(config, run, grown, far_minus_near, base, short):
     n = config.seeds
     key = f"pass@1 of {config.budget}"
     rise = {arm: of(run, arm, key) - of(run, arm, key, False) for arm in grown}
-    gap = of(run, "no gap", "gap", False).max()
-    more = short[2] - short[0]  # at 64 tokens, minus at 16
+    gap = of(run, "no gap", "gap", last=False).max()
+    more = short[2] - short[0]  # at 64 tokens (the third of BUDGETS) minus at 16
     base_more = base[2] - base[0]
     both = f" ({more.mean():.2f}, {base_more.mean():.2f})"
     same = "the same without a gap"
@@ -498,6 +509,7 @@ def main():
             trained = train(config, run, "full", seed, base, config.budget)
             train(config, run, "no gap", seed, bases["no gap"], config.budget)
             train(config, run, "budget 16", seed, base, 16)
+        # of the last seed
         show(run, config.size, config.budget, base=base, trained=trained)
         run.finish(*figure(config, run))
 

@@ -164,7 +164,7 @@ def fine_tune(config, run, seed, base):
             kept["weights"][step] = copy.deepcopy(model.state_dict())
 
     arm = "cross-entropy"
-    model = lesson.fine_tune(config, run, arm, seed, base, keep=keep, kept=kept)
+    model = lesson.fine_tune(config, run, arm, seed, base, on_checkpoint=keep, kept=kept)
     return model, kept["valid"], kept["weights"]
 
 

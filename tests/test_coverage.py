@@ -687,7 +687,7 @@ def test_pre_training_takes_all_three_classes_and_fine_tuning_is_nine_tenths_g1(
     trained(small(batch=500), Memory(), "a", 0, build(small(), "cpu"), cov.DATA, [1e-3] * 2)
     assert 2 not in seen and abs(np.mean(seen) - 0.1) < 0.03
     seen.clear()
-    cov.pretrain(small(batch=500, sft_steps=2), Memory(), 0, "cpu")
+    cov.pretrain(small(batch=500, pretrain_steps=2), Memory(), 0, "cpu")
     assert all(abs(seen.count(kind) / len(seen) - 1 / 3) < 0.05 for kind in range(3))
 
 
@@ -743,7 +743,7 @@ def test_fine_tuning_takes_its_loss_and_calls_keep_at_every_checkpoint():
         0,
         base,
         lambda logp: seen.append(logp.shape) or 0 * logp,
-        keep=lambda step, m: kept.append((step, id(m))),
+        on_checkpoint=lambda step, m: kept.append((step, id(m))),
     )
     assert seen == [(8,)] * 5
     assert not torch.equal(model.lm_head.weight, plain.lm_head.weight)
@@ -758,7 +758,7 @@ def test_fine_tuning_hands_the_mixture_and_the_learning_rate_to_training(monkeyp
     cov.fine_tune(config, run, "a", 3, base, "loss", kept="kept")
     assert calls[0][:4] == (config, run, "a 3", 3)
     assert calls[0][5:] == ((0.9, 0.1, 0.0), [1e-3] * 4, "loss", "kept")
-    cov.pretrain(small(sft_steps=100, sft_lr=1e-2), run, 3, "cpu")
+    cov.pretrain(small(pretrain_steps=100, pretrain_lr=1e-2), run, 3, "cpu")
     assert calls[1][2:4] == ("base 3", 3) and calls[1][5] == (1 / 3, 1 / 3, 1 / 3)
     assert calls[1][6] == pytest.approx(
         [1e-2 * min((i + 1) / 50, 1 - i / 100) for i in range(100)]
@@ -821,7 +821,7 @@ def test_selection_takes_the_best_loss_the_tournaments_winner_and_of_equals_the_
 
 def test_every_step_has_its_learning_rate_and_the_gradient_is_cut_to_norm_1(monkeypatch):
     rates, step, run = [], torch.optim.AdamW.step, Memory()
-    config, base = small(sft_steps=60, sft_lr=1e-2), build(small(), "cpu")
+    config, base = small(pretrain_steps=60, pretrain_lr=1e-2), build(small(), "cpu")
     ids, _ = cov.evaluation_graphs(config, 0)
     trained(config, run, "a", 0, base, (1.0, 0.0, 0.0), [1e-3])
     state = run.state["a"]["optimizer"]["state"].values()
@@ -881,7 +881,7 @@ def interrupted(training):
 
 def test_interrupting_between_two_steps_changes_nothing():
     def training(run):
-        return cov.pretrain(small(sft_steps=4), run, 0, "cpu")
+        return cov.pretrain(small(pretrain_steps=4), run, 0, "cpu")
 
     assert all(
         torch.equal(a, b)
@@ -1182,7 +1182,7 @@ HUGE = "1" + 24 * "0"
         "--n-embd 65",
         "--resume",
         "--lr 1e300",
-        "--sft-lr inf",
+        "--pretrain-lr inf",
         "--lr -1",
         f"--n-layer {HUGE}",
         "--n-layer 4000000000",
@@ -1228,13 +1228,13 @@ def test_a_device_that_does_nothing_is_refused(name, tmp_path):
         check_mistake(f"experiments.{name}", f"--device {device}", tmp_path)
 
 
-SHORT = "--quick --n-layer 1 --sft-steps 2 --steps 3 --batch 2 --eval-prompts 8 "
+SHORT = "--quick --n-layer 1 --pretrain-steps 2 --steps 3 --batch 2 --eval-prompts 8 "
 
 
 @pytest.mark.parametrize(
     "name, flags",
     [
-        ("coverage.py", SHORT + "--lr 0 --sft-lr 0"),
+        ("coverage.py", SHORT + "--lr 0 --pretrain-lr 0"),
         ("experiments.selection", SHORT + "--eval-every 1000000"),
         ("experiments.dco", SHORT + "--dco 1 --batch 1"),
         ("experiments.dco", SHORT + "--dco 1000000 --seed 4294967295"),
@@ -1254,7 +1254,7 @@ def test_an_odd_command_line_that_makes_sense_gives_a_whole_folder(
 
 
 @pytest.mark.parametrize(
-    "flags, phase", [(("--lr", 1e20), "cross-entropy 0"), (("--sft-lr", 1e20), "base 0")]
+    "flags, phase", [(("--lr", 1e20), "cross-entropy 0"), (("--pretrain-lr", 1e20), "base 0")]
 )
 def test_numbers_that_are_none_end_the_run_in_one_line_and_leave_what_was_finite(
     flags, phase, tmp_path

@@ -1391,7 +1391,7 @@ def test_a_flag_that_does_nothing_is_one_line_that_says_so(script, flags, tmp_pa
         ("experiments.budget", "--size 3 --eval-prompts 4"),
         ("curriculum.py", "--sft-steps 1 --sft-batch 1 --sft-lr 0"),
         ("experiments.budget", "--seed 4294967294 --seeds 2"),
-        ("experiments.mask", "--size 8 --budget 16"),
+        ("experiments.mask", "--size 8 --budget 32"),
         ("experiments.mask", "--steps 1 --prompts 1 --group 2"),
         ("experiments.coupled", "--stage-tokens 2048 --kappa 1 --eval-every 1000"),
     ],

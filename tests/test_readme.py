@@ -354,9 +354,9 @@ EDITS = {
     ],
     ("coverage", 3): [
         (
-            "for step, _ in train(config, run, phase, seed, model, DATA, rates, loss, kept):",
+            "for step, _ in train(config, run, loop, seed, model, DATA, rates, loss_of, kept):",
             "for step, _ in "
-            "train(config, run, phase, seed, model, (0.5, 0.5, 0.0), rates, loss, kept):",
+            "train(config, run, loop, seed, model, (0.5, 0.5, 0.0), rates, loss_of, kept):",
         )
     ],
     ("coverage", 4): [
