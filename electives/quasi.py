@@ -80,7 +80,7 @@ class Config(Flags):
     seeds: int = flag(3, "repeat over this many seeds", quick=1, low=1)
     n_embd: int = flag(64, "channels of the GPT: 2 layers, 4 heads", quick=32, low=8, high=4096)
     sft_steps: int = flag(600, "steps of supervised training", quick=10, low=1)
-    problems: int = flag(512, "held-out problems", quick=8, low=1, high=2**16)
+    problems: int = flag(1024, "held-out problems", quick=8, low=1, high=2**16)
     samples: int = flag(64, "answers to each, a power of 2", quick=16, low=16, high=1024)
 
     def __post_init__(self):
@@ -113,6 +113,7 @@ def group_uniforms(kind, groups, n, tokens, generator):
         points = torch.quasirandom.SobolEngine(tokens).draw(n, dtype=torch.float64)
         bits = (points * 2**30).long()  # (n, tokens): all the bits that torch's points have
         coins = torch.randint(2**30, (groups, 1, tokens), generator=generator)
+        # the points of a group stand to one another as before, and each is uniform on its own
         flipped = bits ^ coins  # (groups, n, tokens)
         u = (flipped + rand(groups, n, tokens)) / 2**30
         return u.flatten(0, 1)
@@ -197,14 +198,20 @@ def demonstrate(rng, problem, hum):
 
 def solutions(problem):
     """Every right answer of that kind, a list of texts."""
-    falling = sorted(problem[0], reverse=True)
+    falling = sorted(problem[0], reverse=True)  # as demonstrators write a pair
     pairs = itertools.combinations(falling, 2)
     return [name_pair(*pair) for pair in pairs if numbers.hits(problem, *pair)]
 
 
 def build(config, device):
-    V = numbers.tokenizer.n_vocab
-    shape = GPTConfig(V, block_size=128, n_layer=2, n_head=4, n_embd=config.n_embd, qk_norm=True)
+    shape = GPTConfig(
+        numbers.tokenizer.n_vocab,
+        block_size=128,
+        n_layer=2,
+        n_head=4,
+        n_embd=config.n_embd,
+        qk_norm=True,
+    )
     return GPT(shape).to(device)
 
 
@@ -297,11 +304,13 @@ def measure(config, model, hum, seed):
     """pass@n for each n of config.ns, by each sampler, on held-out problems."""
     rng = random.Random(f"held out {seed}")
     generator = torch.Generator().manual_seed(seed)
+    # the same problems for every sampler
     problems = [numbers.draw(rng, held_out=True) for _ in range(config.problems)]
 
     def curve(passed, *given):
         return [passed(*given, n).mean().item() for n in config.ns]
 
+    # Exact where it can be, estimated from groups of the largest n elsewhere
     p = exact(model, problems, hum, generator)
     row = dict(independent=curve(independent_pass, p), bound=curve(union_bound, p))
     for kind in COUPLED:
@@ -309,7 +318,7 @@ def measure(config, model, hum, seed):
         row[kind] = curve(coupled_pass, kind, right)
     if hum:
         return row
-    # A rival: the temperature that is best for each n, on other problems
+    # A rival: independent answers at the temperature that is best for each n, on other problems
     others = [numbers.draw(rng) for _ in problems]
     tuning, tested = [], []
     for temperature in TEMPERATURES:
@@ -355,7 +364,7 @@ def examples(model, problems, kind):
 def curves(run, hum):
     """What was measured with or without humming, by name: (seeds, ns) each."""
     rows = [row for row in run.rows if row.get("hum") is hum]
-    names = [key for key, value in rows[0].items() if isinstance(value, list)]
+    names = set(rows[0]) - {"phase", "hum", "seed", "step"}
     return {name: np.array([row[name] for row in rows]) for name in names}
 
 
@@ -366,7 +375,6 @@ def figure(config, run):
     closed = [
         gap_closed(c["lattice"], c["independent"], c["bound"])[:, at] for c in (plan, hummed)
     ]  # (seeds,) each
-    saved = {kind: samples_saved(ns, plan[kind], plan["independent"]) for kind in COUPLED}
     fig, axes = plt.subplots(1, 3, figsize=(17, 5), layout="constrained")
     fig.suptitle(
         f"{AT} samples from a lattice go {closed[0].mean():.0%} of the way from independent ones "
@@ -374,9 +382,11 @@ def figure(config, run):
     )
     draw_passes(axes[0], ns, plan, "The first tokens decide")
     draw_passes(axes[1], ns, hummed, "The first tokens decide nothing")
-    for kind in COUPLED:
-        band(axes[2], ns[1:-2], 100 * saved[kind][:, 1:-2], kind, marker="o")
-    fewer = saved["lattice"][:, twice]
+    few = slice(1, -2)  # where a curve is not yet flat
+    for kind, color in (("lattice", "C1"), ("stratified", "C0"), ("sobol", "C2")):
+        share = samples_saved(ns, plan[kind], plan["independent"])  # (seeds, ns)
+        band(axes[2], ns[few], 100 * share[:, few], kind, marker="o", color=color)
+    fewer = samples_saved(ns, plan["lattice"], plan["independent"])[:, twice]
     title = f"The first tokens decide: {fewer.mean():.0%} fewer than {2 * AT} suffice"
     axes[2].set(title=title, xlabel="independent samples", ylabel="samples saved (%)")
     axes[2].set_xscale("log", base=2)
@@ -386,7 +396,9 @@ def figure(config, run):
 
 
 def claims_of(n, at, plan, hummed, closed, fewer):
-    wrong = [c[kind][:, 0] - c["independent"][:, 0] for c in (plan, hummed) for kind in COUPLED]
+    wrong = []  # pass@1 of a coupled answer, against the exact one
+    for c in (plan, hummed):
+        wrong += [c[kind][:, 0] - c["independent"][:, 0] for kind in COUPLED]
     tuned = plan["lattice"] - plan["tuned"]
     local = hummed["sobol"] - hummed["independent"]
     where = "where the first tokens decide"
@@ -429,6 +441,7 @@ def main():
     config = parse_args(Config, __doc__)
     device = pick_device(config.device)
     parameters = build(config, device).config.parameters  # an impossible shape ends here
+    problems = [numbers.draw(random.Random(i), held_out=True) for i in range(3)]
     with Run(config) as run:
         run.introduce(device, parameters)
         for seed in seeds_of(config):
@@ -436,7 +449,6 @@ def main():
             for hum in (False, True):
                 where = dict(phase="coverage", hum=hum, seed=seed, step=config.sft_steps)
                 run.log_once(partial(measure, config, model, hum, seed), **where)
-        problems = [numbers.draw(random.Random(i), held_out=True) for i in range(3)]
         written = {kind: examples(model, problems, kind) for kind in ("independent", "lattice")}
         run.samples([numbers.prompt(problem) for problem in problems], **written)
         run.finish(*figure(config, run))
