@@ -373,7 +373,8 @@ def figure(config, run):
     at, twice = ns.index(AT), ns.index(2 * AT)
     plan, hummed = curves(run, False), curves(run, True)
     closed = [
-        gap_closed(c["lattice"], c["independent"], c["bound"])[:, at] for c in (plan, hummed)
+        gap_closed(*(c[name][:, at] for name in ("lattice", "independent", "bound")))
+        for c in (plan, hummed)
     ]  # (seeds,) each
     fig, axes = plt.subplots(1, 3, figsize=(17, 5), layout="constrained")
     fig.suptitle(
@@ -387,11 +388,13 @@ def figure(config, run):
         share = samples_saved(ns, plan[kind], plan["independent"])  # (seeds, ns)
         band(axes[2], ns[few], 100 * share[:, few], kind, marker="o", color=color)
     fewer = samples_saved(ns, plan["lattice"], plan["independent"])[:, twice]
-    title = f"The first tokens decide: {fewer.mean():.0%} fewer than {2 * AT} suffice"
+    title = f"The first tokens decide\n{fewer.mean():.0%} fewer than {2 * AT} suffice"
     axes[2].set(title=title, xlabel="independent samples", ylabel="samples saved (%)")
-    axes[2].set_xscale("log", base=2)
     axes[2].axhline(0, color="k", lw=1)
     axes[2].legend()
+    for ax, ticks in zip(axes, (ns, ns, ns[few]), strict=True):
+        ax.set_xscale("log", base=2)
+        ax.set_xticks(ticks, ticks)
     return fig, claims_of(n, at, plan, hummed, closed, fewer)
 
 
@@ -415,25 +418,33 @@ def claims_of(n, at, plan, hummed, closed, fewer):
             ">",
             0,
         ),
+        (
+            "different",
+            f"pass@{AT}: lattice minus {AT} different answers",
+            "-",
+            plan["lattice"][:, at] - plan["different"][:, at],
+            ">",
+            0,
+        ),
         ("local", f"pass@{AT} {where} nothing: sobol minus independent", "-", local[:, at], ">", 0),
     ]
     return [claim(id, text, SOURCE, *rest, n) for id, text, *rest in rows]
 
 
 def draw_passes(ax, ns, curves, title):
-    """pass@n by every sampler; dashed: rivals that see more than one answer or problem."""
+    """pass@n by every sampler; dashed: rivals that see other problems or the other answers."""
     styles = dict(bound="k:", lattice="C1", stratified="C0", sobol="C2", independent="k")
     styles |= dict(tuned="C3--", different="C4--")
     names = dict(tuned="independent, best temperature", different="n different answers")
     for name, style in styles.items():
         if name in curves:
-            y = curves[name].mean(0)
-            ax.plot(ns[: len(y)], y, style, label=names.get(name, name))
+            y = curves[name]  # (seeds, ns), or fewer of the ns
+            color, line = style.rstrip(":-"), style.lstrip("kC01234") or "-"
+            band(ax, ns[: y.shape[1]], y, names.get(name, name), color=color, ls=line)
     at = ns.index(AT)
     told = [f"{k} {curves[k][:, at].mean():.2f}" for k in ("independent", "lattice", "bound")]
-    ax.set(title=f"{title}; pass@{AT}: " + ", ".join(told), ylim=(0, 1.02))
+    ax.set(title=f"{title}\npass@{AT}: " + ", ".join(told), ylim=(0, 1.02))
     ax.set(xlabel="n (samples)", ylabel="held-out pass@n")
-    ax.set_xscale("log", base=2)
     ax.legend()
 
 

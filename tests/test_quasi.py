@@ -186,6 +186,8 @@ def test_half_as_many_samples_for_the_same_success_are_half_saved():
     coupled = np.array([[0.2, 0.4, 0.6, 0.7, 0.8]])
     saved = samples_saved(ns, coupled, np.array([[0.1, 0.2, 0.4, 0.6, 0.7]]))
     np.testing.assert_allclose(saved, [[0, 0.5, 0.5, 0.5, 0.5]])
+    halfway = samples_saved(ns, coupled, np.array([[0.2, 0.4, 0.4, 0.65, 0.8]]))
+    assert halfway[0, 3] == pytest.approx(1 - 32**0.5 / 8)  # between 4 and 8
 
 
 def test_different_answers_are_counted_once_in_the_order_in_which_they_come():
