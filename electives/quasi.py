@@ -25,7 +25,7 @@ The task (tasks/numbers.py): which two of six numbers make the sum? A small GPT 
 that name one pair at random, so its first two tokens decide. Asked in another way, the same GPT
 first hums four random sums, and then its first tokens decide nothing.
 
-    python -m electives.quasi                   3 seeds, MINUTES on two cores
+    python -m electives.quasi                   3 seeds, under 3 minutes on two cores
     python -m experiments.quasi_rl              reinforcement learning with such groups
 
 What to see: pass@n of the lattice between independent sampling and the bound, a third of the
@@ -432,19 +432,25 @@ def claims_of(n, at, plan, hummed, closed, fewer):
 
 
 def draw_passes(ax, ns, curves, title):
-    """pass@n by every sampler; dashed: rivals that see other problems or the other answers."""
-    styles = dict(bound="k:", lattice="C1", stratified="C0", sobol="C2", independent="k")
-    styles |= dict(tuned="C3--", different="C4--")
-    names = dict(tuned="independent, best temperature", different="n different answers")
-    for name, style in styles.items():
+    """pass@n minus that of independent answers, seed by seed; dashed: rivals."""
+    looks = {
+        "bound": ("k", ":", "bound"),
+        "lattice": ("C1", "-", "lattice"),
+        "stratified": ("C0", "-", "stratified"),
+        "sobol": ("C2", "-", "sobol"),
+        "tuned": ("C3", "--", "independent, best temperature"),
+        "different": ("C4", "--", "n different answers"),
+    }
+    for name, (color, line, label) in looks.items():
         if name in curves:
-            y = curves[name]  # (seeds, ns), or fewer of the ns
-            color, line = style.rstrip(":-"), style.lstrip("kC01234") or "-"
-            band(ax, ns[: y.shape[1]], y, names.get(name, name), color=color, ls=line)
+            k = curves[name].shape[1]
+            gain = curves[name] - curves["independent"][:, :k]  # (seeds, k)
+            band(ax, ns[:k], gain, label, color=color, ls=line)
     at = ns.index(AT)
     told = [f"{k} {curves[k][:, at].mean():.2f}" for k in ("independent", "lattice", "bound")]
-    ax.set(title=f"{title}\npass@{AT}: " + ", ".join(told), ylim=(0, 1.02))
-    ax.set(xlabel="n (samples)", ylabel="held-out pass@n")
+    ax.set(title=f"{title}\npass@{AT}: " + ", ".join(told), ylim=(-0.05, 0.25))
+    ax.set(xlabel="n (samples)", ylabel="held-out pass@n minus independent samples'")
+    ax.axhline(0, color="k", lw=1)
     ax.legend()
 
 
