@@ -10,18 +10,19 @@ or wrong for good, and RL has to find out that notes are to be trusted.
 from tasks import held_out as is_held_out
 from tokenizer import CharTokenizer
 
-SIZE = 3  # digits
+SIZE = 3  # digits; safes of other sizes are not made
 tokenizer = CharTokenizer("0123456789=")
 
 
-def budget(size):
-    return size + 1
+def budget(size=SIZE):
+    """The digits, and the end."""
+    return SIZE + 1
 
 
 def draw(rng, size=SIZE, held_out=False):
     """The digits, a text."""
     while True:
-        problem = "".join(rng.choices("0123456789", k=size))
+        problem = "".join(rng.choices("0123456789", k=SIZE))
         if is_held_out(prompt(problem)) == held_out:
             return problem
 
