@@ -5,12 +5,14 @@ of the baseline.
 
 import itertools
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from common import check_help, check_mistake, check_quick, check_resume, make, seeded
 
+import grpo
 from electives import quasi
 from electives.quasi import (
     COUPLED,
@@ -28,7 +30,8 @@ from electives.quasi import (
     union_bound,
 )
 from engine import generate
-from tasks import numbers
+from experiments import quasi_rl
+from tasks import numbers, safe
 
 
 def surprise(counts, probs):
@@ -265,24 +268,112 @@ def test_a_hum_is_of_so_many_sums_and_comes_before_the_answer():
 
 
 # --------------------------------------------------------------------------------------------------
-# The command
-
-NAME = "electives.quasi"
+# quasi_rl.py
 
 
-def test_a_quick_run_writes_all_that_a_run_writes(tmp_path):
-    assert check_quick(NAME, tmp_path, also=["samples.txt"]) == "quasi"
+@pytest.mark.parametrize("kind", ["independent", *COUPLED])
+@pytest.mark.parametrize("p, G", [(0.06, 8), (0.25, 8), (0.3, 3)])
+def test_a_groups_mean_as_the_baseline_scales_the_gradient_by_one_minus_d_over_g(kind, p, G):
+    """One logit, right with probability p: the score of an answer is r - p, and E[r (r - p)] is
+    p (1 - p). Leaving one out scales by (G - D) / (G - 1).
+    """
+    u = torch.rand(40000, G, generator=seeded())
+    if kind != "independent":
+        u = uniforms(kind, 40000, G, 1)[..., 0]
+    r = ((u >= 0.11) & (u < 0.11 + p)).double()
+    C = r.sum(1, keepdim=True)
+    D = ((C - G * p) ** 2).mean() / (G * p * (1 - p))
+    mean = ((r - C / G) * (r - p)).mean() / (p * (1 - p))
+    leave_one_out = ((r - (C - r) / (G - 1)) * (r - p)).mean() / (p * (1 - p))
+    assert mean == pytest.approx(1 - D.item() / G, abs=0.01)
+    assert leave_one_out == pytest.approx((G - D.item()) / (G - 1), abs=0.015)
+    assert abs(D - 1) < 0.03 if kind == "independent" else D < 0.9
 
 
-def test_help_lists_every_flag():
-    check_help(NAME)
+def test_a_lattice_whose_count_is_constant_has_an_unbiased_mean():
+    u = uniforms("lattice", 4000, 8)[..., 0]
+    C = ((u >= 0.11) & (u < 0.36)).sum(1)
+    assert (C == 2).all()
 
 
-@pytest.mark.parametrize("flags", ["--samples 48", "--samples 8"])
-def test_a_mistake_is_one_line(flags, tmp_path):
-    check_mistake(NAME, flags, tmp_path)
+def test_the_success_is_the_product_of_the_digits_and_the_end():
+    model = grpo.build(quasi_rl.Config(n_embd=32), safe, "cpu")
+    for problem in ("203", "999"):
+        tokens = [*safe.tokenizer.encode(problem), safe.tokenizer.eos]
+        logp = model(torch.tensor([safe.tokenizer.encode(problem + "=") + tokens]))[0]
+        logp = logp.double().log_softmax(-1)[3:]
+        brute = np.exp(sum(logp[t, x].item() for t, x in enumerate(tokens)))
+        assert quasi_rl.success(model, [problem]).item() == pytest.approx(brute, rel=1e-4)
 
 
-def test_a_run_goes_on_to_the_bit(tmp_path):
-    marks = dict(phase="sft", step=9), dict(phase="coverage", hum=False)
-    check_resume(NAME, tmp_path, marks, "--quick")
+def trained(steps, independent=20, G=8, seeds=2):
+    """A Run's rows: every sampler but the independent one takes so many steps, at any rate."""
+    run = SimpleNamespace(rows=[])
+    for kind, seed in itertools.product(quasi_rl.SAMPLERS, range(seeds)):
+        numbers = dict(zero_variance=0.5, dispersion=1.0, scale=1 - 1 / G)
+        run.rows.append(dict(phase="baseline", arm=kind, seed=seed, step=0, **numbers))
+        for lr in quasi_rl.LRS:
+            last = independent if kind == "independent" else steps
+            for step in range(1, min(last, 30) + 1):
+                where = dict(phase="rl", arm=kind, lr=lr, seed=seed, step=step)
+                run.rows.append(dict(**where, success=0.9 if step == last else 0.5))
+    return run
+
+
+def test_as_many_steps_are_no_gain_and_a_run_that_does_not_arrive_counts_one_more():
+    config = quasi_rl.Config(seeds=2, steps=30)
+
+    def claims(run):
+        return {c["id"]: c["holds"] for c in quasi_rl.figure(config, run)[1]}
+
+    equal = claims(trained(steps=20))
+    assert not equal["lattice steps"] and not equal["lattice groups"] and equal["law"]
+    assert claims(trained(steps=15))["lattice steps"]
+    assert not claims(trained(steps=16))["lattice steps"]
+    late = quasi_rl.steps_of(config, trained(steps=40), "lattice", quasi_rl.LRS[0])
+    assert late.tolist() == [31, 31]
+
+
+def test_one_demonstration_in_sixteen_opens_the_safe_and_held_out_notes_are_never_drawn():
+    rng = random.Random(0)
+    problems = [safe.draw(rng) for _ in range(4000)]
+    opened = sum(safe.reward(x, safe.demonstrate(rng, x)) for x in problems) / 4000
+    assert opened == pytest.approx(0.4**3, abs=0.015)
+    assert not set(problems) & {safe.draw(rng, held_out=True) for _ in range(500)}
+
+
+# --------------------------------------------------------------------------------------------------
+# The commands
+
+NAMES = "electives.quasi", "experiments.quasi_rl"
+
+
+@pytest.mark.parametrize("name, also", zip(NAMES, (["samples.txt"], []), strict=True))
+def test_a_quick_run_writes_all_that_a_run_writes(name, also, tmp_path):
+    assert check_quick(name, tmp_path, also=also) == name.split(".")[1]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_help_lists_every_flag(name):
+    check_help(name)
+
+
+@pytest.mark.parametrize(
+    "name, flags",
+    [
+        ("electives.quasi", "--samples 48"),
+        ("electives.quasi", "--samples 8"),
+        ("experiments.quasi_rl", "--lr 1"),
+        ("experiments.quasi_rl", "--size 4"),
+    ],
+)
+def test_a_mistake_is_one_line(name, flags, tmp_path):
+    check_mistake(name, flags, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name, mark",
+    zip(NAMES, (dict(phase="coverage", hum=False), dict(arm="lattice", step=1)), strict=True),
+)
+def test_a_run_goes_on_to_the_bit(name, mark, tmp_path):
+    check_resume(name, tmp_path, (dict(phase="sft", step=9), mark), "--quick")
