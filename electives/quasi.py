@@ -81,7 +81,7 @@ class Config(Flags):
     n_embd: int = flag(64, "channels of the GPT: 2 layers, 4 heads", quick=32, low=8, high=4096)
     sft_steps: int = flag(600, "steps of supervised training", quick=10, low=1)
     problems: int = flag(1024, "held-out problems", quick=8, low=1, high=2**16)
-    samples: int = flag(64, "answers to each, a power of 2", quick=16, low=16, high=1024)
+    samples: int = flag(64, "answers to each, a power of 2", quick=32, low=32, high=1024)
 
     def __post_init__(self):
         if self.samples & (self.samples - 1):
