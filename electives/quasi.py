@@ -28,8 +28,9 @@ first hums four random sums, and then its first tokens decide nothing.
     python -m electives.quasi                   3 seeds, under 3 minutes on two cores
     python -m experiments.quasi_rl              reinforcement learning with such groups
 
-What to see: pass@n of the lattice between independent sampling and the bound, a third of the
-samples saved; after humming, nothing is gained. `samples.txt` holds 8 answers of each kind.
+What to see: pass@n of the lattice near the bound, so that a third of 16 samples can be saved; after
+humming, nothing is gained but by Sobol, which spreads every token. `samples.txt` holds 8 answers of
+each kind: the lattice hardly repeats one.
 
 How this differs from the paper:
 1. A GPT of 0.1 million parameters that names a pair; the paper: language models on mazes, sudoku,

@@ -6,20 +6,25 @@ teaches nothing: its advantages are 0. If the numbers that drive the answers are
 is no longer a baseline that is independent of the other answers, and that scales the gradient. With
 C right answers in a group, p the probability of one,
 
-    D = var(C) / (G p (1 - p))                     1 for independent answers, 0 for constant C
-    E[gradient] / true gradient = 1 - D / G        group's mean as the baseline
-                                  (G - D) / (G - 1)    mean of the others (leave one out)
+    D = var(C) / (G p (1 - p))                    1 for independent answers, 0 for constant C
+    E[gradient] / true gradient = 1 - D / G               with the group's mean as the baseline
+                                  (G - D) / (G - 1)       with the mean of the others
 
 if the answers of a kind, right or wrong, have the same gradient on average, wherever they fall.
-So spreading takes the bias of the group's mean away, and puts one on leaving one out.
+So spreading takes the bias of the group's mean away, and gives one to the mean of the others.
 
 The task (tasks/safe.py) is made for the method: three digits decide, one answer in sixteen is
-right, and the right answer is one interval of [0, 1). GRPO without division by the group's std;
-each sampler at the best of LRS for it.
+right, and the right answer is one interval of [0, 1). GRPO without division by the group's std, 8
+problems a step, stopped at an exact pass@1 of .9; each sampler at the best of LRS for it.
 
-    python -m experiments.quasi_rl          5 seeds, MINUTES on two cores
+    python -m experiments.quasi_rl          5 seeds, 5 minutes on two cores
 
-What to see: ...
+What to see: at a low rate all samplers take as many steps. At the rates where few steps suffice,
+runs on independent groups now and then end at a success of 0 and never come back; on a lattice none
+of these did (at 4e-3 one in five), so it can be trained faster. With 32 problems a step, where the
+gradient has less noise, there was no difference in a first try (2 seeds). The law of the baseline's
+bias misses Sobol: wrong answers are not all alike, some share digits with the right one, and Sobol
+spreads each digit.
 """
 
 import copy
@@ -196,8 +201,8 @@ def figure(config, run):
     left.set_xticks(LRS, LRS)
     left.minorticks_off()
     scale = {kind: bias["scale"][kind].mean() for kind in SAMPLERS}
-    title = f"gradient {scale['independent']:.2f} of the true one, lattice {scale['lattice']:.2f}"
-    right.set(title=f"The group's mean as baseline: {title}", xlabel="1 - D / G")
+    title = f"gradient {scale['independent']:.2f} of the true, lattice {scale['lattice']:.2f}"
+    right.set(title=f"Group's mean as baseline: {title}", xlabel="1 - D / G")
     right.set(ylabel="gradient over the exact one (a dot is a seed)")
     right.axline((1, 1), slope=1, color="k", ls=":")
     left.legend()
