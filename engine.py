@@ -241,8 +241,8 @@ class Sampler:
     """Draws a token for each live row at a time, and writes it down. What it keeps from one token
     to the next is changed in place: a CUDA graph knows addresses only.
 
-    fresh (R, max_new_tokens) in [0, 1): a number for each token. uniforms (R,), or None: one number
-    for a whole row, see `generate`. stops (n,) int64: the ids that end a row.
+    fresh (R, max_new_tokens) in [0, 1): a number for each token. uniforms: in its place, or (R,):
+    one number for a whole row, see `generate`. stops (n,) int64: the ids that end a row.
     """
 
     def __init__(self, fresh, uniforms, stops, temperature, top_k, top_p):
@@ -262,10 +262,13 @@ class Sampler:
         self.done = torch.zeros(R, dtype=torch.bool, device=device)
         self.number = None  # the row's one number, and how many bits of it are spent
         if uniforms is not None:
-            good = uniforms.shape == (R,) and uniforms.is_floating_point()
+            good = uniforms.shape in ((R,), fresh.shape) and uniforms.is_floating_point()
             if not (good and 0 <= uniforms.min() <= uniforms.max() < 1):
                 raise ValueError(f"{R} rows need {R} uniforms in [0, 1)")
-            self.number = uniforms.to(device, fresh.dtype, copy=True)
+            if uniforms.dim() == 2:
+                self.fresh = uniforms.to(fresh)
+                return
+            self.number = uniforms.to(fresh, copy=True)
             self.spent = torch.zeros(R, device=device)
             eps = max(torch.finfo(uniforms.dtype).eps, torch.finfo(fresh.dtype).eps)
             self.budget = -math.log2(eps) / 2  # half of the bits that such a number has
@@ -343,7 +346,8 @@ def generate(
     with R = len(prompts) * n rows.
 
     stop: token id that ends a row, a list of them, or None. temperature 0 is greedy: then logp is
-    0, the choice being certain. uniforms (R,) in [0, 1): one number drives its whole row. A number
+    0, the choice being certain. uniforms in [0, 1), (R, max_new_tokens): the number that draws each
+    token, in the place of the generator's; (R,): one number drives its whole row. Such a number
     of b bits pays -log2 p for each token; once half of the b are spent, the row goes on with fresh
     bits from `generator`: the low half of a uniform is independent of its high half, so the law
     stays exact, up to the 2^(-b/2) that the last number drawn with is rounded to. Raises ValueError

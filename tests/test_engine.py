@@ -413,6 +413,8 @@ def test_a_step_that_cannot_be_captured_runs_eagerly_from_then_on_and_on_the_str
                 dict(uniforms=torch.tensor([1.0])),
                 dict(uniforms=torch.tensor([-0.1])),
                 dict(n=2, uniforms=torch.rand(1)),
+                dict(uniforms=torch.rand(1, 3)),
+                dict(uniforms=torch.tensor([[0.5, 1.0]])),
             )
         ),
     ],
@@ -535,6 +537,15 @@ def test_rows_with_neighbouring_numbers_part_for_good():
     assert follows(
         [np.bincount(column, minlength=8) for column in rows[:, 20:].T], [[1 / 8] * 8] * 40
     )
+
+
+@pytest.mark.parametrize("stop", [None, 3])
+def test_a_number_for_each_token_stands_in_the_place_of_the_generators(stop):
+    gpt = make()
+    given = torch.rand(8, 6, generator=seeded(1), dtype=torch.float64)
+    ours = generate(gpt, PROMPTS, 2, 6, stop=stop, uniforms=given, generator=seeded(2))
+    drawn = generate(gpt, PROMPTS, 2, 6, stop=stop, generator=seeded(1))
+    assert ours.tokens() == drawn.tokens() and torch.equal(ours.logp, drawn.logp)
 
 
 def test_the_first_token_inverts_the_cdf_at_the_rows_number():

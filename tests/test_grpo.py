@@ -38,11 +38,11 @@ from common import (
 
 import grpo
 import tasks
+from electives.quasi import group_uniforms
 from engine import Rollout, generate
 from experiment import UserError
-from experiments import length, samplers, variants
+from experiments import length, variants
 from experiments.length import length_bias
-from experiments.samplers import group_uniforms
 from grpo import (
     LOSSES,
     Config,
@@ -563,62 +563,9 @@ def test_pass_at_k_refuses_more_samples_than_there_are(n, k):
         pass_at_k(n, 0, k)
 
 
-# --------------------------------------------------------------------------------------------------
-# The uniforms of a group
-
-
-def uniforms(kind, P=4000, G=8):
-    g = torch.Generator().manual_seed(0)
-    u = (
-        torch.rand(P * G, dtype=torch.double, generator=g)
-        if kind == "iid"
-        else group_uniforms(P, G, kind, g)
-    )
-    return u.view(P, G)
-
-
-@pytest.mark.parametrize("kind", ["stratified", "lattice"])
-def test_every_number_of_a_group_is_uniform_on_its_own(kind):
-    for column in uniforms(kind).T:
-        ks = (column.sort().values - torch.linspace(0, 1, 4000)).abs().max()
-        # Kolmogorov and Smirnov: passed by chance in 999 of 1000
-        assert ks < 1.95 / math.sqrt(4000)
-        assert column.min() >= 0 and column.max() < 1
-
-
-def test_a_lattice_is_an_even_grid_with_its_own_shift_in_each_group():
-    u = uniforms("lattice").sort(1).values
-    torch.testing.assert_close(
-        u.diff(dim=1), torch.full((4000, 7), 1 / 8, dtype=torch.double), atol=1e-12, rtol=0
-    )
-    assert len((u[:, 0] * 1e9).long().unique()) > 3990
-
-
-def test_stratified_has_one_number_per_stratum_in_an_order_of_its_own():
-    strata = (uniforms("stratified") * 8).long()
-    assert (strata.sort(1).values == torch.arange(8)).all()
-    assert all((row.bincount(minlength=8) / 4000 - 1 / 8).abs().max() < 0.025 for row in strata.T)
-
-
-def test_independent_samples_take_no_uniforms():
-    assert group_uniforms(4, 8, "iid", None) is None
-
-
-def test_spread_out_samples_leave_fewer_groups_without_variance():
-    # p = 1/8, G = 8
-    right = {
-        kind: ((uniforms(kind) >= 0.05) & (uniforms(kind) < 0.175)).sum(1)
-        for kind in ("iid", "stratified", "lattice")
-    }
-    dull = {kind: ((c == 0) | (c == 8)).double().mean().item() for kind, c in right.items()}
-    assert (right["lattice"] == 1).all() and dull["lattice"] == 0
-    assert dull["iid"] == pytest.approx((7 / 8) ** 8 + (1 / 8) ** 8, abs=0.02)
-    assert 0 < dull["stratified"] < dull["iid"] - 0.1
-
-
 def test_the_lattice_sampler_spreads_the_first_tokens_of_a_group():
     config, model = small(group=64, prompts=2), policy()
-    numbers = group_uniforms(2, 64, "lattice", torch.Generator().manual_seed(0))
+    numbers = group_uniforms("lattice", 2, 64, 1, torch.Generator().manual_seed(0))
     rollout, *_ = grpo.sample(model, TASK, [PROBLEM, PROBLEM], 64, config, None, numbers)
     n = rollout.prompt_lens[0]
     p = model(rollout.ids[:1, :n]).softmax(-1)[0, -1]
@@ -630,15 +577,14 @@ def test_the_lattice_sampler_spreads_the_first_tokens_of_a_group():
 # Sampling, scoring, one update
 
 
-@pytest.mark.parametrize("sampler", ["iid", "stratified", "lattice"])
+@pytest.mark.parametrize("sampler", ["independent", "stratified", "lattice", "sobol"])
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 1.5])
 def test_the_sampler_and_the_scorer_agree_on_every_log_probability(temperature, sampler):
     config, model = small(temperature=temperature), policy()
     generator = torch.Generator().manual_seed(0)
     problems = [addition.draw(random.Random(i), 1 + i % 3) for i in range(4)]
-    rollout, *_ = grpo.sample(
-        model, TASK, problems, 4, config, generator, group_uniforms(4, 4, sampler, generator)
-    )
+    numbers = group_uniforms(sampler, 4, 4, TASK.budget(config.size), generator)
+    rollout, *_ = grpo.sample(model, TASK, problems, 4, config, generator, numbers)
     logp = grpo.score_all(model, rollout, config)
     assert ((logp - rollout.logp) * rollout.mask).abs().max() < 1e-4
     assert (rollout.logp * rollout.mask).sum() < -10
@@ -1419,14 +1365,6 @@ def test_no_claim_of_a_model_that_writes_nothing_holds():
             logged(*rows_of_length(dict.fromkeys(("grpo", "dr_grpo"), (1, 1)), right)),
         )
         assert not claims["gpt grpo"][1] and not claims["gpt dr_grpo"][1]
-    nothing = [
-        dict(phase="samplers", arm=kind, seed=0, step=1, zero_variance=1.0, reward=0.0)
-        for kind in samplers.SAMPLERS
-    ]
-    assert not any(
-        holds
-        for _, holds in claims_of(samplers, samplers.Config(seeds=1), logged(*nothing))[1].values()
-    )
 
 
 def test_guessed_carries_are_counted_over_the_answers_with_a_line_and_without_any_there_are_none(
@@ -1464,12 +1402,11 @@ def test_a_quick_run_writes_figure_samples_metrics_claims_config_and_checkpoint(
 FEW = "--quick", "--size", 3, "--sft-steps", 2, "--prompts", 2, "--group", 2, "--eval-prompts", 2
 
 
-@pytest.mark.parametrize("experiment", ["variants", "length", "samplers"])
+@pytest.mark.parametrize("experiment", ["variants", "length"])
 def test_an_experiment_runs(experiment, tmp_path):
     flags = dict(
         variants=("--size", 1, "--steps", 1, "--eval-prompts", 1),
         length=(),
-        samplers=("--size", 2, "--group", 4),
     )[experiment]
     few = "--quick --sft-steps 2 --prompts 4"
     finish(f"experiments.{experiment}", *few.split(), *flags, "--out", tmp_path)
@@ -1539,9 +1476,6 @@ IDLE = [
     ("length", "--size 3"),
     ("length", "--eval-every 2"),
     ("length", "--eval-prompts 2"),
-    ("samplers", "--lr 1"),
-    ("samplers", "--loss grpo"),
-    ("samplers", "--steps 3"),
 ]
 
 
