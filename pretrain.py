@@ -1,18 +1,20 @@
 """pretrain.py: next-token prediction on text, from bytes to a sample: where base models come from.
 
-    loss = mean over windows of the text and tokens t of   -log p(token_t | tokens before it)
+    loss = mean over windows of the text and their tokens t of   -log p(token_t | those before it)
 
     python pretrain.py                                  3 minutes on two cores
     python pretrain.py --data FILE|FOLDER|HF_DATASET    the same on your text
 
-The text is the Python standard library's own source. A byte-pair encoding of about a thousand ids
-is trained on it (tokenizer.py), then a small GPT on random windows of its ids. Every tenth file is
-held out. What that text costs is measured in nats per token, which depends on what a token is, and
+The text is the Python standard library's own source, of which every tenth file is held out. On the
+others a byte-pair encoding of about a thousand ids is trained (tokenizer.py), then a small GPT on
+random windows of its ids. What the held-out text costs is measured in nats per token, which
+depends on what a token is, and
 
     bits per byte = nats per token / ln 2 / bytes per token
 
 which does not: it compares across tokenizers, and with a file compressor, because a model that
-gives its text the probability p can store it in -log2 p bits.
+gives its text the probability p can store it in -log2 p bits (for who has the model already: gzip
+needs none).
 
 What to see: the loss starts near ln 1024 = 6.9 (all ids equally likely) and falls to about 3.3. The
 held-out text ends at about 1.8 bits per byte, where gzip needs 1.9. The sample at the end looks
@@ -113,7 +115,7 @@ def load_documents(data):
     """
     try:
         texts = [file.read_text("utf-8", errors="replace") for file in text_files(data)]
-    except OSError as e:  # of a name that is too long, too
+    except OSError as e:  # no right to read it, or a name that is too long for a file
         raise UserError(f"--data {data}: cannot read {e.filename or data} ({e.strerror})") from None
     texts = texts or dataset_texts(data)
     for i, text in enumerate(texts):
@@ -135,7 +137,7 @@ def hold_out(texts):
 
 
 def tokenizer_of(config, text):
-    """A BPE trained on the text. A run that goes on has it in its checkpoint."""
+    """A BPE trained on the text. A run that goes on has it in its checkpoint (see `main`)."""
     if config.resume:
         state = load_checkpoint(Path(config.out) / "model.pt")["state"]
         if "tokenizer" in state:
@@ -175,7 +177,7 @@ def loss_on(config, hidden, head, ids, starts):
 
 @torch.no_grad()
 def held_out_loss(config, hidden, head, ids, windows=None):
-    """The loss on windows of ids (N,) side by side: all of them, or about so many."""
+    """The loss on whole windows of ids (N,) side by side: all of them, or at least so many."""
     starts = torch.arange(0, len(ids) - config.block_size, config.block_size)
     if windows:
         starts = starts[:: max(1, len(starts) // windows)]
@@ -185,8 +187,8 @@ def held_out_loss(config, hidden, head, ids, windows=None):
 
 
 def pretrain(config, run, seed, device, shape, corpus):
-    """A model of that shape (a GPTConfig), trained from scratch to predict the next token of the
-    training text. Logs its loss there, and on held-out text.
+    """A model of that shape (a GPTConfig), trained from scratch to predict the next token. Logs its
+    loss on the training text and on the held-out text.
     """
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
@@ -196,17 +198,18 @@ def pretrain(config, run, seed, device, shape, corpus):
     )
     hidden = torch.compile(model.hidden) if config.compile else model.hidden
     head = model.lm_head.weight
-    rng = random.Random(seed)
+    rng = random.Random(seed)  # not used here: a loop saves one
+    # run.loop counts the steps, and saves what it is given, so that --resume can go on from there
     for step in run.loop(f"gpt {seed}", config.steps, model, optimizer, rng, generator):
         started = time.time()
         optimizer.param_groups[0]["lr"] = lr_at(step, config.steps, config.lr)
         # random windows: some reach from one document into the next
-        last_start = len(corpus.train_ids) - config.block_size
-        starts = torch.randint(last_start, (config.batch,), generator=generator)  # (B,)
+        n_starts = len(corpus.train_ids) - config.block_size
+        starts = torch.randint(n_starts, (config.batch,), generator=generator)  # (B,)
         loss = loss_on(config, hidden, head, corpus.train_ids, starts)
         optimizer.zero_grad()
         loss.backward()
-        norm = descend(optimizer, loss)
+        norm = descend(optimizer, loss)  # cuts the gradient and steps -> its norm before
         row = dict(
             tokens=(step + 1) * config.batch * config.block_size,
             loss=loss.item(),
@@ -227,6 +230,7 @@ def pretrain(config, run, seed, device, shape, corpus):
 def sample(config, model, tokenizer, prompt):
     """The prompt, and what the model makes of it."""
     ids = tokenizer.encode_ordinary(prompt)[: config.block_size]
+    # the last new token is not read again: it needs no position
     rollout = generate(
         model,
         [ids],
@@ -305,6 +309,7 @@ def main():
     GPT(shape)  # UserError if it is too large: said before the last run's folder is cleared
     data_hash = hashlib.sha256(json.dumps(texts).encode()).hexdigest()
     with Run(config, inputs={f"the text of --data {config.data}".strip(): data_hash}) as run:
+        # Into the checkpoint, for `tokenizer_of`: the bytes of each merge, in order, up to eos
         merges = [tokenizer.decode_single_token_bytes(i) for i in range(256, tokenizer.eos)]
         run.keep("tokenizer", dict(merges=merges))
         run.introduce(device, shape.parameters)
@@ -316,6 +321,7 @@ def main():
         # 2. Train, sample
         for seed in seeds_of(config):
             model = pretrain(config, run, seed, device, shape, corpus)
+        # of the last seed
         written = sample(config, model, tokenizer, val_text[:20] if config.data else "def ")
         run.write("samples.txt", written + "\n")
         print(f"\nA sample at temperature 0.8:\n{written}\n")

@@ -1,15 +1,22 @@
-"""reinforce.py: reinforcement learning with a verifier, whole, on two screens.
+"""reinforce.py: reinforcement learning with a verifier, whole: from `logprobs` to `reinforce`.
 
-A small GPT has read answers to column additions (tasks/addition.py) whose authors guess their
-carries: it is right about one time in three. Nobody shows it a better answer. It writes several
-answers to each problem, a program says which are right, and two equations do the rest (REINFORCE,
-Williams 1992, with the mean of the same problem's rewards as the baseline):
+A small GPT has read answers to column additions (tasks/addition.py) whose authors take the columns
+in any order and guess the carries that they do not know yet: it is right about one time in three.
+
+    b9B3a7A5=          97 + 35: the columns b and a
+    a7A5012b9B3113     right: column a first, 7 + 5 with carry 0 is 12; then b, 9 + 3 with 1 is 13
+    b9B3012a7A5012     wrong: column b first, its carry guessed to be 0
+
+Nobody shows it a better answer. It writes several answers to each problem, a program says which are
+right, and two equations do the rest (REINFORCE, Williams 1992, with the mean of the same problem's
+rewards as the baseline):
 
     advantage_i = reward_i - mean of the rewards of the same problem's answers
     loss = - sum_{i,t} advantage_i * log p(token_{i,t} | problem, tokens before) / number of tokens
 
 The gradient raises every token of an answer that was better than its siblings, and lowers every
-token of one that was worse. Where all are right, or all wrong, nothing happens.
+token of one that was worse. Where all are right, or all wrong, the gradient is 0. The tokens that
+are counted are those of all answers of a step.
 
     python reinforce.py                     a minute on two cores
     python reinforce.py --task countdown    another task; or your own: --task path/to/mytask.py
@@ -46,7 +53,7 @@ from experiment import (
 )
 from model import GPT, GPTConfig
 
-PROBLEMS = 32  # a step
+PROBLEMS = 32  # in each step
 GROUP = 8  # answers to each of them
 
 
@@ -54,7 +61,7 @@ GROUP = 8  # answers to each of them
 class Config(Flags):
     task: str = flag("addition", "addition, countdown, or the path of a file like those in tasks/")
     size: int = flag(4, "how large a problem is: columns, or numbers", low=1, high=8)
-    warm_up: int = flag(600, "steps of imitation before reinforcement learning", quick=5, low=1)
+    warm_up: int = flag(600, "steps of imitation, which make the base model", quick=5, low=1)
     steps: int = flag(40, "steps of reinforcement learning", quick=2, low=1)
     lr: float = flag(3e-4, "learning rate of reinforcement learning", low=0)
 
@@ -70,19 +77,28 @@ def imitate(config, task, run, seed, device):
     torch.manual_seed(seed)
     rng = random.Random(seed)
     V = task.tokenizer.n_vocab
-    model = GPT(GPTConfig(V, block_size=256, n_layer=2, n_head=8, n_embd=128, qk_norm=True))
-    model.to(device)
+    shape = GPTConfig(
+        V,
+        block_size=256,
+        n_layer=2,
+        n_head=8,
+        n_embd=128,
+        qk_norm=True,
+    )
+    model = GPT(shape).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), fused=True)
+    # run.loop counts the steps, and saves what it is given, so that --resume can go on from there
     for step in run.loop(f"imitation {seed}", config.warm_up, model, optimizer, rng):
+        # up in 50 steps, then down to 0
         optimizer.param_groups[0]["lr"] = 3e-3 * min((step + 1) / 50, 1 - step / config.warm_up)
-        # small problems teach the same steps sooner
+        # in smaller problems the rule of a column is learnt sooner
         problems = [task.draw(rng, rng.randint(1, config.size)) for _ in range(32)]
         pairs = [(task.prompt(p), task.demonstrate(rng, p)) for p in problems]
         ids, mask = (x.to(device) for x in tasks.padded(pairs, task.tokenizer))
         loss = -(logprobs(model, ids) * mask[:, 1:]).sum() / mask.sum()
         optimizer.zero_grad()
         loss.backward()
-        descend(optimizer, loss)
+        descend(optimizer, loss)  # cuts the gradient to norm 1, then optimizer.step()
     return model
 
 
@@ -90,16 +106,18 @@ def answer(model, task, problems, n, size, generator):
     """n answers to each of P problems -> the rollout, their texts, their rewards (P, n)."""
     stop = task.tokenizer.stop
     prompts = [task.tokenizer.encode(task.prompt(p)) for p in problems]
+    # Sampled at temperature 1. A row of ids is a problem, its answer, padding; mask is 1 on answers
     rollout = generate(model, prompts, n, task.budget(size), stop=stop, generator=generator)
     texts = rollout.texts(task.tokenizer)
     ended = rollout.ended(stop).tolist()  # an answer that did not end is wrong
     rewards = [task.reward(problems[i // n], text) * ended[i] for i, text in enumerate(texts)]
-    return rollout, texts, torch.tensor(rewards).view(-1, n)
+    return rollout, texts, torch.tensor(rewards).float().view(-1, n)
 
 
 def held_out(model, task, config):
     """The fraction of right answers to problems that are never trained on."""
-    rng, generator = random.Random("held out"), torch.Generator().manual_seed(0)
+    rng = random.Random("held out")
+    generator = torch.Generator().manual_seed(0)
     n = 8 if config.quick else 128
     problems = [task.draw(rng, config.size, held_out=True) for _ in range(n)]
     _, _, rewards = answer(model, task, problems, 4, config.size, generator)
@@ -109,12 +127,18 @@ def held_out(model, task, config):
 def reinforce(config, task, run, seed, base):
     """REINFORCE from the base -> the trained model."""
     model = copy.deepcopy(base)
-    rng, generator = random.Random(seed + 1), torch.Generator().manual_seed(seed + 1)
+    # random numbers are drawn on the CPU, the same for every device
+    rng = random.Random(seed + 1)
+    generator = torch.Generator().manual_seed(seed + 1)
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True
+        model.parameters(),
+        lr=config.lr,
+        betas=(0.9, 0.95),
+        weight_decay=0.0,
+        fused=True,
     )
     phase = f"reinforce {seed}"
-    if phase not in run.state:
+    if phase not in run.state:  # not when it goes on after an interrupt
         run.log(seed=seed, step=0, success=held_out(model, task, config))
     for step in run.loop(phase, config.steps, model, optimizer, rng, generator):
         # 1. Problems, answers, and which of them are right
@@ -125,7 +149,7 @@ def reinforce(config, task, run, seed, base):
         # (P * G, 1): one number for all tokens of an answer
         advantage = advantage.view(-1, 1).to(rollout.ids.device)
         # 3. The loss, on the answers' tokens only
-        mask = rollout.mask[:, 1:]
+        mask = rollout.mask[:, 1:]  # (R, T - 1): the first token has no log-probability
         loss = -(advantage * logprobs(model, rollout.ids) * mask).sum() / mask.sum()
         optimizer.zero_grad()
         loss.backward()
@@ -133,7 +157,7 @@ def reinforce(config, task, run, seed, base):
         row = dict(reward=rewards.mean().item(), loss=loss.item())
         if (step + 1) % 10 == 0 or step + 1 == config.steps:
             row["success"] = held_out(model, task, config)
-            run.say(**row)
+            run.say(**row)  # beside the progress bar
         run.log(seed=seed, step=step + 1, **row)
     return model
 
@@ -149,27 +173,12 @@ def figure(config, run):
     ax.set(title=title, xlabel="step", ylabel="right answers (fraction)", ylim=(0, 1))
     ax.legend()
     source, n = "design of the task", config.seeds
-    worst = claim(
-        "trained",
-        "success after, worst seed",
-        source,
-        "-",
-        after.min(),
-        ">=",
-        0.9,
-        n,
-    )
-    gain = claim(
-        "gain",
-        "the same minus before",
-        source,
-        "-",
-        after - before,
-        ">=",
-        0.5,
-        n,
-    )
-    return fig, [worst, gain]
+    gain = after - before
+    # name, what it says, whose claim, the paper's number, ours, the threshold, seeds
+    return fig, [
+        claim("trained", "success after, worst seed", source, "-", after.min(), ">=", 0.9, n),
+        claim("gain", "success after minus before", source, "-", gain, ">=", 0.5, n),
+    ]
 
 
 def main():
@@ -180,6 +189,7 @@ def main():
         for seed in seeds_of(config):
             base = imitate(config, task, run, seed, device)
             trained = reinforce(config, task, run, seed, base)
+        # What the models of the last seed write
         problems = [task.draw(random.Random(i), config.size, held_out=True) for i in range(3)]
         examples = {}
         for name, model in (("base", base), ("trained", trained)):

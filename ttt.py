@@ -8,8 +8,8 @@ from the same W_0, and is read in chunks:
     then step on it              W_c+1 = W_c - eta g / max(1, |g|)       g = d loss_c / d W_c
 
 Training minimises the mean of all loss_c with respect to all weights, W_0 included, and
-differentiates through the steps: gradients of gradients. So W_0 and all that feeds it are made to
-be trained, and what the window has lost can be in W. The attention lies below W and is computed
+differentiates through the steps: gradients of gradients. So W_0 and all that feeds it learn to make
+a step help, and what the window has lost can be in W. The attention lies below W and is computed
 once for the whole document.
 
 The task (tasks/maps.py): a document follows a random map of 32 tokens, its own, with probability
@@ -38,7 +38,7 @@ How this differs from the paper:
    window need not be in W yet.
 3. One block of three has fast weights, the paper's last quarter. Its W has two matrices and no
    gate, and the norm behind it starts at 0.1.
-4. All arms have the same weights; in the rivals W is an ordinary MLP. "Full attention" sees
+4. All arms have the same initial weights; in the rivals W is an ordinary MLP. "Full attention" sees
    everything in its last layer only, without rotation there (or it would fail past the trained
    length for that reason alone), and below it through the same windows: with full attention in all
    three layers it had not found the map after 1,000 steps.
@@ -80,7 +80,7 @@ from tasks.maps import V, documents, floor
 
 SOURCE = "Tandon et al., arXiv 2512.23675"
 ARMS = ("TTT", "sliding window", "full attention")
-# times the steps: after 300 the others fall no more, the window has hardly begun
+# times the steps: after the default 300 the others fall no more, the window has hardly begun
 LONGER = {"sliding window": 5}
 OFF = "TTT, updates off"
 # dynamic evaluation: which weights take the steps, and the step sizes and decays that are tried
@@ -136,7 +136,7 @@ class FastBlock(Block):
         self.rotary = rotary  # False: attention does not know how far back a token is
         self.norm_in = RMSNorm(C, config.norm_eps)
         self.norm_out = RMSNorm(C, config.norm_eps)
-        # a norm's output has size 1, whatever W is; embeddings have 0.02
+        # a norm's output has size 1, whatever W is; embeddings begin at 0.02, so start small
         nn.init.constant_(self.norm_out.weight, 0.1)
         # W_0, which is trained like any other weight
         self.w1 = nn.Parameter(0.02 * torch.randn(C, n_fast))
@@ -149,7 +149,7 @@ class FastBlock(Block):
 
     def upper(self, x, w1, w2):
         """x (B, b, C), each document's fast weights w1 (B, C, F), w2 (B, F, C) -> (B, b, C)."""
-        h = F.silu(self.norm_in(x) @ w1)  # (B, b, F): row b of the batch meets its own W
+        h = F.silu(self.norm_in(x) @ w1)  # (B, b, F): each document meets its own W
         x = x + self.norm_out(h @ w2)  # (B, b, C)
         return x + self.mlp(self.norm2(x))
 
@@ -168,9 +168,11 @@ class TTT(GPT):
         # GPT's initial weights, not torch's
         last.load_state_dict(self.blocks[-1].state_dict(), strict=False)
         self.blocks[-1] = last
-        # the last norm comes after the fast weights, so that `hidden` must not apply it
+        # the last norm comes after the fast weights: whoever calls GPT's norm gets the states below
         self.final, self.norm = self.norm, nn.Identity()
-        if full:  # and a cache, which goes by config.window, keeps it
+        # the layers below have their windows already; a cache, sized by config.window, has to keep
+        # everything
+        if full:
             config.window = last.attn.window = None
 
     def rotations(self, start, T):
@@ -250,12 +252,12 @@ def score_then_step(model, x, y, fast, eta, outer=False):
     outer: differentiable, gradients of gradients included.
     """
     with torch.enable_grad():
-        # at test time W is all that learns, and nothing remembers how it came about; in training W
-        # hangs on W_0 and on all chunks so far
+        # In training W hangs on W_0 and on all chunks so far. At test time there is no graph of how
+        # it came about: W is all that learns
         if not outer:
             fast = tuple(w.detach().requires_grad_() for w in fast)
         loss = token_losses(model, x, y, fast)  # (B, b)
-        # the sum over documents: each has its own W, and gets the gradient of its own mean
+        # The sum over documents: each has its own W, and gets the gradient of its own mean.
         # create_graph: the gradient is itself a function of the weights, to be differentiated
         grads = torch.autograd.grad(loss.mean(1).sum(), fast, create_graph=outer)
     if not outer:
@@ -268,8 +270,8 @@ def read(model, ids, eta, chunk, outer=False, checkpointing=False):
     """Documents ids (B, T + 1), each from W_0 -> the loss of every next token (B, T), in nats.
 
     eta 0 is the plain forward pass. outer: keep the graph for a backward pass through the inner
-    steps. checkpointing: of one chunk at a time (reentrant, as there is a gradient inside: only for
-    .backward()).
+    steps. checkpointing: compute each chunk again in that backward pass (reentrant, because there
+    is a gradient inside: then it works with .backward(), not with torch.autograd.grad).
     """
     x = model.hidden(ids[:, :-1])  # (B, T, C): no step changes what lies below W
     y = ids[:, 1:]
@@ -316,7 +318,7 @@ def train(config, run, arm, seed, model, draw, steps):
         ).mean()
         optimizer.zero_grad()
         loss.backward()  # through every inner step, to W_0 and to all that feeds it
-        norm = descend(optimizer, loss)
+        norm = descend(optimizer, loss)  # cuts the gradient and steps -> its norm before
         row = dict(loss=loss.item(), grad_norm=norm, seconds=time.time() - started)
         run.log(phase="train", arm=arm, seed=seed, step=step, **row)
         run.say(loss=row["loss"])
@@ -335,7 +337,7 @@ def dynamic_evaluation(model, ids, eta, decay, chunk):
     """Krause et al., ICML 2018: step on ALL weights after each chunk of a document ids (T + 1,).
 
     They decay towards where they began. -> losses (T,). The weights that the caller has stay. Each
-    chunk is read with as much before it as the windows of all layers reach.
+    chunk is read with at least as much before it as the windows of all layers reach.
     """
     reach = model.config.n_layer * model.config.window
     model = copy.deepcopy(model)
@@ -369,7 +371,8 @@ def score(kind, model, ids, eta, chunk, decay=0.0, rows=32):
 def log_losses(config, run, seed, arm, model, ids, eta, decay=None):
     """Log the loss of documents ids (B, T + 1) in each of their parts. decay: dynamic evaluation's.
 
-    A resumed run that has the rows does not measure again.
+    A row's step is its position in the document. A resumed run that has the rows does not measure
+    again.
     """
 
     @functools.cache
@@ -385,7 +388,9 @@ def log_losses(config, run, seed, arm, model, ids, eta, decay=None):
 
 
 def compare(config, run, seed, device):
-    """Train all arms on the same documents, and test them on others -> arm -> model."""
+    """Train all arms on the same documents (the window on more of them), and test them on others
+    -> {arm: model}.
+    """
 
     def draw(rng):
         return documents(rng, config.batch, config.length + 1)
@@ -394,7 +399,8 @@ def compare(config, run, seed, device):
     for arm in ARMS:
         torch.manual_seed(seed)
         model = build(config, V, full=arm == "full attention")
-        # from smaller weights full attention finds the map after 300 steps, not 100
+        # GPT's initial weights are smaller: from those full attention finds the map after 300
+        # steps, from these after 100. All arms have these
         nn.init.normal_(model.blocks[-1].attn.proj.weight, std=0.05)
         steps = config.steps * LONGER.get(arm, 1)
         models[arm] = train(config, run, arm, seed, model.to(device), draw, steps)
