@@ -253,12 +253,12 @@ def cross_entropy(logp):
 def train(config, run, phase, seed, model, mixture, rates, loss_of=cross_entropy, kept=None):
     """Train the model on new graphs at every step, whose classes come from `mixture` (3,).
 
-    Yields, after each step, its number and its loss. rates: the learning rate of each step; so many
-    steps are taken. loss_of: log-probabilities (R,) -> (R,). kept: a dict of what is saved beside
-    the model.
-    NotFinite for a loss, a gradient or a weight that is no number.
+    A generator, to be looped over: it yields, after each step, its number and its loss. rates: the
+    learning rate of each step; so many steps are taken. loss_of: log-probabilities (R,) -> (R,).
+    kept: a dict of what is saved beside the model. NotFinite for a loss, a gradient or a weight
+    that is no number.
     """
-    rng = random.Random(f"{seed} {mixture}")  # the same graphs for every loss
+    rng = random.Random(f"{seed} {mixture}")  # of a mixture: the same graphs for every loss
     betas = (0.9, 0.95)
     optimizer = torch.optim.AdamW(
         model.parameters(), rates[0], betas, weight_decay=0.01, fused=True
@@ -276,7 +276,7 @@ def train(config, run, phase, seed, model, mixture, rates, loss_of=cross_entropy
         # 3. A step
         optimizer.zero_grad()
         loss.backward()
-        descend(optimizer, loss)
+        descend(optimizer, loss)  # cuts the gradient to norm 1, then optimizer.step()
         if step % 50 == 0:
             run.say(loss=loss.item())
         yield step, loss.item()
@@ -314,7 +314,7 @@ def fine_tune(config, run, arm, seed, base, loss_of=cross_entropy, on_checkpoint
     """From the base on the data -> the model. Logs KL, coverage and Pass@N of every checkpoint.
 
     on_checkpoint(step, model), if there is one, is called at every checkpoint; what it puts into
-    the dict `kept` is saved.
+    the dict `kept` is saved, and there again in a resumed run (experiments/selection.py).
     """
     model = copy.deepcopy(base)
     graphs, weights = evaluation_graphs(config, seed)

@@ -82,6 +82,7 @@ TASK = numbers.tokenizer
 class Config(Flags):
     steps: int = flag(80, "RL steps of an arm", quick=2, low=1)
     size: int = flag(6, "numbers in a problem", choices=SIZES)
+    # 16 is an arm of its own, and beyond 256 there is no test
     budget: int = flag(64, "tokens that an answer may have in training", choices=BUDGETS[1:-1])
     prompts: int = flag(32, "problems per step", quick=4, low=1, high=1000)
     group: int = flag(8, "answers per problem", quick=4, low=2, high=1000)
@@ -166,7 +167,7 @@ def update(model, optimizer, rollout, adv):
         mask = part.mask[:, 1:]  # (64, T - 1), as logp and entropy: 1 on the answers' tokens
         logp, entropy = score(model, part.ids)
         # The ratio to the policy that sampled, as in GRPO's papers: in a batch's only step it is 1,
-        # and its gradient that of logp
+        # and its gradient that of logp (several steps would need the sampler's log-probabilities)
         rho = (logp - logp.detach()).exp()
         loss = -(rho * adv[rows] * mask).sum() / count
         loss.backward()
@@ -245,9 +246,10 @@ def warm_up(config, run, seed, device, kind="gap"):
 
 
 def evaluate(model, size, budgets, seed, n, held_out=True, k=1, draw=numbers.draw):
-    """k answers to each of n problems at the largest budget, cut to the smaller ones -> row of
-    metrics: the share of the problems that one of the k solves, at each budget; behaviour at the
-    largest, `gap` and the entropy in `nats` per token (from the sampled tokens) included.
+    """(Its options are for experiments/.) k answers to each of n problems at the largest budget,
+    cut to the smaller ones -> row of metrics: the share of the problems that one of the k solves,
+    at each budget; behaviour at the largest, `gap` and the entropy in `nats` per token (from the
+    sampled tokens) included.
     """
     rng = random.Random(f"{size} {seed}")
     problems = [draw(rng, size, held_out) for _ in range(n)]
@@ -321,7 +323,7 @@ def train(config, run, arm, seed, base, budget):
     if phase not in run.state:  # not when it goes on after an interrupt
         test(0)
     for step in run.loop(phase, config.steps, model, optimizer, rng, generator, kept):
-        problems = [numbers.draw(rng, config.size) for _ in range(config.prompts)]
+        problems = [numbers.draw(rng, config.size, held_out=False) for _ in range(config.prompts)]
         row, sampled = practise(model, optimizer, problems, budget, config, generator)
         kept["sampled"] += sampled
         if (step + 1) % config.eval_every == 0 or step + 1 == config.steps:

@@ -32,8 +32,8 @@ How this differs from the papers:
    experiments/variants.py takes 4.
 2. DAPO (arXiv 2503.14476): clip-higher, token aggregation (over the batch, not by group) and
    dynamic sampling; no reward that depends on length.
-3. GSPO's clip range (arXiv 2507.18071: 3e-4, 4e-4) is 100 times wider: a small model's sequence
-   ratio moves more in one step.
+3. GSPO's clip range (arXiv 2507.18071: 3e-4, 4e-4) is 100 times wider here: a small model's
+   sequence ratio moves more in one step.
 4. A KL in the reward (--kl k1) is not divided by a group's std: in a group without a right answer
    that would blow its noise up to 1.
 
@@ -193,8 +193,9 @@ def policy_loss(logp, old_logp, adv, mask, ratio, eps_low, eps_high):
     clipped = rho.clamp(1 - eps_low, 1 + eps_high)
     if ratio == "cispo":  # the weight is clipped, the gradient never lost
         return -clipped.detach() * adv * logp, torch.zeros_like(mask)
-    # Where the clipped product is the smaller one the loss is constant: no gradient
+    # which tokens get no gradient is counted, no more
     silenced = ((adv > 0) & (rho > 1 + eps_high)) | ((adv < 0) & (rho < 1 - eps_low))
+    # where the clipped product is the smaller one, the loss is constant
     return -torch.minimum(rho * adv, clipped * adv), silenced.float() * mask
 
 
@@ -276,7 +277,8 @@ def warm_up(config, task, run, seed, device):
 def sample(model, task, problems, n, config, generator, uniforms=None):
     """n answers to each problem -> Rollout (ids, mask, logp: engine.py), texts, rewards (P, n).
 
-    What did not end is wrong. uniforms: instead of fresh random numbers, for experiments/.
+    Rewards are 0 or 1 (pass@k counts them), and 0 for what did not end. uniforms: instead of fresh
+    random numbers, for experiments/.
     """
     # P prompts of any lengths; row i of the R = P * n answers is one to problem i // n
     prompts = [task.tokenizer.encode(task.prompt(problem)) for problem in problems]
@@ -306,6 +308,7 @@ def collect(model, task, config, rng, generator):
     P, dynamic = config.prompts, config.method.dynamic
     rollouts, kept, drawn = [], [], []  # kept and drawn: rewards
     tokens = 0
+    # once; with dynamic sampling up to 4 times
     while not drawn or dynamic and sum(map(len, kept)) < P and len(drawn) < 4:
         problems = [task.draw(rng, config.size) for _ in range(P)]
         rollout, _, rewards = sample(model, task, problems, config.group, config, generator)
@@ -331,7 +334,8 @@ def collect(model, task, config, rng, generator):
 def score(model, rollout, rows, config):
     """Log-probability and entropy of each token of some rows (len(rows), T) each.
 
-    Under the temperature that they were sampled with; meaningless where the mask is 0.
+    Both with gradients, under the temperature that they were sampled with; meaningless where the
+    mask is 0.
     """
     part = rollout[rows]  # cut to its longest row
     hidden = model.hidden(part.ids[:, :-1])  # (rows, its T - 1, C)
@@ -356,7 +360,7 @@ def row_advantages(rewards, rollout, old_logp, ref_logp, config):
     adv = advantages(rewards.to(rollout.mask.device), kind)  # (P, G)
     if config.beta and config.kl == "k1":
         kl = kl_estimate(old_logp, ref_logp, "k1") * rollout.mask  # (R, T)
-        kl_kind = "rloo" if kind == "rloo" else "mean"  # never divided by std
+        kl_kind = "rloo" if kind == "rloo" else "mean"  # the KL's own, never divided by std
         adv = adv - config.beta * advantages(kl.sum(1).view_as(adv), kl_kind)
     return adv.reshape(-1, 1)
 
@@ -396,6 +400,7 @@ def update(model, base, optimizer, rollout, rewards, config, budget, generator):
     R, tokens = len(rollout.mask), rollout.mask.sum()
     # 1. What stays as it is while the weights move
     several = config.minibatches > 1
+    # (rollout.logp is nearly the same, but the sampler's rounding would be in the ratio)
     old_logp = score_all(model, rollout, config) if several or config.kl == "k1" else None
     ref_logp = score_all(base, rollout, config) if config.beta else None
     adv = row_advantages(rewards, rollout, old_logp, ref_logp, config)  # (R, 1)

@@ -11,7 +11,8 @@ Distillation minimises a divergence between student p and teacher q at each pref
 
     loss = sum_t m_t D(p, q)_t / sum_t m_t          m_t = 1 on the answer's tokens
 
-GRPO has no q: its D is the token's -log p, times the advantage of its answer.
+y is data, whoever wrote it: no gradient goes through the draw. GRPO has no q: its D is the token's
+-log p, times the advantage of its answer.
 
 A method is a row of METHODS, three choices:
 
@@ -84,7 +85,8 @@ from tasks.walkers import (
 from tasks.walks import ANSWER, EOS, PROMPT, VOCAB, far_task, prompt
 
 # fmt: off
-#  name:        rollout, teacher, divergence (top4: the k that --top has by default)
+#  name:        rollout, teacher, divergence (top4: the k that --top has by default). A new rollout
+#  goes into `collect`, a new divergence into `divergence`
 METHODS = {
     "sft": ("teacher", "expert", "token"),
     "kd": ("teacher", "expert", "forward"),
@@ -143,11 +145,11 @@ class Config(Flags):
     def idle(self):
         """The flags that do nothing beside the others -> {field: why}."""
         useful_to = {
-            "group": ["grpo"],
+            "group": [name for name, row in METHODS.items() if row[1] is None],
             "trb_eps": ["trb"],
             "trb_steps": ["trb"],
             "skd_top": ["skd"],
-            "top": [name for name in METHODS if "top4" in name],
+            "top": [name for name, row in METHODS.items() if row[2].startswith("top")],
         }
         idle = {
             name: f"none of {', '.join(arms)} is trained"
@@ -167,8 +169,8 @@ def divergence(lp, lq, y, kind, top=4):
     """D at each position (B, T), from the log-probabilities of student lp and teacher lq (B, T, V)
     and the tokens y (B, T) that stand there.
 
-    Where p = q the gradient of every kind is 0 (of `token` and `sampled`: its mean over y ~ q = p),
-    but for top_raw's.
+    Where p = q the gradient of every kind is 0 (of `token`: its mean over y ~ p), but for
+    top_raw's.
     """
     if kind == "token":
         return -lp.gather(2, y[..., None]).squeeze(2)
@@ -192,8 +194,10 @@ def divergence(lp, lq, y, kind, top=4):
     lp, index = lp.topk(top)  # (B, T, top)
     lq = lq.gather(2, index)
     if kind == "top_raw":
-        # Its gradient is the sum of p (log p/q + 1) grad log p, whose 1 cancels over all tokens
-        # alone: mass leaves the top until p = q / e there. It spreads too thinly to join the top,
+        # Its gradient is the sum of p (log p/q + 1) grad log p. Over the whole vocabulary the 1
+        # would
+        # add nothing; over the top it lets mass leave until p = q / e there. It spreads too thinly
+        # to join the top,
         # whose likeliest token stays a good one: greedy decoding does not notice
         return divergence(lp, lq, y, "reverse")
     if kind == "top_renormalised":
@@ -343,7 +347,7 @@ def train(config, run, arm, seed, base, expert, task, measure=evaluate):
     generator = torch.Generator().manual_seed(seed)
     group = 1 if teacher else config.group
     eval_seed = 10_000 + 1000 * seed  # the same random numbers for every arm
-    kept = dict(sampled=0)
+    kept = dict(sampled=0)  # what a checkpoint holds beside the weights
     if phase not in run.state:  # not when it goes on after an interrupt
         row = measure(model, task, config, eval_seed)
         run.log(phase="train", arm=arm, seed=seed, step=0, sampled_tokens=0, **row)
@@ -364,9 +368,9 @@ def train(config, run, arm, seed, base, expert, task, measure=evaluate):
         # 3. The loss on the answers' tokens, a step
         ids = torch.cat((torch.tensor(prompts, device=device), y), 1)  # (B, PROMPT + T)
         lq = None
-        if teacher:
+        if teacher:  # the expert: there is no other
             with torch.no_grad():
-                lq = answer_logprobs(expert, ids)  # (B, T, V)
+                lq = answer_logprobs(expert, ids)  # (B, T, V): at t what it says in place of y_t
         loss = loss_of(arm, answer_logprobs(model, ids), lq, y, mask, rewards, config)
         optimizer.zero_grad()
         loss.backward()

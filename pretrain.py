@@ -203,7 +203,8 @@ def pretrain(config, run, seed, device, shape, corpus):
     for step in run.loop(f"gpt {seed}", config.steps, model, optimizer, rng, generator):
         started = time.time()
         optimizer.param_groups[0]["lr"] = lr_at(step, config.steps, config.lr)
-        # random windows: some reach from one document into the next
+        # random windows: some reach from one document into the next, and attention sees across;
+        # after the last start there are T + 1 tokens
         n_starts = len(corpus.train_ids) - config.block_size
         starts = torch.randint(n_starts, (config.batch,), generator=generator)  # (B,)
         loss = loss_on(config, hidden, head, corpus.train_ids, starts)
@@ -218,7 +219,8 @@ def pretrain(config, run, seed, device, shape, corpus):
         )
         last = step + 1 == config.steps
         if last or (step + 1) % config.eval_every == 0:
-            windows = None if last else 64  # a part of the text is enough on the way
+            # a part of the text is enough on the way, all at the end
+            windows = None if last else 64
             nats = held_out_loss(config, hidden, head, corpus.val_ids, windows)
             row["val_loss"] = nats
             row["val_bits_per_byte"] = nats / math.log(2) / corpus.bytes_per_token
@@ -246,8 +248,8 @@ def sample(config, model, tokenizer, prompt):
 # The figure
 
 
-def gzip_bits_per_byte(text):
-    return 8 * len(zlib.compress(text, level=9)) / len(text)
+def gzip_bits_per_byte(data):
+    return 8 * len(zlib.compress(data, level=9)) / len(data)
 
 
 def figure(config, run):

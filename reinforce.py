@@ -95,7 +95,8 @@ def imitate(config, task, run, seed, device):
         problems = [task.draw(rng, rng.randint(1, config.size)) for _ in range(32)]
         pairs = [(task.prompt(p), task.demonstrate(rng, p)) for p in problems]
         ids, mask = (x.to(device) for x in tasks.padded(pairs, task.tokenizer))
-        loss = -(logprobs(model, ids) * mask[:, 1:]).sum() / mask.sum()
+        mask = mask[:, 1:]  # (32, T - 1): a row's first token has no log-probability
+        loss = -(logprobs(model, ids) * mask).sum() / mask.sum()
         optimizer.zero_grad()
         loss.backward()
         descend(optimizer, loss)  # cuts the gradient to norm 1, then optimizer.step()
@@ -106,7 +107,8 @@ def answer(model, task, problems, n, size, generator):
     """n answers to each of P problems -> the rollout, their texts, their rewards (P, n)."""
     stop = task.tokenizer.stop
     prompts = [task.tokenizer.encode(task.prompt(p)) for p in problems]
-    # Sampled at temperature 1. A row of ids is a problem, its answer, padding; mask is 1 on answers
+    # Sampled from the model as it is (temperature 1), without gradients. A row of rollout.ids is a
+    # problem, its answer, padding; rollout.mask is 1 on the answer and the token that ends it
     rollout = generate(model, prompts, n, task.budget(size), stop=stop, generator=generator)
     texts = rollout.texts(task.tokenizer)
     ended = rollout.ended(stop).tolist()  # an answer that did not end is wrong
@@ -149,7 +151,7 @@ def reinforce(config, task, run, seed, base):
         # (P * G, 1): one number for all tokens of an answer
         advantage = advantage.view(-1, 1).to(rollout.ids.device)
         # 3. The loss, on the answers' tokens only
-        mask = rollout.mask[:, 1:]  # (R, T - 1): the first token has no log-probability
+        mask = rollout.mask[:, 1:]  # (P * G, T - 1), as the log-probabilities
         loss = -(advantage * logprobs(model, rollout.ids) * mask).sum() / mask.sum()
         optimizer.zero_grad()
         loss.backward()
@@ -174,7 +176,7 @@ def figure(config, run):
     ax.legend()
     source, n = "design of the task", config.seeds
     gain = after - before
-    # name, what it says, whose claim, the paper's number, ours, the threshold, seeds
+    # name, what it says, whose claim, the paper's number, ours, how it compares to what, seeds
     return fig, [
         claim("trained", "success after, worst seed", source, "-", after.min(), ">=", 0.9, n),
         claim("gain", "success after minus before", source, "-", gain, ">=", 0.5, n),

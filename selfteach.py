@@ -20,8 +20,8 @@ A method is a row of METHODS, five choices:
                    pedagogue, the base with the hint, trained to be right in a way that the student
                    finds plausible; none
     3. divergence  D: reverse KL(p|q), or token -log p(y)
-    4. mask        m: all tokens; gap, where p and q differ most; judge, only what matters of where
-                   they differ most (RMSD); verified, the answers that are right
+    4. mask        m: all tokens; gap, where log p(y) and log q(y) differ most; judge, only what
+                   matters of where they differ most (RMSD); verified, the answers that are right
     5. weight      w: one; clip, 0 where D is large; gate, small where p finds y implausible;
                    advantage (GRPO: no teacher at all)
 
@@ -150,10 +150,12 @@ class Config(Flags):
 
     def idle(self):
         """The flags that do nothing beside the others -> {field: why}."""
-        useful_to = {"group": "grpo", "clip": "opsd_clip"}
-        trained = METHODS if self.complete else self.methods
+        useful_to = {"group": "advantage", "clip": "clip"}  # flag -> the weight that reads it
+        weights = {METHODS[arm][4] for arm in (METHODS if self.complete else self.methods)}
         return {
-            name: f"{arm} is not trained" for name, arm in useful_to.items() if arm not in trained
+            name: f"no arm has the weight {weight}"
+            for name, weight in useful_to.items()
+            if weight not in weights
         }
 
 
@@ -308,6 +310,7 @@ def train(
     if phase not in run.state:  # not when it goes on after an interrupt
         row = evaluate(model, task, config, eval_seed, ask)
         run.log(phase="train", arm=arm, seed=seed, step=0, sampled_tokens=0, **row)
+    # run.loop counts the steps, and saves what it is given, so that --resume can go on from there
     for step in run.loop(phase, config.steps, model, optimizer, rng, generator, kept):
         for parameters in optimizer.param_groups:
             parameters["lr"] = config.lr * min(1, (step + 1) / 5)
@@ -319,6 +322,7 @@ def train(
         # 3. What the teacher thinks of them, and how plausible the meter finds them
         lq, near = None, torch.ones_like(rewards)
         with torch.no_grad():
+            # whatever asks the teacher is named here
             if divergence_kind != "token" or mask_kind in ("gap", "judge"):
                 lq = read(teacher, hint.teacher_prompt, pairs, y)  # (B, T, V)
             if meter:

@@ -168,7 +168,7 @@ class TTT(GPT):
         # GPT's initial weights, not torch's
         last.load_state_dict(self.blocks[-1].state_dict(), strict=False)
         self.blocks[-1] = last
-        # the last norm comes after the fast weights: whoever calls GPT's norm gets the states below
+        # the last norm comes after the fast weights, in `logits`
         self.final, self.norm = self.norm, nn.Identity()
         # the layers below have their windows already; a cache, sized by config.window, has to keep
         # everything
@@ -262,7 +262,7 @@ def score_then_step(model, x, y, fast, eta, outer=False):
         grads = torch.autograd.grad(loss.mean(1).sum(), fast, create_graph=outer)
     if not outer:
         loss = loss.detach()
-        fast = [w.detach() for w in fast]
+        fast = [w.detach() for w in fast]  # values again, no leaves
     return (loss, *inner_update(fast, grads, eta))
 
 
@@ -308,7 +308,7 @@ def train(config, run, arm, seed, model, draw, steps):
     )
     for step in run.loop(f"{arm} {seed}", steps, model, optimizer, rng):
         started = time.time()
-        optimizer.param_groups[0]["lr"] = lr_at(step, steps, config.lr, 40)
+        optimizer.param_groups[0]["lr"] = lr_at(step, steps, config.lr, warmup=40)
         # the inner steps grow over the first tenth: W_0 is of no use yet
         eta = config.eta * min(1.0, 0.1 + 9 * step / steps) if arm == "TTT" else 0
         # the arms of a seed draw the same documents
@@ -339,7 +339,7 @@ def dynamic_evaluation(model, ids, eta, decay, chunk):
     They decay towards where they began. -> losses (T,). The weights that the caller has stay. Each
     chunk is read with at least as much before it as the windows of all layers reach.
     """
-    reach = model.config.n_layer * model.config.window
+    reach = model.config.n_layer * model.config.window  # a model with full attention has none
     model = copy.deepcopy(model)
     weights = list(model.parameters())
     start = [w.detach().clone() for w in weights]
@@ -362,7 +362,7 @@ def dynamic_evaluation(model, ids, eta, decay, chunk):
 
 def score(kind, model, ids, eta, chunk, decay=0.0, rows=32):
     """Documents ids (B, T + 1), read with inner steps or by dynamic evaluation -> losses (B, T)."""
-    if kind != ALL:
+    if kind != ALL:  # FAST is the inner loop itself, of a model that was trained without it
         return losses(model, ids, eta, chunk, rows)
     ids = ids.to(model.lm_head.weight.device)
     return torch.stack([dynamic_evaluation(model, row, eta, decay, chunk) for row in ids]).cpu()
