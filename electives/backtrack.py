@@ -15,19 +15,23 @@ the tree of all prefixes instead. Half of the time it stays, else it goes
 
 Up to a constant an edge has the same weight both ways, base(va) V(va). So the walk is reversible,
 and at rest it is at a whole answer y in proportion to base(y) tau(y): the target, whatever V says
-within. A bad V only makes it slow. It takes about H^2 steps for H tokens.
+within. A bad V only makes it slow: with a fair one it takes about H^2 steps for H tokens, and then
+is at a whole answer once in 2 H steps. So T steps are walked, begun anew until one ends at a whole
+answer. Quicker and less true is a walk that keeps its direction, up to the first whole answer:
+action-level sampling that goes back where V turns out to have promised too much.
 
     python -m electives.backtrack           2 minutes on two cores
     python -m experiments.squarecb          which way of decoding suits which problem?
 
 What to see: above, verifiers with a known fault. Action-level sampling drifts from the target as
-answers grow, or errors do; the walk does not, or comes back with more steps. Below, brackets: a
-GPT that likes square ones is to use round ones only (tasks/dyck.py), and its verifier has seen
-2,000 answers. Taking steps back is true to the target; the price is calls of the verifier.
+answers grow, or errors do; the walk of 4 H^2 steps does not, or comes back with more steps. Below,
+a GPT that likes square brackets is to use round ones (tasks/dyck.py), and its verifier has seen
+2,000 answers. VGB is true to the target, and pays for it: action-level sampling, begun anew until
+it is right, needs far fewer calls of the verifier.
 
 How this differs from the paper:
 1. Trees small enough to hold every prefix (tasks/trees.py), so that each method's law is exact;
-   calls are counted on sampled walks. Tokens that the base gives less than .01 are cut.
+   calls are counted on sampled walks. Tokens that the base gives less than .03 are cut.
 2. The rare kind is asked for by the verdict, not only by the prompt; whole answers are judged
    exactly. The verifier starts from the base's weights.
 3. The momentum walk is the lift of Hayes and Sinclair 2010 in the form whose balance we can check.
@@ -76,14 +80,16 @@ from tasks.trees import (
 SOURCE = "Rohatgi et al., arXiv 2510.03149"
 FAULTS = {"perturbed": (perturbed, (4, 6, 8, 10)), "delayed": (delayed, (6, 8, 10, 12, 14))}
 NOISE = (0.25, 0.5, 1.0, 1.5)  # standard deviations of log V
-BUDGETS = [round(2**i) for i in np.arange(3, 11, 0.5)]  # calls of the verifier
+BUDGETS = [round(2**i) for i in np.arange(3, 12.5, 0.5)]  # calls of the verifier
+CANDIDATES = 1500  # at most, of the methods that begin anew
 BLOCKS = [(length, M) for length in (1, 2, 5, 10) for M in (2, 4, 8, 16, 32, 64)]
 BLOCK = "block best-of-n"
+FIRST = "momentum to a leaf"
 COLORS = {
     "outcome-level": "C7",
     BLOCK: "C2",
     "action-level": "C3",
-    "first leaf": "C1",
+    FIRST: "C1",
     "VGB": "C0",
     "VGB, 16 H²": "C9",
 }
@@ -117,7 +123,7 @@ def action_level(tree):
 
 def weights(tree):
     """What the walk weighs (N,) each: the edge into a prefix from its parent, the edge back, and
-    the sum of all edges of a prefix.
+    the sum of a prefix's edges.
     """
     into = tree.prior * tree.value
     back = tree.value.copy()
@@ -127,51 +133,32 @@ def weights(tree):
     return into, back, total
 
 
-def moves(tree):
-    """One move, to a child or to the parent: from the law (N,) of where the walk is, its next."""
-    into, back, total = weights(tree)
-    into = into / total[tree.parent]
-    back = back / total
-
-    def move(law):
-        return law[tree.parent] * into + tree.sum(law * back)
-
-    return move
-
-
 def vgb(tree, steps):
-    """The law (N,) of the walk after each of so many steps; half of the time it stays."""
-    move = moves(tree)
-    law = np.eye(1, len(tree.value))[0]  # it begins with nothing written
+    """The law (N,) of where the walk is after each of so many steps."""
+    into, back, total = weights(tree)
+    law = np.eye(1, len(into))[0]  # it begins with nothing written
     for _ in range(steps):
-        law = (law + move(law)) / 2
+        share = law / total
+        children = share[tree.parent] * into
+        parents = tree.sum(share * back)
+        law = (law + children + parents) / 2  # half of the time it stays
         yield law
 
 
-def first_leaf(tree, steps):
-    """The law (N,) of the first whole answer that the walk meets: quick, but biased."""
-    move = moves(tree)
-    law = np.eye(1, len(tree.value))[0]
-    found = np.zeros(len(law))
-    for _ in range(steps):
-        law = move(law)
-        found[tree.leaves] += law[tree.leaves]
-        law[tree.leaves] = 0
-    return found
-
-
-def momentum(tree, steps):
+def momentum(tree, steps, to_leaf=False):
     """The lift: a walk that keeps its direction while it can -> its law (N,) after each step.
 
     Downwards it goes to a child, upwards to the parent, and turns with what the other way weighs
     more. So each prefix is left as often as it is entered, in either direction; it never idles.
+    With true values it goes straight down. to_leaf: it ends at the first whole answer.
     """
     into, back, total = weights(tree)
     forth = total - back
     larger = np.maximum(forth, back)
-    larger[larger == 0] = 1
     turn_up = np.maximum(back - forth, 0) / larger
     turn_down = np.maximum(forth - back, 0) / larger
+    if to_leaf:
+        turn_up[tree.leaves] = 0  # from there it goes nowhere, and is gone
     down = np.eye(1, len(into))[0]
     up = np.zeros(len(into))
     for _ in range(steps):
@@ -183,19 +170,28 @@ def momentum(tree, steps):
         yield down + up
 
 
-def sample_walk(tree, steps, n, rng):
-    """n walks of VGB -> where they are after each step (n, steps)."""
+def sample_walk(tree, steps, n, rng, lifted):
+    """n walks, with momentum if lifted -> where they are after each step (n, steps)."""
     into, back, total = weights(tree)
+    forth = total - back
+    larger = np.maximum(forth, back)
     upto = np.cumsum(into)
     node = np.zeros(n, int)
+    up = np.zeros(n, bool)  # the direction
     visited = []
     for _ in range(steps):
-        stays = rng.random(n) < 0.5
-        goes_back = rng.random(n) * total[node] < back[node]
-        forth = ~stays & ~goes_back
-        child = draw_child(tree, upto, node[forth], rng)
-        node = np.where(~stays & goes_back, tree.parent[node], node)
-        node[forth] = child
+        if lifted:
+            u = rng.random(n) * larger[node]
+            goes_up = up & (u < back[node])
+            goes_down = ~up & (u < forth[node])
+            up = up ^ ~(goes_up | goes_down)
+        else:
+            u = rng.random(n) * 2 * total[node]
+            goes_up = u < back[node]
+            goes_down = ~goes_up & (u < total[node])
+        child = draw_child(tree, upto, node[goes_down], rng)
+        node = np.where(goes_up, tree.parent[node], node)
+        node[goes_down] = child
         visited.append(node)
     return np.stack(visited, 1)
 
@@ -288,7 +284,7 @@ def laws_of(tree):
     laws = {
         "outcome-level": reach(tree, tree.prior),
         "action-level": reach(tree, action_level(tree)),
-        "first leaf": first_leaf(tree, 10 * T),
+        FIRST: sum(momentum(tree, T, to_leaf=True)),
     }
     for step, law in enumerate(vgb(tree, 4 * T), 1):
         if step in (T, 4 * T):
@@ -322,9 +318,9 @@ def count_calls(tree, n, rng):
     per_step = tree.sum(np.ones(len(nodes)))  # all children of a prefix are asked about
 
     def again(policy, length, M):
-        """The candidates of an answer begun anew until the budget is spent."""
+        """All candidates of an answer begun anew, again and again."""
         blocks = -(-H // length)
-        attempts = -(-BUDGETS[-1] // (M * blocks))
+        attempts = -(-CANDIDATES // (M * blocks))
         return sample_blocks(tree, policy, length, M, n * attempts, rng).reshape(n, -1)
 
     def within(asked, price, done=True):
@@ -335,11 +331,11 @@ def count_calls(tree, n, rng):
     for length, M in BLOCKS:
         result[f"{length}x{M}"] = within(again(tree.prior, length, M), per_candidate)
     result["action-level"] = within(again(action_level(tree), 1, 1), per_step)
-    # The walk: until its first leaf; and walks of T steps, until one of them ends at a leaf
+    # With momentum to its first leaf; and walks of T steps, until one of them ends at a leaf
     T = 4 * H * H
-    result["first leaf"] = within(sample_walk(tree, 4 * T, n, rng), per_step)
-    walks = sample_walk(tree, T, 16 * n, rng).reshape(n, -1)
-    at_an_end = np.arange(1, 16 * T + 1) % T == 0
+    result[FIRST] = within(sample_walk(tree, T, n, rng, lifted=True), per_step)
+    walks = sample_walk(tree, T, 64 * n, rng, lifted=False).reshape(n, -1)
+    at_an_end = np.arange(1, 64 * T + 1) % T == 0
     result["VGB"] = within(walks, per_step, at_an_end)
     return result
 
@@ -412,7 +408,7 @@ def draw_faults(by_length, by_noise, config, run):
     """How far each method is from the target: against the length, and the verifier's errors."""
     tv = {}
     off = {}
-    for name in ("action-level", "first leaf", "VGB", "VGB, 16 H²"):
+    for name in ("action-level", FIRST, "VGB", "VGB, 16 H²"):
         style = dict(color=COLORS[name], marker="o")
         for kind, line in (("perturbed", "-"), ("delayed", "--")):
             tv[name] = column(run, "tv", name, kind=kind)
@@ -440,7 +436,7 @@ def draw_words(by_calls, by_cost, run):
     """Brackets: what is right within a budget of calls; then, how true the law of it is."""
     cost = {}
     tv = {}
-    for name in ("outcome-level", BLOCK, "action-level", "first leaf", "VGB"):
+    for name in ("outcome-level", BLOCK, "action-level", FIRST, "VGB"):
         style = dict(color=COLORS[name], label=name)
         curves = column(run, "within", name, phase="words")  # (seeds, budgets)
         band(by_calls, BUDGETS, curves, **style)
@@ -451,7 +447,7 @@ def draw_words(by_calls, by_cost, run):
             tv[name] = y.mean()
     by_calls.set_title(
         f"Brackets, half right: {cost['outcome-level']:.0f} calls outcome-level, "
-        f"{cost['action-level']:.0f} action-level, {cost['first leaf']:.0f} first leaf"
+        f"{cost['action-level']:.0f} action-level, {cost[FIRST]:.0f} momentum"
     )
     by_cost.set_title(
         f"Right answers are off by {tv['action-level']:.2f} (action-level), {tv['VGB']:.2f} (VGB)"
@@ -486,8 +482,8 @@ def judge(config, run):
     off = gain("tv", "VGB", "action-level", phase="noise", sd=1.0)
     one = gain("right", "VGB", "action-level", **words)
     law = gain("tv", "VGB", "action-level", **words)
-    over_action = gain("within", "first leaf", "action-level", **words).mean(1)
-    over_block = gain("within", "first leaf", BLOCK, **words).mean(1)
+    over_action = gain("within", FIRST, "action-level", **words).mean(1)
+    over_block = gain("within", FIRST, BLOCK, **words).mean(1)
     # fmt: off
     return [
         claim("grows", "action-level TV from one length to the next, smallest rise",
@@ -508,10 +504,10 @@ def judge(config, run):
         claim("law", "brackets: TV of right answers, VGB minus action-level",
               SOURCE, "closer", law,
               "<=", -0.05, n),
-        claim("action", "brackets, the same calls: right, first leaf minus action-level",
+        claim("action", "brackets, the same calls: right, momentum minus action-level",
               SOURCE, "more", over_action,
               ">", 0, n),
-        claim("block", "brackets, the same calls: right, first leaf minus block best-of-n",
+        claim("block", "brackets, the same calls: right, momentum minus block best-of-n",
               SOURCE, "more", over_block,
               ">", 0, n),
     ]

@@ -44,7 +44,7 @@ from tasks import dyck
 
 SOURCE = "Foster and Rakhlin, arXiv 2312.16730"
 CALLS = 45  # the budget of an answer, one of backtrack.BUDGETS
-WAYS = ("outcome-level", "1x4", "2x4", "5x8", "action-level", "first leaf")
+WAYS = ("outcome-level", "1x4", "2x8", "5x8", "action-level", backtrack.FIRST)
 SCALES = {
     "greedy": (0.0,),
     "epsilon-greedy": (0.1, 0.3, 1.0, 3.0),
@@ -150,37 +150,47 @@ def measure_problems(config, run, device):
         within = backtrack.count_calls(tree, config.walks, rng)
         return dict(success=[within[name][budget] for name in WAYS])
 
-    for text in map("".join, product("()", repeat=config.size)):
+    for brackets in product("()", repeat=config.size):
+        text = "".join(brackets)
         stack = dyck.still_open(text)
         if stack is not None:
-            run.log_once(partial(success, text), phase="problem", text=text, step=len(stack))
+            where = dict(phase="problem", text=text, step=len(stack))
+            run.log_once(partial(success, text), **where)
 
 
 def brackets(config, run):
     """Problems in random order -> x (T, S, size + 2), mean (T, S, A), draw."""
-    rows = [row for row in run.rows if row["phase"] == "problem"]
-    signs = [[1 if c == "(" else -1 for c in row["text"]] for row in rows]
-    features = np.array([[1, row["step"], *sign] for row, sign in zip(rows, signs, strict=True)])
-    success = np.array([row["success"] for row in rows])
+    features = []
+    success = []
+    for row in run.rows:
+        if row["phase"] == "problem":
+            signs = [1 if c == "(" else -1 for c in row["text"]]
+            features.append([1, row["step"], *signs])
+            success.append(row["success"])
+    x = np.array(features) / np.sqrt(config.size + 2)
+    mean = np.array(success)
     rng = np.random.default_rng(config.seed)
-    drawn = rng.integers(len(rows), size=(config.steps, 2 * config.seeds))
+    shape = config.steps, 2 * config.seeds
+    drawn = rng.integers(len(x), size=shape)
 
     def draw(mean):
         return (rng.random(len(mean)) < mean).astype(float)
 
-    return features[drawn] / np.sqrt(config.size + 2), success[drawn], draw
+    return x[drawn], mean[drawn], draw
 
 
 def compete(method, config, world):
     """The method at the scale that is best on the first half of the bandits, on the other half."""
     x, mean, draw = world
     rng = np.random.default_rng(config.seed + 1)
-    curves = [play(method, scale, x, mean, draw, rng) for scale in SCALES[method]]
+    scales = SCALES[method]
+    curves = [play(method, scale, x, mean, draw, rng) for scale in scales]
     tuning = [curve[-1, : config.seeds].mean() for curve in curves]
     best = int(np.argmin(tuning))
     shown = np.linspace(0, config.steps - 1, 50).astype(int)
     regret = curves[best][shown, config.seeds :].T  # (seeds, shown)
-    return dict(scale=SCALES[method][best], shown=(shown + 1).tolist(), regret=regret.tolist())
+    rounds = shown + 1
+    return dict(scale=scales[best], rounds=rounds.tolist(), regret=regret.tolist())
 
 
 def figure(config, run):
@@ -193,7 +203,7 @@ def figure(config, run):
             regret = np.array(row["regret"])  # (seeds, shown)
             name = row["method"]
             label = name if name == "greedy" else f"{name}, scale {row['scale']}"
-            band(ax, row["shown"], regret, label, color=COLORS[name])
+            band(ax, row["rounds"], regret, label, color=COLORS[name])
             last[name] = regret[:, -1]
         for rival, most in (("epsilon-greedy", 0.95), ("greedy", 0.5)):
             text = f"{world}: regret, inverse gap over {rival}"

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-FEWEST = 0.01  # tokens that the base gives less are cut
+FEWEST = 0.03  # tokens that the base gives less are cut
 
 
 @dataclass

@@ -107,16 +107,45 @@ def test_the_lift_rests_at_the_target_too(seed):
     assert distance(mean[leaves], target(tree)) < 3e-3
 
 
+def lifted_matrix(tree):
+    """The transition matrix of (prefix, direction), from the definition: down first, then up."""
+    N = len(tree.value)
+    P = np.zeros((2 * N, 2 * N))
+    for v in range(N):
+        children = {u: tree.prior[u] * tree.value[u] for u in range(1, N) if tree.parent[u] == v}
+        forth = sum(children.values())
+        back = tree.value[v] if v else 0.0
+        larger = max(forth, back) or 1.0
+        for u, w in children.items():
+            P[v, u] = w / larger
+        P[v, N + v] = max(back - forth, 0) / larger
+        P[N + v, N + tree.parent[v]] += back / larger
+        P[N + v, v] += max(forth - back, 0) / larger
+    return P
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_lift_is_the_matrix_of_its_definition(seed):
+    tree = ragged(seed)
+    P = lifted_matrix(tree)
+    N = len(tree.value)
+    law = np.eye(2 * N)[0]
+    for ours in bt.momentum(tree, 30):
+        law = law @ P
+        np.testing.assert_allclose(ours, law[:N] + law[N:], atol=1e-12)
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_the_first_leaf_is_that_of_an_absorbing_matrix(seed):
     tree = ragged(seed)
-    leaves = tree.level(tree.H)
-    inner = tree.starts[tree.H]
-    P = 2 * (matrix(tree) - np.eye(len(tree.value)) / 2)  # without the idle half
-    visits = np.linalg.inv(np.eye(inner) - P[:inner, :inner])[0]
-    np.testing.assert_allclose(
-        bt.first_leaf(tree, 5000)[leaves], visits @ P[:inner, leaves], atol=1e-9
-    )
+    N, inner = len(tree.value), tree.starts[tree.H]
+    within = [*range(inner), *range(N, N + inner)]
+    P = lifted_matrix(tree)
+    visits = np.linalg.inv(np.eye(2 * inner) - P[np.ix_(within, within)])[0]
+    exact = visits @ P[np.ix_(within, range(inner, N))]
+    ours = sum(bt.momentum(tree, 3000, to_leaf=True))[tree.leaves]
+    np.testing.assert_allclose(ours, exact, atol=1e-9)
+    assert exact.sum() == pytest.approx(1)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -164,10 +193,12 @@ def brute_force_blocks(tree, length, M):
     return np.array([law.get(v, 0) for v in range(tree.starts[tree.H], len(tree.value))])
 
 
-def test_sampled_walks_follow_the_law():
+@pytest.mark.parametrize("lifted", [False, True])
+def test_sampled_walks_follow_the_law(lifted):
     tree = ragged(1)
-    *_, law = bt.vgb(tree, 12)
-    nodes = bt.sample_walk(tree, 12, 20000, np.random.default_rng(0))[:, -1]
+    *_, law = (bt.momentum if lifted else bt.vgb)(tree, 12)
+    nodes = bt.sample_walk(tree, 12, 20000, np.random.default_rng(0), lifted)[:, -1]
+    law = np.where(law < 1e-12, 0, law)
     assert abs(chi_squared(np.bincount(nodes, minlength=len(law)), law)) < 4
 
 
@@ -255,13 +286,17 @@ def test_rare_tokens_are_cut_and_siblings_stand_side_by_side():
 
 
 def test_the_verifier_learns_from_what_the_base_wrote_and_from_nothing_else():
-    config = bt.Config(size=3, rollouts=64)
+    config = bt.Config(size=4, rollouts=64)
     base, _ = models()
     words, right, written = bt.roll_out(config, base, 0)
-    assert words.shape == (64, 6) and right.shape == (64,) and written.shape == (64, 3)
-    # a problem finished to 3, 4 or 5 brackets: its own value is learnt, but not what came before
-    assert set(written.sum(1).tolist()) == {1.0, 2.0, 3.0}
-    logits = torch.randn(64, 3, requires_grad=True)
+    assert words.shape == (64, 8) and right.shape == (64,) and written.shape == (64, 4)
+    for word, seen in zip(words.tolist(), written.tolist(), strict=True):
+        # of what came before the base went on, no value is learnt
+        n = int(4 - sum(seen))
+        assert seen == [0.0] * n + [1.0] * (4 - n)
+        assert "[" not in dyck.tokenizer.decode(word[: 4 + n + 1 if n else 4])
+    assert set(written.sum(1).tolist()) == {2.0, 3.0, 4.0}
+    logits = torch.randn(64, 4, requires_grad=True)
     loss = bt.value_loss(logits, right, written)
     loss.backward()
     p = logits.sigmoid()
