@@ -97,11 +97,11 @@ COLORS = {
 
 @dataclass
 class Config(Flags):
-    size: int = flag(10, "brackets of a problem, and of its answer", quick=3, low=2, high=10)
+    size: int = flag(10, "brackets of a problem, and of its answer", quick=4, low=4, high=10)
     base_steps: int = flag(600, "steps of imitation", quick=5, low=1)
     rollouts: int = flag(2000, "answers of the base that teach the verifier", quick=32, low=1)
     value_steps: int = flag(300, "steps of the verifier", quick=5, low=1)
-    problems: int = flag(6, "problems a seed, held out; as many to tune with", quick=1, low=1)
+    problems: int = flag(4, "problems a seed, held out; as many to tune with", quick=1, low=1)
     walks: int = flag(100, "sampled answers a problem, to count calls", quick=4, low=1)
 
 
@@ -440,7 +440,7 @@ def draw_words(by_calls, by_cost, run):
         style = dict(color=COLORS[name], label=name)
         curves = column(run, "within", name, phase="words")  # (seeds, budgets)
         band(by_calls, BUDGETS, curves, **style)
-        cost[name] = 2 ** np.interp(0.5, curves.mean(0), np.log2(BUDGETS), right=math.inf)
+        cost[name] = 2 ** np.interp(0.5, curves.mean(0), np.log2(BUDGETS), right=math.nan)
         if name != BLOCK:
             y = column(run, "tv", name, phase="words")
             by_cost.errorbar(cost[name], y.mean(), y.std(), fmt="o", markersize=9, **style)
@@ -456,6 +456,7 @@ def draw_words(by_calls, by_cost, run):
     by_cost.set(xlabel="calls until half are right", ylabel="total variation to the target")
     for ax in (by_calls, by_cost):
         ax.set_xscale("log", base=2)
+        ax.set_xlim(BUDGETS[0], BUDGETS[-1])
 
 
 def figure(config, run):

@@ -57,7 +57,7 @@ COLORS = {"greedy": "C7", "epsilon-greedy": "C3", "inverse gap": "C0"}
 class Config(Flags):
     seeds: int = flag(10, "bandits to test on; as many to tune with", quick=2, low=1, high=1000)
     steps: int = flag(8000, "rounds", quick=20, low=2)
-    size: int = flag(6, "brackets of a problem, and of its answer", quick=3, low=2, high=8)
+    size: int = flag(6, "brackets of a problem, and of its answer", quick=3, low=3, high=8)
     base_steps: int = flag(600, "steps of imitation", quick=5, low=1)
     rollouts: int = flag(2000, "answers of the base that teach the verifier", quick=32, low=1)
     value_steps: int = flag(300, "steps of the verifier", quick=5, low=1)

@@ -342,8 +342,9 @@ def test_authors_close_well_and_open_round_as_seldom_as_said():
 
 def test_held_out_problems_are_apart():
     rng = random.Random(0)
-    ours, theirs = ({dyck.draw(rng, 4, held_out=x) for _ in range(300)} for x in (False, True))
-    assert ours and theirs and not ours & theirs
+    for size in range(4, 11):  # all that the flag allows
+        ours, theirs = ({dyck.draw(rng, size, held) for _ in range(100)} for held in (False, True))
+        assert ours and theirs and not ours & theirs
     task = tasks.load("dyck")
     assert all(hasattr(task, name) for name in tasks.NAMES)
 
@@ -360,7 +361,7 @@ def test_help():
     check_help("electives.backtrack")
 
 
-@pytest.mark.parametrize("flags", ["--size 9", "--problems 0", "--rollouts none"])
+@pytest.mark.parametrize("flags", ["--size 11", "--size 3", "--problems 0", "--rollouts none"])
 def test_a_mistake_is_one_line(flags, tmp_path):
     check_mistake("electives.backtrack", flags, tmp_path)
 
