@@ -90,6 +90,19 @@ def explore(method, scale, gap, t):
     return epsilon_greedy(gap, epsilon)
 
 
+def learn(inverse, moment, theta, taken, x, reward):
+    """Ridge regression of what was taken, with one more prompt x (S, d) and its reward (S,).
+
+    inverse (S, A, d, d), moment and theta (S, A, d) are changed in place. taken: bandits, ways.
+    """
+    # The matrix grows by x x^T: so its inverse changes by this (Sherman and Morrison)
+    v = np.einsum("sde,se->sd", inverse[taken], x)
+    grown = 1 + (v * x).sum(1)
+    inverse[taken] -= np.einsum("sd,se,s->sde", v, v, 1 / grown)
+    moment[taken] += np.einsum("s,sd->sd", reward, x)
+    theta[taken] = np.einsum("sde,se->sd", inverse[taken], moment[taken])
+
+
 def play(method, scale, x, mean, draw, rng):
     """S bandits at once -> regret so far, after each round (T, S).
 
@@ -111,14 +124,8 @@ def play(method, scale, x, mean, draw, rng):
         regret[t] = mean[t].max(1) - expected
         u = rng.random((S, 1))
         a = (p.cumsum(1) < u).sum(1).clip(max=A - 1)
-        taken = row, a
-        reward = draw(mean[t][taken])
-        # The matrix grows by x x^T: so its inverse changes by this (Sherman and Morrison)
-        v = np.einsum("sde,se->sd", inverse[taken], x[t])
-        grown = 1 + (v * x[t]).sum(1)
-        inverse[taken] -= np.einsum("sd,se,s->sde", v, v, 1 / grown)
-        moment[taken] += np.einsum("s,sd->sd", reward, x[t])
-        theta[taken] = np.einsum("sde,se->sd", inverse[taken], moment[taken])
+        reward = draw(mean[t, row, a])
+        learn(inverse, moment, theta, (row, a), x[t], reward)
     return regret.cumsum(0)
 
 
@@ -133,7 +140,8 @@ def linear(config):
     mean = np.einsum("tsd,sad->tsa", x, theta)
 
     def draw(mean):
-        return mean + rng.standard_normal(len(mean))
+        noise = rng.standard_normal(len(mean))
+        return mean + noise
 
     return x, mean, draw
 
@@ -174,7 +182,8 @@ def brackets(config, run):
     drawn = rng.integers(len(x), size=shape)
 
     def draw(mean):
-        return (rng.random(len(mean)) < mean).astype(float)
+        u = rng.random(len(mean))
+        return (u < mean).astype(float)
 
     return x[drawn], mean[drawn], draw
 
@@ -199,7 +208,8 @@ def figure(config, run):
     claims = []
     for ax, world in zip(axes, ("linear", "brackets"), strict=True):
         last = {}
-        for row in (row for row in run.rows if row["phase"] == world):
+        rows = [row for row in run.rows if row["phase"] == world]
+        for row in rows:
             regret = np.array(row["regret"])  # (seeds, shown)
             name = row["method"]
             label = name if name == "greedy" else f"{name}, scale {row['scale']}"
@@ -209,7 +219,8 @@ def figure(config, run):
             text = f"{world}: regret, inverse gap over {rival}"
             ratio = last["inverse gap"] / last[rival]
             claims.append(claim(f"{world} {rival}", text, SOURCE, "less", ratio, "<=", most, n))
-        ours, theirs = last["inverse gap"].mean(), last["epsilon-greedy"].mean()
+        ours = last["inverse gap"].mean()
+        theirs = last["epsilon-greedy"].mean()
         ax.set_title(f"{world}: inverse gap weighting {ours:.0f}, epsilon-greedy {theirs:.0f}")
         ax.set(xlabel="round", ylabel="regret so far (sum of rewards lost)", ylim=(0, None))
         ax.legend()
