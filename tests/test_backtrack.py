@@ -367,5 +367,5 @@ def test_a_mistake_is_one_line(flags, tmp_path):
 
 
 def test_resume(tmp_path):
-    marks = dict(phase="verifier", step=0), dict(phase="words")
+    marks = dict(phase="noise", sd=0.5), dict(phase="verifier", step=0)
     check_resume("electives.backtrack", tmp_path, marks, "--quick")
