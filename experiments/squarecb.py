@@ -218,7 +218,8 @@ def figure(config, run):
         for rival, most in (("epsilon-greedy", 0.95), ("greedy", 0.5)):
             text = f"{world}: regret, inverse gap over {rival}"
             ratio = last["inverse gap"] / last[rival]
-            claims.append(claim(f"{world} {rival}", text, SOURCE, "less", ratio, "<=", most, n))
+            name = f"{world} {rival}"
+            claims.append(claim(name, text, SOURCE, "less", ratio, "<=", most, n))
         ours = last["inverse gap"].mean()
         theirs = last["epsilon-greedy"].mean()
         ax.set_title(f"{world}: inverse gap weighting {ours:.0f}, epsilon-greedy {theirs:.0f}")
