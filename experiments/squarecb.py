@@ -17,7 +17,8 @@ so that regret is paid for by the error of the regression, which shrinks.
     python -m experiments.squarecb          a minute on two cores
 
 What to see: left, ten ways whose rewards are linear in eight numbers of the prompt. Right, the
-ways of electives/backtrack.py on its brackets, within 48 calls of the verifier.
+ways of electives/backtrack.py on its brackets, where a right answer is worth 200 calls of the
+verifier: whole answers, judged, are the cheap way where few brackets are still to be opened.
 
 How this differs from the paper: ridge regression for each way; gamma = c sqrt(A t) at round t.
 """
@@ -43,8 +44,16 @@ from experiment import (
 from tasks import dyck
 
 SOURCE = "Foster and Rakhlin, arXiv 2312.16730"
-CALLS = 45  # the budget of an answer, one of backtrack.BUDGETS
-WAYS = ("outcome-level", "1x4", "2x8", "5x8", "action-level", backtrack.FIRST)
+WAYS = (  # methods, each with a budget of calls (one of backtrack.BUDGETS)
+    ("outcome-level", 8),
+    ("outcome-level", 32),
+    ("1x4", 32),
+    ("2x8", 32),
+    ("action-level", 32),
+    ("action-level", 64),
+    (backtrack.FIRST, 64),
+)
+PRICE = 0.005  # of a call, where a right answer is worth 1
 SCALES = {
     "greedy": (0.0,),
     "epsilon-greedy": (0.1, 0.3, 1.0, 3.0),
@@ -107,7 +116,7 @@ def play(method, scale, x, mean, draw, rng):
     """S bandits at once -> regret so far, after each round (T, S).
 
     x (T, S, d): the prompts. mean (T, S, A): what each way's reward is on average. draw: from the
-    means (S,) of what was taken to the rewards seen (S,).
+    means (S,) of what was taken, and which that was (S,), to the rewards seen (S,).
     """
     T, S, A = mean.shape
     d = x.shape[2]
@@ -124,7 +133,7 @@ def play(method, scale, x, mean, draw, rng):
         regret[t] = mean[t].max(1) - expected
         u = rng.random((S, 1))
         a = (p.cumsum(1) < u).sum(1).clip(max=A - 1)
-        reward = draw(mean[t, row, a])
+        reward = draw(mean[t, row, a], a)
         learn(inverse, moment, theta, (row, a), x[t], reward)
     return regret.cumsum(0)
 
@@ -139,7 +148,7 @@ def linear(config):
     theta /= np.linalg.norm(theta, axis=2, keepdims=True)
     mean = np.einsum("tsd,sad->tsa", x, theta)
 
-    def draw(mean):
+    def draw(mean, a):
         noise = rng.standard_normal(len(mean))
         return mean + noise
 
@@ -150,13 +159,13 @@ def measure_problems(config, run, device):
     """How often each way is right, within its calls, on every problem of the elective's."""
     base = backtrack.imitate(config, run, config.seed, device)
     verifier = backtrack.learn_value(config, run, config.seed, base)
-    budget = backtrack.BUDGETS.index(CALLS)
 
     def success(text):
         tree = backtrack.tree_of(base, verifier, text)
         rng = np.random.default_rng([config.seed, *text.encode()])
         within = backtrack.count_calls(tree, config.walks, rng)
-        return dict(success=[within[name][budget] for name in WAYS])
+        budgets = backtrack.BUDGETS
+        return dict(success=[within[name][budgets.index(calls)] for name, calls in WAYS])
 
     for brackets in product("()", repeat=config.size):
         text = "".join(brackets)
@@ -176,14 +185,15 @@ def brackets(config, run):
             features.append([1, row["step"], *signs])
             success.append(row["success"])
     x = np.array(features) / np.sqrt(config.size + 2)
-    mean = np.array(success)
+    price = PRICE * np.array([calls for _, calls in WAYS])
+    mean = np.array(success) - price
     rng = np.random.default_rng(config.seed)
     shape = config.steps, 2 * config.seeds
     drawn = rng.integers(len(x), size=shape)
 
-    def draw(mean):
-        u = rng.random(len(mean))
-        return (u < mean).astype(float)
+    def draw(mean, a):
+        right = rng.random(len(mean)) < mean + price[a]
+        return right - price[a]
 
     return x[drawn], mean[drawn], draw
 

@@ -65,13 +65,13 @@ def test_regret_is_what_is_lost_to_the_best_way_of_each_prompt():
     x = np.ones((T, S, 1))
     mean = np.tile([0.2, 0.9], (T, S, 1))
     rng = np.random.default_rng(0)
-    uniform = play("epsilon-greedy", 1e9, x, mean, lambda m: m, rng)
+    uniform = play("epsilon-greedy", 1e9, x, mean, lambda m, a: m, rng)
     np.testing.assert_allclose(uniform[-1], T * 0.35)
-    learnt = play("inverse gap", 3.0, x, mean, lambda m: m, rng)
+    learnt = play("inverse gap", 3.0, x, mean, lambda m, a: m, rng)
     assert (learnt[-1] < 0.3 * uniform[-1]).all()
     assert (np.diff(learnt, axis=0) >= 0).all()
     # never explores: the first way is taken, is good enough, and the better one is never tried
-    np.testing.assert_allclose(play("greedy", 0.0, x, mean, lambda m: m, rng)[-1], T * 0.7)
+    np.testing.assert_allclose(play("greedy", 0.0, x, mean, lambda m, a: m, rng)[-1], T * 0.7)
 
 
 def test_quick(tmp_path):
