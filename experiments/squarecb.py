@@ -16,7 +16,7 @@ so that regret is paid for by the error of the regression, which shrinks.
 
     python -m experiments.squarecb          a minute on two cores
 
-What to see: left, ten ways whose rewards are linear in eight numbers of the prompt. Right, the
+What to see: left, ten ways whose success is linear in eight numbers of the prompt. Right, the
 ways of electives/backtrack.py on its brackets, where a right answer is worth 200 calls of the
 verifier: whole answers, judged, are the cheap way where few brackets are still to be opened.
 
@@ -56,8 +56,8 @@ WAYS = (  # methods, each with a budget of calls (one of backtrack.BUDGETS)
 PRICE = 0.005  # of a call, where a right answer is worth 1
 SCALES = {
     "greedy": (0.0,),
-    "epsilon-greedy": (0.1, 0.3, 1.0, 3.0),
-    "inverse gap": (1.0, 3.0, 10.0, 30.0),
+    "epsilon-greedy": (0.03, 0.1, 0.3, 1.0, 3.0, 10.0),
+    "inverse gap": (1.0, 3.0, 10.0, 30.0, 100.0, 300.0),
 }
 COLORS = {"greedy": "C7", "epsilon-greedy": "C3", "inverse gap": "C0"}
 
@@ -139,18 +139,16 @@ def play(method, scale, x, mean, draw, rng):
 
 
 def linear(config):
-    """Rewards linear in the prompt, with noise -> x (T, S, 8), mean (T, S, 10), draw."""
+    """Success that is linear in the prompt -> x (T, S, 8), mean (T, S, 10), draw."""
     rng = np.random.default_rng(config.seed)
     S = 2 * config.seeds
-    x = rng.standard_normal((config.steps, S, 8))
-    x /= np.linalg.norm(x, axis=2, keepdims=True)
-    theta = rng.standard_normal((S, 10, 8))
-    theta /= np.linalg.norm(theta, axis=2, keepdims=True)
+    x = rng.dirichlet(np.ones(8), size=(config.steps, S))
+    theta = rng.random((S, 10, 8))
     mean = np.einsum("tsd,sad->tsa", x, theta)
 
     def draw(mean, a):
-        noise = rng.standard_normal(len(mean))
-        return mean + noise
+        u = rng.random(len(mean))
+        return (u < mean).astype(float)
 
     return x, mean, draw
 
