@@ -325,7 +325,7 @@ def test_the_reward_is_that_of_taking_out_pairs():
         wanted = balanced(text) and "[" not in text
         assert dyck.reward(problem, answer) == wanted
         assert (dyck.still_open(text) == []) == balanced(text)
-    assert dyck.reward("((", ")") == dyck.reward("(", "))") == 0
+    assert dyck.reward("(", ")()") == dyck.reward("((", "))()") == 0  # balanced, but too long
 
 
 def test_authors_close_well_and_open_round_as_seldom_as_said():
