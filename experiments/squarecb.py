@@ -16,7 +16,7 @@ so that regret is paid for by the error of the regression, which shrinks.
 
     python -m experiments.squarecb          a minute on two cores
 
-What to see: left, ten ways whose success is linear in eight numbers of the prompt. Right, the
+What to see: left, ten ways whose rewards are linear in eight numbers of the prompt. Right, the
 ways of electives/backtrack.py on its brackets, where a right answer is worth 200 calls of the
 verifier: whole answers, judged, are the cheap way where few brackets are still to be opened.
 
@@ -139,16 +139,16 @@ def play(method, scale, x, mean, draw, rng):
 
 
 def linear(config):
-    """Success that is linear in the prompt -> x (T, S, 8), mean (T, S, 10), draw."""
+    """Rewards linear in the prompt, with noise as large as they -> x (T, S, 8), mean, draw."""
     rng = np.random.default_rng(config.seed)
     S = 2 * config.seeds
-    x = rng.dirichlet(np.ones(8), size=(config.steps, S))
-    theta = rng.random((S, 10, 8))
-    mean = np.einsum("tsd,sad->tsa", x, theta)
+    x = rng.standard_normal((config.steps, S, 8)) / np.sqrt(8)
+    theta = rng.standard_normal((S, 10, 8))
+    mean = np.einsum("tsd,sad->tsa", x, theta)  # (T, S, 10)
 
     def draw(mean, a):
-        u = rng.random(len(mean))
-        return (u < mean).astype(float)
+        noise = rng.standard_normal(len(mean))
+        return mean + noise
 
     return x, mean, draw
 
