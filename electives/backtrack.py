@@ -26,8 +26,10 @@ action-level sampling that goes back where V turns out to have promised too much
 What to see: above, verifiers with a known fault. Action-level sampling drifts from the target as
 answers grow, or errors do; the walk of 4 H^2 steps does not, or comes back with more steps. Below,
 a GPT that likes square brackets is to use round ones (tasks/dyck.py), and its verifier has seen
-2,000 answers. VGB is true to the target, and pays for it: action-level sampling, begun anew until
-it is right, needs far fewer calls of the verifier.
+2,000 answers. VGB is true to the target, and pays for it in calls of the verifier: action-level
+sampling, begun anew until it is right, needs far fewer, and whole answers of the base, judged until
+one is right (outcome-level), are as true and cheaper still than VGB as long as one in some hundred
+is right. That price grows exponentially with the length; VGB's does not.
 
 How this differs from the paper:
 1. Trees small enough to hold every prefix (tasks/trees.py), so that each method's law is exact;
@@ -450,10 +452,11 @@ def draw_words(by_calls, by_cost, run):
         f"{cost['action-level']:.0f} action-level, {cost[FIRST]:.0f} momentum"
     )
     by_cost.set_title(
-        f"Right answers are off by {tv['action-level']:.2f} (action-level), {tv['VGB']:.2f} (VGB)"
+        f"Their law is off by {tv['action-level']:.2f} action-level, {tv[FIRST]:.2f} momentum, "
+        f"{tv['VGB']:.2f} VGB ({cost['VGB']:.0f} calls)"
     )
     by_calls.set(xlabel="calls of the verifier", ylabel="right answers (fraction)", ylim=(0, 1))
-    by_cost.set(xlabel="calls until half are right", ylabel="total variation to the target")
+    by_cost.set(xlabel="calls until half are right", ylabel="total variation of right answers")
     for ax in (by_calls, by_cost):
         ax.set_xscale("log", base=2)
         ax.set_xlim(BUDGETS[0], BUDGETS[-1])
