@@ -16,9 +16,11 @@ so that regret is paid for by the error of the regression, which shrinks.
 
     python -m experiments.squarecb          a minute on two cores
 
-What to see: left, ten ways whose rewards are linear in eight numbers of the prompt. Right, the
-ways of electives/backtrack.py on its brackets, where a right answer is worth 200 calls of the
-verifier: whole answers, judged, are the cheap way where few brackets are still to be opened.
+What to see: left, ten ways whose rewards are linear in eight numbers of the prompt, the noise as
+large as they: inverse gap weighting loses least. Right, ways of electives/backtrack.py on its
+brackets, where a right answer is worth 200 calls of the verifier. Several ways are nearly as good
+as the best there, and epsilon-greedy is no worse; to explore nothing now and then settles on a bad
+way for good.
 
 How this differs from the paper: ridge regression for each way; gamma = c sqrt(A t) at round t.
 """
