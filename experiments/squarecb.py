@@ -227,7 +227,8 @@ def figure(config, run):
             last[name] = regret[:, -1]
         for rival, most in (("epsilon-greedy", 0.95), ("greedy", 0.5)):
             text = f"{world}: regret, inverse gap over {rival}"
-            ratio = last["inverse gap"] / last[rival]
+            with np.errstate(divide="ignore", invalid="ignore"):  # a rival that lost nothing
+                ratio = last["inverse gap"] / last[rival]
             name = f"{world} {rival}"
             claims.append(claim(name, text, SOURCE, "less", ratio, "<=", most, n))
         ours = last["inverse gap"].mean()
