@@ -35,7 +35,7 @@ How this differs from the papers:
 1. N counts all draws: pessimism spends half of them on `a`. The paper draws N for each.
 2. beta and the temperature are those with the largest true reward at the largest N on another
    table, or on other problems. The paper tries some values of beta.
-3. The true reward of the GPT's answers is 0 or 1; `top` is the largest score on the other problems.
+3. The true reward of the GPT's answers is 0 or 1, and the reward model a classifier: `top` is 1.
 """
 
 import copy
@@ -46,6 +46,7 @@ from functools import partial
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 import tasks
 from engine import Rollout, generate
@@ -80,11 +81,11 @@ class Config(Flags):
     runs: int = flag(1500, "times that each rule chooses from the table", 20, low=1, high=10**4)
     size: int = flag(4, "columns of an addition", quick=2, low=1, high=8)
     sft_steps: int = flag(1200, "steps of imitation, for the base", quick=5, low=1)
-    judged: int = flag(2048, "judged answers that the reward model learns from", quick=16, low=1)
-    rm_steps: int = flag(400, "its steps", quick=3, low=1)
+    judged: int = flag(1024, "judged answers that the reward model learns from", quick=16, low=1)
+    rm_steps: int = flag(300, "its steps", quick=3, low=1)
     rm_lr: float = flag(2e-3, "its learning rate (up in 20 steps, then linear to 0)", low=0)
-    problems: int = flag(64, "held-out problems, and as many to tune on", 4, low=3, high=2**12)
-    draws: int = flag(256, "the GPT's answers to each: the largest N", quick=8, low=2, high=2**12)
+    problems: int = flag(32, "held-out problems, and as many to tune on", 4, low=3, high=2**12)
+    draws: int = flag(1024, "the GPT's answers to each: the largest N", quick=8, low=2, high=2**12)
     temperature: float = flag(1.3, "of these draws; judged were draws at 1", low=1e-3)
 
 
@@ -207,7 +208,7 @@ class RewardModel(torch.nn.Module):
         self.head = torch.nn.Linear(base.config.n_embd, 1)
 
     def forward(self, rollout):
-        """Its answers -> scores (R,): about 1 for what is right, about 0 for what is wrong."""
+        """Its answers -> logits (R,) of being right."""
         hidden = self.body.hidden(rollout.ids)  # (R, T, C)
         rows = torch.arange(len(hidden), device=hidden.device)
         last = rollout.prompt_lens + rollout.lengths - 1  # (R,)
@@ -256,7 +257,7 @@ def answer(model, problems, n, size, temperature, generator):
 
 
 def learn_reward(config, run, seed, base):
-    """Least squares on judged answers of the base -> the reward model.
+    """Cross-entropy on judged answers of the base -> the reward model.
 
     Half of an answer's mistakes are the base's guesses: small problems, too, so that more is right.
     """
@@ -271,7 +272,7 @@ def learn_reward(config, run, seed, base):
         left = 1 - step / config.rm_steps
         optimizer.param_groups[0]["lr"] = config.rm_lr * min((step + 1) / 20, left)
         rows = torch.tensor([rng.randrange(len(rewards)) for _ in range(32)])
-        loss = (model(rollout[rows]) - rewards[rows]).square().mean()
+        loss = F.binary_cross_entropy_with_logits(model(rollout[rows]), rewards[rows])
         optimizer.zero_grad()
         loss.backward()
         descend(optimizer, loss)
@@ -299,8 +300,8 @@ def draw_gpt(config, base, reward_model, seed, held_out):
         base, problems, config.draws, config.size, config.temperature, generator
     )
     parts = torch.arange(len(texts)).split(512)
-    scores = torch.cat([reward_model(rollout[rows]) for rows in parts])
-    scores = scores.double().cpu().view_as(rewards)  # (P, draws)
+    logits = torch.cat([reward_model(rollout[rows]) for rows in parts])
+    scores = logits.double().sigmoid().cpu().view_as(rewards)  # (P, draws)
     numbers = {}  # of each final answer
     kinds = [numbers.setdefault(final_answer(text), len(numbers)) for text in texts]
     kinds = torch.tensor(kinds).view_as(rewards)
@@ -413,7 +414,7 @@ def judge(world, curves):
     best, careful = curves["best-of-n"], curves["pessimism"]
     peak = best.max(1)
     last = careful[:, -1]
-    half = careful[:, careful.shape[1] // 2 :]  # 64 to 4,096 draws; 16 to 256
+    half = careful[:, careful.shape[1] // 2 :]  # 64 to 4,096 draws; 32 to 1,024
     dip = (np.maximum.accumulate(half, 1) - half).max(1)
     against_soft = last - curves["soft best-of-n"][:, -1]
     rows = [
@@ -480,12 +481,12 @@ def main():
         run.introduce(device, parameters)
         for seed in seeds_of(config):
             tables = draw_table(config, seed), draw_table(config, seed + 1000)
-            measure(run, "table", seed, *tables, TOP)
+            measure(run, "table", seed, *tables, top=TOP)
             base = imitate(config, run, seed, device)
             reward_model = learn_reward(config, run, seed, base)
             others, _ = draw_gpt(config, base, reward_model, seed, held_out=False)
             draws, pool = draw_gpt(config, base, reward_model, seed, held_out=True)
-            knobs = measure(run, "GPT", seed, draws, others, others[0].max().item())
+            knobs = measure(run, "GPT", seed, draws, others, top=1.0)
         prompts, written = examples(pool, knobs)
         run.samples(prompts, **written)
         run.finish(*figure(config, run))
