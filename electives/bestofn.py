@@ -23,13 +23,15 @@ rare and overrated stays rare. Best-of-n makes it up to N times as likely.
 
 Two worlds: a table of 20,000 answers, of which two draws in a thousand are bad ones that score
 above all others; and a GPT that adds (tasks/addition.py), with a reward model that learnt from its
-judged answers. That one nobody made hackable: it has never seen the slips that the GPT makes when
-it is sampled at a higher temperature (a column done three times, a digit left out), and some of
-them look better to it than any right answer.
+judged answers. That one nobody made hackable: it has seldom seen the slips that the GPT makes when
+it is sampled at a higher temperature (a digit left out, or no answer at all), and some of them look
+better to it than any right answer.
 
-What to see: the score goes up with N under best-of-n; the true reward goes up and comes down.
-Pessimism needs more draws to get anywhere and then stays where it is. `samples.txt` has what the
-best of all draws looks like.
+What to see: under best-of-n the score goes up with N; the true reward goes up, and comes down below
+that of a single draw. Pessimism needs more draws to get anywhere, and then stays where it is. Soft
+best-of-n with a tuned temperature is not far behind it. `samples.txt` has what the best of all
+draws looks like. Majority, which asks no reward model, beats them all on additions: a right answer
+is the same each time, wrong ones differ.
 
 How this differs from the papers:
 1. N counts all draws: pessimism spends half of them on `a`. The paper draws N for each.
@@ -396,8 +398,8 @@ def figure(config, run):
         above.set_title(
             f"{world}: best of {many:,} {last:.2f}, peak {peak:.2f}; pessimism {kept:.2f}"
         )
-        above.set(ylabel="true reward of the answer kept", ylim=(0, None))
-        below.set(ylabel="its score", xlabel="N (draws of an answer)")
+        above.set(ylabel="true reward of the answer kept", ylim=(0, 1.05))
+        below.set(ylabel="its score", xlabel="N (draws of an answer)", ylim=(0, 1.1))
         below.set_xscale("log", base=2)
         above.legend()
         claims += judge(world, curves)
