@@ -2,7 +2,7 @@
 
 (Weaver, Saad-Falcon, Buchanan, Chen et al., arXiv 2506.18203.)
 
-    python -m experiments.weaver            half a minute
+    python -m experiments.weaver            20 seeds in 3 seconds
 
 The lesson (electives/bestofn.py) keeps the answer that one flawed score likes best. Here 12 judges
 say yes or no to each of 32 answers; how often each is right nobody knows. If judges err

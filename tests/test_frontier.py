@@ -78,7 +78,7 @@ def test_break_even_is_training_over_what_the_draws_cost():
 
 
 def test_a_quick_run_writes_all_its_files(tmp_path):
-    check_quick(SCRIPT, tmp_path, also=("samples.txt",))
+    check_quick(SCRIPT, tmp_path, "--eval-prompts", 1, also=("samples.txt",))
 
 
 def test_help_names_every_flag():
@@ -92,4 +92,4 @@ def test_a_mistake_is_one_line(flags, tmp_path):
 
 def test_an_interrupted_run_goes_on_to_the_bit(tmp_path):
     marks = dict(phase="best-of-n"), dict(phase="policy", beta=0.5)
-    check_resume(SCRIPT, tmp_path, marks, "--quick")
+    check_resume(SCRIPT, tmp_path, marks, "--quick", "--eval-prompts", 1)
