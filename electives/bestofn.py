@@ -140,13 +140,16 @@ def pessimism(scores, beta, top, generator):
     Were a made from the draws that are then tried, the law would not be p w.
     """
     N = scores.shape[1]
+    # 1. Where the weights begin, by the first half
     a = threshold(scores[:, : N // 2], beta)  # (R,)
+    # 2. Each draw of the other half passes by itself, the surer the larger its weight
     tried = scores[:, N // 2 :]  # (R, N - N // 2)
     most = weights(torch.full((len(a), 1), top).to(scores), a, beta)  # (R, 1): W
     chance = weights(tried, a, beta) / most
     passed = torch.rand(tried.shape, generator=generator) < chance
-    passed[:, -1] = True  # nothing passed: a plain draw of the base
-    return N // 2 + passed.int().argmax(1)  # the first that passed
+    # 3. The first that passed; if none did, the last: a plain draw of the base
+    passed[:, -1] = True
+    return N // 2 + passed.int().argmax(1)
 
 
 def best_of_n_law(p, scores, N):
@@ -301,12 +304,15 @@ def draw_gpt(config, base, reward_model, seed, held_out):
     rollout, texts, rewards = answer(
         base, problems, config.draws, config.size, config.temperature, generator
     )
+    # 1. A score for each answer
     parts = torch.arange(len(texts)).split(512)
     logits = torch.cat([reward_model(rollout[rows]) for rows in parts])
     scores = logits.double().sigmoid().cpu().view_as(rewards)  # (P, draws)
-    numbers = {}  # of each final answer
+    # 2. Equal final answers get equal numbers, for majority
+    numbers = {}
     kinds = [numbers.setdefault(final_answer(text), len(numbers)) for text in texts]
     kinds = torch.tensor(kinds).view_as(rewards)
+    # 3. Which draws come first is chance: several orders make the curves smoother
     order = torch.rand((len(problems) * ORDERS, config.draws), generator=generator).argsort(1)
     shuffled = (x.repeat_interleave(ORDERS, 0).gather(1, order) for x in (scores, rewards, kinds))
     return tuple(shuffled), (problems, texts, rewards, scores)
