@@ -50,12 +50,12 @@ class Config(grpo.Config):
     size: int = flag(3, "columns of an addition", quick=2, low=1, high=8)
     n_embd: int = flag(64, "channels of the GPT: 2 layers, 8 heads", quick=32, low=8, high=4096)
     sft_steps: int = flag(500, "steps of supervised warm-up", quick=10, low=1)
-    steps: int = flag(40, "steps of reinforcement learning at each beta", quick=2, low=1)
-    lr: float = flag(1e-3, "RL learning rate (AdamW, constant)", low=0)
+    steps: int = flag(30, "steps of reinforcement learning at each beta", quick=2, low=1)
+    lr: float = flag(3e-4, "RL learning rate (AdamW, constant)", low=0)
     kl: str = flag("k1", "KL estimator: k1 is in the reward", choices=("k1", "k2", "k3"))
     prompts: int = flag(16, "problems in a step", quick=4, low=1, high=4096)
     group: int = flag(8, "answers to each problem", quick=4, low=2, high=1024)
-    eval_prompts: int = flag(16, "held-out problems", quick=4, low=1, high=65536)
+    eval_prompts: int = flag(12, "held-out problems", quick=4, low=1, high=65536)
     draws: int = flag(256, "answers to each, of each policy", quick=64, low=64, high=2**14)
 
     def idle(self):
