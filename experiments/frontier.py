@@ -21,7 +21,7 @@ n is right as often).
 
 What to see: best-of-n lies on the frontier. GRPO lies below it, never above; in the few steps and
 with the small batches that it gets here it moves away from the base and hardly gets better for it.
-That says what so short a training wastes, not what a long one would reach: --steps and --prompts.
+With --sft-steps 1000 --lr 6e-4 --steps 50 it does get better, and spends even more on it.
 
 How this differs from the papers (Beirami et al., arXiv 2401.01879; Gao et al., arXiv 2210.10760):
 the reward is the truth, so that nothing is overoptimised, and all curves are of a prompt's own p.
