@@ -273,7 +273,7 @@ def flash_attention(q, k, v, tile):
 def reverse_kl(lp, lq):
     """KL(p || q) = sum_v p_v (log p_v - log q_v): lp, lq (B, T, V) -> (B, T), in nats.
 
-    Differentiable in lp, through both of its places.
+    Differentiable in lp.
 
     Source: Agarwal et al., arXiv 2306.13649, section 2.
     """
@@ -285,7 +285,7 @@ def jsd(lp, lq):
 
         KL(p || m) / 2 + KL(q || m) / 2         m = (p + q) / 2, the mean of the probabilities
 
-    Differentiable in lp, through m too.
+    Differentiable in lp.
 
     Source: Agarwal et al., arXiv 2306.13649, section 2, with beta = 1/2.
     """

@@ -34,7 +34,8 @@ def close(got, want, why="", tol=1e-5):
     assert got.shape == want.shape, shapes
     got = got.detach().double()
     # the first of the two: inf equals inf, but inf - inf is nan
-    same = (got == want) | ((got - want).abs() <= tol * (1 + want.abs()))
+    near = (got - want).abs() <= tol * (1 + want.abs())
+    same = (got == want) | (near & want.isfinite())
     told = f"it is {say(got)}, and should be {say(want)}"
     assert same.all(), f"{why}: {told}" if why else told
 

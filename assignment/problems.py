@@ -81,7 +81,7 @@ def verify(problem, check, function):
     check(guarded(function, problem.writes))
 
 
-def first_failure(problem, function, started=print):
+def first_failure(problem, function, started):
     """What a student has to read about a function: None if all properties hold, else a text.
 
     started(words): called before each property.

@@ -135,8 +135,10 @@ def a_sequence_gives_each_token_its_own_gradient(policy_loss):
     """`sequence`: the gradient is each token's own, -A s where nothing is clipped, not a share of
     it; and 0 for all where s is clipped.
     """
-    _, slope = losses(policy_loss, "sequence", [1.44, 1.0], 1.0)
-    close(slope, tensor(-1.2, -1.2), "the gradient at s = 1.2")
+    logp = tensor([1.44, 1]).log().requires_grad_()
+    zero = torch.zeros_like(logp).detach()
+    loss = policy_loss(logp, zero, tensor([1]), zero + 1, "sequence", 0.2, 0.5)
+    close(gradient(loss[:, :1], logp), tensor([-1.2, 0]), "of the first token's loss at s = 1.2")
     _, slope = losses(policy_loss, "sequence", [4.0, 1.0], 1.0)
     close(slope, tensor(0, 0), "the gradient at s = 2")
 
@@ -215,10 +217,10 @@ def an_empty_answer_is_no_nan(aggregation_weights):
 
 
 AGGREGATION_WEIGHTS = [
+    prompts_and_padding_count_0,
     sequence_is_a_mean_of_means,
     token_is_one_mean,
     constant_divides_by_the_budget,
-    prompts_and_padding_count_0,
     an_empty_answer_is_no_nan,
 ]
 

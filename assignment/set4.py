@@ -38,25 +38,25 @@ def all_logits_equal(token_logprobs):
 
 
 def the_definition_holds(token_logprobs):
-    """logp, entropy and lse are what the definitions give, for targets in every block."""
-    compare(token_logprobs(*problem(), 1.0, BLOCK), definition(*problem()))
+    """logp, entropy and lse are what the definitions give; here with one block of all columns."""
+    compare(token_logprobs(*problem(), 1.0, V), definition(*problem()))
 
 
 def the_block_does_not_matter(token_logprobs):
-    """The result is the same for blocks of 1 column, and for one block of all: sums so far are
+    """The result is the same for any block, targets in the first or the last: sums so far are
     scaled down when a later block has a larger maximum.
     """
     hidden, _, targets = problem()
     # logits grow along the vocabulary: every block has a new maximum
     rising = torch.arange(V, dtype=torch.float64)[:, None].expand(V, C)
-    case = hidden.abs(), rising, targets
-    for block in (1, BLOCK, V):
-        compare(token_logprobs(*case, 1.0, block), definition(*case))
+    for case in ((hidden.abs(), rising, targets), problem()):
+        for block in (1, BLOCK):
+            compare(token_logprobs(*case, 1.0, block), definition(*case))
 
 
 def temperature_divides_the_logits(token_logprobs):
     """The logits are divided by the temperature before all else, for the entropy as well."""
-    compare(token_logprobs(*problem(), 0.5, BLOCK), definition(*problem(), 0.5))
+    compare(token_logprobs(*problem(), 0.5, V), definition(*problem(), 0.5))
 
 
 def logits_may_be_large(token_logprobs):
@@ -89,8 +89,8 @@ def it_never_holds_all_logits(token_logprobs):
 
 TOKEN_LOGPROBS = [
     all_logits_equal,
-    temperature_divides_the_logits,
     the_definition_holds,
+    temperature_divides_the_logits,
     the_block_does_not_matter,
     logits_may_be_large,
     it_never_holds_all_logits,
@@ -103,7 +103,7 @@ TOKEN_LOGPROBS = [
 ONES = torch.ones(N, dtype=torch.float64)
 
 
-def slopes(function, g_logp, g_entropy, temperature=1.0, block=BLOCK):
+def slopes(function, g_logp, g_entropy, temperature=1.0, block=V):
     """The function's gradients, and those of autograd through the definition."""
     hidden, weight, targets = problem()
     with torch.enable_grad():
@@ -142,10 +142,10 @@ def by_the_chain_rule_1_over_temperature(function):
 
 
 def blocks_add_up(function):
-    """The gradient of hidden is a sum over the blocks, that of weight has the rows of each block:
-    the same for blocks of 1 column, and for one block of all.
+    """The gradient of hidden is a SUM over the blocks, that of weight has the rows of each block:
+    any block gives the same.
     """
-    for block in (1, V):
+    for block in (1, BLOCK):
         compare_slopes(*slopes(function, ONES, ONES, block=block))
 
 
@@ -201,8 +201,8 @@ def equal_scores_give_means(flash_attention):
 
 
 def it_is_softmax_attention(flash_attention):
-    """o and lse are those of softmax(q k^T / sqrt(D)) v, with lse in nats."""
-    compare_attention(flash_attention, normal(T, D), normal(T, D, seed=1), normal(T, D, seed=2), 3)
+    """o and lse are those of softmax(q k^T / sqrt(D)) v, with lse in nats; here with one tile."""
+    compare_attention(flash_attention, normal(T, D), normal(T, D, seed=1), normal(T, D, seed=2), T)
 
 
 def a_larger_maximum_scales_down_what_came_before(flash_attention):
@@ -217,7 +217,7 @@ def any_tile_will_do(flash_attention):
     """The result is the same for every size of the tiles, also where the last is not full, and
     where one holds all.
     """
-    for tile in (1, 2, T, 16):
+    for tile in (1, 2, 3, 16):
         q, k, v = normal(3, T, D)
         compare_attention(flash_attention, q, k, v, tile)
 
@@ -240,8 +240,8 @@ def it_never_holds_a_row_of_scores(flash_attention):
 
 FLASH_ATTENTION = [
     equal_scores_give_means,
-    a_larger_maximum_scales_down_what_came_before,
     it_is_softmax_attention,
+    a_larger_maximum_scales_down_what_came_before,
     any_tile_will_do,
     scores_may_be_large,
     it_never_holds_a_row_of_scores,
