@@ -56,14 +56,15 @@ def gradient(loss, x):
 
 
 class Largest(TorchDispatchMode):
-    """How many numbers the largest tensor has that is made inside of the `with`."""
+    """How many numbers the largest tensor has that is made inside of the `with`; bytes are none."""
 
     numbers = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         made = func(*args, **(kwargs or {}))
-        sizes = [x.numel() for x in tree_leaves(made) if isinstance(x, torch.Tensor)]
-        self.numbers = max([self.numbers, *sizes])
+        for x in tree_leaves(made):
+            if isinstance(x, torch.Tensor) and x.dtype != torch.uint8:
+                self.numbers = max(self.numbers, x.numel())
         return made
 
 

@@ -25,7 +25,7 @@ import opd
 import tokenizer
 import ttt
 from assignment import adapters
-from assignment.grade import explained, grade, load, table
+from assignment.grade import grade, isolated
 from assignment.problems import PROBLEMS, SETS, first_failure, words_of
 from experiments import coupled, samplers, selection
 
@@ -276,7 +276,8 @@ def test_a_harmful_function_gets_nothing_and_the_others_are_graded(tmp_path):
     code, out, err = graded(path, "--seconds", "1.5")
     assert code == 0 and err == "", err
     harmful = re.findall(r"^def (\w+)", HARMFUL, re.M) + ["advantages"]
-    points = {name: (int(got), int(of)) for name, got, of in re.findall(r"(\w+) +(\d+) / (\d+)", out)}
+    rows = re.findall(r"(\w+) +(\d+) / (\d+)", out)
+    points = {name: (int(got), int(of)) for name, got, of in rows}
     assert {name for name in BY_NAME if points[name][0] == 0} == set(harmful)
     assert all(points[name][0] == points[name][1] for name in set(BY_NAME) - set(harmful))
     for said in (
@@ -296,4 +297,6 @@ def test_a_file_that_cannot_be_loaded_is_said_once_and_one_that_is_not_there_is_
     path.write_text("def rms_norm(:")
     grades = grade(path, PROBLEMS[:2])
     assert all("SyntaxError" in wrong for wrong in grades.values())
-    assert load(ROOT / "assignment/adapters.py").rms_norm
+    assert "never" in isolated(lambda tell: "never", seconds=9)
+    code, out, err = graded(tmp_path / "nothing.py")
+    assert code == 2 and out == "" and "there is no file" in err

@@ -121,7 +121,7 @@ WRONG = {
             "1 - (1 - correct.double() / n) ** k",
             "drawn without replacement",
         ),
-        ("raise ValueError", "print", "nothing can be said"),
+        ("raise ValueError", "str", "nothing can be said"),
         ("n - k + 1, n + 1", "n - k, n", "counted here for n = 5"),
         (
             "1 - (1 - correct[:, None] / j).prod(-1)",
