@@ -81,7 +81,9 @@ def guarded(function, writes=()):
         after = [x for x in tree_leaves(given) if isinstance(x, torch.Tensor)]
         for old, new in zip(before, after, strict=True):
             kept = torch.equal(old.nan_to_num(), new.detach().nan_to_num())
-            assert kept, "it changes its arguments: work on copies, without `x += ..` or `x[i] = ..`"
+            assert kept, (
+                "it changes its arguments: work on copies, without `x += ..` or `x[i] = ..`"
+            )
         return result
 
     return call

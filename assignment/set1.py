@@ -81,7 +81,8 @@ def the_mean_of_the_squares_is_one(rms_norm):
     """With weight 1 and eps 0 the mean (not the sum) of the squares of each row is 1."""
     x = tensor([1, -1, 1, -1], [3, -4, -3, 4])
     y = rms_norm(x, torch.ones(4, dtype=torch.float64), 0.0)
-    close(y.square().mean(-1), tensor(1, 1))
+    got = y.square().mean(-1)
+    close(got, tensor(1, 1))
 
 
 def no_mean_is_subtracted(rms_norm):
@@ -94,7 +95,9 @@ def each_row_has_its_own_size(rms_norm):
     """The mean is over the last dimension only: a row does not depend on the other rows."""
     x = normal(2, 3, 4)
     weight = torch.ones(4, dtype=torch.float64)
-    close(rms_norm(x, weight, 1e-5)[1, 2], rms_norm(x[1, 2], weight, 1e-5))
+    got = rms_norm(x, weight, 1e-5)[1, 2]
+    want = rms_norm(x[1, 2], weight, 1e-5)
+    close(got, want)
 
 
 def eps_is_under_the_root(rms_norm):
@@ -132,20 +135,23 @@ def rows(*heads):
 def position_0_turns_nothing(rotary):
     """At position 0 nothing is turned."""
     x = normal(1, 1, 2, 8)
-    close(rotary(x, torch.zeros(1, 1, dtype=torch.long), 10000.0), x)
+    got = rotary(x, torch.zeros(1, 1, dtype=torch.long), 10000.0)
+    close(got, x)
 
 
 def one_pair_turns_counter_clockwise(rotary):
-    """With D = 2 position p turns by p radians, counter-clockwise: (1, 0) becomes (cos p, sin p)."""
+    """With D = 2 position p turns by p radians, counter-clockwise: (1, 0) gives (cos p, sin p)."""
     got = rotary(rows([1, 0], [1, 0], [0, 1]), torch.tensor([[1, 2, 1]]), 10000.0)
     c, s = math.cos(1), math.sin(1)
-    close(got, rows([c, s], [math.cos(2), math.sin(2)], [-s, c]))
+    want = rows([c, s], [math.cos(2), math.sin(2)], [-s, c])
+    close(got, want)
 
 
 def neighbours_are_a_pair(rotary):
     """Channels 2j and 2j + 1 are a pair (neighbours), not j and j + D/2 (halves)."""
     got = rotary(rows([1, 0, 0, 0]), torch.tensor([[1]]), 10000.0)
-    close(got, rows([math.cos(1), math.sin(1), 0, 0]))
+    want = rows([math.cos(1), math.sin(1), 0, 0])
+    close(got, want)
 
 
 def later_pairs_turn_slower(rotary):
@@ -153,7 +159,8 @@ def later_pairs_turn_slower(rotary):
     pair by 0.1.
     """
     got = rotary(rows([0, 0, 1, 0]), torch.tensor([[1]]), 100.0)
-    close(got, rows([0, 0, math.cos(0.1), math.sin(0.1)]))
+    want = rows([0, 0, math.cos(0.1), math.sin(0.1)])
+    close(got, want)
 
 
 def each_row_has_its_own_positions(rotary):
@@ -163,7 +170,8 @@ def each_row_has_its_own_positions(rotary):
     x = normal(2, 3, 1, 4)
     positions = torch.tensor([[0, 1, 2], [7, 8, 9]])
     alone = rotary(x[1:, 2:], torch.tensor([[9]]), 10000.0)
-    close(rotary(x, positions, 10000.0)[1:, 2:], alone)
+    got = rotary(x, positions, 10000.0)[1:, 2:]
+    close(got, alone)
 
 
 def only_the_distance_counts(rotary):
@@ -171,7 +179,9 @@ def only_the_distance_counts(rotary):
     x = normal(2, 2, 1, 8)
     near = rotary(x, torch.tensor([[3, 1], [3, 1]]), 100.0)
     far = rotary(x, torch.tensor([[40, 38], [40, 38]]), 100.0)
-    close((near[:, 0] * near[:, 1]).sum(-1), (far[:, 0] * far[:, 1]).sum(-1), tol=1e-4)
+    got = (near[:, 0] * near[:, 1]).sum(-1)
+    want = (far[:, 0] * far[:, 1]).sum(-1)
+    close(got, want, tol=1e-4)
 
 
 ROTARY = [
@@ -202,7 +212,8 @@ def a_token_sees_itself_and_the_past(attention):
     """A query sees its own position and those before it, nothing later: with equal scores the
     output is the mean of the values so far.
     """
-    close(means_of_what_is_seen(attention, 4, 4), tensor(1, 1.5, 2, 2.5))
+    want = tensor(1, 1.5, 2, 2.5)
+    close(means_of_what_is_seen(attention, 4, 4), want)
 
 
 def the_queries_are_the_last_positions(attention):
@@ -217,8 +228,12 @@ def a_window_includes_the_token_itself(attention):
     """A window of w shows the last w positions, the query's own included: a window of 1 the token
     alone, a window of 2 one neighbour more.
     """
-    close(means_of_what_is_seen(attention, 4, 4, window=1), tensor(1, 2, 3, 4))
-    close(means_of_what_is_seen(attention, 4, 4, window=2), tensor(1, 1.5, 2.5, 3.5))
+    got = means_of_what_is_seen(attention, 4, 4, window=1)
+    want = tensor(1, 2, 3, 4)
+    close(got, want)
+    got = means_of_what_is_seen(attention, 4, 4, window=2)
+    want = tensor(1, 1.5, 2.5, 3.5)
+    close(got, want)
 
 
 def scores_are_divided_by_the_root_of_D(attention):
@@ -227,7 +242,9 @@ def scores_are_divided_by_the_root_of_D(attention):
     k = tensor([0, 0, 0, 0], [1, 0, 0, 0])[None, None]
     v = tensor([0, 0, 0, 0], [1, 1, 1, 1])[None, None]
     p = math.e / (1 + math.e)  # the scores are 0 and 2 * 1 / sqrt(4) = 1
-    close(attention(q, k, v)[0, 0, 1], tensor(p, p, p, p))
+    got = attention(q, k, v)[0, 0, 1]
+    want = tensor(p, p, p, p)
+    close(got, want)
 
 
 def query_heads_share_key_heads_in_groups(attention):
@@ -236,14 +253,17 @@ def query_heads_share_key_heads_in_groups(attention):
     """
     q, k = normal(1, 4, 1, 2), normal(1, 2, 1, 2)
     v = tensor([[5, 5]], [[7, 7]])[None]
-    close(attention(q, k, v)[0, :, 0, 0], tensor(5, 5, 7, 7))
+    got = attention(q, k, v)[0, :, 0, 0]
+    want = tensor(5, 5, 7, 7)
+    close(got, want)
 
 
 def scores_may_be_large(attention):
     """Scores in the thousands give numbers, not nan: the largest is subtracted before exp."""
     q = 10_000 * tensor([1, 0], [1, 0])[None, None]
     got = attention(q, tensor([1, 0], [-1, 0])[None, None], tensor([3, 4], [5, 6])[None, None])
-    close(got, tensor([3, 4], [3, 4])[None, None])
+    want = tensor([3, 4], [3, 4])[None, None]
+    close(got, want)
 
 
 ATTENTION = [

@@ -69,7 +69,8 @@ def scores_are_divided_by_the_root_of_D(cache_step):
     q = tensor([2**0.5, 0])  # with the new key (1, 0) the score is 1
     one = tensor([1, 0])
     out, _ = parts(cache_step(keys, values, torch.tensor([1]), q, one, one), 2)
-    close(out, tensor([math.e / (1 + math.e), 0]))
+    want = tensor([math.e / (1 + math.e), 0])
+    close(out, want)
 
 
 CACHE_STEP = [
@@ -101,7 +102,9 @@ def each_token_owns_its_interval(inverse_cdf):
 
 def each_row_uses_its_own_number(inverse_cdf):
     """Every row is drawn with its own u: the answers to one prompt must not share their token."""
-    close(drawn(inverse_cdf, [0.5, 0.5], 0.1, 0.9, 0.2, 0.8), tensor(0, 1, 0, 1))
+    got = drawn(inverse_cdf, [0.5, 0.5], 0.1, 0.9, 0.2, 0.8)
+    want = tensor(0, 1, 0, 1)
+    close(got, want)
 
 
 def the_vocabulary_keeps_its_order(inverse_cdf):
@@ -110,12 +113,14 @@ def the_vocabulary_keeps_its_order(inverse_cdf):
     """
     numbers = (torch.arange(20) + 0.5) / 20
     got = drawn(inverse_cdf, [0.1, 0.6, 0.3], *numbers.tolist())
-    close(torch.bincount(got, minlength=3), tensor(2, 12, 6))
+    want = tensor(2, 12, 6)
+    close(torch.bincount(got, minlength=3), want)
 
 
 def what_has_probability_0_is_never_drawn(inverse_cdf):
     """A token of probability 0 is never drawn: not at u = 0, not on a border."""
-    close(drawn(inverse_cdf, [0, 0.5, 0, 0.5], 0.0, 0.5), tensor(1, 3))
+    got = drawn(inverse_cdf, [0, 0.5, 0, 0.5], 0.0, 0.5)
+    close(got, tensor(1, 3))
 
 
 def rounding_does_not_fall_off_the_end(inverse_cdf):
@@ -123,8 +128,10 @@ def rounding_does_not_fall_off_the_end(inverse_cdf):
     that has a probability, not one beyond it.
     """
     largest = 1 - 2**-53
-    close(drawn(inverse_cdf, [0.1] * 10 + [0], largest), tensor(9))
-    close(drawn(inverse_cdf, [0.1] * 10, largest), tensor(9))
+    got = drawn(inverse_cdf, [0.1] * 10 + [0], largest)
+    close(got, tensor(9))
+    got = drawn(inverse_cdf, [0.1] * 10, largest)
+    close(got, tensor(9))
 
 
 INVERSE_CDF = [
@@ -155,14 +162,19 @@ def top_k_keeps_the_k_largest(truncate):
     """top_k keeps the k largest logits of each row as they are; the others become -inf, so that
     their probability is 0.
     """
-    close(truncate(LOGITS[None], top_k=2), kept(LOGITS, 1, 3))
+    got = truncate(LOGITS[None], top_k=2)
+    want = kept(LOGITS, 1, 3)
+    close(got, want)
     two = torch.stack((LOGITS, LOGITS.flip(0) + 9))
-    close(truncate(two, top_k=1), torch.cat((kept(LOGITS, 1), kept(two[1], 2))))
+    want = torch.cat((kept(LOGITS, 1), kept(two[1], 2)))
+    close(truncate(two, top_k=1), want)
 
 
 def top_k_keeps_ties_and_may_be_large(truncate):
     """What equals the k-th largest logit is kept, too, and a top_k beyond V keeps all."""
-    close(truncate(tensor([1, 2, 2, 0]), top_k=1), tensor([-INF, 2, 2, -INF]))
+    got = truncate(tensor([1, 2, 2, 0]), top_k=1)
+    want = tensor([-INF, 2, 2, -INF])
+    close(got, want)
     close(truncate(LOGITS[None], top_k=9), LOGITS[None])
 
 
@@ -170,9 +182,14 @@ def top_p_keeps_the_token_that_crosses_the_line(truncate):
     """top_p keeps the likeliest tokens until their sum reaches top_p, the token that crosses the
     line included: .4 + .3 are less than .75, so a third one stays; one stays always.
     """
-    close(truncate(SORTED[None], top_p=0.75), kept(SORTED, 0, 1, 2))
-    close(truncate(SORTED[None], top_p=0.65), kept(SORTED, 0, 1))
-    close(truncate(SORTED[None], top_p=0.01), kept(SORTED, 0))
+    got = truncate(SORTED[None], top_p=0.75)
+    want = kept(SORTED, 0, 1, 2)
+    close(got, want)
+    got = truncate(SORTED[None], top_p=0.65)
+    want = kept(SORTED, 0, 1)
+    close(got, want)
+    got = truncate(SORTED[None], top_p=0.01)
+    close(got, kept(SORTED, 0))
 
 
 def the_vocabulary_keeps_its_place(truncate):
@@ -180,7 +197,8 @@ def the_vocabulary_keeps_its_place(truncate):
     their own.
     """
     two = torch.stack((LOGITS, LOGITS.roll(1)))
-    close(truncate(two, top_p=0.65), torch.cat((kept(LOGITS, 1, 3), kept(two[1], 0, 2))))
+    want = torch.cat((kept(LOGITS, 1, 3), kept(two[1], 0, 2)))
+    close(truncate(two, top_p=0.65), want)
 
 
 def nothing_asked_nothing_done(truncate):
@@ -194,7 +212,8 @@ def top_p_is_a_share_of_what_top_k_left(truncate):
     """top_k comes first, and top_p is a share of what it has left: of .4 and .3 the first alone is
     .57 of the two.
     """
-    close(truncate(LOGITS[None], top_k=2, top_p=0.5), kept(LOGITS, 1))
+    got = truncate(LOGITS[None], top_k=2, top_p=0.5)
+    close(got, kept(LOGITS, 1))
 
 
 TRUNCATE = [
@@ -219,7 +238,7 @@ def uniforms(function, seed=0):
     assert isinstance(u, torch.Tensor), f"it gives back {type(u).__name__}, not a tensor"
     assert u.shape == (MANY, GROUP), f"it gives back shape {tuple(u.shape)}, not (prompts, group)"
     assert u.dtype == torch.float64, f"its numbers are {u.dtype}, not float64"
-    assert 0 <= u.min() and u.max() < 1, "a number is outside of [0, 1)"
+    assert u.min() >= 0 and u.max() < 1, "a number is outside of [0, 1)"
     return u
 
 
@@ -234,7 +253,9 @@ def numbers_between_0_and_1(function):
 
 def one_in_each_interval(function):
     """Of a row's numbers one lies in each of the `group` equal intervals."""
-    close((uniforms(function) * GROUP).floor().sort(1).values, torch.arange(4.0).expand(MANY, 4))
+    got = (uniforms(function) * GROUP).floor().sort(1).values
+    want = torch.arange(4.0).expand(MANY, 4)
+    close(got, want)
 
 
 def flat(x, what):
@@ -285,7 +306,8 @@ STRATIFIED_UNIFORMS = [
 def an_even_grid(lattice_uniforms):
     """The numbers of a row are an even grid: sorted, neighbours are 1 / group apart."""
     gaps = uniforms(lattice_uniforms).sort(1).values.diff(dim=1)
-    close(gaps, torch.full((MANY, GROUP - 1), 1 / GROUP))
+    want = torch.full((MANY, GROUP - 1), 1 / GROUP)
+    close(gaps, want)
 
 
 def the_shift_is_uniform_on_all_of_0_to_1(lattice_uniforms):
@@ -324,7 +346,8 @@ def it_counts_subsets(pass_at_k):
         sets = list(combinations(range(5), k))
         # of c right answers let the first c be right
         want = [sum(min(s) < c for s in sets) / len(sets) for c in range(6)]
-        close(pass_at_k(5, torch.arange(6), k), want, f"n = 5, k = {k}, c = 0 to 5")
+        got = pass_at_k(5, torch.arange(6), k)
+        close(got, want, f"n = 5, k = {k}, c = 0 to 5")
 
 
 def without_a_right_answer_it_is_0(pass_at_k):
@@ -335,7 +358,7 @@ def without_a_right_answer_it_is_0(pass_at_k):
 
 
 def more_answers_than_there_are(pass_at_k):
-    """k above n, or below 1, is a ValueError: nothing can be said of 8 answers when 4 were drawn."""
+    """k above n, or below 1, is a ValueError: nothing can be said of 8 answers if 4 were drawn."""
     for k in (0, 5):
         try:
             got = pass_at_k(4, torch.tensor([1]), k)

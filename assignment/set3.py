@@ -33,7 +33,8 @@ def rloo_leaves_the_answer_out(advantages):
     first gets 1.
     """
     want = tensor([1, -1 / 3, -1 / 3, -1 / 3])
-    close(advantages(tensor([1, 0, 0, 0]), "rloo"), want)
+    got = advantages(tensor([1, 0, 0, 0]), "rloo")
+    close(got, want)
 
 
 def batch_has_one_mean_for_all(advantages):
@@ -41,7 +42,8 @@ def batch_has_one_mean_for_all(advantages):
     advantages.
     """
     got = advantages(tensor([1, 1], [0, 0]), "batch")
-    close(got, tensor([0.5, 0.5], [-0.5, -0.5]))
+    want = tensor([0.5, 0.5], [-0.5, -0.5])
+    close(got, want)
 
 
 def equal_rewards_teach_nothing(advantages):
@@ -86,13 +88,16 @@ def none_is_reinforce(policy_loss):
     """`none` is -A logp: the gradient is -A at every token, whatever the old log-probabilities."""
     loss, slope = losses(policy_loss, "none", [2.0, 0.5], 3.0)
     close(slope, tensor(-3, -3), "the gradient")
-    close(loss, -3 * (tensor(2, 0.5).log() - 1), "the loss")
+    want = -3 * (tensor(2, 0.5).log() - 1)
+    close(loss, want, "the loss")
 
 
 def the_first_step_is_reinforce(policy_loss):
     """Where the policy is still what it was, rho = 1, the gradient of all four is -A."""
     for ratio in ("none", "token", "sequence", "cispo"):
-        close(losses(policy_loss, ratio, [1.0, 1.0], 2.0)[1], tensor(-2, -2), ratio)
+        got = losses(policy_loss, ratio, [1.0, 1.0], 2.0)[1]
+        want = tensor(-2, -2)
+        close(got, want, ratio)
 
 
 def rho_is_new_over_old(policy_loss):
@@ -118,8 +123,10 @@ def eps_low_is_below_and_eps_high_above(policy_loss):
     """eps_low is how far down rho may go, eps_high how far up: with .2 and .5 the range is .8 to
     1.5.
     """
-    close(losses(policy_loss, "token", [9.0], 1.0)[0], tensor(-1.5), "A = 1, rho = 9")
-    close(losses(policy_loss, "token", [0.1], -1.0)[0], tensor(0.8), "A = -1, rho = .1")
+    got = losses(policy_loss, "token", [9.0], 1.0)[0]
+    close(got, tensor(-1.5), "A = 1, rho = 9")
+    got = losses(policy_loss, "token", [0.1], -1.0)[0]
+    close(got, tensor(0.8), "A = -1, rho = .1")
 
 
 def a_sequence_has_a_geometric_mean(policy_loss):
@@ -138,7 +145,9 @@ def a_sequence_gives_each_token_its_own_gradient(policy_loss):
     logp = tensor([1.44, 1]).log().requires_grad_()
     zero = torch.zeros_like(logp).detach()
     loss = policy_loss(logp, zero, tensor([1]), zero + 1, "sequence", 0.2, 0.5)
-    close(gradient(loss[:, :1], logp), tensor([-1.2, 0]), "of the first token's loss at s = 1.2")
+    got = gradient(loss[:, :1], logp)
+    want = tensor([-1.2, 0])
+    close(got, want, "of the first token's loss at s = 1.2")
     _, slope = losses(policy_loss, "sequence", [4.0, 1.0], 1.0)
     close(slope, tensor(0, 0), "the gradient at s = 2")
 
@@ -184,21 +193,24 @@ def sequence_is_a_mean_of_means(aggregation_weights):
     """`sequence`: each answer counts 1 / R, shared by its own tokens: 1/8 for each of 4 tokens,
     1/128 for each of 64, in a batch of two.
     """
-    close(each_token(aggregation_weights, "sequence"), tensor(1 / 8, 1 / 128))
+    want = tensor(1 / 8, 1 / 128)
+    close(each_token(aggregation_weights, "sequence"), want)
 
 
 def token_is_one_mean(aggregation_weights):
     """`token`: all tokens of the batch count the same, 1 / 68 with answers of 4 and 64. It is one
     mean, not a mean of means.
     """
-    close(each_token(aggregation_weights, "token"), tensor(1 / 68, 1 / 68))
+    want = tensor(1 / 68, 1 / 68)
+    close(each_token(aggregation_weights, "token"), want)
 
 
 def constant_divides_by_the_budget(aggregation_weights):
     """`constant`: 1 / (R * budget) for every token, whatever the lengths; the budget is given, not
     measured.
     """
-    close(each_token(aggregation_weights, "constant"), tensor(1 / 128, 1 / 128))
+    want = tensor(1 / 128, 1 / 128)
+    close(each_token(aggregation_weights, "constant"), want)
     got = aggregation_weights(tensor([0, 1, 1, 0]), "constant", 10)
     close(got, tensor([0, 0.1, 0.1, 0]))
 
@@ -206,13 +218,15 @@ def constant_divides_by_the_budget(aggregation_weights):
 def prompts_and_padding_count_0(aggregation_weights):
     """Where the mask is 0 the weight is 0: no prompt and no padding in a loss."""
     for kind in ("sequence", "token", "constant"):
-        close(aggregation_weights(MASK, kind, BUDGET)[MASK == 0].abs().max(), 0.0, kind)
+        got = aggregation_weights(MASK, kind, BUDGET)[MASK == 0].abs().max()
+        close(got, 0.0, kind)
 
 
 def an_empty_answer_is_no_nan(aggregation_weights):
     """A row without any token gets zeros, not 0 / 0; it still counts as one of the R rows."""
     mask = tensor([0, 0], [1, 1])
-    close(aggregation_weights(mask, "sequence", 2), tensor([0, 0], [0.25, 0.25]), "sequence")
+    want = tensor([0, 0], [0.25, 0.25])
+    close(aggregation_weights(mask, "sequence", 2), want, "sequence")
     close(aggregation_weights(0 * mask, "token", 2), 0 * mask, "token, no token at all")
 
 
@@ -254,13 +268,16 @@ def k3_has_the_kl_as_its_mean(kl_estimate):
 
 def k2_is_half_a_square(kl_estimate):
     """k2 is half of the square of the log ratio."""
-    close(kl_estimate(tensor([0, 0, 2]), tensor([0, 2, 0]), "k2"), tensor([0, 2, 2]))
+    got = kl_estimate(tensor([0, 0, 2]), tensor([0, 2, 0]), "k2")
+    want = tensor([0, 2, 2])
+    close(got, want)
 
 
 def ratios_are_as_the_docstring_says(kl_estimate):
     """At log ratios of 1 and -1 k3 is exp(-1) and exp(1) - 2; where the two agree all are 0."""
     got = kl_estimate(tensor([1, -1]), tensor([0, 0]), "k3")
-    close(got, tensor([math.exp(-1), math.e - 2]))
+    want = tensor([math.exp(-1), math.e - 2])
+    close(got, want)
     for kind in ("k1", "k2", "k3"):
         close(kl_estimate(tensor([-3]), tensor([-3]), kind), tensor([0]), kind)
 

@@ -150,7 +150,7 @@ def blocks_add_up(function):
 
 
 def it_never_holds_all_slopes(function):
-    """No tensor has more than N * block numbers: p is computed anew in each block, and forgotten."""
+    """No tensor has more than N * block numbers: p is computed anew in each block, not kept."""
     hidden, weight = normal(LARGE, 4), normal(WIDE, 4, seed=1)
     targets = torch.arange(LARGE)
     _, entropy, lse = definition(hidden, weight, targets)

@@ -43,7 +43,8 @@ def the_students_probabilities_weigh(reverse_kl):
     averaged) over the vocabulary: of (1/2, 1/2) and (1/4, 3/4) it is log(4/3) / 2.
     """
     got = reverse_kl(*pair([1 / 2, 1 / 2], [1 / 4, 3 / 4]))
-    close(got, tensor([math.log(4 / 3) / 2]))
+    want = tensor([math.log(4 / 3) / 2])
+    close(got, want)
 
 
 def positions_do_not_mix(reverse_kl):
@@ -77,7 +78,8 @@ def it_is_log_2_at_most(jsd):
     twice as likely under itself as under the mean of the two PROBABILITIES (not of their logs).
     """
     sure = pair([1 - 1e-12, 1e-12], [1e-12, 1 - 1e-12])
-    close(jsd(*sure), tensor([math.log(2)]))
+    want = tensor([math.log(2)])
+    close(jsd(*sure), want)
 
 
 def both_halves_count(jsd):
@@ -86,7 +88,8 @@ def both_halves_count(jsd):
     """
     got = jsd(*pair([1 / 2, 1 / 2], [1 - 1e-12, 1e-12]))
     to_p = math.log(2 / 3) / 2 + math.log(2) / 2
-    close(got, tensor([to_p / 2 + math.log(4 / 3) / 2]))
+    want = tensor([to_p / 2 + math.log(4 / 3) / 2])
+    close(got, want)
 
 
 def it_is_symmetric(jsd):
@@ -104,7 +107,8 @@ def the_gradient_is_the_definitions(jsd):
     for v in range(V):
         moved = h * torch.eye(V, dtype=torch.float64)[v]
         up, down = (jsd((LOGITS + s * moved).log_softmax(-1), LQ).detach() for s in (1, -1))
-        close(got[..., v], (up - down) / (2 * h), f"the gradient of logit {v}")
+        want = (up - down) / (2 * h)
+        close(got[..., v], want, f"the gradient of logit {v}")
 
 
 JSD = [
@@ -142,7 +146,8 @@ def a_token_speaks_for_itself(function):
     lp = LOGITS.log_softmax(-1)
     onehot = torch.nn.functional.one_hot(y, V)
     log_ratio = (lp - LQ).gather(2, y[..., None])
-    close(slope(function, LOGITS, LQ, y), log_ratio * (onehot - lp.exp()), "the gradient")
+    want = log_ratio * (onehot - lp.exp())
+    close(slope(function, LOGITS, LQ, y), want, "the gradient")
 
 
 def agreement_is_silent(function):
@@ -177,7 +182,9 @@ def it_is_a_distribution(trust_region):
     """The probabilities of the mixture add up to 1: p^(1-b) q^b has to be divided by its sum."""
     m, b = parts(trust_region(STUDENT, TEACHER, EPS), 2)
     close(b.new_tensor(b.shape), tensor(3), "the shape of b")
-    close(m.exp().sum(-1), tensor(1, 1, 1), "the sums")
+    got = m.exp().sum(-1)
+    want = tensor(1, 1, 1)
+    close(got, want, "the sums")
 
 
 def without_a_budget_the_student(trust_region):
@@ -200,7 +207,9 @@ def the_mixture_is_geometric(trust_region):
     """
     m, b = parts(trust_region(STUDENT, TEACHER, EPS), 2)
     rest = m - (1 - b)[:, None] * STUDENT - b[:, None] * TEACHER
-    close(rest - rest.mean(-1, keepdim=True), torch.zeros(3, V), "what is left", tol=1e-4)
+    got = rest - rest.mean(-1, keepdim=True)
+    want = torch.zeros(3, V)
+    close(got, want, "what is left", tol=1e-4)
 
 
 def the_budget_is_spent(trust_region):
@@ -208,7 +217,8 @@ def the_budget_is_spent(trust_region):
     to the student, is eps, and not above it.
     """
     m, _ = parts(trust_region(STUDENT, TEACHER, EPS), 2)
-    close(from_the_student(m, STUDENT), tensor(EPS, EPS, EPS), "KL(m || p)", tol=1e-4)
+    want = tensor(EPS, EPS, EPS)
+    close(from_the_student(m, STUDENT), want, "KL(m || p)", tol=1e-4)
 
 
 TRUST_REGION = [

@@ -67,28 +67,34 @@ def it_counts_what_is_missed(coverage_profile):
     """It is the share of answers that are MISSED, whose ratio is N or more: lower is better, and it
     falls as N grows.
     """
-    close(coverage_profile(tensor(-100, 100, 100, 200), [2, 4]), tensor(0.75, 0.75))
+    got = coverage_profile(tensor(-100, 100, 100, 200), [2, 4])
+    close(got, tensor(0.75, 0.75))
 
 
 def ratios_come_as_logarithms(coverage_profile):
     """log_ratio is a natural logarithm: it is compared with log N, not with N. A log ratio of 2 is
     a ratio of 7.4.
     """
-    close(coverage_profile(tensor(2, 2), [7, 8]), tensor(1, 0))
+    got = coverage_profile(tensor(2, 2), [7, 8])
+    close(got, tensor(1, 0))
     ratios = tensor(1.5, 3, 5, 9)
-    close(coverage_profile(ratios.log(), [2, 4, 8, 16]), tensor(0.75, 0.5, 0.25, 0))
+    got = coverage_profile(ratios.log(), [2, 4, 8, 16])
+    want = tensor(0.75, 0.5, 0.25, 0)
+    close(got, want)
 
 
 def a_ratio_of_n_is_missed(coverage_profile):
     """A ratio of exactly N counts: at least N, not above N."""
-    close(coverage_profile(tensor(0, -1), [1]), tensor(0.5))
+    got = coverage_profile(tensor(0, -1), [1])
+    close(got, tensor(0.5))
 
 
 def broken_answers_are_missed(coverage_profile):
     """An answer of probability 0 (inf) is missed at every N, and so is one whose log-probability is
     no number (nan): both stay in the count of answers.
     """
-    close(coverage_profile(tensor(math.inf, math.nan, 0, 0), [2, 1000]), tensor(0.5, 0.5))
+    got = coverage_profile(tensor(math.inf, math.nan, 0, 0), [2, 1000])
+    close(got, tensor(0.5, 0.5))
 
 
 COVERAGE_PROFILE = [
@@ -107,26 +113,33 @@ def a_checkpoint_is_beaten_where_a_rival_is_far_likelier(tournament):
     """A checkpoint loses an answer where the RIVAL gives it n times its probability or more (p_j /
     p_i, not p_i / p_j): lower scores are better.
     """
-    close(tournament(tensor([0, 0, 0, 0], [100, 0, 0, 0]), 3), tensor(0.25, 0))
+    got = tournament(tensor([0, 0, 0, 0], [100, 0, 0, 0]), 3)
+    close(got, tensor(0.25, 0))
 
 
 def the_worst_rival_counts(tournament):
     """The score is that of the worst rival: the largest share, not the mean over rivals."""
-    close(tournament(tensor([0, 0], [100, -100]), 3), tensor(0.5, 0.5))
+    got = tournament(tensor([0, 0], [100, -100]), 3)
+    close(got, tensor(0.5, 0.5))
 
 
 def rivals_are_met_one_at_a_time(tournament):
     """Each rival's share is counted on its own: two rivals that each beat a checkpoint at another
     answer are not one that beats it at both.
     """
-    close(tournament(tensor([0.1, 0.1], [0.8, 0.1], [0.1, 0.8]).log(), 4), tensor(0.5, 0.5, 0.5))
+    got = tournament(tensor([0.1, 0.1], [0.8, 0.1], [0.1, 0.8]).log(), 4)
+    want = tensor(0.5, 0.5, 0.5)
+    close(got, want)
 
 
 def ratios_are_compared_with_n(tournament):
     """Log-probabilities are subtracted and compared with log n; a ratio of n counts."""
-    close(tournament(tensor([0, 0], [2, 0]), 7), tensor(0.5, 0))
-    close(tournament(tensor([0, 0], [2, 0]), 8), tensor(0, 0))
-    close(tournament(tensor([0, 0], [0, 0]), 1), tensor(1, 1))
+    got = tournament(tensor([0, 0], [2, 0]), 7)
+    close(got, tensor(0.5, 0))
+    got = tournament(tensor([0, 0], [2, 0]), 8)
+    close(got, tensor(0, 0))
+    got = tournament(tensor([0, 0], [0, 0]), 1)
+    close(got, tensor(1, 1))
 
 
 TOURNAMENT = [
@@ -146,20 +159,23 @@ def step(inner_update, first, second, eta=0.5):
     fast = tuple(torch.ones(2, *shape, dtype=torch.float64) for shape in ((1, 2), (2, 1)))
     grads = tensor(*first)[:, None], tensor(*second)[:, :, None]
     new = parts(inner_update(fast, grads, eta), 2)
-    close(tensor(*new[0].shape), tensor(2, 1, 2), "the shape of the first tensor")
+    want = tensor(2, 1, 2)
+    close(tensor(*new[0].shape), want, "the shape of the first tensor")
     return torch.cat([x.flatten(1) for x in new], 1) - 1
 
 
 def a_short_gradient_is_a_plain_step(inner_update):
     """A gradient shorter than 1 is taken as it is: W - eta g, downhill, and never made longer."""
     moved = step(inner_update, ([0.1, 0.2], [0.3, 0]), ([0.4, 0], [0, 0]))
-    close(moved, tensor([-0.05, -0.1, -0.2, 0], [-0.15, 0, 0, 0]))
+    want = tensor([-0.05, -0.1, -0.2, 0], [-0.15, 0, 0, 0])
+    close(moved, want)
 
 
 def a_long_gradient_is_cut_to_length_1(inner_update):
     """A gradient longer than 1 is divided by its length: the step is as long as eta."""
     moved = step(inner_update, ([3, 4], [0, 0]), ([0, 0], [0, 0]))
-    close(moved[0], tensor(-0.3, -0.4, 0, 0))
+    want = tensor(-0.3, -0.4, 0, 0)
+    close(moved[0], want)
 
 
 def both_tensors_have_one_length(inner_update):
@@ -167,7 +183,9 @@ def both_tensors_have_one_length(inner_update):
     direction of the step stays that of the gradient.
     """
     moved = step(inner_update, ([3, 0], [3, 0]), ([0.4, 0], [0.4, 0]))
-    close(moved[0] / moved[0, 0], tensor(1, 0, 0.4 / 3, 0), "the direction")
+    got = moved[0] / moved[0, 0]
+    want = tensor(1, 0, 0.4 / 3, 0)
+    close(got, want, "the direction")
     close(moved.norm(dim=1), tensor(0.5, 0.5), "the length")
 
 
@@ -176,7 +194,8 @@ def documents_do_not_share_a_length(inner_update):
     step.
     """
     moved = step(inner_update, ([30, 0], [0.1, 0]), ([40, 0], [0.2, 0]))
-    close(moved, tensor([-0.3, 0, -0.4, 0], [-0.05, 0, -0.1, 0]))
+    want = tensor([-0.3, 0, -0.4, 0], [-0.05, 0, -0.1, 0])
+    close(moved, want)
 
 
 def training_goes_through_the_step(inner_update):
@@ -185,9 +204,11 @@ def training_goes_through_the_step(inner_update):
     """
     fast, grads = normal(1, 2, 2).requires_grad_(), (0.1 * normal(1, 2, 2)).requires_grad_()
     (new,) = parts(inner_update((fast,), (grads,), 0.5), 1)
-    close(gradient(new, fast), torch.ones(1, 2, 2), "with respect to the old weights")
+    want = torch.ones(1, 2, 2)
+    close(gradient(new, fast), want, "with respect to the old weights")
     (new,) = inner_update((fast,), (grads,), 0.5)
-    close(gradient(new, grads), torch.full((1, 2, 2), -0.5), "with respect to the gradients")
+    want = torch.full((1, 2, 2), -0.5)
+    close(gradient(new, grads), want, "with respect to the gradients")
 
 
 INNER_UPDATE = [

@@ -212,10 +212,10 @@ def test_the_points_make_100_in_six_sets():
     assert all(words_of(check).endswith(".") for check in checks)
 
 
-def test_the_handout_names_every_function_and_its_points():
+def test_the_handout_has_every_function_with_its_points_and_the_hint_that_the_grader_gives():
     page = (ROOT / "assignment/README.md").read_text()
-    rows = re.findall(r"^\| `(\w+)` \| (\d+) \|", page, re.M)
-    assert rows == [(problem.name, str(problem.points)) for problem in PROBLEMS]
+    rows = re.findall(r"^\| `(\w+)` \| (\d+) \| (.*) \|$", page, re.M)
+    assert rows == [(p.name, str(p.points), p.hint) for p in PROBLEMS]
 
 
 # --------------------------------------------------------------------------------------------------

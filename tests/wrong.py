@@ -104,7 +104,11 @@ WRONG = {
             "two rows share theirs by chance only",
         ),
         ("(interval + place)", "(interval + 0 * place + 0.5)", "not the middle"),
-        ("place = torch.rand(prompts, group,", "place = torch.rand(prompts, 1,", "share their place"),
+        (
+            "place = torch.rand(prompts, group,",
+            "place = torch.rand(prompts, 1,",
+            "share their place",
+        ),
         ("(interval + place) / group", "place", "one lies in each"),
         ("generator=generator).arg", ").arg", "the same seed gives"),
     ],
@@ -197,7 +201,11 @@ WRONG = {
     "flash_attention": [
         ("acc = acc * scale[:, None] + p", "acc = acc + p", "AND the output so far"),
         ("s = s * scale + p.sum(1)", "s = s + p.sum(1)", "the sum AND"),
-        ("torch.arange(b, b + len(keys)) > rows", "torch.arange(len(keys)) > rows", "itself and the past"),
+        (
+            "torch.arange(b, b + len(keys)) > rows",
+            "torch.arange(len(keys)) > rows",
+            "itself and the past",
+        ),
         (" > rows[:, None]", " >= rows[:, None]", "itself and the past"),
         ("/ math.sqrt(D)", "", "sqrt(D)"),
         ("acc / s[:, None]", "acc", "divides once, at the end"),
@@ -278,7 +286,11 @@ WRONG = {
         ("math.log(n) - 1e-12", "n", "compared with log N"),
         ("math.log(n) - 1e-12", "math.log(n) + 1e-9", "at least N, not above N"),
         ("~(log_ratio < math.log(n) - 1e-12)", "log_ratio >= math.log(n)", "no number (nan)"),
-        ("missed = ", "log_ratio = log_ratio[log_ratio.isfinite()]\n    missed = ", "is missed at every"),
+        (
+            "missed = ",
+            "log_ratio = log_ratio[log_ratio.isfinite()]\n    missed = ",
+            "is missed at every",
+        ),
     ],
     "tournament": [
         ("logp[None] - logp[:, None]", "logp[:, None] - logp[None]", "p_j / p_i, not p_i / p_j"),
