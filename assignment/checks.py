@@ -10,6 +10,14 @@ def tensor(*numbers):
     return torch.tensor(numbers, dtype=torch.float64)
 
 
+def ones(*shape):
+    return torch.ones(shape, dtype=torch.float64)
+
+
+def zeros(*shape):
+    return torch.zeros(shape, dtype=torch.float64)
+
+
 def normal(*shape, seed=0):
     """A float64 tensor of normal numbers, the same at every call."""
     generator = torch.Generator().manual_seed(seed)
@@ -42,10 +50,12 @@ def close(got, want, why="", tol=1e-5):
 
 def parts(got, n):
     """The n tensors of a tuple. AssertionError for anything else."""
-    tensors = isinstance(got, (tuple, list)) and all(isinstance(x, torch.Tensor) for x in got)
-    what = f"{len(got)} things" if isinstance(got, (tuple, list)) else type(got).__name__
-    assert tensors and len(got) == n, f"it gives back {what}, not a tuple of {n} tensors"
-    return got
+    what = type(got).__name__
+    if isinstance(got, (tuple, list)):
+        what = f"{len(got)} things"
+        if len(got) == n and all(isinstance(x, torch.Tensor) for x in got):
+            return got
+    raise AssertionError(f"it gives back {what}, not a tuple of {n} tensors")
 
 
 def gradient(loss, x):
@@ -75,12 +85,12 @@ def guarded(function, writes=()):
     """
 
     def call(*args, **kwargs):
-        given = [x for i, x in enumerate(args) if i not in writes]
-        before = [x.detach().clone() for x in tree_leaves(given) if isinstance(x, torch.Tensor)]
+        leaves = tree_leaves([x for i, x in enumerate(args) if i not in writes])
+        given = [x.detach() for x in leaves if isinstance(x, torch.Tensor)]
+        before = [x.clone() for x in given]
         result = function(*args, **kwargs)
-        after = [x for x in tree_leaves(given) if isinstance(x, torch.Tensor)]
-        for old, new in zip(before, after, strict=True):
-            kept = torch.equal(old.nan_to_num(), new.detach().nan_to_num())
+        for old, new in zip(before, given, strict=True):
+            kept = torch.equal(old.nan_to_num(), new.nan_to_num())
             assert kept, (
                 "it changes its arguments: work on copies, without `x += ..` or `x[i] = ..`"
             )

@@ -29,7 +29,7 @@ from assignment.checks import Largest
 from assignment.problems import PROBLEMS, SETS, first_failure
 
 SECONDS = 10  # that a function may take, for all of its properties
-MEMORY = 2**30  # bytes that it may have beyond those of torch itself
+MEMORY = 2**29  # bytes that it may have beyond those of torch itself
 
 
 def load(path):

@@ -104,12 +104,18 @@ def first_failure(problem, function, started):
             verify(problem, check, function)
         except NotImplementedError as e:
             return f"NotImplementedError: {e}"
-        except AssertionError as e:
-            return f"{words} HERE: {e}"
-        except SystemExit:
-            return f"{words} HERE: it ends the program"
-        except MemoryError:
-            return f"{words} HERE: it asks for too much memory"
-        except Exception as e:
-            return f"{words} HERE: {type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"
+        except (Exception, SystemExit) as e:
+            return f"{words} HERE: {complaint(e)}"
     return None
+
+
+def complaint(error):
+    """What an exception says to a student."""
+    if isinstance(error, AssertionError):
+        return str(error)
+    if isinstance(error, SystemExit):
+        return "it ends the program"
+    # torch's own is a RuntimeError
+    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+        return "it asks for too much memory"
+    return f"{type(error).__name__}: {error}".splitlines()[0]

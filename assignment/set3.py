@@ -23,9 +23,10 @@ def std_divides_by_the_problems_spread(advantages):
     """`std` divides by the standard deviation of the same problem's rewards, the one with G - 1:
     rewards 1 0 0 0 have .5, whatever the other problems have.
     """
-    got = advantages(tensor([1, 0, 0, 0], [4, 0, 0, 0]), "std")
-    want = tensor([1.5, -0.5, -0.5, -0.5], [1.5, -0.5, -0.5, -0.5])
-    close(got, want)
+    rewards = tensor([1, 0, 0, 0], [4, 0, 0, 0])
+    got = advantages(rewards, "std")
+    want = tensor([1.5, -0.5, -0.5, -0.5])
+    close(got, want.expand(2, 4))
 
 
 def rloo_leaves_the_answer_out(advantages):

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from assignment.checks import Largest, close, normal, parts, tensor
+from assignment.checks import Largest, close, normal, ones, parts, tensor
 
 N, C, V = 6, 3, 10
 BLOCK = 4  # the last block has 2 columns
@@ -24,8 +24,16 @@ def definition(hidden, weight, targets, temperature=1.0):
 
 
 def compare(got, want, tol=1e-5):
-    for name, a, b in zip(("logp", "entropy", "lse"), parts(got, 3), want, strict=True):
+    names = "logp", "entropy", "lse"
+    for name, a, b in zip(names, parts(got, 3), want, strict=True):
         close(a, b, name, tol=tol)
+
+
+def by_definition(token_logprobs, case, block, temperature=1.0):
+    """AssertionError unless a case (hidden, weight, targets) gives what the definitions give."""
+    got = token_logprobs(*case, temperature, block)
+    want = definition(*case, temperature)
+    compare(got, want)
 
 
 def all_logits_equal(token_logprobs):
@@ -34,12 +42,13 @@ def all_logits_equal(token_logprobs):
     """
     hidden, weight, targets = problem()
     log_v = torch.full((N,), math.log(V))
-    compare(token_logprobs(0 * hidden, weight, targets, 1.0, BLOCK), (-log_v, log_v, log_v))
+    got = token_logprobs(0 * hidden, weight, targets, 1.0, BLOCK)
+    compare(got, (-log_v, log_v, log_v))
 
 
 def the_definition_holds(token_logprobs):
     """logp, entropy and lse are what the definitions give; here with one block of all columns."""
-    compare(token_logprobs(*problem(), 1.0, V), definition(*problem()))
+    by_definition(token_logprobs, problem(), V)
 
 
 def the_block_does_not_matter(token_logprobs):
@@ -48,28 +57,30 @@ def the_block_does_not_matter(token_logprobs):
     """
     hidden, _, targets = problem()
     # logits grow along the vocabulary: every block has a new maximum
-    rising = torch.arange(V, dtype=torch.float64)[:, None].expand(V, C)
-    for case in ((hidden.abs(), rising, targets), problem()):
-        for block in (1, BLOCK):
-            compare(token_logprobs(*case, 1.0, block), definition(*case))
+    rising = ones(V, C).cumsum(0)
+    loud = hidden.abs(), rising, targets
+    for block in (1, BLOCK):
+        by_definition(token_logprobs, loud, block)
+        by_definition(token_logprobs, problem(), block)
 
 
 def temperature_divides_the_logits(token_logprobs):
     """The logits are divided by the temperature before all else, for the entropy as well."""
-    compare(token_logprobs(*problem(), 0.5, V), definition(*problem(), 0.5))
+    by_definition(token_logprobs, problem(), V, temperature=0.5)
 
 
 def logits_may_be_large(token_logprobs):
     """Logits of a thousand overflow nothing: exp is taken of what is left after the maximum. Adding
     the same to all logits changes neither logp nor entropy.
     """
-    hidden = torch.ones(1, 1, dtype=torch.float64)
+    hidden = ones(1, 1)
     weight = tensor([1000], [1001], [1002])
     got = token_logprobs(hidden, weight, torch.tensor([1]), 1.0, 2)
     z = tensor(0, 1, 2)
-    p = z.softmax(0)
-    want = p.log()[1:2], -(p * p.log()).sum()[None], 1000 + z.logsumexp(0)[None]
-    compare(got, want, tol=1e-4)
+    logp = z.log_softmax(0)
+    entropy = -(logp.exp() * logp).sum()
+    lse = 1000 + z.logsumexp(0)
+    compare(got, (logp[1:2], entropy[None], lse[None]), tol=1e-4)
 
 
 LARGE, WIDE = 40, 600  # tokens, and columns in blocks of at most 256
@@ -100,7 +111,7 @@ TOKEN_LOGPROBS = [
 # --------------------------------------------------------------------------------------------------
 # token_logprobs_backward
 
-ONES = torch.ones(N, dtype=torch.float64)
+ONES = ones(N)
 
 
 def slopes(function, g_logp, g_entropy, temperature=1.0, block=V):
@@ -110,8 +121,9 @@ def slopes(function, g_logp, g_entropy, temperature=1.0, block=V):
         leaves = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
         logp, entropy, lse = definition(*leaves, targets, temperature)
         want = torch.autograd.grad((g_logp * logp + g_entropy * entropy).sum(), leaves)
-    given = lse.detach(), entropy.detach(), g_logp, g_entropy
-    return parts(function(hidden, weight, targets, *given, temperature, block), 2), want
+    known = lse.detach(), entropy.detach()
+    got = function(hidden, weight, targets, *known, g_logp, g_entropy, temperature, block)
+    return parts(got, 2), want
 
 
 def compare_slopes(got, want):
@@ -133,7 +145,9 @@ def every_token_has_its_own_weight(function):
     """Each token's gradient is multiplied by its own g_logp and g_entropy, which may be 0 or
     negative.
     """
-    compare_slopes(*slopes(function, tensor(1, -2, 0, 0.5, 3, -1), tensor(0, 1, -1, 2, 0, 0.5)))
+    g_logp = tensor(1, -2, 0, 0.5, 3, -1)
+    g_entropy = tensor(0, 1, -1, 2, 0, 0.5)
+    compare_slopes(*slopes(function, g_logp, g_entropy))
 
 
 def by_the_chain_rule_1_over_temperature(function):
@@ -178,7 +192,7 @@ T, D = 7, 2
 def softmax_attention(q, k, v):
     """o and lse from all scores."""
     scores = q @ k.T / q.shape[1] ** 0.5
-    future = torch.ones(scores.shape, dtype=torch.bool).triu(1)
+    future = torch.arange(len(k)) > torch.arange(len(q))[:, None]
     scores = scores.masked_fill(future, -math.inf)
     return scores.softmax(-1) @ v, scores.logsumexp(-1)
 
@@ -196,21 +210,22 @@ def equal_scores_give_means(flash_attention):
     """With queries of 0 the output is the mean of the values so far: each query sees itself and the
     past, and the sum divides once, at the end. lse is then the log of how many it sees.
     """
-    v = torch.arange(1, T + 1, dtype=torch.float64)[:, None].expand(T, D)
-    compare_attention(flash_attention, torch.zeros(T, D), normal(T, D), v, 3)
+    rising = ones(T, D).cumsum(0)
+    compare_attention(flash_attention, torch.zeros(T, D), normal(T, D), rising, 3)
 
 
 def it_is_softmax_attention(flash_attention):
     """o and lse are those of softmax(q k^T / sqrt(D)) v, with lse in nats; here with one tile."""
-    compare_attention(flash_attention, normal(T, D), normal(T, D, seed=1), normal(T, D, seed=2), T)
+    q, k, v = normal(3, T, D)
+    compare_attention(flash_attention, q, k, v, T)
 
 
 def a_larger_maximum_scales_down_what_came_before(flash_attention):
     """When a later tile of keys has a larger maximum, the sum AND the output so far are scaled down
     by exp(old maximum - new maximum).
     """
-    k = torch.arange(T, dtype=torch.float64)[:, None].expand(T, D)  # scores grow
-    compare_attention(flash_attention, torch.ones(T, D), k, normal(T, D), 3)
+    rising = ones(T, D).cumsum(0)  # so that scores grow
+    compare_attention(flash_attention, ones(T, D), rising, normal(T, D), 3)
 
 
 def any_tile_will_do(flash_attention):
@@ -224,8 +239,8 @@ def any_tile_will_do(flash_attention):
 
 def scores_may_be_large(flash_attention):
     """Scores of hundreds give numbers, not inf or nan."""
-    q = torch.full((T, D), 30.0)
-    compare_attention(flash_attention, q, 10 * normal(T, D), normal(T, D), 3, tol=1e-3)
+    k = 10 * normal(T, D)
+    compare_attention(flash_attention, 30 * ones(T, D), k, normal(T, D), 3, tol=1e-3)
 
 
 def it_never_holds_a_row_of_scores(flash_attention):

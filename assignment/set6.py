@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from assignment.checks import close, gradient, normal, parts, tensor
+from assignment.checks import close, gradient, normal, ones, parts, tensor
 
 # --------------------------------------------------------------------------------------------------
 # budget_rule
@@ -19,34 +19,40 @@ def the_smallest_budget_on_the_plateau(budget_rule):
     """It takes the smallest budget whose double does not multiply the success by more than kappa:
     that budget, not its double, and not the last one.
     """
-    picks(budget_rule, {16: 0.2, 32: 0.4, 64: 0.44, 128: 0.45}, 1.2, 32)
+    success = {16: 0.2, 32: 0.4, 64: 0.44, 128: 0.45}
+    picks(budget_rule, success, 1.2, 32)
 
 
 def budgets_come_in_any_order(budget_rule):
     """The budgets of a dict may stand in any order: it is their size that counts."""
-    picks(budget_rule, {128: 0.45, 64: 0.44, 32: 0.4, 16: 0.2}, 1.2, 32)
+    success = {128: 0.45, 64: 0.44, 32: 0.4, 16: 0.2}
+    picks(budget_rule, success, 1.2, 32)
 
 
 def the_border_belongs_to_the_plateau(budget_rule):
     """J(2B) = kappa J(B) is still a plateau: at most kappa times, not less than that."""
-    picks(budget_rule, {16: 0.25, 32: 0.5, 64: 0.75}, 2.0, 16)
+    success = {16: 0.25, 32: 0.5, 64: 0.75}
+    picks(budget_rule, success, 2.0, 16)
 
 
 def it_compares_with_the_double(budget_rule):
     """It compares with the double of a budget, not with whichever comes next, and passes over
     budgets whose double was not measured.
     """
-    picks(budget_rule, {16: 0.2, 24: 0.21, 32: 0.4, 64: 0.41}, 1.2, 32)
+    success = {16: 0.2, 24: 0.21, 32: 0.4, 64: 0.41}
+    picks(budget_rule, success, 1.2, 32)
 
 
 def no_success_is_no_plateau(budget_rule):
     """Where the doubled budget has success 0 nothing was seen, no plateau either."""
-    picks(budget_rule, {16: 0.0, 32: 0.0, 64: 0.3, 128: 0.31}, 1.2, 64)
+    success = {16: 0.0, 32: 0.0, 64: 0.3, 128: 0.31}
+    picks(budget_rule, success, 1.2, 64)
 
 
 def without_a_plateau_the_largest(budget_rule):
     """If the success keeps growing, it is the largest budget whose double was measured."""
-    picks(budget_rule, {16: 0.1, 32: 0.2, 64: 0.4}, 1.5, 32)
+    success = {16: 0.1, 32: 0.2, 64: 0.4}
+    picks(budget_rule, success, 1.5, 32)
 
 
 BUDGET_RULE = [
@@ -134,11 +140,12 @@ def rivals_are_met_one_at_a_time(tournament):
 
 def ratios_are_compared_with_n(tournament):
     """Log-probabilities are subtracted and compared with log n; a ratio of n counts."""
-    got = tournament(tensor([0, 0], [2, 0]), 7)
+    logp = tensor([0, 0], [2, 0])
+    got = tournament(logp, 7)
     close(got, tensor(0.5, 0))
-    got = tournament(tensor([0, 0], [2, 0]), 8)
+    got = tournament(logp, 8)
     close(got, tensor(0, 0))
-    got = tournament(tensor([0, 0], [0, 0]), 1)
+    got = tournament(0 * logp, 1)
     close(got, tensor(1, 1))
 
 
@@ -156,8 +163,8 @@ TOURNAMENT = [
 
 def step(inner_update, first, second, eta=0.5):
     """How far two documents' weights of 1 move, (2, 4), for gradients (2, 2) of both tensors."""
-    fast = tuple(torch.ones(2, *shape, dtype=torch.float64) for shape in ((1, 2), (2, 1)))
-    grads = tensor(*first)[:, None], tensor(*second)[:, :, None]
+    fast = ones(2, 1, 2), ones(2, 2, 1)
+    grads = first[:, None], second[:, :, None]
     new = parts(inner_update(fast, grads, eta), 2)
     want = tensor(2, 1, 2)
     close(tensor(*new[0].shape), want, "the shape of the first tensor")
@@ -166,14 +173,18 @@ def step(inner_update, first, second, eta=0.5):
 
 def a_short_gradient_is_a_plain_step(inner_update):
     """A gradient shorter than 1 is taken as it is: W - eta g, downhill, and never made longer."""
-    moved = step(inner_update, ([0.1, 0.2], [0.3, 0]), ([0.4, 0], [0, 0]))
+    first = tensor([0.1, 0.2], [0.3, 0])
+    second = tensor([0.4, 0], [0, 0])
+    moved = step(inner_update, first, second)
     want = tensor([-0.05, -0.1, -0.2, 0], [-0.15, 0, 0, 0])
     close(moved, want)
 
 
 def a_long_gradient_is_cut_to_length_1(inner_update):
     """A gradient longer than 1 is divided by its length: the step is as long as eta."""
-    moved = step(inner_update, ([3, 4], [0, 0]), ([0, 0], [0, 0]))
+    first = tensor([3, 4], [0, 0])
+    second = tensor([0, 0], [0, 0])
+    moved = step(inner_update, first, second)
     want = tensor(-0.3, -0.4, 0, 0)
     close(moved[0], want)
 
@@ -182,7 +193,9 @@ def both_tensors_have_one_length(inner_update):
     """The length is that of a document's gradient over all of its tensors together, so that the
     direction of the step stays that of the gradient.
     """
-    moved = step(inner_update, ([3, 0], [3, 0]), ([0.4, 0], [0.4, 0]))
+    first = tensor([3, 0], [3, 0])
+    second = tensor([0.4, 0], [0.4, 0])
+    moved = step(inner_update, first, second)
     got = moved[0] / moved[0, 0]
     want = tensor(1, 0, 0.4 / 3, 0)
     close(got, want, "the direction")
@@ -193,7 +206,9 @@ def documents_do_not_share_a_length(inner_update):
     """Every document is cut by its own length: one with a long gradient does not shorten another's
     step.
     """
-    moved = step(inner_update, ([30, 0], [0.1, 0]), ([40, 0], [0.2, 0]))
+    first = tensor([30, 0], [0.1, 0])
+    second = tensor([40, 0], [0.2, 0])
+    moved = step(inner_update, first, second)
     want = tensor([-0.3, 0, -0.4, 0], [-0.05, 0, -0.1, 0])
     close(moved, want)
 
@@ -202,13 +217,13 @@ def training_goes_through_the_step(inner_update):
     """The new weights hang on the old ones and on the gradients, with nothing detached: gradients
     of gradients go through the step.
     """
-    fast, grads = normal(1, 2, 2).requires_grad_(), (0.1 * normal(1, 2, 2)).requires_grad_()
-    (new,) = parts(inner_update((fast,), (grads,), 0.5), 1)
-    want = torch.ones(1, 2, 2)
+    fast = normal(1, 2, 2).requires_grad_()
+    short = (0.1 * normal(1, 2, 2)).requires_grad_()
+    (new,) = parts(inner_update((fast,), (short,), 0.5), 1)
+    want = ones(1, 2, 2)
     close(gradient(new, fast), want, "with respect to the old weights")
-    (new,) = inner_update((fast,), (grads,), 0.5)
-    want = torch.full((1, 2, 2), -0.5)
-    close(gradient(new, grads), want, "with respect to the gradients")
+    (new,) = inner_update((fast,), (short,), 0.5)
+    close(gradient(new, short), -0.5 * want, "with respect to the gradients")
 
 
 INNER_UPDATE = [

@@ -221,6 +221,38 @@ def test_the_handout_has_every_function_with_its_points_and_the_hint_that_the_gr
 # --------------------------------------------------------------------------------------------------
 # A student's file
 
+
+class Outcomes:
+    """A plugin of pytest that keeps what became of each test."""
+
+    def __init__(self):
+        self.errors = {}
+
+    def pytest_runtest_makereport(self, item, call):
+        if call.when == "call":
+            self.errors[item.name] = call.excinfo and call.excinfo.value
+
+
+def outcomes(file):
+    """`python -m pytest assignment --solution FILE`, in this process -> {test: its exception}."""
+    plugin = Outcomes()
+    flags = "-n", "0", "-q", "--tb=no", "-p", "no:cacheprovider", "--solution", str(ROOT / file)
+    pytest.main([str(ROOT / "assignment"), *flags], plugins=[plugin])
+    return plugin.errors
+
+
+def test_pytest_judges_a_students_file():
+    errors = outcomes("tests/solution.py")
+    assert len(errors) == sum(len(problem.properties) for problem in PROBLEMS)
+    assert set(errors.values()) == {None}
+
+
+def test_pytest_says_which_stub_is_to_be_written():
+    for test, error in outcomes("assignment/adapters.py").items():
+        assert isinstance(error, NotImplementedError)
+        assert test.startswith(f"test_what_has_to_hold[{error}-")
+
+
 HARMFUL = """
 from solution import *
 
