@@ -129,6 +129,8 @@ def lattice_uniforms(prompts, group, generator):
 
         u_i = (i / group + shift) mod 1         shift uniform on [0, 1), another one for every row
 
+    All randomness is of the torch.Generator `generator`.
+
     Source: Cranley and Patterson 1976; Li et al., arXiv 2607.01179.
     """
     raise NotImplementedError("lattice_uniforms")
@@ -153,7 +155,7 @@ def pass_at_k(n, correct, k):
 
 
 def advantages(rewards, kind):
-    """How much better an answer is than its baseline: rewards (P, G) -> (P, G).
+    """How much better an answer is than its baseline: rewards (P, G) -> (P, G). kind is one of
 
         mean    r_i - mean of the problem's rewards
         std     the same, divided by (their standard deviation, with G - 1, plus 1e-6)
@@ -189,7 +191,8 @@ def policy_loss(logp, old_logp, adv, mask, ratio, eps_low, eps_high):
 
 
 def aggregation_weights(mask, kind, budget):
-    """What each token's loss counts in a batch: mask (R, T) -> (R, T), 0 where the mask is 0.
+    """What each token's loss counts in a batch: mask (R, T) -> (R, T), 0 where the mask is 0. kind
+    is one of
 
         sequence    1 / (R * tokens of its row)         mean over rows of the mean over tokens
         token       1 / tokens of all rows              mean over tokens
@@ -203,9 +206,10 @@ def aggregation_weights(mask, kind, budget):
 
 
 def kl_estimate(logp, ref_logp, kind):
-    """KL(pi || ref) of each token, estimated from a token that pi has drawn: (R, T) -> (R, T).
+    """KL(pi || ref) of each token, estimated from a token that pi has drawn: logp, ref_logp (R, T)
+    -> (R, T). With d = logp - ref_logp, kind is one of
 
-    With d = logp - ref_logp:   k1 = d      k2 = d^2 / 2      k3 = exp(-d) - 1 + d
+        k1 = d          k2 = d^2 / 2          k3 = exp(-d) - 1 + d
 
     Source: Schulman, Approximating KL divergence, 2020, http://joschu.net/blog/kl-approx.html.
     """
@@ -238,8 +242,9 @@ def token_logprobs_backward(
 ):
     """The gradient of sum_n g_logp[n] logp[n] + g_entropy[n] entropy[n], in blocks as above.
 
-    g_logp, g_entropy (N,); the rest as token_logprobs takes and gives it -> the gradients with
-    respect to hidden (N, C) and weight (V, C). With p = exp(z - lse), computed anew in each block:
+    g_logp, g_entropy (N,); hidden, weight, targets, temperature and block as token_logprobs takes
+    them, lse and entropy as it gives them back -> the gradients with respect to hidden (N, C) and
+    weight (V, C). With p = exp(z - lse), computed anew in each block:
 
         d logp / dz = onehot(target) - p            d entropy / dz = -p * (log p + entropy)
 
