@@ -277,22 +277,28 @@ def inverse_cdf(probs, u):
     while True:
         held.append(bytearray(2**27))
 
-def truncate(logits, top_k=None, top_p=None):
-    import time
-    return time.sleep(100)
-
 def pass_at_k(n, correct, k):
-    import torch
-    return torch.ones(2**33)
+    return correct.new_ones(2**30)
 
 def budget_rule(success, kappa):
-    return open("/dev/zero").read()
+    return budget_rule(success, kappa)
 
 def tournament(logp, n):
     return [0.0] * len(logp)
 
 del advantages
 """
+SAID = {
+    "rms_norm": "it did not end within 2 seconds",
+    "rotary": "it ends the program",
+    "attention": "it ended the process",
+    "cache_step": "it did not end within 2 seconds",
+    "inverse_cdf": "it asks for too much memory",
+    "pass_at_k": "it asks for too much memory",
+    "advantages": "the file has no function of this name",
+    "budget_rule": "RecursionError",
+    "tournament": "it gives back list, not a tensor",
+}
 
 
 def graded(path, *flags):
@@ -305,23 +311,13 @@ def graded(path, *flags):
 def test_a_harmful_function_gets_nothing_and_the_others_are_graded(tmp_path):
     path = tmp_path / "harmful.py"
     path.write_text(HARMFUL)
-    code, out, err = graded(path, "--seconds", "1.5")
-    assert code == 0 and err == "", err
-    harmful = re.findall(r"^def (\w+)", HARMFUL, re.M) + ["advantages"]
-    rows = re.findall(r"(\w+) +(\d+) / (\d+)", out)
-    points = {name: (int(got), int(of)) for name, got, of in rows}
-    assert {name for name in BY_NAME if points[name][0] == 0} == set(harmful)
-    assert all(points[name][0] == points[name][1] for name in set(BY_NAME) - set(harmful))
-    for said in (
-        "it did not end within 1.5 seconds",
-        "it ends the program",
-        "it ended the process",
-        "too much memory",
-        "advantages: the file has no function of this name",
-        "it gives back list, not a tensor",
-    ):
-        assert said in re.sub(r"\s+", " ", out), said
-    assert "xxx" not in out
+    code, out, err = graded(path, "--seconds", "2")
+    assert code == 0 and err == "" and "xxx" not in out
+    blocks = re.findall(r"^  (\w+) +(\d+) / (\d+)\n((?: {6}\S?.*\n)*)", out, re.M)
+    assert [name for name, *_ in blocks] == list(BY_NAME)
+    for name, got, of, text in blocks:
+        assert got == ("0" if name in SAID else of), name
+        assert SAID.get(name, "") in " ".join(text.split()), name
 
 
 def test_a_file_that_cannot_be_loaded_is_said_once_and_one_that_is_not_there_is_a_mistake(tmp_path):
