@@ -182,13 +182,13 @@ def total(problems, grades):
     return f"{got:>3} / {sum(problem.points for problem in problems)}"
 
 
-def main():
+def main(given=None):
     about = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser("python -m assignment.grade", formatter_class=about)
     parser.add_argument("file", help="a file like assignment/adapters.py")
     parser.add_argument("--week", type=int, choices=SETS, help="this set only")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="a function's time limit")
-    args = parser.parse_args()
+    args = parser.parse_args(given)
     if not Path(args.file).is_file():
         print(f"grade.py: error: there is no file {args.file}", file=sys.stderr)
         return 2
