@@ -289,10 +289,10 @@ def tournament(logp, n):
 del advantages
 """
 SAID = {
-    "rms_norm": "it did not end within 2 seconds",
+    "rms_norm": "it did not end within 1 seconds",
     "rotary": "it ends the program",
     "attention": "it ended the process",
-    "cache_step": "it did not end within 2 seconds",
+    "cache_step": "it did not end within 1 seconds",
     "inverse_cdf": "it asks for too much memory",
     "pass_at_k": "it asks for too much memory",
     "advantages": "the file has no function of this name",
@@ -305,7 +305,7 @@ def test_a_harmful_function_gets_nothing_and_the_others_are_graded(tmp_path):
     path = tmp_path / "harmful.py"
     path.write_text(HARMFUL)
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "assignment.grade", str(path), "--seconds", "2"]
+    command = [sys.executable, "-m", "assignment.grade", str(path), "--seconds", "1"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
     out = done.stdout
     assert done.returncode == 0 and done.stderr == "" and "xxx" not in out
