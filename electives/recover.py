@@ -1,37 +1,35 @@
 """recover.py: where mistakes are inevitable, teach the way back.
 
 (RaC, recovery and correction: Hu et al. 2025, arXiv 2509.07953, on robots.) A model that has seen
-nothing but flawless demonstrations has never seen its own mistakes. Here it keeps running totals
-(tasks/totals.py) with a hand that shakes: now and then another letter is written than was meant,
+nothing but flawless demonstrations has never seen a mistake. Here it keeps running totals with a
+hand that slips (tasks/totals.py): whatever letter it means, now and then a blot is written,
 
-    p(letter) = (1 - slip) policy(letter) + slip policy(any letter) / 5
+    p(letter) = (1 - slip) policy(letter)           p(blot) = slip policy(any letter)
 
-and the model reads what stands there. One wrong line, and all that follows is wrong. In each round
-the model rolls out, an oracle finds the first wrong line that nothing is done about, takes over,
-and writes one of
+and then the total is lost, and those after it are guesses. In each round the model answers, an
+oracle finds the first blot or wrong total about which nothing is done, takes over, writes one of
 
-    recovery      < and the line anew: back to a state that the demonstrations know
-    correction    the next line as it should be: ahead to a state that they know
+    recovery      < and the line anew: back to a page that the demonstrations know, and on from it
+    correction    the next line as it should be: ahead to a total that the demonstrations know
 
-and stops there; the model learns the oracle's tokens (the page before them is only read):
+and stops there. The model learns the oracle's tokens; the page before them is only read:
 
-    loss = - sum over the oracle's tokens of log p(token | the page so far) / their number
+    loss = - mean over lessons, and over the oracle's tokens in each, of log p(token | the page)
 
-Recovery is the easier lesson: see that the line is wrong, then do what the demonstrations do. A
-correction has to sum three digits in one step, which no demonstration shows. Both are held to the
-same number of the oracle's tokens, and so are further full demonstrations, without slips (full) or
-by the oracle with as shaky a hand, which it recovers from (shaky).
+Valid states to start from are many, the right total is one: back is easier than ahead. Recovery is
+one new token, then what the demonstrations do; a correction sums three digits in one step, which
+no demonstration shows. Both are held to the same number of the oracle's tokens, and so are further
+full demonstrations, without slips (full), and by a hand that slips as the model's does (shaky).
 
     python -m electives.recover             4 minutes on two cores
 
 What to see: left, success against what the oracle has written. Right, the causal test that the
-paper lacks: ONE model, which may cross out nothing, once, twice, ... The paper's plot of success
+paper lacks: ONE model, which may cross out nothing, one line, two, ... The paper's plot of success
 against retries compares models that have also seen different data.
 
 How this differs from the paper:
-1. A GPT that writes lines instead of a robot that folds shirts. Its state is the whole page, past
-   mistakes included, so that a known state is not reached by crossing out alone.
-2. The oracle takes over at the first wrong line, always; a human does when failure looks imminent.
+1. A GPT that writes lines, not a robot that folds shirts; mistakes are the hand's, and to be seen.
+2. The oracle takes over at the first mistake, always; a human does when failure looks imminent.
 3. A correction of the last line is a recovery: no line is left in which to make up for it.
 4. None of the model's own answers are learnt, not even those that succeed by themselves.
 """
@@ -79,7 +77,7 @@ CROWDS = 12  # of them a round, at most
 LETTERS = len(totals.LETTERS)
 LINE = 3  # tokens
 EOS = totals.tokenizer.eos
-BACK = totals.tokenizer.encode(totals.BACK)[0]
+BLOT, BACK = totals.tokenizer.encode(totals.BLOT + totals.BACK)
 
 SHAPE = GPTConfig(
     totals.tokenizer.n_vocab,
@@ -94,7 +92,7 @@ SHAPE = GPTConfig(
 
 @dataclass
 class Config(Flags):
-    slip: float = flag(0.1, "chance that a letter is drawn, whatever was meant", low=0, high=1)
+    slip: float = flag(0.1, "chance that a letter becomes a blot", low=0, high=1)
     demos: int = flag(400, "full demonstrations that all begin with", quick=20, low=1)
     warm_up: int = flag(600, "steps of imitation of those", quick=5, low=1)
     rounds: int = flag(4, "rounds of teaching", quick=1, low=1)
@@ -106,18 +104,19 @@ class Config(Flags):
 
 
 # --------------------------------------------------------------------------------------------------
-# Acting with a hand that shakes
+# Acting with a hand that slips
 
 
 @contextmanager
-def shaking(model, slip, forbidden=()):
+def slipping(model, slip, forbidden=()):
     """While on, what is drawn from the model is what its hand writes; ids may be forbidden."""
 
     def shake(head, inputs, logits):
         p = logits.softmax(-1)  # (R, V)
-        p[:, list(forbidden)] = 0
-        meant = p[:, :LETTERS]  # the tokenizer's first ids are the letters
-        p[:, :LETTERS] = (1 - slip) * meant + slip * meant.mean(1, keepdim=True)
+        p[:, forbidden] = 0
+        letters = p[:, :LETTERS]  # the tokenizer's first ids
+        p[:, BLOT] = slip * letters.sum(1)
+        letters *= 1 - slip
         return p.clamp_min(1e-30).log()  # the sampler normalises
 
     hook = model.lm_head.register_forward_hook(shake)
@@ -138,7 +137,7 @@ def act(model, problems, slip, retries, generator):
     going = range(len(problems))
     for left in range(retries, -1, -1):
         # 1. Up to the next crossing-out; who has none left goes on without
-        with shaking(model, slip, forbidden=[] if left else [BACK]):
+        with slipping(model, slip, forbidden=[] if left else [BACK]):
             begun = [pages[i] for i in going]
             rollout = generate(model, begun, 1, new, stop=[EOS, BACK], generator=generator)
         for i, tokens in zip(going, rollout.tokens(), strict=True):
@@ -175,14 +174,14 @@ def demonstration(problem):
 
 
 def shaky_demonstration(rng, problem, slip):
-    """The same by a hand that shakes as the model's does: the oracle crosses out what is wrong."""
+    """The same by a hand that slips as the model's does: the oracle crosses out what is wrong."""
     lessons = demonstration(problem)
     page = totals.prompt(problem)
     for i in range(len(problem)):
         line = totals.line(problem, i)
-        while rng.random() < slip and (letter := rng.choice(totals.LETTERS)) != line[-1]:
-            ids, weights = lesson(page, line[:-1] + letter + totals.BACK)
-            weights[-2] = 0  # the slip teaches nothing
+        while rng.random() < slip:
+            ids, weights = lesson(page, line[:-1] + totals.BLOT + totals.BACK)
+            weights[-2] = 0  # the blot is no lesson
             lessons.append((ids, weights))
         page += line
     return lessons
@@ -226,7 +225,7 @@ def teach(config, arm, model, rng, generator):
 
 
 def imitation_loss(model, lessons):
-    """Cross-entropy of the oracle's tokens."""
+    """Cross-entropy of the oracle's tokens. Each lesson counts as much, however short it is."""
     T = max(len(ids) for ids, _ in lessons)
     padded = [
         (ids + [0] * (T - len(ids)), weights + [0] * (T - len(ids))) for ids, weights in lessons
@@ -235,7 +234,8 @@ def imitation_loss(model, lessons):
     ids, weights = torch.tensor(padded, device=device).unbind(1)  # (B, T) each
     hidden = model.hidden(ids[:, :-1])  # (B, T - 1, C)
     logp, _ = token_logprobs(hidden, model.lm_head.weight, ids[:, 1:])
-    return -(logp * weights[:, 1:]).sum() / weights.sum()
+    per_lesson = (logp * weights[:, 1:]).sum(1) / weights.sum(1)  # (B,)
+    return -per_lesson.mean()
 
 
 def imitate(model, optimizer, rng, lessons, lr):
@@ -319,8 +319,8 @@ def enough(retries, slip, lines):
     """The chance that no more than so many lines go wrong before the last is right, if nothing but
     the hand errs: a negative binomial's.
     """
-    q = slip * (1 - 1 / LETTERS)  # a letter drawn may be the right one
-    return sum(math.comb(lines - 1 + k, k) * q**k for k in range(retries + 1)) * (1 - q) ** lines
+    ways = [math.comb(lines - 1 + k, k) * slip**k for k in range(retries + 1)]
+    return sum(ways) * (1 - slip) ** lines
 
 
 def figure(config, run):
@@ -380,7 +380,7 @@ def main():
         run.introduce(device, SHAPE.parameters)
         for seed in seeds_of(config):
             base, demos = pretrain(config, run, seed, device)
-            # by a hand that does not shake
+            # by a hand that does not slip
             measure = partial(held_out, config, base, 0.0, 0)
             run.log_once(measure, phase="base", seed=seed, step=config.warm_up)
             trained = {arm: rounds(config, run, arm, seed, base, demos) for arm in ARMS}

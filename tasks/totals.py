@@ -1,14 +1,14 @@
-"""Running totals, kept with a hand that shakes. A problem is a column of digits; the answer has a
+"""Running totals, kept with a hand that slips. A problem is a column of digits; the answer has a
 line for each: its name, the digit, and the total so far modulo 5, as a letter (A is 0, E is 4):
 
     a3b4c1d2=           3, 4, 1 and 2 are to be summed
     a3Db4Cc1Dd2A        3; 3 + 4 = 7, C; 2 + 1 = 3, D; 3 + 2 = 5, A
-    a3Db4E<b4Cc1Dd2A    a slip in b: < crosses out the last line that stands; b is written anew
-    a3Db4Ec1Dd2A        the slip is left and made up for: c is 3 + 4 + 1, not 4 + 1
+    a3Db4*<b4Cc1Dd2A    a blot in b: < crosses out the last line that stands; b is written anew
+    a3Db4*c1Dd2A        the blot is left and made up for: c is 3 + 4 + 1
 
-All three are right: what counts is the total in the last line. So whoever sees a wrong line has two
-ways on: back to a page that is right, or ahead to one. What is crossed out is gone from the page
-that the author reads: above, b was then written after `a3D`. Only letters slip.
+All three are right: what counts is the total in the last line. So whoever has slipped has two ways
+on: back to a page that is right, or ahead to one. What is crossed out is gone from the page that
+the author reads: above, b was then written after `a3D`. Only letters turn into blots.
 """
 
 from tasks import held_out as is_held_out
@@ -17,8 +17,9 @@ from tokenizer import CharTokenizer
 SIZE = 8  # lines
 NAMES = "abcdefgh"
 LETTERS = "ABCDE"
+BLOT = "*"
 BACK = "<"
-tokenizer = CharTokenizer(LETTERS + "01234" + NAMES + BACK + "=")
+tokenizer = CharTokenizer(LETTERS + BLOT + "01234" + NAMES + BACK + "=")
 
 
 def budget(size):
@@ -44,7 +45,7 @@ def line(problem, i):
 
 
 def demonstrate(rng, problem):
-    """By a hand that does not shake."""
+    """By a hand that does not slip."""
     return "".join(line(problem, i) for i in range(len(problem)))
 
 
@@ -60,7 +61,7 @@ def replay(problem, text):
         if text[read] == BACK and page:
             page = page[:-1]
             read += 1
-        elif right and written[:2] == right[:2] and written[2:] and written[2] in LETTERS:
+        elif right and written[:2] == right[:2] and written[2:] and written[2] in LETTERS + BLOT:
             page = [*page, written]
             read += 3
         else:

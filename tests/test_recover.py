@@ -1,4 +1,4 @@
-"""electives/recover.py, tasks/totals.py: the page, the hand that shakes, what the oracle writes."""
+"""electives/recover.py, tasks/totals.py: the page, the hand that slips, what the oracle writes."""
 
 import itertools
 import random
@@ -13,6 +13,7 @@ from electives import recover
 from electives.recover import (
     ARMS,
     BACK,
+    BLOT,
     EOS,
     LETTERS,
     RETRIES,
@@ -24,15 +25,15 @@ from electives.recover import (
     imitation_loss,
     intervention,
     lesson,
-    shaking,
     shaky_demonstration,
+    slipping,
     teach,
 )
 from engine import generate
 from tasks import totals
 
 PROBLEM = [3, 4, 1, 2]
-RIGHT, CROSSED, LEFT = "a3Db4Cc1Dd2A", "a3Db4E<b4Cc1Dd2A", "a3Db4Ec1Dd2A"
+RIGHT, CROSSED, LEFT = "a3Db4Cc1Dd2A", "a3Db4*<b4Cc1Dd2A", "a3Db4*c1Dd2A"
 
 
 def page_of(ids):
@@ -57,11 +58,11 @@ def test_the_verifier_agrees_with_a_search_of_all_pages():
         moves = [("<", stand[:-1])] * bool(stand)
         if len(stand) < 2:
             name = "a3b4"[2 * len(stand) :][:2]
-            moves += [(name + letter, (*stand, letter)) for letter in "CDE"]
+            moves += [(name + letter, (*stand, letter)) for letter in "CD*"]
         edge += [(text + more, after) for more, after in moves if len(text + more) <= 13]
-    parts = ("a3", "b4", "b3", "C", "D", "E", "<", "a3D", "b4C", "b4E")
+    parts = ("a3", "b4", "b3", "C", "D", "*", "<", "a3D", "b4C", "b4*")
     tried = {"".join(p) for n in range(6) for p in itertools.product(parts, repeat=n)}
-    assert len(right & tried) > 50
+    assert len(right) > 20 and len(right & tried) > 10
     for text in tried | right:
         if len(text) <= 13:
             assert totals.reward(problem, text) == float(text in right), text
@@ -76,7 +77,7 @@ def test_the_verifier_agrees_with_a_search_of_all_pages():
         ("a3Db4E", "a3Db4E"),
         ("a3Db4Ec1Ad2B", "a3Db4E"),
         ("a3Db4E<b4A", "a3Db4A"),
-        ("a3Db4Ec1D<c1A", "a3Db4Ec1A"),
+        ("a3Db4Ec1D<c1A", "a3Db4E"),
         ("a3Db4Ec1Dd2B", "a3Db4Ec1Dd2B"),
         ("a3Db4Eb4C", "a3Db4E"),
         ("b4C", None),
@@ -87,19 +88,19 @@ def test_a_mistake_is_the_first_wrong_line_about_which_nothing_is_done(text, pag
     assert (found and "".join(found)) == page
 
 
-def test_the_hand_slips_as_often_as_it_should_and_only_in_letters():
+def test_the_hand_slips_as_often_as_it_should_and_only_where_a_letter_is_meant():
     p = torch.full((totals.tokenizer.n_vocab,), 0.02)
-    p[1] = p[7] = 0.0
-    p[1] = 1 - p.sum()
+    p[1] = 1.02 - p.sum()
     model = known(p.tolist())
-    with shaking(model, 0.3, forbidden=[BACK]):
+    with slipping(model, 0.3, forbidden=[BACK]):
         rollout = generate(model, [[0]], 40_000, 1, generator=seeded())
     law = p.clone()
-    law[:LETTERS] = 0.7 * p[:LETTERS] + 0.3 * p[:LETTERS].mean()
+    law[:LETTERS] *= 0.7
+    law[BLOT] = 0.3 * p[:LETTERS].sum()
     law[BACK] = 0
     law /= law.sum()
     counts = torch.bincount(rollout.ids[:, 1], minlength=len(p)).double()
-    assert counts[BACK] == 0 == counts[7]
+    assert counts[BACK] == 0
     seen = law > 0
     chi2 = ((counts - 40_000 * law) ** 2 / (40_000 * law))[seen].sum()
     assert chi2 < 50  # 21 degrees of freedom: 1 in 2,000
@@ -115,7 +116,7 @@ class Author:
     def __init__(self, slip):
         self.slip, self.rng, self.may = slip, random.Random(0), True
 
-    def shaking(self, model, slip, forbidden):
+    def slipping(self, model, slip, forbidden):
         self.may = BACK not in forbidden
         return pytest.MonkeyPatch.context()  # anything that can be entered
 
@@ -129,10 +130,9 @@ class Author:
         while len(page + out) < 3 * len(problem):
             i = len(page + out) // 3
             line = totals.line(problem, i)
-            wrong = self.rng.random() < self.slip
-            letter = self.rng.choice(totals.LETTERS.replace(line[2], ""))
-            out += line[:2] + (letter if wrong else line[2])
-            if wrong and self.may:
+            slipped = self.rng.random() < self.slip
+            out += line[:2] + ("*" if slipped else line[2])
+            if slipped and self.may:
                 return totals.tokenizer.encode(out + "<")
         return totals.tokenizer.encode(out) + [EOS]
 
@@ -142,15 +142,15 @@ def test_success_of_a_faultless_author_is_the_chance_that_no_more_lines_go_wrong
     for retries in (0, 1, 3):
         author = Author(slip=0.2)
         monkeypatch.setattr(recover, "generate", author.generate)
-        monkeypatch.setattr(recover, "shaking", author.shaking)
-        texts, rewards = act(None, problems, 0.25, retries, None)
+        monkeypatch.setattr(recover, "slipping", author.slipping)
+        texts, rewards = act(None, problems, 0.2, retries, None)
         crossed = [text.count("<") for text in texts]
         assert max(crossed) == retries
         last = ["".join([*totals.replay(p, t)][-1]) for p, t in zip(problems, texts, strict=True)]
         right = [
             page == totals.demonstrate(None, p) for page, p in zip(last, problems, strict=True)
         ]
-        expected = enough(retries, slip=0.25, lines=totals.SIZE)
+        expected = enough(retries, slip=0.2, lines=totals.SIZE)
         assert np.mean(right) == pytest.approx(expected, abs=0.03)
         assert np.mean(rewards) >= np.mean(right)
         if not retries:
@@ -184,7 +184,7 @@ def test_the_oracle_leads_back_to_a_right_page_or_ahead_to_one():
         problem = totals.draw(rng)
         lines = [totals.line(problem, k) for k in range(8)]
         wrong = rng.randrange(8)
-        letter = rng.choice(totals.LETTERS.replace(lines[wrong][2], ""))
+        letter = rng.choice("*" + totals.LETTERS.replace(lines[wrong][2], ""))
         page = [*lines[:wrong], lines[wrong][:2] + letter]
         text = "".join(page)
         # it may have gone on
@@ -223,7 +223,7 @@ def test_a_shaky_demonstration_teaches_the_whole_answer_and_the_way_back_from_ev
             assert not totals.is_right(problem, before) and totals.is_right(problem, page)
             assert text[-1] == "<" and weights[-4:] == [1, 1, 0, 1] and sum(weights) == 3
     # a line is written until it is right: q / (1 - q) slips each
-    assert slips / 16_000 == pytest.approx(0.16 / 0.84, abs=0.012)
+    assert slips / 16_000 == pytest.approx(0.2 / 0.8, abs=0.015)
 
 
 @pytest.mark.parametrize("arm", ARMS)
