@@ -93,14 +93,14 @@ SHAPE = GPTConfig(
 @dataclass
 class Config(Flags):
     slip: float = flag(0.1, "chance that a letter becomes a blot", low=0, high=1)
-    demos: int = flag(400, "full demonstrations that all begin with", quick=20, low=1)
-    warm_up: int = flag(600, "steps of imitation of those", quick=5, low=1)
+    demos: int = flag(1000, "full demonstrations that all begin with", quick=20, low=1)
+    warm_up: int = flag(250, "steps of imitation of those", quick=5, low=1)
     rounds: int = flag(4, "rounds of teaching", quick=1, low=1)
-    tokens: int = flag(1500, "what the oracle may write in a round", quick=60, low=25)
-    steps: int = flag(150, "steps of imitation in a round", quick=3, low=1)
-    lr: float = flag(1e-3, "their learning rate (AdamW, to 0 in each round)", low=0)
+    tokens: int = flag(600, "what the oracle may write in a round", quick=60, low=25)
+    steps: int = flag(100, "steps of imitation in a round", quick=3, low=1)
+    lr: float = flag(5e-4, "their learning rate (AdamW, to 0 in each round)", low=0)
     retries: int = flag(8, "crossings-out that an answer may have", low=0, high=16)
-    problems: int = flag(2048, "held-out problems", quick=16, low=1)
+    problems: int = flag(1024, "held-out problems", quick=16, low=1)
 
 
 # --------------------------------------------------------------------------------------------------
