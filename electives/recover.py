@@ -97,7 +97,7 @@ class Config(Flags):
     warm_up: int = flag(250, "steps of imitation of those", quick=5, low=1)
     rounds: int = flag(4, "rounds of teaching", quick=1, low=1)
     tokens: int = flag(600, "what the oracle may write in a round", quick=60, low=25)
-    steps: int = flag(100, "steps of imitation in a round", quick=3, low=1)
+    updates: int = flag(100, "steps of imitation in a round", quick=3, low=1)
     lr: float = flag(5e-4, "their learning rate (AdamW, to 0 in each round)", low=0)
     retries: int = flag(8, "crossings-out that an answer may have", low=0, high=16)
     problems: int = flag(1024, "held-out problems", quick=16, low=1)
@@ -294,19 +294,19 @@ def rounds(config, run, arm, seed, base, demos):
     phase = f"{arm} {seed}"
     if phase not in run.state:  # a resumed run has this row
         evaluate(0)
-    steps = config.rounds * config.steps
+    steps = config.rounds * config.updates
     for step in run.loop(phase, steps, model, optimizer, rng, generator, kept=known):
-        round, i = divmod(step, config.steps)
+        round, i = divmod(step, config.updates)
         # 1. The model acts, the oracle teaches
         if i == 0:
             new = teach(config, arm, model, rng, generator)
             known["lessons"] = known["lessons"] + new
             known["tokens"] += sum(sum(weights) for _, weights in new)
         # 2. Imitation of all that was ever taught
-        lr = config.lr * min((i + 1) / 10, 1 - i / config.steps)
+        lr = config.lr * min((i + 1) / 10, 1 - i / config.updates)
         imitate(model, optimizer, rng, known["lessons"], lr)
         # 3. How far it got
-        if i + 1 == config.steps:
+        if i + 1 == config.updates:
             run.say(**evaluate(round + 1))
     return model
 
