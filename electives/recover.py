@@ -73,7 +73,6 @@ ARMS = {  # how each is drawn
 RETRIES = (0, 1, 2, 4, 8)
 BATCH = 64
 CROWD = 256  # answers that the oracle looks at together
-CROWDS = 12  # of them a round, at most
 LETTERS = len(totals.LETTERS)
 LINE = 3  # tokens
 EOS = totals.tokenizer.eos
@@ -97,6 +96,7 @@ class Config(Flags):
     warm_up: int = flag(250, "steps of imitation of those", quick=5, low=1)
     rounds: int = flag(4, "rounds of teaching", quick=1, low=1)
     tokens: int = flag(600, "what the oracle may write in a round", quick=60, low=25)
+    answers: int = flag(3072, "most answers that it looks at in a round", quick=16, low=1)
     updates: int = flag(100, "steps of imitation in a round", quick=3, low=1)
     lr: float = flag(5e-4, "their learning rate (AdamW, to 0 in each round)", low=0)
     retries: int = flag(8, "crossings-out that an answer may have", low=0, high=16)
@@ -203,8 +203,9 @@ def teach(config, arm, model, rng, generator):
     """A round of the oracle -> its lessons, of at most config.tokens tokens in all."""
     lessons = []
     left = config.tokens
-    for _ in range(CROWDS):
-        problems = [totals.draw(rng) for _ in range(CROWD)]
+    crowd = min(CROWD, config.answers)
+    for _ in range(config.answers // crowd):
+        problems = [totals.draw(rng) for _ in range(crowd)]
         if arm == "full":
             new = [demonstration(problem) for problem in problems]
         elif arm == "shaky":
