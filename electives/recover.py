@@ -331,7 +331,6 @@ def figure(config, run):
         return series(run, key, phase="rounds", arm=arm)[1]  # (seeds, rounds + 1)
 
     success = {arm: curve("success", arm) for arm in ARMS}
-    final = {arm: y[:, -1] for arm, y in success.items()}
     capped = series(run, "success", phase="retries")[1]  # (seeds, caps)
     n = config.seeds
 
@@ -340,8 +339,12 @@ def figure(config, run):
         x, y = curve("tokens", arm).mean(0), success[arm]
         spread = y.std(0, ddof=1) if n > 1 else 0 * x
         left.errorbar(x, y.mean(0), spread, capsize=3, **style)
-    means = [f"{arm} {final[arm].mean():.2f}" for arm in ARMS]
-    left.set(title="Success at the end: " + ", ".join(means), ylim=(0, 1.02))
+    ours = success["recover"][:, -1]
+    # a rival is as good as in its best round, even if more teaching made it worse
+    best = {arm: success[arm].max(1) for arm in ("full", "shaky", "correct")}
+    means = [f"{arm} {y.mean():.2f}" for arm, y in best.items()]
+    left.set(title=f"Recoveries end at {ours.mean():.2f}; at best: " + ", ".join(means))
+    left.set_ylim(0, 1.02)
     left.set(xlabel="tokens that the oracle has written in all rounds")
     left.set(ylabel="success on held-out problems (fraction)")
     few, many = (capped[:, RETRIES.index(k)] for k in (0, 4))
@@ -354,21 +357,20 @@ def figure(config, run):
     for ax in (left, right):
         ax.legend(loc="lower right")
 
-    def ahead(id, other, threshold, paper):
-        text = f"success at equal oracle tokens, recover minus {other}"
-        beside = f" ({final['recover'].mean():.2f}, {final[other].mean():.2f})"
-        gap = final["recover"] - final[other]
+    def ahead(arm, threshold, paper):
+        text = f"success of recover at the end minus {arm} in its best round"
+        beside = f" ({ours.mean():.2f}, {best[arm].mean():.2f})"
         op = ">=" if threshold else ">"
-        return claim(id, text, SOURCE, paper, gap, op, threshold, n, beside)
+        return claim(arm, text, SOURCE, paper, ours - best[arm], op, threshold, n, beside)
 
     rise = np.diff(capped, axis=1).min()
     steady = "success, least rise from a number of retries to the next, worst seed"
     gain = "success of one model, four retries minus none"
     derived = "design of the task"
     return fig, [
-        ahead("full", "full", 0.15, "0.61, 0.23"),
-        ahead("correct", "correct", 0.05, "0.61, 0.22"),
-        ahead("shaky", "shaky", 0, "-"),
+        ahead("full", 0.15, "0.61, 0.23"),
+        ahead("correct", 0.05, "0.61, 0.22"),
+        ahead("shaky", 0, "-"),
         claim("steady", steady, derived, "-", rise, ">", 0, n),
         claim("retries", gain, derived, "-", many - few, ">=", 0.1, n),
     ]
