@@ -363,16 +363,16 @@ def figure(config, run):
         op = ">=" if threshold else ">"
         return claim(arm, text, SOURCE, paper, ours - best[arm], op, threshold, n, beside)
 
-    rise = np.diff(capped, axis=1).min()
-    steady = "success, least rise from a number of retries to the next, worst seed"
+    rise = np.diff(capped[:, : RETRIES.index(4) + 1], axis=1).min()
+    steady = "its least rise from 0 to 1, 1 to 2 or 2 to 4 retries, worst seed"
     gain = "success of one model, four retries minus none"
     derived = "design of the task"
     return fig, [
         ahead("full", 0.15, "0.61, 0.23"),
         ahead("correct", 0.05, "0.61, 0.22"),
         ahead("shaky", 0, "-"),
-        claim("steady", steady, derived, "-", rise, ">", 0, n),
         claim("retries", gain, derived, "-", many - few, ">=", 0.1, n),
+        claim("steady", steady, derived, "-", rise, ">", 0, n),
     ]
 
 
