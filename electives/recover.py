@@ -99,7 +99,7 @@ class Config(Flags):
     answers: int = flag(3072, "most answers that it looks at in a round", quick=16, low=1)
     updates: int = flag(100, "steps of imitation in a round", quick=3, low=1)
     lr: float = flag(5e-4, "their learning rate (AdamW, to 0 in each round)", low=0)
-    retries: int = flag(8, "crossings-out that an answer may have", low=0, high=16)
+    retries: int = flag(8, "crossings-out that an answer may have", quick=1, low=0, high=16)
     problems: int = flag(1024, "held-out problems", quick=16, low=1)
 
 
