@@ -23,9 +23,11 @@ full demonstrations, without slips (full), and by a hand that slips as the model
 
     python -m electives.recover             4 minutes on two cores
 
-What to see: left, success against what the oracle has written. Right, the causal test that the
-paper lacks: ONE model, which may cross out nothing, one line, two, ... The paper's plot of success
-against retries compares models that have also seen different data.
+What to see: left, success against what the oracle has written. Recoveries lift it far above
+corrections and flawless demonstrations; but a demonstrator whose hand slips as often shows the way
+back, too, and in whole answers: shaky ends above all. Right, the causal test that the paper lacks:
+ONE model, which may cross out nothing, one line, two, ... The paper's plot of success against
+retries compares models that have also seen different data.
 
 How this differs from the paper:
 1. A GPT that writes lines, not a robot that folds shirts; mistakes are the hand's, and to be seen.
@@ -354,8 +356,8 @@ def figure(config, run):
     title = f"One model: {few.mean():.2f} without a retry, {many.mean():.2f} with four"
     right.set(title=title, ylim=(0, 1.02), xticks=RETRIES)
     right.set(xlabel="crossings-out that it may use", ylabel=left.get_ylabel())
-    for ax in (left, right):
-        ax.legend(loc="lower right")
+    left.legend(loc="lower left")
+    right.legend(loc="lower right")
 
     def ahead(arm, threshold, paper):
         text = f"success of recover at the end minus {arm} in its best round"
