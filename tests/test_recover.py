@@ -292,4 +292,4 @@ def test_a_slip_above_one_is_a_mistake(tmp_path):
 
 def test_a_resumed_run_is_the_run(tmp_path):
     marks = [dict(phase="rounds", arm="shaky", step=1), dict(phase="retries", step=2)]
-    check_resume("electives.recover", tmp_path, marks, "--quick", "--rounds", 2)
+    check_resume("electives.recover", tmp_path, marks, "--quick")
