@@ -91,7 +91,7 @@ def mistake(problem, text):
         if page is None:
             break
         right = is_right(problem, page)
-        if wrong and not right and len(page) > len(wrong):
+        if wrong and not right:
             return wrong
         wrong = None if right else page
     return wrong
