@@ -1,0 +1,344 @@
+"""tasks/pipelines.py and electives/compose.py: functions, grader and parser by hand, the maths
+against enumeration, the trainers, and the command.
+"""
+
+import copy
+import itertools
+import random
+
+import pytest
+import torch
+from common import Memory, check_help, check_mistake, check_quick, check_resume
+
+from electives import compose
+from electives.compose import (
+    ARMS,
+    TASK,
+    Config,
+    advantages,
+    answer,
+    build,
+    imitate_right,
+    pass_at_k,
+    policy_loss,
+    score,
+    train,
+    warm_up,
+)
+from experiment import UserError
+from tasks import padded, pipelines
+from tasks.pipelines import (
+    BRIDGE,
+    FUNCTIONS,
+    HELD_OUT,
+    LENGTH,
+    LETTERS,
+    NAMES,
+    TRAINED,
+    apply,
+    bridged,
+    demonstrate,
+    draw,
+    listed,
+    mistake,
+    parse,
+    prompt,
+    reward,
+)
+
+SCRIPT = "electives.compose"
+SOURCES = {
+    "trained": (lambda rng: draw(rng, 3), TRAINED),
+    "held out": (lambda rng: draw(rng, 3, held_out=True), HELD_OUT),
+    "listed": (listed, NAMES),
+    "bridged": (lambda rng: bridged(rng, 3), BRIDGE),
+}
+
+
+def small(**choices):
+    return Config(**{**dict(steps=2, prompts=3, group=4, rounds=2, eval_prompts=4), **choices})
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return build("cpu")
+
+
+# --------------------------------------------------------------------------------------------------
+# The task
+
+
+def test_the_functions_are_bijections_and_no_two_are_alike():
+    strings = ["".join(s) for s in itertools.product(LETTERS, repeat=LENGTH)]
+    tables = {name: tuple(apply(name, s) for s in strings) for name in NAMES}
+    assert set(FUNCTIONS) == set(NAMES) and len(set(tables.values())) == len(NAMES)
+    assert all(len(set(table)) == len(strings) for table in tables.values())
+
+
+def test_the_roles_share_no_function():
+    assert sorted(TRAINED + HELD_OUT + BRIDGE) == sorted(NAMES)
+
+
+def test_an_application_by_hand(monkeypatch):
+    monkeypatch.setitem(FUNCTIONS, "A", ((2, 0, 1), 0))
+    monkeypatch.setitem(FUNCTIONS, "B", ((1, 0, 2), 6))
+    problem = [("ahc", "AB"), ("bbd", "A")]
+    assert prompt(problem) == "AahcBAbbd?"
+    # c, a, h; then a, c, h six letters on, around the end
+    assert demonstrate(None, problem) == "Aahc=cah;Bcah=gaf;Abbd=dbb;"
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_a_demonstration_is_right_and_composes_only_what_its_source_may(source):
+    make, names = SOURCES[source]
+    rng = random.Random(0)
+    lines = set()
+    for _ in range(200):
+        problem = make(rng)
+        text = demonstrate(rng, problem)
+        assert reward(problem, text) == 1 and mistake(problem, text) is None
+        assert len(TASK.encode(text)) + 1 <= pipelines.budget(3)
+        lines.add(len(parse(text)))
+        composed = "".join(functions for _, functions in problem if len(functions) > 1)
+        assert set(composed) <= set(names)
+        if source == "listed":
+            assert not composed
+        if source in ("trained", "held out"):
+            assert all(set(functions) <= set(names) for _, functions in problem)
+    assert lines == {"held out": {3}, "listed": {1, 2, 3}}.get(source, {3, 4})
+
+
+def changed(text, place, by):
+    return text[:place] + by + text[place + len(by) :]
+
+
+def test_any_other_string_at_the_end_of_a_pipeline_is_wrong_and_the_way_there_is_free():
+    problem = [("abc", "AB"), ("def", "C")]
+    text = demonstrate(None, problem)
+    lines = parse(text)
+    for other in itertools.product(LETTERS, repeat=LENGTH):
+        string = "".join(other)
+        assert reward(problem, changed(text, 14, string)) == (string == lines[1][2])
+        assert reward(problem, changed(text, 23, string)) == (string == lines[2][2])
+        assert reward(problem, changed(text, 5, string)) == 1
+        assert reward(problem, changed(text, 10, string)) == 1
+
+
+@pytest.mark.parametrize("text", ["", "?", "Aabc=bca", "Aabc=bca;B", "A", "Aabc=bca;;", "=;"])
+def test_what_is_no_line_is_wrong_and_ignores_the_question(text):
+    problem = [("abc", "A")]
+    assert reward(problem, text) == 0 and parse(text) is None
+    assert mistake(problem, text) == "ignored"
+
+
+def test_a_line_too_many_or_too_few_is_wrong():
+    problem = [("abc", "AB")]
+    text = demonstrate(None, problem)
+    for other in (text[:9], text[9:], text + text[9:], text[:9] + text):
+        assert reward(problem, other) == 0 and mistake(problem, other) == "ignored"
+
+
+def written(*lines):
+    """Each line's result is right, whatever its argument."""
+    return "".join(f"{name}{argument}={apply(name, argument)};" for name, argument in lines)
+
+
+def test_mistakes_by_hand():
+    problem = [("abc", "AB")]
+    through = apply("A", "abc")
+    other = next(s for s in ("add", "eee") if s not in (through, "abc"))
+    good = written(("A", "abc"), ("B", through))
+    assert mistake(problem, good) is None
+    # works on the question's string where it should go on
+    assert mistake(problem, written(("A", "abc"), ("B", "abc"))) == "ignored"
+    assert mistake(problem, written(("A", "abc"), ("C", through))) == "ignored"
+    assert mistake(problem, written(("B", "abc"), ("A", apply("B", "abc")))) == "order"
+    assert mistake(problem, written(("A", "abc"), ("B", other))) == "garbled"
+    assert mistake(problem, written(("A", other), ("B", apply("A", other)))) == "garbled"
+    slipped = "abc" if through != "abc" else "abd"
+    # the first mistake counts: what follows goes on from what was written
+    first = f"Aabc={slipped};B{slipped}={apply('B', slipped)};"
+    assert mistake(problem, first) == "slip"
+    assert mistake(problem, good[:14] + f"{other};") == "slip"
+
+
+# --------------------------------------------------------------------------------------------------
+# The maths
+
+
+def test_advantages_have_no_mean_and_equal_rewards_give_exactly_none():
+    rewards = torch.tensor([[1.0, 0, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0], [0.1, 0.1, 0.1, 0.1]])
+    adv = advantages(rewards)
+    assert adv[0].tolist() == [0.75, -0.25, -0.25, -0.25] and not adv[1:].any()
+    assert advantages(rewards, negatives=False)[0].tolist() == [0.75, 0, 0, 0]
+
+
+@pytest.mark.parametrize("group", [2, 4])
+def test_without_negatives_the_mean_gradient_is_the_full_one_times_the_failure_rate(group):
+    """By enumeration of all groups of answers: on-policy, masking changes each problem's step by
+    the factor 1 - p and nothing else.
+    """
+    logits = torch.tensor([0.3, -1.0, 0.5], dtype=torch.float64, requires_grad=True)
+    right = torch.tensor([1.0, 0, 0], dtype=torch.float64)
+    logp = logits.log_softmax(0)
+    p = (logp.exp() * right).sum().item()
+    mean = {True: 0, False: 0}
+    for answers in itertools.product(range(3), repeat=group):
+        rows = torch.tensor(answers)
+        chance = logp[rows].sum().exp().item()
+        for negatives in mean:
+            adv = advantages(right[rows][None], negatives)  # (1, G)
+            loss = -(adv[0] * logp[rows]).sum()
+            mean[negatives] += chance * torch.autograd.grad(loss, logits, retain_graph=True)[0]
+    torch.testing.assert_close(mean[False], (1 - p) * mean[True])
+
+
+def test_the_loss_is_a_mean_over_answer_tokens_and_padding_changes_nothing(model):
+    pairs = [("AabcB?", "Aabc=bca;"), ("Cddd?", "Cddd=aaa;Daaa=ddd;")]
+    weight = torch.tensor([[0.5], [-2.0]])
+    gradients, losses = [], []
+    for extra in (0, 7):
+        ids, mask = padded(pairs, TASK)
+        ids = torch.nn.functional.pad(ids, (0, extra), value=3)
+        mask = torch.nn.functional.pad(mask, (0, extra))
+        loss = policy_loss(score(model, ids), mask[:, 1:], weight)
+        losses.append(loss)
+        gradients.append(torch.autograd.grad(loss, model.wte.weight)[0])
+    torch.testing.assert_close(*losses)
+    torch.testing.assert_close(*gradients)
+    by_hand = 0.0
+    for (question, text), w in zip(pairs, (0.5, -2.0), strict=True):
+        ids = torch.tensor([TASK.encode(question + text) + [TASK.eos]])
+        by_hand -= w * score(model, ids)[0, len(question) - 1 :].sum()
+    torch.testing.assert_close(losses[0], by_hand / (10 + 19))
+
+
+def test_pass_at_k_is_the_share_of_subsets_with_a_right_answer():
+    n = 6
+    for right, k in itertools.product(range(n + 1), range(1, n + 1)):
+        subsets = list(itertools.combinations(range(n), k))
+        share = sum(min(s) < right for s in subsets) / len(subsets)
+        assert pass_at_k(n, [right], k).item() == pytest.approx(share, abs=1e-12)
+
+
+# --------------------------------------------------------------------------------------------------
+# The trainers
+
+
+def test_answers_are_sampled_in_the_law_that_they_are_scored_in(model):
+    problems = [draw(random.Random(i)) for i in range(3)]
+    rollout, texts, rewards = answer(model, problems, 4, torch.Generator().manual_seed(0))
+    logp = score(model, rollout.ids) * rollout.mask[:, 1:]
+    torch.testing.assert_close(logp, rollout.logp[:, 1:], atol=1e-4, rtol=0)
+    assert len(texts) == 12 and rewards.shape == (3, 4)
+
+
+def test_answers_in_pieces_stand_in_the_problems_order(model, monkeypatch):
+    """1,030 problems are sampled in three pieces."""
+    problems = [[("abc", NAMES[i % 18])] for i in range(1030)]
+    monkeypatch.setattr(pipelines, "reward", lambda problem, text: float(problem[0][1] == "B"))
+    monkeypatch.setattr(compose.Rollout, "ended", lambda self, stop: torch.ones(len(self.ids)))
+    rollout, _, rewards = answer(model, problems, 1, torch.Generator().manual_seed(0))
+    asked = rollout.ids[:, 0].tolist()
+    assert asked == [TASK.index[p[0][1]] for p in problems]
+    assert rewards[:, 0].tolist() == [p[0][1] == "B" for p in problems]
+
+
+def test_rejection_imitates_the_right_answers_only(model, monkeypatch):
+    """One round, one pass, one step: its gradient is that of the right rows' likelihood."""
+    problems = [draw(random.Random(i)) for i in range(4)]
+    config = small(epochs=1)
+    rollout, texts, _ = answer(model, problems, config.tries, torch.Generator().manual_seed(0))
+    good = [0, 3, 5]
+    monkeypatch.setattr(pipelines, "reward", lambda _, text: float(texts.index(text) in good))
+    monkeypatch.setattr(compose.Rollout, "ended", lambda self, stop: torch.ones(len(self.ids)))
+    loss = policy_loss(score(model, rollout.ids[good]), rollout.mask[good][:, 1:], 1.0)
+    loss.backward()
+    wanted = [p.grad.clone() for p in model.parameters()]
+    seen = []
+
+    class Watched(torch.optim.SGD):
+        def step(self):
+            seen.append([p.grad.clone() for p in model.parameters()])
+
+    monkeypatch.setattr(compose, "descend", lambda optimizer, loss: optimizer.step())
+    optimizer = Watched(model.parameters(), 0.0)
+    row = imitate_right(model, optimizer, problems, config, torch.Generator().manual_seed(0))
+    assert row["reward"] == 3 / 8 and len(seen) == 1
+    for got, want in zip(seen[0], wanted, strict=True):
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("arm", [a for a in ARMS if a != "RL level 1"])
+def test_where_no_answer_is_right_nothing_changes(model, monkeypatch, arm):
+    monkeypatch.setattr(pipelines, "reward", lambda *_: 0.0)
+    trained = train(small(), Memory(), arm, 0, copy.deepcopy(model))
+    for a, b in zip(model.parameters(), trained.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_every_arm_samples_as_many_answers_of_its_own_level(model, monkeypatch, arm):
+    config, asked = small(), []
+
+    def judged(problem, text):
+        asked.append(problem)
+        return 0.0
+
+    monkeypatch.setattr(pipelines, "reward", judged)
+    monkeypatch.setattr(compose, "test", lambda *_: {})
+    train(config, Memory(), arm, 0, model)
+    assert len(asked) == config.answers
+    longest = max(len(functions) for problem in asked for _, functions in problem)
+    assert longest == (1 if arm == "RL level 1" else 2)
+    assert {name for p in asked for _, functions in p for name in functions} <= set(TRAINED)
+
+
+def test_the_warm_up_ends_when_the_bridge_stands(monkeypatch):
+    successes = iter((0.1, 0.4, 0.8))
+    monkeypatch.setattr(compose, "bridge_success", lambda *_: next(successes))
+    monkeypatch.setattr(compose, "test", lambda *_: {})
+    run, rates = Memory(), []
+    step = compose.descend
+
+    def watched(optimizer, loss):
+        rates.append(optimizer.param_groups[0]["lr"])
+        return step(optimizer, loss)
+
+    monkeypatch.setattr(compose, "descend", watched)
+    monkeypatch.setattr(Memory, "say", lambda *_, **__: None)
+    warm_up(Config(cool_down=4, warm_up=100), run, 0, "cpu")
+    # measured before steps 0, 25 and 50; four steps with less and less, the last above 0
+    assert len(rates) == 54
+    assert rates[50:] == pytest.approx([5e-3 * share for share in (1, 0.75, 0.5, 0.25)])
+
+
+def test_a_base_that_never_composes_is_one_line(monkeypatch):
+    monkeypatch.setattr(compose, "bridge_success", lambda *_: 0.1)
+    monkeypatch.setattr(Memory, "say", lambda *_, **__: None)
+    with pytest.raises(UserError, match="nothing to build on"):
+        warm_up(Config(warm_up=3, cool_down=4), Memory(), 0, "cpu")
+
+
+# --------------------------------------------------------------------------------------------------
+# The command
+
+
+def test_a_quick_run_writes_what_a_run_writes(tmp_path):
+    check_quick(SCRIPT, tmp_path, also=("samples.txt",))
+    marked = (tmp_path / "samples.txt").read_text()
+    assert all(marked.count(f"    {arm} ") == 3 for arm in ("base", *ARMS))
+
+
+def test_help_tells_every_flag():
+    check_help(SCRIPT)
+
+
+def test_answers_that_cannot_be_shared_out_are_one_line(tmp_path):
+    check_mistake(SCRIPT, "--rounds 7", tmp_path)
+
+
+def test_a_run_that_was_interrupted_goes_on_to_the_bit(tmp_path):
+    marks = dict(phase="train", arm=ARMS[0], step=1), dict(phase="test", arm=ARMS[2])
+    check_resume(SCRIPT, tmp_path, marks, "--quick", "--eval-prompts", 1)
