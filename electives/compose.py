@@ -75,7 +75,7 @@ class Config(Flags):
     tries: int = flag(2, "its answers per problem", low=1, high=1000)
     epochs: int = flag(2, "its passes over the right answers of a round", low=1, high=1000)
     rejection_lr: float = flag(3e-4, "its learning rate (AdamW, constant)", low=0)
-    bridge: float = flag(0.04, "share of pipelines in the base's demonstrations", low=0, high=1)
+    bridge: float = flag(0.06, "share of pipelines in the base's demonstrations", low=0, high=1)
     gate: float = flag(0.5, "success on bridge pipelines that ends the warm-up", quick=0.0, high=1)
     warm_up: int = flag(3000, "its steps at most", quick=5, low=1)
     cool_down: int = flag(200, "its last steps, learning rate down to 0", quick=3, low=1)
@@ -205,52 +205,10 @@ def adamw(model, lr, weight_decay=0.0):
     )
 
 
-def demonstration(config, rng):
-    """What the base model reads -> prompt, answer: all the atoms, and a few pipelines of bridge
-    functions.
-    """
-    pipe = rng.random() < config.bridge
-    problem = pipelines.bridged(rng, rng.choice((2, 3))) if pipe else pipelines.listed(rng)
+def demonstration(rng, bridge):
+    """What the base model reads -> prompt, answer: the atoms, and a share of bridge pipelines."""
+    problem = pipelines.bridged(rng) if rng.random() < bridge else pipelines.listed(rng)
     return pipelines.prompt(problem), pipelines.demonstrate(rng, problem)
-
-
-def warm_up(config, run, seed, device):
-    """Imitation, from scratch -> the base model. Once it composes bridge functions (--gate) the
-    learning rate goes to 0 in --cool-down steps, and that is that. UserError if it never does.
-    """
-    torch.manual_seed(seed)
-    rng = random.Random(seed)
-    model = build(device)
-    optimizer = adamw(model, config.warm_up_lr, weight_decay=0.01)
-    kept = dict(left=None)  # steps left, once the gate is passed
-
-    def over():
-        return kept["left"] == 0
-
-    phase, steps = f"base {seed}", config.warm_up + config.cool_down
-    for step in run.loop(phase, steps, model, optimizer, rng, kept=kept, until=over):
-        if kept["left"] is None and (step % 25 == 0 or step == config.warm_up):
-            success = bridge_success(model, step)
-            run.say(bridge=success)
-            if success >= config.gate:
-                kept["left"] = config.cool_down
-            elif step == config.warm_up:
-                raise UserError(
-                    f"{phase} is right about {success:.2f} of bridge pipelines after {step} steps "
-                    f"(--gate {config.gate}): there is nothing to build on, try another --seed"
-                )
-        left = config.cool_down if kept["left"] is None else kept["left"]
-        ramp = min((step + 1) / 50, left / config.cool_down)
-        optimizer.param_groups[0]["lr"] = config.warm_up_lr * ramp
-        ids, mask = padded([demonstration(config, rng) for _ in range(48)], TASK)
-        loss = policy_loss(score(model, ids.to(device)), mask[:, 1:].to(device), 1.0)
-        optimizer.zero_grad()
-        loss.backward()
-        descend(optimizer, loss)
-        if kept["left"] is not None:
-            kept["left"] -= 1
-    run.log_once(partial(test, model, config, seed), phase="test", arm="base", seed=seed, step=0)
-    return model
 
 
 def bridge_success(model, seed):
@@ -258,6 +216,45 @@ def bridge_success(model, seed):
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     problems = [[pipelines.pipeline(rng, 2, pipelines.BRIDGE)] for _ in range(128)]
     return answer(model, problems, 1, generator)[2].mean().item()
+
+
+def warm_up(config, run, seed, device):
+    """Imitation, from scratch -> the base model. Once it begins to compose bridge functions, it
+    reads atoms only, --cool-down steps in which the learning rate goes to 0. UserError if it never
+    does.
+    """
+    torch.manual_seed(seed)
+    rng = random.Random(seed)
+    model = build(device)
+    optimizer = adamw(model, config.warm_up_lr, weight_decay=0.01)
+    kept = dict(bridge=config.bridge, left=config.cool_down)  # steps left, once the bridge stands
+
+    def over():
+        return kept["left"] == 0
+
+    phase, steps = f"base {seed}", config.warm_up + config.cool_down
+    for step in run.loop(phase, steps, model, optimizer, rng, kept=kept, until=over):
+        if kept["bridge"] and step % 10 == 0:
+            success = bridge_success(model, step)
+            run.say(bridge=success)
+            if success >= config.gate:
+                kept["bridge"] = 0.0
+        if kept["bridge"] and step >= config.warm_up:
+            raise UserError(
+                f"{phase} is right about {success:.2f} of bridge pipelines after {step} steps "
+                f"(--gate {config.gate}): there is nothing to build on, try another --seed"
+            )
+        ramp = min((step + 1) / 50, kept["left"] / config.cool_down)
+        optimizer.param_groups[0]["lr"] = config.warm_up_lr * ramp
+        pairs = [demonstration(rng, kept["bridge"]) for _ in range(32)]
+        ids, mask = (x.to(device) for x in padded(pairs, TASK))
+        loss = policy_loss(score(model, ids), mask[:, 1:], 1.0)
+        optimizer.zero_grad()
+        loss.backward()
+        descend(optimizer, loss)
+        kept["left"] -= kept["bridge"] == 0
+    run.log_once(partial(test, model, config, seed), phase="test", arm="base", seed=seed, step=0)
+    return model
 
 
 def held_out(level, n, seed):
@@ -331,125 +328,70 @@ def levels(run, arm):
     return np.stack([logged(run, "test", arm, f"level {level}") for level in LEVELS], 1)
 
 
+def gains(run, level):
+    """pass@k after RL on two functions minus before (seeds, ks)."""
+    before, after = (logged(run, "pass@k", arm, f"level {level}") for arm in ("base", ARMS[0]))
+    return after - before
+
+
 def figure(config, run):
     success = {arm: levels(run, arm) for arm in ("base", *ARMS)}
-    rl, masked, rejection, single = (success[arm] for arm in ARMS)
-    base = success["base"]
-    # pass@k after RL minus before (seeds, ks), at both levels
-    gain = {
-        level: logged(run, "pass@k", ARMS[0], f"level {level}")
-        - logged(run, "pass@k", "base", f"level {level}")
-        for level in (EASY, HARD)
-    }
+    fig, axes = plt.subplots(1, 4, figsize=(19, 4.8), layout="constrained")
+    draw_levels(axes[0], success)
+    for ax, level in zip(axes[1:3], (EASY, HARD), strict=True):
+        draw_tries(ax, config, run, level)
+    draw_mistakes(axes[3], run)
+    two, three = ({arm: y[:, i].mean() for arm, y in success.items()} for i in (1, 2))
+    fig.suptitle(
+        f"Rewarded for f(g(x)), two functions never composed before: {two['base']:.2f} → "
+        f"{two[ARMS[0]]:.2f}; three: {three['base']:.2f} → {three[ARMS[0]]:.2f}, by rejection "
+        f"fine-tuning {three[ARMS[2]]:.2f} ({config.seeds} seed{'s' * (config.seeds > 1)})"
+    )
+    return fig, claims_of(config, run, success)
+
+
+def claims_of(config, run, success):
     n, k = config.seeds, config.ks[-1]
-    two, three = LEVELS.index(2), LEVELS.index(3)
-    garbled = {
-        arm: sum(logged(run, "test", arm, f"{kind} at 2") for kind in pipelines.MISTAKES[1:])
-        for arm in ("base", ARMS[0])
-    }
+    two, three = ({arm: y[:, i] for arm, y in success.items()} for i in (1, 2))
+    rl, masked, rejection, single = ARMS
+    over_base = two[rl] - two["base"]
+    by_one = two[single] - two["base"]
+    over_rejection = three[rl] - three[rejection]
+    ratio = three[rl].mean() / max(three[rejection].mean(), 1e-9)
+    easy, hard = gains(run, EASY), gains(run, HARD)
 
     def means(x, y):
         return f" ({x.mean():.2f}, {y.mean():.2f})"
 
-    claims = [
-        claim(
-            "gain",
-            "level 2 held out: RL level 2 minus base, worst seed",
-            SOURCE,
-            "under .25 to .64",
-            (rl - base)[:, two].min(),
-            ">=",
-            0.3,
-            n,
-            means(base[:, two], rl[:, two]),
-        ),
-        claim(
-            "atoms",
-            "level 2: RL level 1 minus base, best seed",
-            SOURCE,
-            "like the base",
-            (single - base)[:, two].max(),
-            "<=",
-            0.1,
-            n,
-        ),
-        claim(
-            "over rejection",
-            "level 3: RL level 2 minus rejection fine-tuning",
-            SOURCE,
-            "0.24",
-            (rl - rejection)[:, three],
-            ">=",
-            0.1,
-            n,
-            means(rl[:, three], rejection[:, three]),
-        ),
-        claim(
-            "ratio",
-            "level 3: RL level 2 over rejection fine-tuning",
-            SOURCE,
-            "10",
-            rl[:, three].mean() / max(rejection[:, three].mean(), 1e-9),
-            ">=",
-            3,
-            n,
-        ),
-        claim(
-            "easy",
-            f"level {EASY}: gain at pass@{k} minus gain at pass@1",
-            SOURCE,
-            "shrinks",
-            gain[EASY][:, -1] - gain[EASY][:, 0],
-            "<",
-            0,
-            n,
-            means(gain[EASY][:, -1], gain[EASY][:, 0]),
-        ),
-        claim(
-            "hard",
-            f"level {HARD}: gain at pass@{k} minus gain at pass@1",
-            SOURCE,
-            "+0.21 (k = 1024)",
-            gain[HARD][:, -1] - gain[HARD][:, 0],
-            ">",
-            0,
-            n,
-            means(gain[HARD][:, -1], gain[HARD][:, 0]),
-        ),
-        claim(
-            "negatives",
-            "level 3: RL level 2 minus the same without negatives",
-            "design of the task",
-            "-",
-            (rl - masked)[:, three],
-            ">",
-            0,
-            n,
-            means(rl[:, three], masked[:, three]),
-        ),
-        claim(
-            "composes",
-            "level 2: answers of RL that fail to compose (base)",
-            SOURCE,
-            "none ignores it",
-            garbled[ARMS[0]],
-            "<=",
-            0.05,
-            n,
-            f" ({garbled['base'].mean():.2f})",
-        ),
-    ]
-    fig, axes = plt.subplots(1, 4, figsize=(19, 4.8), layout="constrained")
-    draw_levels(axes[0], success)
-    for ax, level in zip(axes[1:3], (EASY, HARD), strict=True):
-        draw_tries(ax, config, run, level, gain[level])
-    draw_mistakes(axes[3], run)
-    fig.suptitle(
-        f"Rewarded for f(g(x)): held-out pipelines of two {base[:, two].mean():.2f} → "
-        f"{rl[:, two].mean():.2f}; of three {rl[:, three].mean():.2f}, after rejection fine-tuning "
-        f"{rejection[:, three].mean():.2f} ({n} seed{'s' * (n > 1)})"
-    )
-    return fig, claims
+    # what was not composed: all mistakes but an atomic slip
+    lost = {
+        arm: sum(logged(run, "test", arm, f"{kind} at 2") for kind in pipelines.MISTAKES[1:])
+        for arm in ("base", rl)
+    }
+    text = "level 2: RL level 2 minus base, worst seed"
+    told = means(two["base"], two[rl])
+    gain = claim("gain", text, SOURCE, "-", over_base.min(), ">=", 0.3, n, told)
+    text = "level 2: RL level 1 minus base, best seed"
+    atoms = claim("atoms", text, SOURCE, "like the base", by_one.max(), "<=", 0.1, n)
+    text = "level 3: RL level 2 minus rejection fine-tuning"
+    told = means(three[rl], three[rejection])
+    over = claim("over rejection", text, SOURCE, "0.24", over_rejection, ">=", 0.1, n, told)
+    text = "level 3: the one over the other"
+    times = claim("ratio", text, SOURCE, "10", ratio, ">=", 3, n)
+    text = f"level {EASY}: gain at pass@{k} minus gain at pass@1"
+    told, less = means(easy[:, -1], easy[:, 0]), easy[:, -1] - easy[:, 0]
+    shrinks = claim("easy", text, SOURCE, "shrinks", less, "<", 0, n, told)
+    text = f"level {HARD}: gain at pass@{k} minus gain at pass@1"
+    told, more = means(hard[:, -1], hard[:, 0]), hard[:, -1] - hard[:, 0]
+    widens = claim("hard", text, SOURCE, "0.21 (k = 1024)", more, ">", 0, n, told)
+    text = "level 2: answers of RL level 2 that do not compose (base)"
+    told = f" ({lost['base'].mean():.2f})"
+    composes = claim("composes", text, SOURCE, "0 ignore it", lost[rl], "<=", 0.05, n, told)
+    text = "level 3: RL level 2 minus the same without negatives"
+    told = means(three[rl], three[masked])
+    difference = three[rl] - three[masked]
+    negatives = claim("negatives", text, "design of the task", "-", difference, ">", 0, n, told)
+    return [gain, atoms, over, times, shrinks, widens, composes, negatives]
 
 
 def draw_levels(ax, success):
@@ -461,7 +403,8 @@ def draw_levels(ax, success):
     ax.legend()
 
 
-def draw_tries(ax, config, run, level, gain):
+def draw_tries(ax, config, run, level):
+    gain = gains(run, level)
     for arm, style in (("base", dict(color="k", ls="--")), (ARMS[0], {})):
         band(ax, config.ks, logged(run, "pass@k", arm, f"level {level}"), arm, marker="o", **style)
     ax.set_title(

@@ -1,17 +1,18 @@
 """Pipelines: what do functions, one after the other, make of a string?
 
-    AabcBC?                             C(B(A(abc))): the string goes through A, then B, then C
-    Aabc=bca;Bbca=gfh;Cgfh=hfg;         a line for each application; what comes out goes on
+    AfdB..C..?                  C(B(A(fd))): dots stand for what came out before
+    Afd=de;Bde=fe;Cfe=fg;       a line for each application
 
-Eighteen functions, A to R, each reorder three letters and move them on in the alphabet: nothing
-in a name tells which. A question may hold several pipelines. The functions have three roles:
+A function of two letters swaps them or not, and moves each on by 0 to 2 places of the alphabet,
+around its end: seventeen do anything, A to Q, and nothing in a name tells what. A question may hold
+several pipelines. The functions have three roles:
 
     TRAINED     what is drawn to train on
     HELD_OUT    what is drawn to test on: never trained on but one at a time
     BRIDGE      what shows that results go on: who writes demonstrations composes only these
 
-`listed` and `bridged` draw what a base model learns from: all functions one at a time, the bridge's
-also composed. Demonstrations are right. What there is to find is to compose the others.
+`listed` and `bridged` draw what a base model learns from: all functions one at a time, and pairs of
+the bridge's. Demonstrations are right. What there is to find is to compose the others.
 """
 
 import itertools
@@ -22,28 +23,30 @@ from tokenizer import CharTokenizer
 
 SIZE = 2  # functions in a pipeline
 LETTERS = "abcdefgh"
-LENGTH = 3  # of a string
+LENGTH = 2  # of a string
 LINE = LENGTH * 2 + 3  # characters in a line of work
-NAMES = "ABCDEFGHIJKLMNOPQR"
-TRAINED, HELD_OUT, BRIDGE = NAMES[:8], NAMES[8:14], NAMES[14:]
+NAMES = "ABCDEFGHIJKLMNOPQ"
+TRAINED, HELD_OUT, BRIDGE = NAMES[:8], NAMES[8:13], NAMES[13:]
 MISTAKES = "slip", "garbled", "ignored", "order"
-tokenizer = CharTokenizer(LETTERS + NAMES + "=;?")
+tokenizer = CharTokenizer(LETTERS + NAMES + ".=;?")
 
 
 def make_functions():
-    """Name -> the order that it brings letters into, and by how many it moves them on."""
-    orders = list(itertools.permutations(range(LENGTH)))[1:]  # all but the one that changes nothing
-    kinds = list(itertools.product(orders, (0, 2, 4, 6)))
+    """Name -> the order that it brings the letters into, and by how much it then moves each on."""
+    orders = (0, 1), (1, 0)
+    moves = list(itertools.product(range(3), repeat=LENGTH))
+    kinds = list(itertools.product(orders, moves))[1:]  # all but the one that changes nothing
     random.Random("functions").shuffle(kinds)
-    return dict(zip(NAMES, kinds, strict=False))
+    return dict(zip(NAMES, kinds, strict=True))
 
 
 FUNCTIONS = make_functions()
 
 
 def apply(name, string):
-    order, shift = FUNCTIONS[name]
-    return "".join(LETTERS[(LETTERS.index(string[i]) + shift) % len(LETTERS)] for i in order)
+    order, moves = FUNCTIONS[name]
+    places = [LETTERS.index(string[i]) for i in order]
+    return "".join(LETTERS[(a + b) % len(LETTERS)] for a, b in zip(places, moves, strict=True))
 
 
 def budget(size):
@@ -74,17 +77,21 @@ def draw(rng, size=SIZE, held_out=False):
 
 
 def listed(rng):
-    """One to three applications of any functions, that have nothing to do with one another."""
-    return [pipeline(rng, 1, NAMES) for _ in range(rng.randint(1, 3))]
+    """One to five applications of any functions, that have nothing to do with one another."""
+    return [pipeline(rng, 1, NAMES) for _ in range(rng.randint(1, 5))]
 
 
-def bridged(rng, size):
-    """A pipeline of bridge functions, sometimes with an application beside it."""
-    return beside(rng, [pipeline(rng, size, BRIDGE)], NAMES)
+def bridged(rng):
+    """A pipeline of two bridge functions, sometimes with an application beside it."""
+    return beside(rng, [pipeline(rng, 2, BRIDGE)], NAMES)
 
 
 def prompt(problem):
-    return "".join(names[0] + string + names[1:] for string, names in problem) + "?"
+    text = ""
+    for string, names in problem:
+        text += names[0] + string
+        text += "".join(name + "." * LENGTH for name in names[1:])
+    return text + "?"
 
 
 def work(problem):
