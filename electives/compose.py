@@ -1,9 +1,10 @@
 """compose.py: who knows f(x) and g(x), and is rewarded for f(g(x)), learns to compose.
 
 (Yuan et al., arXiv 2509.25123.) A small GPT has read every string function of tasks/pipelines.py
-one at a time, and a few pipelines of four bridge functions. It knows all the atoms and seldom
-composes others than the bridge's. Then it practises pipelines of eight functions, and is tested on
-pipelines of six that it never saw in one. What carries over is no function, but composition.
+one at a time, and then a few pairs of four bridge functions, until it just begins to compose. It
+knows all the atoms and seldom composes them. Then it practises pairs of eight functions, and is
+tested on pipelines of five that it never saw composed. What carries over is no function, but
+composition.
 
 Reinforcement learning, on pipelines of one function or of two (r = 1 where the answer is right):
 
@@ -20,13 +21,13 @@ What to see: RL on two functions learns to compose and goes on to pipelines long
 practised; RL on one learns nothing about two. The answers at the end show what was missing.
 
 How this differs from the paper:
-1. A model of 0.1 million parameters from scratch, 18 functions of strings of three letters, answers
-   that write down each step; the paper has Llama-3.1-8B and 25 functions written in Python.
-2. A model from scratch has no idea that results go on. The bridge (--bridge of all demonstrations)
-   tells it, of functions that are neither trained on nor tested; RL begins when the base composes
-   those (--gate), not after a number of steps, because that comes late and all at once.
-3. Half of the training problems hold one more application, beside the pipeline: an answer to
-   pipelines of two alone would always have two lines, and that is learnt first.
+1. A model of 0.1 million parameters from scratch, 17 functions of two letters, answers that write
+   down each step; the paper has Llama-3.1-8B and 25 functions written in Python.
+2. A model from scratch has no idea that results go on. Pairs of the bridge functions, which are
+   neither trained on nor tested, tell it; RL begins when it is right about some of them (--gate),
+   not after a number of steps, because that comes late and all at once.
+3. Half of the training problems hold one more application, beside the pipeline: an answer to pairs
+   alone would always have two lines, and that is learnt first.
 4. Advantages are not divided by their spread; no groups are filtered: theirs are 0.
 """
 
@@ -75,10 +76,10 @@ class Config(Flags):
     tries: int = flag(2, "its answers per problem", low=1, high=1000)
     epochs: int = flag(2, "its passes over the right answers of a round", low=1, high=1000)
     rejection_lr: float = flag(3e-4, "its learning rate (AdamW, constant)", low=0)
-    bridge: float = flag(0.06, "share of pipelines in the base's demonstrations", low=0, high=1)
-    gate: float = flag(0.5, "success on bridge pipelines that ends the warm-up", quick=0.0, high=1)
-    warm_up: int = flag(3000, "its steps at most", quick=5, low=1)
-    cool_down: int = flag(200, "its last steps, learning rate down to 0", quick=3, low=1)
+    atoms: float = flag(0.9, "success on atoms, from which on the base reads pipelines", quick=0.0)
+    bridge: float = flag(0.1, "share of bridge pipelines from then on", low=0, high=1)
+    gate: float = flag(0.2, "success on those, of two functions, that ends the warm-up", quick=0.0)
+    warm_up: int = flag(3000, "steps of the warm-up at most", quick=25, low=1)
     warm_up_lr: float = flag(5e-3, "its learning rate (AdamW)", low=0)
     eval_prompts: int = flag(512, "held-out problems of each level", quick=8, low=1, high=100_000)
 
@@ -211,48 +212,47 @@ def demonstration(rng, bridge):
     return pipelines.prompt(problem), pipelines.demonstrate(rng, problem)
 
 
-def bridge_success(model, seed):
-    """Success on pipelines of two bridge functions."""
+def bridge_success(model, size, seed):
+    """Success on bridge functions, `size` of them in a pipeline."""
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
-    problems = [[pipelines.pipeline(rng, 2, pipelines.BRIDGE)] for _ in range(128)]
+    problems = [[pipelines.pipeline(rng, size, pipelines.BRIDGE)] for _ in range(128)]
     return answer(model, problems, 1, generator)[2].mean().item()
 
 
 def warm_up(config, run, seed, device):
-    """Imitation, from scratch -> the base model. Once it begins to compose bridge functions, it
-    reads atoms only, --cool-down steps in which the learning rate goes to 0. UserError if it never
-    does.
+    """Imitation, from scratch -> the base model: atoms until it knows them, then, at a tenth of the
+    learning rate, bridge pipelines among them until it begins to compose (--gate). UserError if it
+    never does.
     """
     torch.manual_seed(seed)
     rng = random.Random(seed)
     model = build(device)
     optimizer = adamw(model, config.warm_up_lr, weight_decay=0.01)
-    kept = dict(bridge=config.bridge, left=config.cool_down)  # steps left, once the bridge stands
-
-    def over():
-        return kept["left"] == 0
-
-    phase, steps = f"base {seed}", config.warm_up + config.cool_down
-    for step in run.loop(phase, steps, model, optimizer, rng, kept=kept, until=over):
-        if kept["bridge"] and step % 10 == 0:
-            success = bridge_success(model, step)
-            run.say(bridge=success)
-            if success >= config.gate:
-                kept["bridge"] = 0.0
-        if kept["bridge"] and step >= config.warm_up:
-            raise UserError(
-                f"{phase} is right about {success:.2f} of bridge pipelines after {step} steps "
-                f"(--gate {config.gate}): there is nothing to build on, try another --seed"
-            )
-        ramp = min((step + 1) / 50, kept["left"] / config.cool_down)
-        optimizer.param_groups[0]["lr"] = config.warm_up_lr * ramp
+    kept = dict(bridge=0.0, over=False)
+    phase = f"base {seed}"
+    for step in run.loop(
+        phase, config.warm_up, model, optimizer, rng, kept=kept, until=partial(kept.get, "over")
+    ):
+        rate = config.warm_up_lr * (0.1 if kept["bridge"] else min(1, (step + 1) / 50))
+        optimizer.param_groups[0]["lr"] = rate
         pairs = [demonstration(rng, kept["bridge"]) for _ in range(32)]
         ids, mask = (x.to(device) for x in padded(pairs, TASK))
         loss = policy_loss(score(model, ids), mask[:, 1:], 1.0)
         optimizer.zero_grad()
         loss.backward()
         descend(optimizer, loss)
-        kept["left"] -= kept["bridge"] == 0
+        if (step + 1) % (5 if kept["bridge"] else 20) == 0:
+            success = bridge_success(model, 2 if kept["bridge"] else 1, step)
+            run.say(loss=loss.item(), bridge=success)
+            if kept["bridge"]:
+                kept["over"] = success >= config.gate
+            elif success >= config.atoms:
+                kept["bridge"] = config.bridge
+    if not kept["over"]:
+        raise UserError(
+            f"{phase} does not compose bridge functions after {config.warm_up} steps "
+            f"(--gate {config.gate}): there is nothing to build on, try another --seed"
+        )
     run.log_once(partial(test, model, config, seed), phase="test", arm="base", seed=seed, step=0)
     return model
 
@@ -350,48 +350,108 @@ def figure(config, run):
     return fig, claims_of(config, run, success)
 
 
+def told(x, y):
+    return f" ({x.mean():.2f}, {y.mean():.2f})"
+
+
 def claims_of(config, run, success):
-    n, k = config.seeds, config.ks[-1]
+    n = config.seeds
     two, three = ({arm: y[:, i] for arm, y in success.items()} for i in (1, 2))
     rl, masked, rejection, single = ARMS
-    over_base = two[rl] - two["base"]
-    by_one = two[single] - two["base"]
-    over_rejection = three[rl] - three[rejection]
-    ratio = three[rl].mean() / max(three[rejection].mean(), 1e-9)
-    easy, hard = gains(run, EASY), gains(run, HARD)
-
-    def means(x, y):
-        return f" ({x.mean():.2f}, {y.mean():.2f})"
-
     # what was not composed: all mistakes but an atomic slip
     lost = {
         arm: sum(logged(run, "test", arm, f"{kind} at 2") for kind in pipelines.MISTAKES[1:])
         for arm in ("base", rl)
     }
-    text = "level 2: RL level 2 minus base, worst seed"
-    told = means(two["base"], two[rl])
-    gain = claim("gain", text, SOURCE, "-", over_base.min(), ">=", 0.3, n, told)
-    text = "level 2: RL level 1 minus base, best seed"
-    atoms = claim("atoms", text, SOURCE, "like the base", by_one.max(), "<=", 0.1, n)
-    text = "level 3: RL level 2 minus rejection fine-tuning"
-    told = means(three[rl], three[rejection])
-    over = claim("over rejection", text, SOURCE, "0.24", over_rejection, ">=", 0.1, n, told)
-    text = "level 3: the one over the other"
-    times = claim("ratio", text, SOURCE, "10", ratio, ">=", 3, n)
-    text = f"level {EASY}: gain at pass@{k} minus gain at pass@1"
-    told, less = means(easy[:, -1], easy[:, 0]), easy[:, -1] - easy[:, 0]
-    shrinks = claim("easy", text, SOURCE, "shrinks", less, "<", 0, n, told)
-    text = f"level {HARD}: gain at pass@{k} minus gain at pass@1"
-    told, more = means(hard[:, -1], hard[:, 0]), hard[:, -1] - hard[:, 0]
-    widens = claim("hard", text, SOURCE, "0.21 (k = 1024)", more, ">", 0, n, told)
-    text = "level 2: answers of RL level 2 that do not compose (base)"
-    told = f" ({lost['base'].mean():.2f})"
-    composes = claim("composes", text, SOURCE, "0 ignore it", lost[rl], "<=", 0.05, n, told)
-    text = "level 3: RL level 2 minus the same without negatives"
-    told = means(three[rl], three[masked])
-    difference = three[rl] - three[masked]
-    negatives = claim("negatives", text, "design of the task", "-", difference, ">", 0, n, told)
-    return [gain, atoms, over, times, shrinks, widens, composes, negatives]
+    return [
+        claim(
+            "gain",
+            "level 2: RL level 2 minus base, worst seed",
+            SOURCE,
+            "-",
+            (two[rl] - two["base"]).min(),
+            ">=",
+            0.3,
+            n,
+            told(two["base"], two[rl]),
+        ),
+        claim(
+            "composes",
+            "level 2: answers of RL level 2 that do not compose (base)",
+            SOURCE,
+            "0 ignore it",
+            lost[rl],
+            "<=",
+            0.05,
+            n,
+            f" ({lost['base'].mean():.2f})",
+        ),
+        claim(
+            "atoms",
+            "level 2: RL level 1 minus base, best seed",
+            SOURCE,
+            "like the base",
+            (two[single] - two["base"]).max(),
+            "<=",
+            0.1,
+            n,
+        ),
+        *against_rivals(three[rl], three[rejection], three[masked]),
+        *reranking(config, run),
+    ]
+
+
+def against_rivals(rl, rejection, masked):
+    """All at level 3 (seeds,)."""
+    n = len(rl)
+    return [
+        claim(
+            "over rejection",
+            "level 3: RL level 2 minus rejection fine-tuning",
+            SOURCE,
+            "0.24",
+            rl - rejection,
+            ">=",
+            0.1,
+            n,
+            told(rl, rejection),
+        ),
+        claim(
+            "ratio",
+            "level 3: RL level 2 over rejection fine-tuning",
+            SOURCE,
+            "10",
+            rl.mean() / max(rejection.mean(), 1e-9),
+            ">=",
+            3,
+            n,
+        ),
+        claim(
+            "negatives",
+            "level 3: RL level 2 minus the same without negatives",
+            "design of the task",
+            "-",
+            rl - masked,
+            ">",
+            0,
+            n,
+            told(rl, masked),
+        ),
+    ]
+
+
+def reranking(config, run):
+    """Whether the gain of RL shrinks with the number of answers, or widens."""
+    claims = []
+    for level, op, paper in ((EASY, "<", "shrinks"), (HARD, ">", "0.21 (k = 1024)")):
+        gain = gains(run, level)  # (seeds, ks)
+        one, many = gain[:, 0], gain[:, -1]
+        text = f"level {level}: gain at pass@{config.ks[-1]} minus gain at pass@1"
+        beside = told(many, one)
+        claims.append(
+            claim(f"gap at {level}", text, SOURCE, paper, many - one, op, 0, config.seeds, beside)
+        )
+    return claims
 
 
 def draw_levels(ax, success):

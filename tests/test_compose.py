@@ -302,12 +302,14 @@ def test_every_arm_samples_as_many_answers_of_its_own_level(model, monkeypatch, 
     assert {name for p in asked for _, functions in p for name in functions} <= set(TRAINED)
 
 
-def test_the_warm_up_ends_when_the_bridge_stands(monkeypatch):
-    successes = iter((0.1, 0.2, 0.8))
-    monkeypatch.setattr(compose, "bridge_success", lambda *_: next(successes))
-    monkeypatch.setattr(compose, "test", lambda *_: {})
-    run, rates, shares = Memory(), [], []
+def test_the_warm_up_reads_pipelines_once_it_knows_the_atoms_and_ends_when_it_composes(monkeypatch):
+    found, sizes = iter((0.5, 0.95, 0.1, 0.3)), []
+    rates, shares = [], []
     step, read = compose.descend, compose.demonstration
+
+    def success(model, size, seed):
+        sizes.append(size)
+        return next(found)
 
     def reading(rng, bridge):
         shares.append(bridge)
@@ -317,23 +319,24 @@ def test_the_warm_up_ends_when_the_bridge_stands(monkeypatch):
         rates.append(optimizer.param_groups[0]["lr"])
         return step(optimizer, loss)
 
-    monkeypatch.setattr(compose, "descend", watched)
+    monkeypatch.setattr(compose, "bridge_success", success)
     monkeypatch.setattr(compose, "demonstration", reading)
+    monkeypatch.setattr(compose, "descend", watched)
+    monkeypatch.setattr(compose, "test", lambda *_: {})
     monkeypatch.setattr(Memory, "say", lambda *_, **__: None)
-    warm_up(Config(cool_down=4, warm_up=100), run, 0, "cpu")
-    # measured before steps 0, 10 and 20; four steps with less and less, the last above 0
-    assert len(rates) == 24
-    assert rates[20:] == pytest.approx(
-        [5e-3 * share for share in (21 / 50, 22 / 50, 23 / 50, 0.25)]
-    )
-    assert shares == [0.06] * 20 * 32 + [0.0] * 4 * 32
+    warm_up(Config(), Memory(), 0, "cpu")
+    # asked about atoms every 20 steps until it knows them, then about pairs every 5
+    assert sizes == [1, 1, 2, 2] and len(rates) == 50
+    assert shares == [0.0] * 40 * 32 + [0.1] * 10 * 32
+    assert rates[:2] + rates[39:] == pytest.approx([1e-4, 2e-4, 4e-3] + [5e-4] * 10)
 
 
-def test_a_base_that_never_composes_is_one_line(monkeypatch):
-    monkeypatch.setattr(compose, "bridge_success", lambda *_: 0.1)
+@pytest.mark.parametrize("success", [0.1, 0.95])
+def test_a_base_that_never_composes_is_one_line(monkeypatch, success):
+    monkeypatch.setattr(compose, "bridge_success", lambda _, size, __: success / size**4)
     monkeypatch.setattr(Memory, "say", lambda *_, **__: None)
     with pytest.raises(UserError, match="nothing to build on"):
-        warm_up(Config(warm_up=3, cool_down=4), Memory(), 0, "cpu")
+        warm_up(Config(warm_up=25), Memory(), 0, "cpu")
 
 
 # --------------------------------------------------------------------------------------------------
