@@ -1,7 +1,7 @@
 """compose.py: who knows f(x) and g(x), and is rewarded for f(g(x)), learns to compose.
 
 (Yuan et al., arXiv 2509.25123.) A small GPT has read every string function of tasks/pipelines.py
-one at a time, and then a few pairs of four bridge functions, until it just begins to compose. It
+one at a time, and then a few pipelines of four bridge functions, until it begins to compose. It
 knows all the atoms and seldom composes them. Then it practises pairs of eight functions, and is
 tested on pipelines of five that it never saw composed. What carries over is no function, but
 composition.
@@ -23,9 +23,9 @@ practised; RL on one learns nothing about two. The answers at the end show what 
 How this differs from the paper:
 1. A model of 0.1 million parameters from scratch, 17 functions of two letters, answers that write
    down each step; the paper has Llama-3.1-8B and 25 functions written in Python.
-2. A model from scratch has no idea that results go on. Pairs of the bridge functions, which are
-   neither trained on nor tested, tell it; RL begins when it is right about some of them (--gate),
-   not after a number of steps, because that comes late and all at once.
+2. A model from scratch has no idea that results go on. Pipelines of the bridge functions,
+   which are neither trained on nor tested, tell it; RL begins when it is right about some of the
+   pairs (--gate), not after a number of steps, because that comes late and all at once.
 3. Half of the training problems hold one more application, beside the pipeline: an answer to pairs
    alone would always have two lines, and that is learnt first.
 4. Advantages are not divided by their spread; no groups are filtered: theirs are 0.

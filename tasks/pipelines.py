@@ -11,8 +11,8 @@ several pipelines. The functions have three roles:
     HELD_OUT    what is drawn to test on: never trained on but one at a time
     BRIDGE      what shows that results go on: who writes demonstrations composes only these
 
-`listed` and `bridged` draw what a base model learns from: all functions one at a time, and pairs of
-the bridge's. Demonstrations are right. What there is to find is to compose the others.
+`listed` and `bridged` draw what a base model learns from: all functions one at a time, and
+pipelines of the bridge's. Demonstrations are right. What there is to find is to compose the others.
 """
 
 import itertools
@@ -82,8 +82,8 @@ def listed(rng):
 
 
 def bridged(rng):
-    """A pipeline of two bridge functions, sometimes with an application beside it."""
-    return beside(rng, [pipeline(rng, 2, BRIDGE)], NAMES)
+    """A pipeline of two to five bridge functions, sometimes with an application beside it."""
+    return beside(rng, [pipeline(rng, rng.randint(2, 5), BRIDGE)], NAMES)
 
 
 def prompt(problem):

@@ -112,7 +112,7 @@ def test_a_demonstration_is_right_and_composes_only_what_its_source_may(source):
             "trained": {3, 4},
             "held out": {3},
             "listed": {1, 2, 3, 4, 5},
-            "bridged": {2, 3},
+            "bridged": {2, 3, 4, 5, 6},
         }[source]
     )
 
