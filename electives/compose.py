@@ -75,7 +75,7 @@ class Config(Flags):
     rounds: int = flag(5, "rounds of rejection fine-tuning, as many answers in all", quick=2, low=1)
     tries: int = flag(2, "its answers per problem", low=1, high=1000)
     epochs: int = flag(1, "its passes over the right answers of a round", low=1, high=1000)
-    rejection_lr: float = flag(1e-4, "its learning rate (AdamW, constant)", low=0)
+    rejection_lr: float = flag(3e-4, "its learning rate (AdamW, constant)", low=0)
     atoms: float = flag(0.9, "success on atoms, from which on the base reads pipelines", quick=0.0)
     bridge: float = flag(0.1, "share of bridge pipelines from then on", low=0, high=1)
     gate: float = flag(0.2, "success on those, of two functions, that ends the warm-up", quick=0.0)
