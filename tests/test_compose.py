@@ -26,6 +26,7 @@ from electives.compose import (
     warm_up,
 )
 from experiment import UserError
+from model import GPT, GPTConfig
 from tasks import padded, pipelines
 from tasks.pipelines import (
     BRIDGE,
@@ -63,6 +64,17 @@ def small(**choices):
 def model():
     torch.manual_seed(0)
     return build("cpu")
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """A model of one narrow layer: what is tested doesn't depend on what it learns."""
+
+    def build(device):
+        shape = GPTConfig(TASK.n_vocab, block_size=80, n_layer=1, n_head=2, n_embd=16)
+        return GPT(shape).to(device)
+
+    monkeypatch.setattr(compose, "build", build)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -303,7 +315,9 @@ def test_every_arm_samples_as_many_answers_of_its_own_level(model, monkeypatch, 
     assert {name for p in asked for _, functions in p for name in functions} <= set(TRAINED)
 
 
-def test_the_warm_up_reads_pipelines_once_it_knows_the_atoms_and_ends_when_it_composes(monkeypatch):
+def test_the_warm_up_reads_pipelines_once_it_knows_the_atoms_and_ends_when_it_composes(
+    monkeypatch, tiny
+):
     found, sizes = iter((0.5, 0.95, 0.1, 0.3)), []
     rates, shares = [], []
     step, read = compose.descend, compose.demonstration
@@ -333,7 +347,7 @@ def test_the_warm_up_reads_pipelines_once_it_knows_the_atoms_and_ends_when_it_co
 
 
 @pytest.mark.parametrize("success", [0.1, 0.95])
-def test_a_base_that_never_composes_is_one_line(monkeypatch, success):
+def test_a_base_that_never_composes_is_one_line(monkeypatch, tiny, success):
     monkeypatch.setattr(compose, "bridge_success", lambda _, size, __: success / size**4)
     monkeypatch.setattr(Memory, "say", lambda *_, **__: None)
     with pytest.raises(UserError, match="nothing to build on"):
@@ -344,7 +358,7 @@ def test_a_base_that_never_composes_is_one_line(monkeypatch, success):
 # The command
 
 
-def test_a_quick_run_writes_what_a_run_writes(tmp_path):
+def test_a_quick_run_writes_what_a_run_writes(tmp_path, tiny):
     check_quick(SCRIPT, tmp_path, also=("samples.txt",))
     marked = (tmp_path / "samples.txt").read_text()
     assert all(marked.count(f"    {arm} ") == 3 for arm in ("base", *ARMS))
@@ -358,6 +372,6 @@ def test_answers_that_cannot_be_shared_out_are_one_line(tmp_path):
     check_mistake(SCRIPT, "--rounds 7", tmp_path)
 
 
-def test_a_run_that_was_interrupted_goes_on_to_the_bit(tmp_path):
+def test_a_run_that_was_interrupted_goes_on_to_the_bit(tmp_path, tiny):
     marks = dict(phase="train", arm=ARMS[0], step=1), dict(phase="test", arm=ARMS[2])
     check_resume(SCRIPT, tmp_path, marks, "--quick", "--eval-prompts", 1)
