@@ -78,7 +78,7 @@ class Config(Flags):
     epochs: int = flag(1, "its passes over the right answers of a round", low=1, high=1000)
     rejection_lr: float = flag(3e-4, "its learning rate (AdamW, constant)", low=0)
     atoms: float = flag(0.9, "success on atoms, from which on the base reads pipelines", quick=0.0)
-    bridge: float = flag(0.2, "share of bridge pipelines from then on", low=0, high=1)
+    bridge: float = flag(0.1, "share of bridge pipelines from then on", low=0, high=1)
     gate: float = flag(0.2, "success on those, of two functions, that ends the warm-up", quick=0.0)
     warm_up: int = flag(3000, "steps of the warm-up at most", quick=25, low=1)
     warm_up_lr: float = flag(5e-3, "its learning rate (AdamW)", low=0)
@@ -221,7 +221,7 @@ def bridge_success(model, size, seed):
 
 
 def warm_up(config, run, seed, device):
-    """Imitation, from scratch -> the base model: atoms until it knows them, then, at a fifth of the
+    """Imitation, from scratch -> the base model: atoms until it knows them, then, at a tenth of the
     learning rate, bridge pipelines among them until it begins to compose (--gate). UserError if it
     never does.
     """
@@ -234,7 +234,7 @@ def warm_up(config, run, seed, device):
     for step in run.loop(
         phase, config.warm_up, model, optimizer, rng, kept=kept, until=partial(kept.get, "over")
     ):
-        rate = config.warm_up_lr * (0.2 if kept["bridge"] else min(1, (step + 1) / 50))
+        rate = config.warm_up_lr * (0.1 if kept["bridge"] else min(1, (step + 1) / 50))
         optimizer.param_groups[0]["lr"] = rate
         pairs = [demonstration(rng, kept["bridge"]) for _ in range(32)]
         ids, mask = (x.to(device) for x in padded(pairs, TASK))

@@ -342,8 +342,8 @@ def test_the_warm_up_reads_pipelines_once_it_knows_the_atoms_and_ends_when_it_co
     warm_up(Config(), Memory(), 0, "cpu")
     # asked about atoms every 20 steps until it knows them, then about pairs every 5
     assert sizes == [1, 1, 2, 2] and len(rates) == 50
-    assert shares == [0.0] * 40 * 32 + [0.2] * 10 * 32
-    assert rates[:2] + rates[39:] == pytest.approx([1e-4, 2e-4, 4e-3] + [1e-3] * 10)
+    assert shares == [0.0] * 40 * 32 + [0.1] * 10 * 32
+    assert rates[:2] + rates[39:] == pytest.approx([1e-4, 2e-4, 4e-3] + [5e-4] * 10)
 
 
 @pytest.mark.parametrize("success", [0.1, 0.95])
