@@ -14,8 +14,8 @@ Reinforcement learning, on pipelines of one function or of two (r = 1 where the 
 Its rivals sample as many answers to pipelines of two. Rejection fine-tuning imitates its own right
 answers, a round at a time. "No negatives" is the same RL with max(A_i, 0) in the place of A_i.
 
-    python -m electives.compose --seed 1        3 minutes on one core
-    python -m electives.compose --seeds 3       the figure with error bands
+    python -m electives.compose                 3 minutes on one core
+    python -m electives.compose --seeds 2       the figure with error bands
 
 What to see: RL on two functions learns to compose two that it never saw composed; RL on one learns
 nothing about that. Longer pipelines gain less. The answers at the end show what was missing: most

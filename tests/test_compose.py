@@ -255,14 +255,14 @@ def test_answers_are_sampled_in_the_law_that_they_are_scored_in(model):
 
 
 def test_answers_in_pieces_stand_in_the_problems_order(model, monkeypatch):
-    """1,030 problems are sampled in three pieces."""
-    problems = [[("ab", NAMES[i % 17])] for i in range(1030)]
+    """Two answers to each of 520 problems are sampled in three pieces."""
+    problems = [[("ab", NAMES[i % 17])] for i in range(520)]
     monkeypatch.setattr(pipelines, "reward", lambda problem, text: float(problem[0][1] == "B"))
     monkeypatch.setattr(compose.Rollout, "ended", lambda self, stop: torch.ones(len(self.ids)))
-    rollout, _, rewards = answer(model, problems, 1, torch.Generator().manual_seed(0))
-    asked = rollout.ids[:, 0].tolist()
-    assert asked == [TASK.index[p[0][1]] for p in problems]
-    assert rewards[:, 0].tolist() == [p[0][1] == "B" for p in problems]
+    rollout, _, rewards = answer(model, problems, 2, torch.Generator().manual_seed(0))
+    names = [functions for ((_, functions),) in problems]
+    assert rollout.ids[:, 0].tolist() == [TASK.index[name] for name in names for _ in range(2)]
+    assert rewards.tolist() == [[name == "B"] * 2 for name in names]
 
 
 def test_rejection_imitates_the_right_answers_only(model, monkeypatch):
