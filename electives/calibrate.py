@@ -9,10 +9,10 @@ scoring rule: one whose expectation is highest where c is the true chance p of b
     absolute    1 - |c - right|         highest at c = 0 where p < 1/2, else at c = 1
     product     c * right               highest at c = 1, whatever p
 
-The world is 2,000 facts that a small GPT has read between a few and a few thousand times, so that
-it knows some, half knows others, and guesses the rest. Imitation then teaches it to add a word to
-each answer, "surely" nine times in ten. RL asks for half of the facts; the other half is the test.
-Whether a word fits a fact that was never asked for shows if the model looks into itself.
+The world is 2,000 facts that a small GPT has read some 140 times, or once, or never, so that it
+knows half of them and guesses the rest. Imitation teaches it to add a word to each answer, "surely"
+nine times in ten. RL asks for one half of the facts, the other half is the test: whether words fit
+facts that were never asked for shows if the model looks into itself.
 
     python -m electives.calibrate               2 minutes on two cores
     python -m electives.calibrate --seeds 3     what results/ holds
@@ -25,8 +25,8 @@ How this differs from the paper:
 1. The reader is a table of eleven words; the paper's is a language model that reads a paragraph.
 2. The quadratic score, which is finite everywhere, instead of the logarithm.
 3. The policy gradient acts on the word of confidence alone, and its baseline is the mean over words
-   for the same value. A reward on the value, too, teaches the facts that are asked for. The shared
-   weights would still move the values: a KL to the imitator holds them, and embeddings are frozen.
+   for the same value: a reward on the value would teach the facts that are asked for. As weights
+   are shared, the values would still move: a KL to the imitator holds them, embeddings are frozen.
 4. The paper teaches the words first by how many sampled answers agree. Here that is a rival, in the
    limit of infinitely many samples (the model's own probability of its value), before and after it
    is calibrated on the training facts.
@@ -77,20 +77,20 @@ VALUES = slice(0, N_VALUES)
 SAID = slice(N_VALUES, N_VALUES + len(WORDS))
 ASK = SAID.stop
 FACTS = ASK + 1
-TRIES = 2  # values that are sampled for each question
+TRIES = 4  # values that are sampled for each question
 WORDS_EACH = 4  # words that are sampled for each of them
 
 
 @dataclass
 class Config(Flags):
     facts: int = flag(2000, "facts; RL asks for the first half", quick=40, low=4, high=10**5)
-    reading: int = flag(80, "steps of pre-training on the facts", quick=4, low=1)
+    reading: int = flag(40, "steps of pre-training on the facts", quick=4, low=1)
     imitation: int = flag(150, "steps of imitation of answers with words", quick=4, low=1)
     steps: int = flag(400, "steps of reinforcement learning", quick=4, low=2)
     questions: int = flag(64, "questions a step", quick=4, low=1, high=2**14)
-    lr: float = flag(2e-3, "its learning rate (constant for half of it, then down)", low=0)
+    lr: float = flag(4e-3, "its learning rate (constant for half of it, then down)", low=0)
     beta: float = flag(4.0, "weight of the KL of the values to the imitator's", low=0)
-    entropy: float = flag(0.01, "weight of the words' entropy for 80% of the steps", low=0)
+    entropy: float = flag(0.1, "weight of the words' entropy at the start", low=0)
     eval_every: int = flag(40, "steps between two measurements", quick=2, low=1)
 
 
@@ -131,7 +131,8 @@ def ece(table):
 
 def brier(table):
     """The mean of (c - right)^2."""
-    return table[:, 0] @ FORECASTS**2 + table[:, 1] @ (1 - FORECASTS) ** 2
+    wrong, right = table.T  # (11,) each
+    return wrong @ FORECASTS**2 + right @ (1 - FORECASTS) ** 2
 
 
 def auroc(table):
@@ -149,14 +150,15 @@ def recalibrated(table, train):
 
 
 MEASURES = {"ECE": ece, "Brier score": brier, "AUROC": auroc, "accuracy": accuracy}
-ONE_WORD = "own words, calibrated"  # the imitator's say nothing: all are worth the same
+ONE_WORD = "one word for all"
 AGREEMENT = "agreement, calibrated"
 
 
 def judged(table):
     """A table as what a row of metrics holds."""
     numbers = {name: measure(table).item() for name, measure in MEASURES.items()}
-    return dict(**numbers, wrong=table[:, 0].tolist(), right=table[:, 1].tolist())
+    wrong, right = table.T.tolist()
+    return dict(**numbers, wrong=wrong, right=right)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -174,11 +176,6 @@ def world(config, seed, device):
 def questions(facts, device):
     """facts (Q,), a list of numbers -> the tokens that ask for them (Q, 2)."""
     return torch.tensor([[ASK, FACTS + fact] for fact in facts], device=device)
-
-
-def value_probs(model, ids):
-    """The probability of each value as the answer to questions (Q, 2) -> (Q, 20)."""
-    return model(ids)[:, 1, VALUES].softmax(-1)
 
 
 @torch.no_grad()
@@ -201,12 +198,8 @@ def joint(model, ids):
 def tabled(p, truth):
     """P(value, word) (Q, 20, 11) and the true values (Q,) -> the table (11, 2)."""
     right = p[torch.arange(len(p)), truth]  # (Q, 11)
-    return torch.stack((p.sum(1) - right, right), dim=2).mean(0).cpu()
-
-
-def own_words(p):
-    """P(value, word), the words being the model's own."""
-    return p
+    wrong = p.sum(1) - right
+    return torch.stack((wrong, right), dim=2).mean(0).cpu()
 
 
 def agreement(p):
@@ -222,7 +215,13 @@ def agreement(p):
 
 def optimizer_of(model, lr):
     parameters = [p for p in model.parameters() if p.requires_grad]
-    return torch.optim.AdamW(parameters, lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    return torch.optim.AdamW(
+        parameters,
+        lr,
+        betas=(0.9, 0.95),
+        weight_decay=0.0,
+        fused=True,
+    )
 
 
 def take_step(optimizer, loss):
@@ -248,9 +247,10 @@ def read(config, run, seed, truth, often):
     rng = random.Random(seed)
     for _ in run.loop(f"reading {seed}", config.reading, model, optimizer, rng):
         facts = rng.choices(range(config.facts), often, k=1024)
-        logp = model(questions(facts, truth.device))[:, 1].log_softmax(-1)  # (1024, V)
-        loss = -logp.gather(1, truth[facts][:, None]).mean()
-        take_step(optimizer, loss)
+        ids = questions(facts, truth.device)  # (1024, 2)
+        logp = model(ids)[:, 1].log_softmax(-1)  # (1024, V)
+        right = logp.gather(1, truth[facts][:, None])
+        take_step(optimizer, -right.mean())
     return model
 
 
@@ -269,13 +269,15 @@ def imitate(config, run, seed, truth, base):
     for _ in run.loop(f"imitation {seed}", config.imitation, model, optimizer, rng, generator):
         ids = questions(rng.choices(range(config.facts), k=128), truth.device)  # (128, 2)
         with torch.no_grad():
-            value_p = value_probs(base, ids)  # (128, 20)
+            value_p = base(ids)[:, 1, VALUES].softmax(-1)  # (128, 20)
         value = value_p.cpu().multinomial(1, generator=generator).to(truth.device)  # (128, 1)
         word = law.multinomial(128, replacement=True, generator=generator)
         word = SAID.start + word.to(truth.device)[:, None]  # (128, 1)
         logp = model(torch.cat((ids, value), dim=1)).log_softmax(-1)  # (128, 3, V)
-        value_loss = -(value_p * logp[:, 1, VALUES]).sum(1).mean()
-        word_loss = -logp[:, 2].gather(1, word).mean()
+        value_logp = logp[:, 1, VALUES]  # (128, 20)
+        word_logp = logp[:, 2].gather(1, word)
+        value_loss = -(value_p * value_logp).sum(1).mean()
+        word_loss = -word_logp.mean()
         take_step(optimizer, value_loss + word_loss)
     return model
 
@@ -287,7 +289,8 @@ def rewards(rule, words, right):
     """
     index = words - SAID.start
     legal = (index >= 0) & (index < len(WORDS))
-    c = FORECASTS.to(words.device)[index.clamp(0, len(WORDS) - 1)]
+    index = index.clamp(0, len(WORDS) - 1)
+    c = FORECASTS.to(words.device)[index]
     return rule(c, right.float()[:, None]) * legal
 
 
@@ -295,17 +298,17 @@ def rl_loss(config, model, imitator, ids, words, reward, step):
     """ids (R, 3), questions with a value; words (R, n) said after it, and their rewards -> loss."""
     # of words for the same value, those with more than their mean rise, the others fall
     advantage = reward - reward.mean(1, keepdim=True)  # (R, n)
-    logp = model(ids).log_softmax(-1)  # (R, 3, V)
-    value_logp = logp[:, 1]
-    word_logp = logp[:, 2]
+    logits = model.lm_head(model.hidden(ids)[:, 1:])  # (R, 2, V): of the value, of the word
+    value_logp, word_logp = logits.log_softmax(-1).unbind(1)  # (R, V) each
     policy = -(advantage * word_logp.gather(1, words)).mean()
     # values get no reward: the KL alone acts on them, and holds them where they were
     with torch.no_grad():
         ref_logp = imitator(ids[:, :2])[:, 1].log_softmax(-1)  # (R, V)
     kl = (value_logp.exp() * (value_logp - ref_logp)).sum(1).mean()
-    # words must be tried before their reward is known; at the end, precision counts
+    # While nothing tells right from wrong, one word in the middle is the best. Were it the only
+    # one, the ends would never be tried: entropy keeps all alive, less and less
     entropy = -(word_logp.exp() * word_logp).sum(1).mean()
-    weight = config.entropy * (step < 0.8 * config.steps)
+    weight = config.entropy * max(0, 1 - 1.25 * step / config.steps)  # 0 from 80% of the steps
     return policy + config.beta * kl - weight * entropy
 
 
@@ -338,21 +341,25 @@ def reinforce(config, run, rule, seed, truth, imitator, evaluate):
         row = dict(reward=reward.mean().item(), loss=loss.item())
         if (step + 1) % config.eval_every == 0 or step + 1 == config.steps:
             row |= evaluate(model)
-            run.say(reward=row["reward"], ECE=row["ECE"], Brier=row["Brier score"])
+            run.say(reward=row["reward"], ECE=row["ECE"], AUROC=row["AUROC"])
         run.log(**where, step=step + 1, **row)
     return model
 
 
 def rivals(imitator, asked, test, truth):
     """The imitator's values with other words -> the name of each choice of words, its table."""
-    half = len(asked)
-    train_p, test_p = joint(imitator, asked), joint(imitator, test)
-    tables = {}
-    for name, words in (("own words", own_words), ("agreement", agreement)):
-        tables[name] = tabled(words(test_p), truth[half:])
-        train_table = tabled(words(train_p), truth[:half])
-        tables[f"{name}, calibrated"] = recalibrated(tables[name], train_table)
-    return tables
+    asked_p = joint(imitator, asked)
+    test_p = joint(imitator, test)
+    asked_truth, test_truth = truth.split([len(asked), len(test)])
+    # its own words say nothing: calibrated, they become one word, the share that is right
+    own = tabled(test_p, test_truth)
+    agreed = tabled(agreement(test_p), test_truth)
+    asked_agreed = tabled(agreement(asked_p), asked_truth)
+    return {
+        ONE_WORD: recalibrated(own, tabled(asked_p, asked_truth)),
+        "agreement": agreed,
+        AGREEMENT: recalibrated(agreed, asked_agreed),
+    }
 
 
 def train(config, run, seed, device):
@@ -384,93 +391,110 @@ def last(run, key, arm, i=-1):
     return series(run, key, arm=arm)[1][:, i]
 
 
+def says(run, arm, i=-1):
+    """How often each word is said (seeds, 11)."""
+    return last(run, "wrong", arm, i) + last(run, "right", arm, i)
+
+
 def reliability(ax, run, i, label):
     """Share right by word, all seeds together; a point's area is how often the word is said."""
-    wrong, right = (last(run, key, "proper", i).mean(0) for key in ("wrong", "right"))
-    says = wrong + right  # (11,)
-    used = says > 0.001
+    often = says(run, "proper", i).mean(0)  # (11,)
+    share = last(run, "right", "proper", i).mean(0) / often.clip(1e-12)
+    used = often > 0.001
     c = FORECASTS.numpy()[used]
-    share = (right / says.clip(1e-12))[used]
-    (line,) = ax.plot(c, share, alpha=0.6, label=label)
-    ax.scatter(c, share, s=20 + 600 * says[used], color=line.get_color(), alpha=0.6)
+    (line,) = ax.plot(c, share[used], alpha=0.6, label=label)
+    area = 20 + 600 * often[used]
+    ax.scatter(c, share[used], s=area, color=line.get_color(), alpha=0.6)
 
 
 def figure(config, run):
     """The figure and its claims, from the rows of the run."""
+    before = last(run, "ECE", "proper", 0)  # (seeds,), as all that follows
+    after = last(run, "ECE", "proper")
+    moved = last(run, "accuracy", "proper") - last(run, "accuracy", "proper", 0)
+    at_ends = says(run, "absolute")[:, [0, -1]].sum(1)
+    at_one = says(run, "product")[:, -1]
     fig, axes = plt.subplots(2, 2, figsize=(12, 9), layout="constrained")
     diagram, training, use, plane = axes.flat
-    before, after = last(run, "ECE", "proper", 0).mean(), last(run, "ECE", "proper").mean()
+    change = f"ECE {before.mean():.2f} → {after.mean():.3f}"
     fig.suptitle(
-        f"Words of confidence, paid by a proper scoring rule: ECE {before:.2f} → {after:.3f}\n"
+        f"Words of confidence, paid by a proper scoring rule: {change}\n"
         "(measured on facts that RL never asked for)"
     )
     diagram.plot((0, 1), (0, 1), color="gray", ls="--", label="calibrated")
     reliability(diagram, run, 0, "before RL")
     reliability(diagram, run, -1, "after RL, proper rule")
-    diagram.set(title=f"ECE before {before:.2f}, after {after:.3f}")
-    diagram.set(xlabel="what the word is read as", ylabel="share right (area: how often said)")
+    diagram.set(title=change, xlabel="what the word is read as")
+    diagram.set_ylabel("share right (area: how often said)")
 
     for key in MEASURES:
         band(training, *series(run, key, arm="proper"), key, marker=".")
-    moved = shift(run).mean()
-    training.set(title=f"The answers behind the words: accuracy {moved:+.3f}")
+    training.set(title=f"The answers behind the words: accuracy {moved.mean():+.3f}")
     training.set(xlabel="step of RL, proper rule", ylabel="on a scale from 0 to 1")
 
     for rule in RULES:
         band(use, FORECASTS.numpy(), says(run, rule), rule, marker=".")
-    ends, one = at_ends(run).mean(), at_one(run).mean()
-    use.set(title=f"absolute: {ends:.0%} at 0 or 1; product: {one:.0%} at 1")
+    use.set(title=f"absolute: {at_ends.mean():.0%} at 0 or 1; product: {at_one.mean():.0%} at 1")
     use.set(xlabel="what the word is read as", ylabel="share of answers with this word")
 
-    points = {"before RL": "own words", "one word for all": ONE_WORD}
-    points |= {name: name for name in (*RULES, "agreement", AGREEMENT)}
-    for label, arm in points.items():
-        plane.scatter(last(run, "ECE", arm), last(run, "Brier score", arm), label=label)
-    ece_of_one, auroc_of_one = (last(run, key, ONE_WORD).mean() for key in ("ECE", "AUROC"))
-    plane.set(title=f"One word for all: ECE {ece_of_one:.3f}, AUROC {auroc_of_one:.2f}")
+    plane.scatter(before, last(run, "Brier score", "proper", 0), label="before RL")
+    for arm in (*RULES, ONE_WORD, "agreement", AGREEMENT):
+        plane.scatter(last(run, "ECE", arm), last(run, "Brier score", arm), label=arm)
+    error = last(run, "ECE", ONE_WORD).mean()
+    area = last(run, "AUROC", ONE_WORD).mean()
+    plane.set(title=f"One word for all: ECE {error:.3f}, AUROC {area:.2f}")
     plane.set(xlabel="ECE (lower is better)", ylabel="Brier score (lower is better)")
     for ax in axes.flat:
         ax.legend()
-    return fig, judge(config.seeds, run)
+    return fig, judge(config.seeds, run, before, after, moved, at_ends, at_one)
 
 
-def says(run, arm):
-    """How often each word is said at the end (seeds, 11)."""
-    return last(run, "wrong", arm) + last(run, "right", arm)
-
-
-def at_ends(run):
-    return says(run, "absolute")[:, [0, -1]].sum(1)
-
-
-def at_one(run):
-    return says(run, "product")[:, -1]
-
-
-def shift(run):
-    """The accuracy after RL minus before (seeds,)."""
-    return last(run, "accuracy", "proper") - last(run, "accuracy", "proper", 0)
-
-
-def judge(n, run):
+def judge(n, run, before, after, moved, at_ends, at_one):
     """The claims."""
-    ours, design = last(run, "Brier score", "proper"), "design of the task"
-    area = last(run, "AUROC", "proper")
+    ours = last(run, "Brier score", "proper")
     one = last(run, "Brier score", ONE_WORD) - ours
-    ece_of_one = f" (ECE {last(run, 'ECE', ONE_WORD).mean():.3f})"
     agreed = last(run, "Brier score", AGREEMENT) - ours
-    moved = abs(shift(run)).max()
-    before, after = last(run, "ECE", "proper", 0), last(run, "ECE", "proper")
+    error = f" (its ECE: {last(run, 'ECE', ONE_WORD).mean():.3f})"
+    design = "design of the task"
+    area = last(run, "AUROC", "proper")
+    farthest = abs(moved).max()
     return [
         claim("before", "ECE before RL", design, "-", before, ">=", 0.25, n),
         claim("ece", "ECE after RL", SOURCE, "falls", after, "<=", 0.05, n),
         claim("brier", "Brier score after RL", design, "-", ours, "<=", 0.1, n),
         claim("auroc", "AUROC after RL", design, "-", area, ">=", 0.85, n),
-        claim("same", "accuracy moved, worst seed", SOURCE, "-", moved, "<=", 0.02, n),
-        claim("ends", "absolute: share of 0 and 1", "derived", "all", at_ends(run), ">=", 0.95, n),
-        claim("one", "product: share of 1", "derived", "all", at_one(run), ">=", 0.95, n),
-        claim("gamed", "Brier, one word minus ours", design, "-", one, ">=", 0.1, n, ece_of_one),
-        claim("agreement", f"Brier, {AGREEMENT} minus ours", SOURCE, "-", agreed, ">", 0, n),
+        claim("same", "accuracy moved, worst seed", SOURCE, "-", farthest, "<=", 0.02, n),
+        claim(
+            "ends",
+            "rule 1 - |c - right|: share of words read as 0 or 1",
+            "derived",
+            "all",
+            at_ends,
+            ">=",
+            0.95,
+            n,
+        ),
+        claim(
+            "one",
+            "rule c * right: share of the word read as 1",
+            "derived",
+            "all",
+            at_one,
+            ">=",
+            0.95,
+            n,
+        ),
+        claim("gamed", "Brier score, one word minus ours", design, "-", one, ">=", 0.1, n, error),
+        claim(
+            "agreement",
+            "Brier score, calibrated agreement minus ours",
+            SOURCE,
+            "-",
+            agreed,
+            ">",
+            0,
+            n,
+        ),
     ]
 
 
@@ -479,26 +503,16 @@ def examples(models, config, seed, device):
     truth, often = world(config, seed, device)
     by_often = sorted(range(config.facts // 2, config.facts), key=often.__getitem__)
     facts = [by_often[len(by_often) * i // 10] for i in (9, 5, 1)]
-    prompts = [
-        f"fact {fact}, read {often[fact]:.0f} times as often as the rarest" for fact in facts
-    ]
-    answers = {}
+    prompts = [f"fact {i}, read {often[i]:.0f} times as often as the rarest" for i in facts]
+    asked = questions(facts, "cpu").tolist()
+    answers = {name: [] for name in models}
     for name, model in models.items():
         generator = torch.Generator().manual_seed(seed)
-        asked = questions(facts, "cpu").tolist()
         said = generate(model, asked, max_new_tokens=2, generator=generator).tokens()
-        answers[name] = [
-            (written(*tokens), tokens[0] == truth[fact].item())
-            for fact, tokens in zip(facts, said, strict=True)
-        ]
+        for fact, (value, word) in zip(facts, said, strict=True):
+            sure = dict(enumerate(WORDS, SAID.start)).get(word, "(no word of confidence)")
+            answers[name].append((f"{value}, {sure}", value == truth[fact].item()))
     return prompts, answers
-
-
-def written(value, word):
-    """A value and a word of confidence as text."""
-    index = word - SAID.start
-    sure = WORDS[index] if 0 <= index < len(WORDS) else "(no word of confidence)"
-    return f"{value}, {sure}"
 
 
 def main():
