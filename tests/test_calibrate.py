@@ -87,10 +87,10 @@ def test_the_improper_rules_pay_most_for_an_end(p):
 
 
 def test_a_reward_is_the_rules_and_what_is_no_word_gets_nothing():
-    words = torch.tensor([[SAID.start, SAID.stop - 1, 0], [SAID.start + 3, FACTS, ASK]])
+    words = torch.tensor([[SAID.start, SAID.stop - 1, ASK, FACTS], [SAID.start + 3, 0, 19, ASK]])
     right = torch.tensor([True, False])
     got = rewards(RULES["proper"], words, right)
-    assert torch.allclose(got, torch.tensor([[0.0, 1.0, 0.0], [1 - 0.3**2, 0.0, 0.0]]))
+    assert torch.allclose(got, torch.tensor([[0.0, 1.0, 0.0, 0.0], [1 - 0.3**2, 0.0, 0.0, 0.0]]))
 
 
 # --------------------------------------------------------------------------------------------------
