@@ -424,7 +424,9 @@ def figure(config, run):
     diagram.plot((0, 1), (0, 1), color="gray", ls="--", label="calibrated")
     reliability(diagram, run, 0, "before RL")
     reliability(diagram, run, -1, "after RL, proper rule")
-    diagram.set(title=change, xlabel="what the word is read as")
+    area = last(run, "AUROC", "proper", 0).mean(), last(run, "AUROC", "proper").mean()
+    diagram.set(title=f"What a word is worth: AUROC {area[0]:.2f} → {area[1]:.2f}")
+    diagram.set_xlabel("what the word is read as")
     diagram.set_ylabel("share right (area: how often said)")
 
     for key in MEASURES:
