@@ -20,6 +20,7 @@ facts that were never asked for shows if the model looks into itself.
 What to see: the expected calibration error (ECE) falls, the answers stay the same. The ECE alone is
 a poor judge: one constant word has almost none. The Brier score and the AUROC (does a right answer
 get the larger forecast?) tell a model that knows what it knows from one that always says "maybe".
+The model's own probability of its value knows still more, to a reader who may look at it.
 
 How this differs from the paper:
 1. The reader is a table of eleven words; the paper's is a language model that reads a paragraph.
@@ -438,6 +439,7 @@ def figure(config, run):
         band(use, FORECASTS.numpy(), says(run, rule), rule, marker=".")
     use.set(title=f"absolute: {at_ends.mean():.0%} at 0 or 1; product: {at_one.mean():.0%} at 1")
     use.set(xlabel="what the word is read as", ylabel="share of answers with this word")
+    use.set_ylim(0, 1.02)
 
     plane.scatter(before, last(run, "Brier score", "proper", 0), label="before RL")
     for arm in (*RULES, ONE_WORD, "agreement", AGREEMENT):
