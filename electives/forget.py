@@ -353,7 +353,7 @@ def pretrain(config, run, seed, device):
             kept["left"] -= kept["loss"] < 0.5
         elif kept["loss"] < 0.5:
             kept.update(size=kept["size"] + 1, loss=3.0)
-        run.say(facts=n, loss=loss.item())
+        run.say(facts=n)
     return model
 
 
