@@ -3,6 +3,7 @@ the cache that was sampled with, the streams, the rules of thumb, the command.
 """
 
 import itertools
+import math
 from functools import partial
 
 import matplotlib.pyplot as plt
@@ -161,6 +162,16 @@ def test_a_mask_shows_each_query_what_was_left_when_it_was_read():
             if q >= end > t:
                 seen &= t // BLOCK in held[layer, row].tolist()
         assert masks[layer, row, q, t] == seen
+
+
+def test_a_round_chooses_among_the_blocks_that_are_there():
+    _, _, _, rounds = sampled(small(), n=3)
+    alike = [
+        torch.ones(3, 4, STREAM + 1, STREAM + 1) for _ in range(2)
+    ]  # all blocks weigh the same
+    ways = [math.perm(4, 2), math.perm(2 + 4, 4), math.perm(4 + 4, 6)]
+    logp = -2 * sum(math.log(w) for w in ways)  # of two layers
+    assert memory_logp(alike, rounds).tolist() == pytest.approx([logp] * 3, rel=1e-5)
 
 
 def test_slots_that_are_selected_keep_their_positions():
