@@ -1,7 +1,7 @@
 """frontier.py: pay in training or with every question? Reinforcement learning and best-of-n move
 along one frontier.
 
-    python -m experiments.frontier          3 seeds, 4 minutes
+    python -m experiments.frontier          3 seeds, 10 minutes of one core
 
 With a judge that says right or wrong, all that counts of a new policy is how often it is right: to
 be right on a share q of one prompt's answers instead of a share p costs at least

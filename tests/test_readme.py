@@ -282,7 +282,9 @@ EDITS = {
     ("reinforce", 3): [
         ("advantage = rewards - rewards.mean(1, keepdim=True)", "advantage = rewards")
     ],
-    ("reinforce", 4): [("GROUP = 8", "GROUP = 2")],
+    ("reinforce", 4): [
+        ("GROUP = 8  # answers to each of them", "GROUP = 2  # answers to each of them")
+    ],
     ("reinforce", 5): [
         ("mask = rollout.mask[:, 1:]", "mask = torch.ones_like(rollout.mask[:, 1:])")
     ],
