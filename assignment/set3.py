@@ -167,11 +167,13 @@ def what_is_masked_may_be_anything(policy_loss):
     its loss or gradient: it is left out, not multiplied by 0, for 0 times nan is nan.
     """
     mask = [False, True, True, False]
+    numbers = [1.0, 1.44, 1.0, 1.0]
+    junk = [math.nan, 1.44, 1.0, 0.0]
     for ratio in ("none", "token", "sequence", "cispo"):
-        want = losses(policy_loss, ratio, [1.0, 1.44, 1.0, 1.0], 1.0, mask)
-        got = losses(policy_loss, ratio, [math.nan, 1.44, 1.0, 0.0], 1.0, mask)
-        close(got[0], want[0], f"{ratio}: the loss")
-        close(got[1], want[1], f"{ratio}: the gradient")
+        loss, slope = losses(policy_loss, ratio, junk, 1.0, mask)
+        want_loss, want_slope = losses(policy_loss, ratio, numbers, 1.0, mask)
+        close(loss, want_loss, f"{ratio}: the loss")
+        close(slope, want_slope, f"{ratio}: the gradient")
 
 
 POLICY_LOSS = [
