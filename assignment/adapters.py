@@ -73,13 +73,14 @@ def attention(q, k, v, window=None):
 def cache_step(keys, values, lens, q, k, v):
     """One new token for each row of a KV cache whose rows have different lengths (one head).
 
-    keys, values (R, S, D): of row r the first lens[r] slots hold its tokens, in the others stands
-    anything. lens (R,) int64. q, k, v (R, D): of the new token. Write the row's k and v into its
-    own next slot, IN PLACE, then let its q see all tokens of its row, the new one included:
+    keys, values (R, S, D): of row r the first lens[r] < S slots hold its tokens, in the others
+    stands anything, inf and nan too. lens (R,) int64. q, k, v (R, D): of the new token. Write the
+    row's k and v into its own next slot, IN PLACE: in the tensors that you were given. Then let its
+    q see all tokens of its row, the new one included:
 
         out[r] = softmax(q[r] keys[r]^T / sqrt(D)) values[r]
 
-    -> out (R, D), the new lens (R,).
+    -> out (R, D), the new lens (R,): a new tensor; lens stays.
 
     Source: point 1 of the docstring of engine.py; Pope et al., arXiv 2211.05102.
     """
@@ -102,8 +103,9 @@ def truncate(logits, top_k=None, top_p=None):
     """logits (R, V) -> (R, V), with -inf for the tokens that must not be drawn.
 
     top_k: keep the k largest of a row, and what equals the smallest of them; more than V keeps all.
-    top_p: sort a row by probability; keep the smallest number of likeliest tokens whose
-    probabilities add up to top_p or more (the token that crosses the line is kept), at least one.
+    top_p: sort a row by probability; keep the smallest number of likeliest tokens (of equally
+    likely ones any) whose probabilities add up to top_p or more (the token that crosses the line is
+    kept), at least one.
     With both, top_k comes first, and top_p is a share of what it has left. What is kept keeps its
     logit.
 
@@ -173,15 +175,15 @@ def advantages(rewards, kind):
 def policy_loss(logp, old_logp, adv, mask, ratio, eps_low, eps_high):
     """What is minimised, for each token: logp, old_logp, mask (R, T), adv (R, 1) -> (R, T).
 
-    mask is 1 on the tokens of the answer; what the others get does not matter, and what stands
-    there must not matter. With rho = exp(logp - old_logp) and clip(x) = x cut to
-    1 - eps_low .. 1 + eps_high:
+    mask (0 or 1, of any dtype) is 1 on the tokens of the answer; what the others get does not
+    matter, and what stands there, -inf and nan too, must not matter. old_logp is a constant. With
+    rho = exp(logp - old_logp) and clip(x) = x cut to 1 - eps_low .. 1 + eps_high:
 
         none        -A logp
         token       -min(rho A, clip(rho) A)
-        sequence    the same with the row's geometric mean of rho over its tokens, s, as the value
-                    of the ratio, while its gradient is each token's own: s * exp(logp - sg(logp)),
-                    where s and sg(..) carry no gradient (GSPO-token)
+        sequence    -min(..) as for token, with the row's geometric mean of rho over its tokens, s,
+                    as the value of the ratio, while its gradient is each token's own:
+                    s * exp(logp - sg(logp)), where s and sg(..) carry no gradient (GSPO-token)
         cispo       -sg(clip(rho)) A logp: the weight is clipped, the gradient never lost
 
     Sources: Schulman et al., arXiv 1707.06347, equation 7 (token); Zheng et al., arXiv 2507.18071,
@@ -248,7 +250,8 @@ def token_logprobs_backward(
 
         d logp / dz = onehot(target) - p            d entropy / dz = -p * (log p + entropy)
 
-    No autograd here, and no tensor of more than N * block numbers, the weight's gradient aside.
+    No autograd here, and no tensor of more than N * block numbers, the two gradients and blocks
+    (block, C) of the weight aside.
 
     Source: Wijmans et al., arXiv 2411.09009, section 4.
     """
@@ -263,8 +266,8 @@ def flash_attention(q, k, v, tile):
 
     `tile` queries at a time meet `tile` keys at a time (the last tiles may be smaller). A tile of
     queries keeps a running maximum, sum and output; when the maximum grows, the two others are
-    scaled down. The output is divided by the sum once, at the end. No tensor may have more numbers
-    than the larger of T * D and tile * tile.
+    scaled down. The output is divided by the sum once, at the end. No tensor has more numbers than
+    the larger of T * D and tile * tile.
 
     Source: Dao, arXiv 2307.08691, Algorithm 1.
     """

@@ -1,5 +1,7 @@
 """checks.py: what the properties of all sets need: comparisons that complain in plain words."""
 
+import inspect
+
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -85,15 +87,21 @@ def guarded(function, writes=()):
     """
 
     def call(*args, **kwargs):
-        leaves = tree_leaves([x for i, x in enumerate(args) if i not in writes])
-        given = [x.detach() for x in leaves if isinstance(x, torch.Tensor)]
-        before = [x.clone() for x in given]
+        leaves = [(i, x) for i, given in enumerate(args) for x in tree_leaves(given)]
+        kept = [(i, x.detach()) for i, x in leaves if isinstance(x, torch.Tensor)]
+        before = [x.clone() for _, x in kept]
         result = function(*args, **kwargs)
-        for old, new in zip(before, given, strict=True):
-            kept = torch.equal(old.nan_to_num(), new.nan_to_num())
-            assert kept, (
-                "it changes its arguments: work on copies, without `x += ..` or `x[i] = ..`"
-            )
+        for old, (i, new) in zip(before, kept, strict=True):
+            same = torch.equal(old.nan_to_num(), new.nan_to_num())
+            assert i in writes or same, changed(i)
         return result
+
+    def changed(i):
+        names = list(inspect.signature(function).parameters)
+        x = names[i]
+        told = f"`{x}` was changed: make a new tensor, as `{x} + 1` is and `{x} += 1` is not"
+        if not writes:
+            return told
+        return f"{told} ({' and '.join(names[j] for j in writes)} are to be written in place)"
 
     return call

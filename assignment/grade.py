@@ -1,12 +1,12 @@
 """grade.py: a student's file -> a table of points, and for each function that is not right the
 first property that fails, in words.
 
-    python -m assignment.grade FILE                   all sets
-    python -m assignment.grade FILE --week 3          one of them
+    python -m assignment.grade FILE                  all sets
+    python -m assignment.grade FILE --set 3          one of them
 
 Every function is judged in a process of its own, with limits on its time and its memory and with
-nowhere to print: one that hangs, ends the program, prints or allocates without end gets 0 points,
-and the others are judged as if it were not there. A function gets its points if all of its
+nowhere to print: one that hangs, ends the program or allocates without end gets 0 points, and the
+others are judged as if it were not there. A function gets its points if all of its
 properties hold. (The limits guard against accidents, not against malice. They need fork: Linux,
 macOS or WSL; the one on memory needs Linux.)
 """
@@ -154,9 +154,9 @@ def grade(path, problems=PROBLEMS, seconds=SECONDS):
 def table(grades, problems=PROBLEMS):
     """The grades as text: points of each function, set and in all; what is wrong, under it."""
     lines = []
-    for week in sorted({problem.week for problem in problems}):
-        mine = [problem for problem in problems if problem.week == week]
-        lines.append(f"set {week}: {SETS[week]}")
+    for number in sorted({problem.set for problem in problems}):
+        mine = [problem for problem in problems if problem.set == number]
+        lines.append(f"set {number}: {SETS[number]}")
         for problem in mine:
             wrong = grades[problem.name]
             points = 0 if wrong else problem.points
@@ -186,7 +186,7 @@ def main(given=None):
     about = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser("python -m assignment.grade", formatter_class=about)
     parser.add_argument("file", help="a file like assignment/adapters.py")
-    parser.add_argument("--week", type=int, choices=SETS, help="this set only")
+    parser.add_argument("--set", type=int, choices=SETS, help="this set only")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="a function's time limit")
     args = parser.parse_args(given)
     if not Path(args.file).is_file():
@@ -197,7 +197,7 @@ def main(given=None):
     # what torch imports at the first use of this, two seconds, no child has to import again
     with Largest():
         torch.zeros(1)
-    problems = [problem for problem in PROBLEMS if args.week in (None, problem.week)]
+    problems = [problem for problem in PROBLEMS if args.set in (None, problem.set)]
     print(table(grade(args.file, problems, args.seconds), problems))
     return 0
 

@@ -10,7 +10,7 @@ from assignment.checks import guarded
 
 class Problem(NamedTuple):
     name: str  # of the function
-    week: int  # the problem set
+    set: int
     points: int
     properties: list[Callable]  # each takes the function; its docstring says what has to hold
     hint: str
@@ -37,11 +37,12 @@ PROBLEMS = [
     Problem("attention", 1, 5, set1.ATTENTION,
             "one matrix (T, S) of query position minus key position says all about masks"),
     Problem("cache_step", 2, 6, set2.CACHE_STEP,
-            "`keys[torch.arange(R), lens] = k`; then a mask `slots <= lens`", writes=(0, 1)),
+            "`keys[torch.arange(R), lens] = k`; a mask `slots <= lens`, for scores and for values",
+            writes=(0, 1)),
     Problem("inverse_cdf", 2, 3, set2.INVERSE_CDF,
             "count the sums that are at most u; then think of zeros and of rounding"),
     Problem("truncate", 2, 4, set2.TRUNCATE,
-            "the mass of what is likelier than a token decides; `scatter` puts it back in place"),
+            "the mass before a token in the sorted row decides; `scatter` puts it back in place"),
     Problem("stratified_uniforms", 2, 2, set2.STRATIFIED_UNIFORMS,
             "the argsort of random numbers is a random order"),
     Problem("lattice_uniforms", 2, 2, set2.LATTICE_UNIFORMS,
@@ -93,20 +94,24 @@ def verify(problem, check, function):
 
 
 def first_failure(problem, function, started):
-    """What a student has to read about a function: None if all properties hold, else a text.
+    """What a student has to read about a function: None if all properties hold, else how many do
+    and the first that does not.
 
-    started(words): called before each property.
+    started(words): called before each property, after a failure with what is wrong so far.
     """
+    first, held = None, 0
     for check in problem.properties:
         words = words_of(check)
-        started(words)
+        started(first or words)
         try:
             verify(problem, check, function)
+            held += 1
         except NotImplementedError as e:
-            return f"NotImplementedError: {e}"
+            return first or f"NotImplementedError: {e}"
         except (Exception, SystemExit) as e:
-            return f"{words} HERE: {complaint(e)}"
-    return None
+            first = first or f"{words} HERE: {complaint(e)}"
+    count = f"{held} of {len(problem.properties)} properties hold. The first that does not:"
+    return first and f"{count} {first}"
 
 
 def complaint(error):

@@ -13,12 +13,12 @@ from assignment.checks import close, normal, parts, say, seeded, tensor
 LENS = [0, 2, 1]
 
 
-def cache(lens):
-    """Keys and values (R, 5, 2): small numbers where a row's tokens are, 100s where nothing is."""
+def cache(lens, junk=100.0):
+    """Keys and values (R, 5, 2): small numbers where a row's tokens are, junk where nothing is."""
     lens = torch.tensor(lens)
     empty = (torch.arange(5) >= lens[:, None])[..., None]
-    keys = torch.where(empty, 100.0, normal(len(lens), 5, 2))
-    values = torch.where(empty, 100.0, normal(len(lens), 5, 2, seed=1))
+    keys = torch.where(empty, junk, normal(len(lens), 5, 2))
+    values = torch.where(empty, junk, normal(len(lens), 5, 2, seed=1))
     return keys, values, lens
 
 
@@ -61,6 +61,17 @@ def a_row_sees_its_own_tokens_only(cache_step):
     close(out, torch.stack(want))
 
 
+def unused_slots_may_hold_anything(cache_step):
+    """What stands in the slots beyond may be anything, inf and nan too: it is left out of keys and
+    values, not multiplied by 0, for 0 times nan is nan.
+    """
+    token = normal(3, 3, 2, seed=2)
+    want, _ = parts(cache_step(*cache(LENS), *token), 2)
+    for junk in (math.inf, math.nan):
+        out, _ = parts(cache_step(*cache(LENS, junk), *token), 2)
+        close(out, want, f"with {junk} in all unused slots")
+
+
 def scores_are_divided_by_the_root_of_D(cache_step):
     """Scores are divided by sqrt(D), as in `attention`."""
     keys, values, _ = cache([1])
@@ -78,6 +89,7 @@ CACHE_STEP = [
     every_row_grows_by_one,
     a_token_sees_itself,
     a_row_sees_its_own_tokens_only,
+    unused_slots_may_hold_anything,
     scores_are_divided_by_the_root_of_D,
 ]
 

@@ -78,7 +78,7 @@ def losses(policy_loss, ratio, rho, A, mask=None):
     """
     logp = (tensor(rho).log() - 1).requires_grad_()
     old = torch.full_like(logp, -1.0).detach()
-    mask = torch.ones_like(old) if mask is None else tensor(mask)
+    mask = torch.ones_like(old) if mask is None else torch.tensor([mask])
     loss = policy_loss(logp, old, tensor([A]), mask, ratio, 0.2, 0.5)
     assert isinstance(loss, torch.Tensor), f"it gives back {type(loss).__name__}, not a tensor"
     assert loss.shape == logp.shape, f"the loss has shape {tuple(loss.shape)}, not (R, T)"
@@ -112,7 +112,8 @@ def rho_is_new_over_old(policy_loss):
 def the_clip_stops_what_went_far_enough(policy_loss):
     """The clip takes the gradient where A > 0 and rho > 1 + eps_high, or A < 0 and rho < 1 -
     eps_low: where the step has gone far enough. A mistake that has become likelier keeps its
-    gradient, however large rho is (the minimum of rho A and clip(rho) A, not the maximum).
+    gradient, however large rho is, nor does a good answer that has become less likely lose its
+    gradient (the minimum of rho A and clip(rho) A, not the maximum).
     """
     for A in (1.0, -1.0):
         _, slope = losses(policy_loss, "token", [0.5, 1.0, 2.0], A)
@@ -161,6 +162,20 @@ def cispo_never_loses_a_gradient(policy_loss):
     close(slope, tensor(-0.8, -1, -1.5), "the gradient at rho = .5, 1, 2")
 
 
+def what_is_masked_may_be_anything(policy_loss):
+    """Where the mask is 0 logp may be anything, -inf and nan too, and no answer's token feels it in
+    its loss or gradient: it is left out, not multiplied by 0, for 0 times nan is nan.
+    """
+    mask = [False, True, True, False]
+    numbers = [1.0, 1.44, 1.0, 1.0]
+    junk = [math.nan, 1.44, 1.0, 0.0]
+    for ratio in ("none", "token", "sequence", "cispo"):
+        loss, slope = losses(policy_loss, ratio, junk, 1.0, mask)
+        want_loss, want_slope = losses(policy_loss, ratio, numbers, 1.0, mask)
+        close(loss, want_loss, f"{ratio}: the loss")
+        close(slope, want_slope, f"{ratio}: the gradient")
+
+
 POLICY_LOSS = [
     none_is_reinforce,
     rho_is_new_over_old,
@@ -169,6 +184,7 @@ POLICY_LOSS = [
     a_sequence_has_a_geometric_mean,
     a_sequence_gives_each_token_its_own_gradient,
     cispo_never_loses_a_gradient,
+    what_is_masked_may_be_anything,
     the_first_step_is_reinforce,
 ]
 

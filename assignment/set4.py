@@ -70,17 +70,17 @@ def temperature_divides_the_logits(token_logprobs):
 
 
 def logits_may_be_large(token_logprobs):
-    """Logits of a thousand overflow nothing: exp is taken of what is left after the maximum. Adding
-    the same to all logits changes neither logp nor entropy.
+    """Logits of a thousand, or of minus a thousand, overflow nothing: exp is taken of what is left
+    after the maximum. Adding the same to all logits changes neither logp nor entropy.
     """
-    hidden = ones(1, 1)
     weight = tensor([1000], [1001], [1002])
-    got = token_logprobs(hidden, weight, torch.tensor([1]), 1.0, 2)
-    z = tensor(0, 1, 2)
-    logp = z.log_softmax(0)
-    entropy = -(logp.exp() * logp).sum()
-    lse = 1000 + z.logsumexp(0)
-    compare(got, (logp[1:2], entropy[None], lse[None]), tol=1e-4)
+    for sign in (1, -1):
+        got = token_logprobs(sign * ones(1, 1), weight, torch.tensor([1]), 1.0, 2)
+        z = sign * tensor(0, 1, 2)
+        logp = z.log_softmax(0)
+        entropy = -(logp.exp() * logp).sum()
+        lse = sign * 1000 + z.logsumexp(0)
+        compare(got, (logp[1:2], entropy[None], lse[None]), tol=1e-4)
 
 
 LARGE, WIDE = 40, 600  # tokens, and columns in blocks of at most 256
@@ -137,7 +137,9 @@ def the_gradient_of_logp(function):
 
 
 def the_gradient_of_the_entropy(function):
-    """d entropy / dz is -p (log p + entropy), without any onehot."""
+    """d entropy / dz is -p (log p + entropy), whatever the target. The mean of log p is MINUS the
+    entropy, so that the gradients of a row's logits add up to 0.
+    """
     compare_slopes(*slopes(function, 0 * ONES, ONES))
 
 
@@ -238,19 +240,23 @@ def any_tile_will_do(flash_attention):
 
 
 def scores_may_be_large(flash_attention):
-    """Scores of hundreds give numbers, not inf or nan."""
+    """Scores of hundreds, above 0 or below, give numbers, not inf or nan: the running maximum is
+    that of the scores alone, and begins at -inf.
+    """
     k = 10 * normal(T, D)
     compare_attention(flash_attention, 30 * ones(T, D), k, normal(T, D), 3, tol=1e-3)
+    low = -30 * ones(T, 4)
+    compare_attention(flash_attention, -low, low, normal(T, 4), 3, tol=1e-3)
 
 
 def it_never_holds_a_row_of_scores(flash_attention):
-    """No tensor has more numbers than T * D: a tile of queries never meets more than a tile of keys
-    at a time.
+    """No tensor has more numbers than the larger of T * D and tile * tile: a tile of queries never
+    meets more than a tile of keys at a time.
     """
     q, k, v = normal(3, 16, D)
     with Largest() as largest:
         flash_attention(q, k, v, 4)
-    too_large(largest.numbers, 16 * D, "T * D is")
+    too_large(largest.numbers, 16 * D, "the larger of T * D and tile * tile is")
 
 
 FLASH_ATTENTION = [

@@ -71,7 +71,8 @@ def cache_step(keys, values, lens, q, k, v):
     seen = torch.arange(keys.shape[1]) <= lens[:, None]
     scores = (keys * q[:, None]).sum(-1) / math.sqrt(q.shape[-1])
     p = scores.masked_fill(~seen, -math.inf).softmax(-1)
-    return (p[..., None] * values).sum(1), lens + 1
+    out = torch.where(seen[..., None], p[..., None] * values, 0).sum(1)
+    return out, lens + 1
 
 
 def inverse_cdf(probs, u):
@@ -129,7 +130,7 @@ def policy_loss(logp, old_logp, adv, mask, ratio, eps_low, eps_high):
         return -adv * logp
     log_rho = logp - old_logp
     if ratio == "sequence":
-        mean = (log_rho * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True)
+        mean = torch.where(mask > 0, log_rho, 0).sum(1, keepdim=True) / mask.sum(1, keepdim=True)
         log_rho = mean.detach() + logp - logp.detach()
     rho = log_rho.exp()
     clipped = rho.clamp(1 - eps_low, 1 + eps_high)
