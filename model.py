@@ -247,11 +247,11 @@ class GPT(nn.Module):
         fields = hf_config(folder / "config.json", block_size)
         try:
             config = GPTConfig(**fields)
+            # shapes without memory: the weights come from the file
+            with torch.device("meta"):
+                model = cls(config)
         except UserError as e:
             raise UserError(f"{folder / 'config.json'}: {e}") from None
-        # shapes without memory: the weights come from the file
-        with torch.device("meta"):
-            model = cls(config)
         model.load_state_dict(hf_state(folder, model, dtype), strict=False, assign=True)
         if config.tie:
             model.lm_head.weight = model.wte.weight

@@ -354,7 +354,7 @@ def test_two_spellings_of_a_rotation_agree_or_are_refused(scaling, parameters, w
         (dict(num_hidden_layers=True), ["num_hidden_layers", "whole number"]),
         (dict(num_hidden_layers=10**9), ["num_hidden_layers", "1000000000"]),
         (dict(vocab_size=10**40), ["vocab_size"]),
-        (dict(max_position_embeddings=2**30, head_dim=2**29), ["rotary positions", "GiB"]),
+        (dict(max_position_embeddings=2**30, head_dim=2**29), ["positions", "GiB"]),
         (dict(num_key_value_heads=0), ["num_key_value_heads"]),
         (dict(rms_norm_eps=float("nan")), ["rms_norm_eps"]),
         (dict(rope_theta=float("inf")), ["rope_theta"]),
