@@ -155,7 +155,7 @@ class Config(Flags):
 # problem, its answer, padding on the right. mask (R, T): 1 on the answer's tokens and its end
 
 
-def advantages(rewards, kind):
+def advantages(rewards, kind="std"):
     """How much better each answer is than its baseline: rewards (P, G) -> (P, G).
 
     kind: as in the equation above. A group of equal rewards gets exactly 0 (but for `batch`), not
@@ -463,7 +463,8 @@ def train(config, task, run, seed, base, tokens=math.inf):
         model.parameters(), config.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True
     )
     rng, generator = random.Random(seed + 1), torch.Generator().manual_seed(seed + 1)
-    phase, where = f"{config.loss} {seed}", dict(phase="rl", arm=config.loss, seed=seed)
+    phase = f"{config.loss} {seed}"
+    where = dict(phase="rl", arm=config.loss, seed=seed)
     budget = task.budget(config.size)
     if phase not in run.state:
         run.log(**where, step=0, sampled_tokens=0, **evaluate(model, task, config))
