@@ -83,6 +83,8 @@ class Team(Run):
         try:
             all_sum(torch.zeros(1))  # the others wait for rank 0's folder
         except LostProcess:
+            if not self.silent:
+                raise
             raise UserError("rank 0 says what is wrong with its folder") from None
 
     def write(self, name, content):

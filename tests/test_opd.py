@@ -423,6 +423,20 @@ def test_every_method_trains_the_student_and_nobody_else(method):
     assert all(math.isfinite(v) for row in run.rows for v in row.values() if isinstance(v, float))
 
 
+def test_each_seed_asks_for_its_own_pairs_and_samples_its_own_answers(monkeypatch):
+    drawn, collect = {}, opd.collect
+
+    def noted(author, student, teacher, prompts, eps, config, generator):
+        drawn[generator.initial_seed()] = prompts, generator.get_state().tolist()
+        return collect(author, student, teacher, prompts, eps, config, generator)
+
+    monkeypatch.setattr(opd, "collect", noted)
+    for seed in (0, 1):
+        opd.train(small(steps=1), Memory(), "opd", seed, policy(0), policy(1), far_task())
+    (prompts, state), (others, other_state) = drawn[0], drawn[1]
+    assert prompts != others and state != other_state
+
+
 def test_student_and_teacher_score_the_same_answers_and_grpo_asks_no_teacher(monkeypatch):
     base, expert, seen = policy(0), policy(1), []
     monkeypatch.setattr(
