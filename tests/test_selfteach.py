@@ -251,6 +251,21 @@ def test_the_teacher_is_who_the_table_says_and_reads_its_own_prompt(
         assert theirs[:, :PROMPT].tolist() == [ask(pair) for pair in pairs]
 
 
+def test_each_seed_asks_for_its_own_pairs_and_samples_its_own_answers(monkeypatch):
+    drawn, collect = {}, selfteach.collect
+
+    def noted(writer, ask, pairs, task, generator):
+        drawn[len(drawn)] = pairs, generator.get_state().tolist()
+        return collect(writer, ask, pairs, task, generator)
+
+    monkeypatch.setattr(selfteach, "collect", noted)
+    for seed in (0, 1):
+        config = small(steps=1)
+        selfteach.train(config, Memory(), "opsd", seed, policy(0), far_task(), PASSWORD)
+    (pairs, state), (others, other_state) = drawn[0], drawn[1]
+    assert pairs != others and state != other_state
+
+
 @pytest.mark.parametrize(
     "method, who", [("opsd", "student"), ("imitation", "base"), ("pedagogical", "pedagogue")]
 )
