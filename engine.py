@@ -29,6 +29,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from experiment import NotFinite
 from kernels import gemm_dtype, say_once
+from meter import counter
 
 # cuDNN's attention plans anew for each length, and decoding meets a new one at every step
 torch.backends.cuda.enable_cudnn_sdp(False)
@@ -55,7 +56,7 @@ class KVCache:
         self.base = 0
         shape = (rows, capacity, config.n_kv_head, config.head_dim)
         self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
-        self.v = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
+        self.v = [torch.zeros_like(k) for k in self.k]
         self.set_lens([0] * rows)
 
     def set_lens(self, lens):
@@ -181,8 +182,8 @@ class Rollout:
     def __getitem__(self, rows):
         """The rows of an index or mask, the columns cut to the longest of them."""
         T = max((self.prompt_lens + self.lengths)[rows].tolist(), default=1)
-        ids, mask, logp = (x[rows, :T] for x in (self.ids, self.mask, self.logp))
-        return Rollout(ids, mask, logp, self.prompt_lens[rows])
+        parts = (x[rows, :T] for x in (self.ids, self.mask, self.logp))
+        return Rollout(*parts, self.prompt_lens[rows])
 
     @staticmethod
     def cat(rollouts):
@@ -194,7 +195,7 @@ class Rollout:
             return torch.cat([F.pad(x, (0, T - x.shape[1])) for x in parts])
 
         prompt_lens = torch.cat([r.prompt_lens for r in rollouts])
-        return Rollout(joined("ids"), joined("mask"), joined("logp"), prompt_lens)
+        return Rollout(*map(joined, ("ids", "mask", "logp")), prompt_lens)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -280,7 +281,7 @@ class Sampler:
         self.finite.logical_and_(logits.isfinite().all())
         if self.temperature == 0:
             token = logits.argmax(-1)
-            logp = torch.zeros(token.shape, device=token.device)
+            logp = torch.zeros_like(token, dtype=torch.float)
         else:
             token, logp = self.choose(logits.float() / self.temperature, self.fresh[self.rows, t])
         # a row that is done may stay for a while (decode_static): it goes on, but unrecorded
@@ -436,9 +437,9 @@ def side_by_side(ids, lens, tokens, logps):
     drawn = tokens >= 0
     out = placed(tokens.clamp_min(0))
     out[:, : ids.shape[1]] += ids  # where one of the two is not 0, the other is
-    mask, logp = placed(drawn.float()), placed(logps)
     T = int((lens + drawn.sum(1)).max())
-    return Rollout(out[:, :T], mask[:, :T], logp[:, :T], lens)
+    parts = (x[:, :T] for x in (out, placed(drawn.float()), placed(logps)))
+    return Rollout(*parts, lens)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -451,12 +452,11 @@ class StaticCache:
     each step reads all the slots that the last one will, and a mask hides the rest.
     """
 
-    length = 0  # a tensor now, `lens`: generate has checked that all steps fit
-
     def __init__(self, cache, steps):
         device = cache.lens.device
         S = min(cache.capacity, -(-(cache.length + steps) // 64) * 64)  # up to a multiple of 64
         self.cache = cache
+        self.length = S - 1  # as if every row were as long as they will get
         self.lens = cache.lens.clone()
         self.rows = torch.arange(cache.rows, device=device)
         self.slots = torch.arange(S, device=device)
@@ -503,10 +503,13 @@ def decode_span(model, cache, sampler, start, steps):
         sampler.draw(model.lm_head(x[:, -1]), t)
         t.add_(1)
 
+    before = counter.flops
     step()
+    each = counter.flops - before
     again = captured(step, t.device) if steps > 8 else step
     for _ in range(steps - 1):
         again()
+    counter.flops = before + steps * each  # a replay counts nothing
     cache.set_lens(static.lens.tolist())
 
 

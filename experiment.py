@@ -38,6 +38,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from meter import Meter
+
 matplotlib.use("Agg")  # figures are files: no display is needed
 
 
@@ -95,8 +97,10 @@ def out_of_memory(e):
 
 def flag(default, help, quick=None, choices=None, low=-math.inf, high=math.inf):
     """A Config field that is a flag: default, help line, value under --quick, values allowed."""
-    about = dict(help=help, quick=quick, choices=choices, low=low, high=high)
-    return field(default=default, metadata=about)
+    return field(
+        default=default,
+        metadata=dict(help=help, quick=quick, choices=choices, low=low, high=high),
+    )
 
 
 def dashed(name):
@@ -349,7 +353,8 @@ class Run:
         self.kept_rows = 0  # rows that go with what is kept
         self.place = "the start"  # where the run is, for a person
         self.bar = None  # of the loop that is on
-        self.started = self.saved = self.kept = time.time()
+        self.saved = self.kept = time.time()
+        self.meter = Meter()
         self.save_seconds = self.keep_seconds = 0  # what the last ones took
         self.signal = 0  # that came while busy
         self.busy = False
@@ -363,16 +368,18 @@ class Run:
         if self.alone and int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise UserError("this script runs in one process")
         self.take_folder(also)
-        about = dict(
-            name=self.name,
-            config=self.config,
-            revision=self.revision,
-            torch=torch.__version__,
-            python=platform.python_version(),
-            threads=torch.get_num_threads(),
-        )
         # first: it says whose folder this is
-        self.write("config.json", json.dumps(about, indent=1))
+        self.write(
+            "config.json",
+            dict(
+                name=self.name,
+                config=self.config,
+                revision=self.revision,
+                torch=torch.__version__,
+                python=platform.python_version(),
+                threads=torch.get_num_threads(),
+            ),
+        )
         self.write("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows))
         self.metrics = io.FileIO(self.dir / "metrics.jsonl", "a")  # without a buffer
         self.handlers = {s: signal.signal(s, self.interrupt) for s in SIGNALS}
@@ -421,8 +428,8 @@ class Run:
 
     def files(self, name):
         """What the run of a script writes."""
-        names = "config.json", "metrics.jsonl", "claims.json", "samples.txt", "model.pt"
-        return {*names, f"{name}.png"}
+        names = "config.json", "metrics.jsonl", "claims.json", "cost.json", "samples.txt"
+        return {*names, "model.pt", f"{name}.png"}
 
     def owned(self):
         """The files of the run whose config.json is there; none if there is none."""
@@ -472,7 +479,9 @@ class Run:
             raise SystemExit(128 + self.signal)
 
     def write(self, name, content):
-        """Text or bytes, whole or not at all."""
+        """Text, bytes or what JSON holds, whole or not at all."""
+        if isinstance(content, (dict, list)):
+            content = json.dumps(content, indent=1)
         with whole(self.dir / name) as f:
             f.write(content.encode() if isinstance(content, str) else content)
 
@@ -523,16 +532,14 @@ class Run:
         fig.savefig(picture, dpi=110, format="png")
         self.write(f"{self.name}.png", picture.getvalue())
         # each claim holds or does not: both are results
-        self.write("claims.json", json.dumps(claims, indent=1))
-        layout = "{:<58} {:>18} {:>16} {:>10}  {}"
+        self.write("claims.json", claims)
+        layout = "{:<58} {!s:>18} {:>16} {:>10}  {}"
         print("\n" + layout.format("claim", "paper", "ours", "threshold", "holds"))
         for c in claims:
             holds = "yes" if c["holds"] else "NO"
-            print(layout.format(c["claim"], str(c["paper"]), c["ours"], c["threshold"], holds))
-        seconds = time.time() - self.started
-        print(
-            f"\n{self.dir / self.name}.png, metrics.jsonl, claims.json, model.pt: {seconds:.0f} s"
-        )
+            print(layout.format(c["claim"], c["paper"], c["ours"], c["threshold"], holds))
+        self.write("cost.json", self.meter.read())
+        print(f"\n{self.dir / self.name}.png, metrics.jsonl, claims.json, model.pt: {self.meter}")
 
     def log_once(self, measure, **where):
         """Log measure() -> {name: value} as the row `where`, but not again in a resumed run."""
@@ -663,8 +670,7 @@ def band(ax, x, y, label, **style):
         mean = y.mean(0)
         spread = y.std(0, ddof=int(len(y) > 1))
         (line,) = ax.plot(x, mean, label=label, **style)
-        shade = dict(color=line.get_color(), alpha=0.15, lw=0)
-        ax.fill_between(x, mean - spread, mean + spread, **shade)
+        ax.fill_between(x, mean - spread, mean + spread, color=line.get_color(), alpha=0.15, lw=0)
 
 
 def lr_at(step, steps, peak, warmup=20):

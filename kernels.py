@@ -58,6 +58,8 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 
+from meter import spend
+
 try:
     import triton
     import triton.language as tl
@@ -101,6 +103,7 @@ def token_logprobs(hidden, weight, targets, temperature=1.0, impl="auto"):
         raise ValueError(f"targets must be in [0, {V})")
     h = hidden.reshape(-1, hidden.shape[-1])  # (N, C)
     y = targets.reshape(-1).contiguous()  # (N,)
+    spend(2 * h.numel() * V)
     if impl == "auto":
         impl = logprobs_impl(h, V)
     if impl == "triton" and no_triton(h):
@@ -297,9 +300,9 @@ def attention_impl(q, mask):
     """triton on a GPU, but not for one query or fp32: there is nothing for tensor cores to do."""
     fits = q.is_cuda and mask is None and q.shape[-1] <= 128
     pays = q.shape[2] > 1 and q.dtype != torch.float32
-    if not fits or not pays or torch.compiler.is_compiling():
-        return "sdpa"
-    return "triton" if triton_runs("attention", q, "sdpa") else "sdpa"
+    if fits and pays and not torch.compiler.is_compiling() and triton_runs("attention", q, "sdpa"):
+        return "triton"
+    return "sdpa"
 
 
 def reference_attention(q, k, v, mask):
@@ -344,7 +347,7 @@ def sdpa_attention(q, k, v, causal, window, mask):
     # decoding: the heads of a group become the queries of one head, no copy of k, v
     if T == 1 and K < H:
         y = F.scaled_dot_product_attention(q.reshape(B, K, H // K, D), k, v, attn_mask=mask)
-        return y.reshape(B, H, 1, D)
+        return y.reshape_as(q)
     # torch's is_causal aligns the first query with the first key; ours the last with the last
     if mask is None and causal and 1 < T < S:
         mask = visible(T, S, causal=True, window=None, device=q.device)

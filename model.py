@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from experiment import UserError
 from huggingface import hf_config, hf_save, hf_state, hub_folder
 from kernels import RMSNormFunction, attention
+from meter import spend
 
 
 @dataclass
@@ -69,6 +70,15 @@ class GPTConfig:
         block = attention + 3 * C * self.n_hidden + 2 * C  # an MLP and two norms
         embeddings = self.vocab_size * C * (1 if self.tie else 2)
         return embeddings + self.n_layer * block + C  # the last norm
+
+    def flops(self, rows, tokens, positions):
+        """Of a forward pass, but for the head: `tokens` new tokens in each row, which look at
+        `positions` positions. See meter.py.
+        """
+        C, D = self.n_embd, self.head_dim
+        weights = (2 * self.n_head + 2 * self.n_kv_head) * D * C + 3 * C * self.n_hidden
+        looks = 2 * self.n_head * D * positions  # q k^T, and the weighted sum of v
+        return 2 * rows * tokens * self.n_layer * (weights + looks)
 
 
 class RMSNorm(nn.Module):
@@ -176,6 +186,14 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
+class Head(nn.Linear):
+    """Hidden states (..., C) -> logits (..., V), counted."""
+
+    def forward(self, x):
+        spend(2 * x.numel() * self.out_features)
+        return super().forward(x)
+
+
 class GPT(nn.Module):
     """Embedding, blocks, a last norm, and the head that makes logits of hidden states.
 
@@ -196,7 +214,7 @@ class GPT(nn.Module):
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
         self.norm = RMSNorm(config.n_embd, config.norm_eps)
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head = Head(config.n_embd, config.vocab_size, bias=False)
         self.rope = rotations(config)  # no buffer: .to(bf16) must not round it
         # GPT-2's start. Each layer writes into the residual stream twice, with a `proj`: those
         # start smaller, so that the stream's size does not grow with the number of layers
@@ -215,9 +233,10 @@ class GPT(nn.Module):
 
         AssertionError past block_size positions.
         """
-        T = ids.shape[1]
+        B, T = ids.shape
         seen = 0 if cache is None else cache.length
         assert seen + T <= self.config.block_size, f"past block_size {self.config.block_size}"
+        spend(self.config.flops(B, T, seen + T))
         # without a cache token t stands at position t, and causal attention needs no mask
         positions, mask = (slice(T), None) if cache is None else cache.extend(T)
         self.rope = self.rope.to(ids.device)

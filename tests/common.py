@@ -166,9 +166,15 @@ def metrics(folder):
 def check_whole(folder, also=()):
     """All that design.md promises of a run's folder, and nothing else -> the figure's name."""
     (figure,) = [p.stem for p in folder.glob("*.png")]
-    assert {f"{figure}.png", "metrics.jsonl", "claims.json", "config.json", "model.pt", *also} == {
-        p.name for p in folder.iterdir()
-    }
+    assert {
+        f"{figure}.png",
+        "metrics.jsonl",
+        "claims.json",
+        "cost.json",
+        "config.json",
+        "model.pt",
+        *also,
+    } == {p.name for p in folder.iterdir()}
     assert (folder / f"{figure}.png").read_bytes().startswith(b"\x89PNG")
     assert metrics(folder)
     assert all("step" in row for row in metrics(folder))

@@ -286,7 +286,7 @@ def jsd(lp, lq):
 def inverse_cdf(probs, u):
     held = []
     while True:
-        held.append(bytearray(2**27))
+        held.append(torch.empty(2**27))
 
 def pass_at_k(n, correct, k):
     return correct.new_ones(2**30)
@@ -300,7 +300,7 @@ def tournament(logp, n):
 del advantages
 """
 SAID = {
-    "rms_norm": "it did not end within 1 seconds",
+    "rms_norm": "it did not end within 4 seconds",
     "rotary": "it ends the program",
     "attention": "it ended the process",
     "inverse_cdf": "it asks for too much memory",
@@ -315,7 +315,7 @@ def test_a_harmful_function_gets_nothing_and_the_others_are_graded(tmp_path):
     path = tmp_path / "harmful.py"
     path.write_text(HARMFUL)
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "assignment.grade", str(path), "--seconds", "1"]
+    command = [sys.executable, "-m", "assignment.grade", str(path), "--seconds", "4"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
     out = done.stdout
     assert done.returncode == 0 and done.stderr == "" and "xxx" not in out

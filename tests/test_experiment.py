@@ -359,6 +359,7 @@ def test_a_new_run_in_an_old_folder_forgets_all_of_the_old_one_and_a_resumed_one
         "metrics.jsonl",
         "model.pt",
         "claims.json",
+        "cost.json",
         "test_experiment.png",
         "mine.png",
     }
@@ -378,6 +379,7 @@ def test_a_new_run_in_an_old_folder_forgets_all_of_the_old_one_and_a_resumed_one
     assert {p.name for p in tmp_path.iterdir()} == whole - {
         "model.pt",
         "claims.json",
+        "cost.json",
         "test_experiment.png",
     }
 

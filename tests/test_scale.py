@@ -536,7 +536,15 @@ def flags_for(real, method="dr_grpo", data="sums.jsonl"):
     return "--method", method, "--init", real / "student", "--data", real / data, *teacher
 
 
-FILES = {"scale.png", "metrics.jsonl", "claims.json", "config.json", "model.pt", "samples.txt"}
+FILES = {
+    "scale.png",
+    "metrics.jsonl",
+    "claims.json",
+    "cost.json",
+    "config.json",
+    "model.pt",
+    "samples.txt",
+}
 
 
 def test_a_sum_leaves_its_argument_alone_and_tells_a_lost_process_from_a_lack_of_memory(

@@ -1,0 +1,181 @@
+"""FLOPs against torch's own counter; joules against files and a library made up here."""
+
+import ctypes
+import json
+import math
+from types import SimpleNamespace
+
+import matplotlib.pyplot as plt
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import engine
+import meter
+import model
+from engine import KVCache, generate
+from experiment import Flags, Run
+from kernels import attention, token_logprobs
+from model import GPT, GPTConfig
+
+SHAPES = {
+    "plain": {},
+    "grouped": dict(n_kv_head=2),
+    "wide heads": dict(head_dim=12, qkv_bias=True, qk_norm=True),
+    "untied": dict(tie=False, n_hidden=40),
+}
+
+
+@pytest.fixture(params=SHAPES, ids=str)
+def gpt(request, monkeypatch):
+    """A GPT with attention of two plain products (torch's counter does not know the CPU's kernel)
+    and norms without any (ours sums its weights' gradient by one).
+    """
+    monkeypatch.setattr(
+        model, "attention", lambda *args, **kwargs: attention(*args, **kwargs, impl="reference")
+    )
+
+    def norm(x, weight, eps):
+        return x * (x.pow(2).mean(-1, keepdim=True) + eps).rsqrt() * weight
+
+    monkeypatch.setattr(model, "RMSNormFunction", SimpleNamespace(apply=norm))
+    torch.manual_seed(0)
+    shape = dict(vocab_size=20, block_size=16, n_layer=2, n_head=4, n_embd=32)
+    return GPT(GPTConfig(**shape, **SHAPES[request.param]))
+
+
+def both(work):
+    """What work() costs by our count, and by torch's."""
+    spent, theirs = meter.Meter(), FlopCounterMode(display=False)
+    with theirs:
+        work()
+    return spent.read()["flops"], theirs.get_total_flops()
+
+
+IDS = torch.arange(33).view(3, 11) % 20
+
+
+def test_a_forward_and_a_backward_pass_cost_what_torch_counts(gpt):
+    ours, theirs = both(lambda: gpt(IDS).logsumexp(-1).sum().backward())
+    assert ours == theirs > 0
+
+
+def test_a_forward_pass_without_gradients_costs_a_third(gpt):
+    with torch.no_grad():
+        ours, theirs = both(lambda: gpt(IDS))
+    trained, _ = both(lambda: gpt(IDS))
+    assert ours == theirs == trained / 3
+
+
+def test_log_probabilities_cost_the_product_with_the_head(gpt):
+    def work():
+        hidden = gpt.hidden(IDS)
+        logp, _ = token_logprobs(hidden, gpt.lm_head.weight, IDS, impl="reference")
+        logp.sum().backward()
+
+    ours, theirs = both(work)
+    assert ours == theirs > 0
+
+
+def test_what_is_computed_twice_to_save_memory_counts_once(gpt):
+    def work():
+        hidden = gpt.hidden(IDS)
+        token_logprobs(hidden, gpt.lm_head.weight, IDS, impl="chunked")[0].sum().backward()
+
+    plain, _ = both(work)
+    gpt.checkpointing = True
+    again, theirs = both(work)
+    assert again == plain < theirs
+
+
+def test_reading_on_with_a_cache_costs_what_torch_counts(gpt):
+    cache = KVCache(gpt.config, 3, 16)
+    with torch.no_grad():
+        gpt.hidden(IDS[:, :5], cache)
+        ours, theirs = both(lambda: gpt.hidden(IDS[:, 5:9], cache))
+    assert ours == theirs > 0
+
+
+@pytest.mark.parametrize("stop", [None, 3])
+def test_sampling_costs_what_torch_counts_although_rows_retire(gpt, stop):
+    prompts = [[1, 2, 3], [4, 5], [6]]
+    generator = torch.Generator().manual_seed(0)
+    ours, theirs = both(
+        lambda: generate(gpt, prompts, n=8, max_new_tokens=12, stop=stop, generator=generator)
+    )
+    assert ours == theirs > 0
+
+
+def test_steps_of_a_fixed_shape_cost_as_often_as_they_are_taken(gpt, monkeypatch):
+    prompts = [[1, 2, 3], [4, 5, 6]]
+    monkeypatch.setattr(engine, "STATIC_ON", ("cpu",))
+    # a capture runs the step once for nothing, and a replay does not come by the counter
+    steps = []
+
+    def captured(step, device):
+        step()
+        steps.append(step)
+        return lambda: None
+
+    eager, _ = both(lambda: generate(gpt, prompts, n=2, max_new_tokens=13))
+    monkeypatch.setattr(engine, "captured", captured)
+    replayed, _ = both(lambda: generate(gpt, prompts, n=2, max_new_tokens=13))
+    assert steps and replayed == eager
+
+
+def test_processors_tell_joules_and_their_counters_may_begin_anew(tmp_path, monkeypatch):
+    monkeypatch.setattr(meter, "POWERCAP", tmp_path)
+    for i, used in enumerate((10_000_000, 990_000_000)):
+        domain = tmp_path / f"intel-rapl:{i}"
+        domain.mkdir()
+        (domain / "energy_uj").write_text(f"{used}\n")
+        (domain / "max_energy_range_uj").write_text("1000000000\n")
+    part = tmp_path / "intel-rapl:0:0"  # of domain 0: counted there
+    part.mkdir()
+    (part / "energy_uj").write_text("5\n")
+    (part / "max_energy_range_uj").write_text("1000000000\n")
+    spent = meter.Meter()
+    (tmp_path / "intel-rapl:0" / "energy_uj").write_text("14000000\n")
+    (tmp_path / "intel-rapl:1" / "energy_uj").write_text("2000000\n")
+    # 4 J, and 10 J to the end of the range with 2 J after it
+    assert spent.read()["joules"] == pytest.approx(4 + 12)
+    assert str(spent).endswith("0 s, 16 J")
+
+
+def test_a_machine_that_does_not_tell_says_nothing_of_joules(tmp_path, monkeypatch):
+    monkeypatch.setattr(meter, "POWERCAP", tmp_path)
+    (tmp_path / "intel-rapl:0").mkdir()  # its files are not there, or not ours to read
+    spent = meter.Meter()
+    assert spent.read()["joules"] is None and str(spent) == "0 s"
+
+
+def test_gpus_tell_millijoules(monkeypatch):
+    class Library:
+        def __init__(self, name):
+            assert "nvidia-ml" in name
+
+        def nvmlInit_v2(self):
+            return 0
+
+        def nvmlDeviceGetHandleByIndex_v2(self, i, handle):
+            handle._obj.value = i + 1
+
+        def nvmlDeviceGetTotalEnergyConsumption(self, handle, used):
+            used._obj.value = 7000 * handle.value
+            return 0 if handle.value < 3 else 3  # the third one does not support it
+
+    monkeypatch.setattr(ctypes, "CDLL", Library)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    assert meter.gpus() == [(7, math.inf), (14, math.inf)]
+
+
+def test_a_run_ends_with_what_it_cost(tmp_path, capsys, gpt):
+    with Run(Flags(out=str(tmp_path))) as run:
+        gpt(IDS)
+        fig, _ = plt.subplots()
+        run.finish(fig, [])
+        plt.close(fig)
+    cost = json.loads((tmp_path / "cost.json").read_text())
+    assert set(cost) == {"flops", "seconds", "joules"} and cost["flops"] > 0
+    assert f"{cost['flops']:.2g} FLOPs" in capsys.readouterr().out.splitlines()[-1]
