@@ -34,7 +34,7 @@ CLAIMS = re.compile(
     r"<details><summary>Claims.*\n\n(?:\|.*\n)*\n</details>\n"
 )
 EXERCISES = re.compile(
-    r"(<details><summary><code>(\w+)\.py</code>)[^\n]*\n(?:(?!</details>).*\n)*</details>\n"
+    r"(<details><summary><code>(?:electives/)?(\w+)\.py</code>)[^\n]*\n(?:(?!</details>).*\n)*</details>\n"
 )
 BENCH = re.compile(r"(<!-- results/bench/benchmark.txt -->\n```text\n)[^`]*(\n```)")
 LESSON = re.compile(r"^(\| \[`(\w+\.py)`\]\(\2\) \|[^|]*\| )[^|]*( \|[^|]*\|)$", re.M)
@@ -419,6 +419,53 @@ EDITS = {
         (
             "acc = dot((p * (dp - sums[:, None])).to(q.dtype), k_tile, acc)",
             "acc = dot((p * dp).to(q.dtype), k_tile, acc)",
+        )
+    ],
+    ("bestofn", 2): [
+        (
+            "def make_table(seed, K=20_000, overrated=0.002):",
+            "def make_table(seed, K=20_000, overrated=0.0002):",
+        )
+    ],
+    ("bestofn", 3): [("return scores.argmax(1)", "return scores.clamp_max(0.9).argmax(1)")],
+    ("bestofn", 4): [
+        (
+            "passed[:, -1] = True",
+            "passed |= ~passed.any(1, keepdim=True) & (tried == tried.max(1, keepdim=True).values)",
+        )
+    ],
+    ("bestofn", 5): [("    return a.max(1).values", "    return a[:, -1]")],
+    ("quasi", 2): [
+        (
+            "u = (grid + rand(groups, 1)) % 1  # (groups, n)",
+            "u = grid.repeat(groups, 1)  # (groups, n)",
+        )
+    ],
+    ("quasi", 3): [
+        (
+            "        order = rand(groups, n).argsort(1)",
+            "        order = torch.arange(n).repeat(groups, 1)",
+        )
+    ],
+    ("quasi", 4): [
+        (
+            "flipped = bits ^ coins  # (groups, n, tokens)",
+            "flipped = bits ^ (0 * coins)  # (groups, n, tokens)",
+        )
+    ],
+    ("quasi", 5): [("HUM = 4  # sums that decide nothing", "HUM = 1  # sums that decide nothing")],
+    ("backtrack", 2): [("back = tree.value.copy()", "back = 0 * tree.value")],
+    ("backtrack", 3): [("back = tree.value.copy()", "back = (tree.value > 0).astype(float)")],
+    ("backtrack", 4): [
+        (
+            "law = (law + children + parents) / 2",
+            "law = children + parents",
+        )
+    ],
+    ("backtrack", 5): [
+        (
+            "tree.value[inner] *= 1 + (tree.token[inner] == 0)",
+            "tree.value[inner] *= 1 + 9 * (tree.token[inner] == 0)",
         )
     ],
 }
