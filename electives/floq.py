@@ -200,7 +200,8 @@ class MLPs(nn.Module):
             (width, outputs, 0),  # all answers are 0 at the start
         )
         for n, m, scale in layers:
-            w = torch.stack([torch.randn(n, m, generator=g) for g in generators])
+            draws = [torch.randn(n, m, generator=g) for g in generators]
+            w = torch.stack(draws)
             b = torch.zeros(len(seeds), 1, m)
             self.weights.append(nn.Parameter(w * scale))
             self.biases.append(nn.Parameter(b))
@@ -422,7 +423,7 @@ def figure(config, run):
     for ax in (left, right):
         ax.set_yscale("log")
         ax.set_ylabel("error of Q (share of the spread of its values)")
-        ax.legend(fontsize=8)
+        ax.legend()
     return fig, judge(config, run, first, later)
 
 

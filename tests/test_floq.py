@@ -107,6 +107,15 @@ def test_the_exact_values_are_their_own_target_and_have_no_error():
     assert errors(world, mean).tolist() == pytest.approx([1, 1])
 
 
+def test_a_target_is_cut_to_the_range_of_values():
+    world = world_of([maze(0, 1)], 0, "cpu")
+    for guess, least, most in ((5.0, -1, 0), (-5.0, -1, -1 + GAMMA)):
+        critic = Plain(Config(), [0])
+        critic.net.biases[2].data.fill_(guess)
+        y = target(world, critic, pairs([maze(0, 1)], "cpu"))
+        assert least <= y.min() and y.max() <= most
+
+
 def test_a_pair_is_told_by_its_place_and_action():
     mazes = [maze(0, 1), maze(1, 1)]
     x = pairs(mazes, "cpu")
@@ -353,6 +362,7 @@ def test_the_claims_compare_what_they_say():
     assert ours["categorical"][0] == pytest.approx(1.05 * (0.1 - 0.05 / 8), rel=1e-2)
     assert ours["moved"][0] == pytest.approx(1.05 * (0.1 - 0.05 / 8) / 2, rel=1e-2)
     ours = claimed(told(**{FLOW: [0.01, 0.02], MATCHED: [0.1, 0.4]}))
+    assert ours["moved"][0] == pytest.approx(1.05 * (0.4 - 0.02) / 2, rel=1e-2)
     assert ours["plastic"] == (pytest.approx(-math.log(2), rel=1e-2), True)
 
 
