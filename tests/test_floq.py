@@ -278,13 +278,13 @@ def test_the_network_of_a_seed_hears_nothing_of_the_others():
 
 def test_critics_learn_a_maze_and_their_error_is_small_when_it_is_easy(monkeypatch):
     monkeypatch.setattr(floq, "GAMMA", 0.5)  # values of the next few steps only
-    config = Config(seeds=2, steps=300, batch=64, eval_every=50)
+    config = Config(seeds=2, steps=400, eval_every=100)
     mazes = [maze(seed, 2) for seed in range(2)]
     goals = [world_of(mazes, g, "cpu") for g in range(1)]
-    for arm, most in ((MATCHED, 0.5), (HL_GAUSS, 0.5), (FLOW, 0.8)):
+    for arm, most in ((MATCHED, 0.7), (HL_GAUSS, 0.7), (FLOW, 0.9)):
         run = Memory()
         floq.learn(config, run, arm, goals, pairs(mazes, "cpu"))
-        last = [row["error"] for row in run.rows if row["step"] == 300]
+        last = [row["error"] for row in run.rows if row["step"] == 400]
         assert len(last) == 2 and max(last) < most
 
 
