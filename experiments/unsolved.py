@@ -28,10 +28,10 @@ network's own probability of "right", as a language model's verdict is. The vote
 network that is asked again; from 16 that learnt from the same 1,000 answers; from 16 that had 1,000
 each; and from one that learnt from all 16,000. Laws of counts are exact: no vote is drawn.
 
-What to see: precision rises with independent validators as near to 1 as one likes; with correlated
-ones it levels off. Majority stays where one validator is. 16 networks of the same answers are no
-better than one of them asked 16 times; the judged answers of all, in one network, are worth as much
-as 16 networks.
+What to see: with independent validators precision rises as near to 1 as one likes, with correlated
+ones it levels off, though later than one would think. A majority of correlated ones is hardly
+better than one of them. One network asked 16 times is worth less than 16 of the same answers, these
+less than 16 with answers of their own. One that learnt from all answers needs no other.
 """
 
 import random
@@ -56,7 +56,6 @@ OWN = "16, own answers"
 ALL = "one, all answers"
 ARMS = AGAIN, SAME, OWN, ALL
 HIDDEN = 32
-SIZE = 4  # columns of an addition
 
 
 @dataclass
@@ -120,7 +119,7 @@ def judged(rng, n):
     """n answers of demonstrators who guess carries -> digits (n, D), right (n,) bool."""
     digits, right = [], []
     for _ in range(n):
-        problem = addition.draw(rng, SIZE)
+        problem = addition.draw(rng, 4)
         text = addition.demonstrate(rng, problem, revisit=0)
         lines = sorted(text[i : i + 7] for i in range(0, len(text), 7))
         # of a1A6007: the two digits, the carry, both digits of the sum
@@ -152,7 +151,6 @@ def learn(config, run, arm, seed, inputs, right):
     optimizer = torch.optim.AdamW(
         networks.parameters(),
         lr=3e-3,
-        weight_decay=0.01,
     )
     own = torch.arange(M)[:, None]
     for _ in run.loop(f"{arm} {seed}", config.steps, networks, optimizer, rng, generator):
@@ -215,22 +213,21 @@ def figure(config, run):
     for i, rho in enumerate(RHOS):
         arm = f"rho = {rho}"
         color = f"C{i}"
-        band(left, *series(run, "unanimity", arm=arm), f"unanimity, {arm}", color=color)
-        band(left, *series(run, "majority", arm=arm), "majority", color=color, ls=":")
+        band(left, *series(run, "unanimity", arm=arm), arm, color=color)
+        band(left, *series(run, "majority", arm=arm), "_", color=color, ls=":")
         band(middle, *series(run, "half", arm=arm), arm, color=color, marker="o")
     for arm in ARMS:
         band(right, *series(run, "half", arm=arm), arm, marker="o")
     few, many = (at(run, "half", "rho = 0.3", m)[0] for m in (16, 256))
     again, own = (at(run, "half", arm, 16).mean() for arm in (AGAIN, OWN))
-    left.set_title("Exact: all say yes, or more than half do")
+    left.set_title("Exact: all say yes (lines), more than half do (dots)")
     middle.set_title(f"Exact, rho = .3: {few:.2f} with 16, {many:.2f} with 256")
-    right.set_title(f"Networks, {config.seeds} seeds: {again:.2f} of one, {own:.2f} of 16")
+    right.set_title(f"16 votes of one network {again:.2f}, of 16 {own:.2f} ({config.seeds} seeds)")
     for ax in fig.axes:
         ax.axhline(config.right, color="0.6", lw=0.8)
-        ax.set(xscale="log", ylim=(0, 1.03))
-        ax.set_xlabel("validators, or votes")
+        ax.set(xscale="log", ylim=(0, 1.03), xlabel="validators, or votes")
         ax.set_ylabel("precision, where half of the right answers pass")
-        ax.legend(fontsize=8)
+        ax.legend(loc="lower right")
     left.set_ylabel("precision of what passes")
     fig.suptitle(
         f"{config.right:.0%} of all answers are right (grey line): "
@@ -258,7 +255,7 @@ def judge(run, n, few, many):
             gain,
             ">",
             0,
-            seeds=n,
+            n,
         )
 
     def exact(id, text, value, op, threshold):
@@ -270,7 +267,7 @@ def judge(run, n, few, many):
             value,
             op,
             threshold,
-            seeds=1,
+            1,
         )
 
     alone = at(run, "unanimity", "rho = 0.0", 8)
@@ -288,7 +285,7 @@ def judge(run, n, few, many):
 def main():
     config = parse_args(Config, __doc__)
     with Run(config) as run:
-        run.introduce("cpu", 50 * SIZE * HIDDEN + 2 * HIDDEN)
+        run.introduce("cpu", 202 * HIDDEN)
         measure(config, run)
         run.save()
         run.finish(*figure(config, run))
