@@ -72,6 +72,9 @@ def test_precisions_are_those_of_drawn_votes():
     passed = (yes == m) | ((yes == m - 1) & (rng.random(len(yes)) < share))
     assert passed[right].mean() == pytest.approx(0.5, abs=0.01)
     assert found["half"] == pytest.approx(right[passed].mean(), abs=0.01)
+    # where unanimity accepts more than half, the coin decides on unanimous ones
+    one = precisions(prior, urn(1, 0.8, 0), urn(1, 0.3, 0))
+    assert one["half"] == pytest.approx(one["unanimity"])
 
 
 def test_votes_that_carry_no_news_leave_the_share_of_right_answers():
@@ -94,6 +97,7 @@ def test_an_answers_digits_tell_whether_it_is_right():
 def test_networks_side_by_side_are_networks_alone():
     torch.manual_seed(0)
     two, x = Networks(2, 6), torch.randn(1, 5, 6)
+    two.bias.data.normal_()
     for i, y in enumerate(two(x)):
         one = Networks(1, 6)
         one.load_state_dict({k: v[i : i + 1] for k, v in two.state_dict().items()})
