@@ -118,4 +118,4 @@ def test_a_mistake_is_one_line(tmp_path):
 
 def test_an_interrupted_run_goes_on_to_the_bit(tmp_path):
     marks = dict(arm=SAME, step=4), dict(arm=OWN, step=16)
-    check_resume(SCRIPT, tmp_path, marks, "--judged", 20, "--steps", 3, "--seeds", 2)
+    check_resume(SCRIPT, tmp_path, marks, "--judged", 20, "--steps", 3, "--seeds", 1)
