@@ -8,7 +8,7 @@ import matplotlib.pyplot as plt
 import pytest
 from common import check_help, check_mistake, check_quick, check_resume
 
-from experiments.recipe import ARMS, FILTERS, collect, keep, teach
+from experiments.recipe import ARMS, FILTERS, LONGER, collect, keep, teach
 from tasks import addition, held_out
 
 SCRIPT = "experiments.recipe"
@@ -87,14 +87,14 @@ def test_all_arms_have_the_same_number_of_tokens(arm):
     assert all(len(text) == 21 for _, text in pairs)
     most = max(Counter(prompt for prompt, _ in pairs).values())
     assert most <= n and about["questions"] >= 320 / n
-    if rule == "none":
+    if rule in ("none", LONGER):
         assert about["drawn"] == 320 and about["questions"] == 320 // n
         assert about["right"] == pytest.approx(0.5, abs=0.13)
     if rule == "verified":
         assert about["right"] == 1 and about["drawn"] > 320
     if rule == "majority":
         assert about["drawn"] > 320
-    assert rule in FILTERS and teacher in ("slips", "habit")
+    assert rule in (*FILTERS, LONGER) and teacher in ("slips", "habit")
 
 
 def test_no_question_is_held_out():
