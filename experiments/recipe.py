@@ -202,6 +202,7 @@ def figure(config, run):
         ax.plot(1, longer.mean(), "k*", label=LONGER, markersize=12)
         ax.set(xscale="log", xlabel="answers to a question, at equal tokens", xticks=ANSWERS)
         ax.set_xticklabels(ANSWERS)
+        ax.minorticks_off()
     for i, key in enumerate(("greedy", "sampled")):
         y = np.array([at(run, key, "habit", 4, rule) for rule in FILTERS])  # (filters, seeds)
         x = np.arange(len(FILTERS)) + 0.4 * i
@@ -211,21 +212,22 @@ def figure(config, run):
         own = series(run, "right", teacher=teacher, filter="none")[1].mean()
         ax.axhline(own, color="k", ls=":", label="the teacher")
         ax.set(ylim=(0, 1.02), ylabel="held-out problems solved (fraction)")
-        ax.legend(loc="lower left")
+    left.legend(loc="lower left")
+    right.legend(loc="upper left")
 
-    def gain(key, teacher, n):
-        """For a title: none, then verified."""
-        none, verified = (at(run, key, teacher, n, rule).mean() for rule in ("none", "verified"))
-        return f"{none:.2f} without a filter, {verified:.2f} verified"
+    def mean(key, teacher, n, rule):
+        return f"{at(run, key, teacher, n, rule).mean():.2f}"
 
-    left.set_title(f"Slips, greedy: {gain('greedy', 'slips', 1)}")
-    middle.set_title(f"Slips, samples: {gain('sampled', 'slips', 1)}")
-    right.set_title(f"A habit, 4 answers: {gain('greedy', 'habit', 4)}")
+    few, many = (mean("greedy", "slips", m, "none") for m in (1, 16))
+    sample, checked = (mean("sampled", "slips", 1, rule) for rule in ("none", "verified"))
+    habit, mended = (mean("greedy", "habit", 4, rule) for rule in ("none", "verified"))
+    left.set_title(f"Slips, greedy, no filter: {few} with 1 answer, {many} with 16")
+    middle.set_title(f"Slips, samples: {sample} without a filter, {checked} verified")
+    right.set_title(f"A habit, 4 answers, greedy: {habit} without a filter, {mended} verified")
     n = config.seeds
-    few, many = (at(run, "greedy", "slips", m, "none").mean() for m in (1, 16))
     fig.suptitle(
-        f"Without a filter: {few:.2f} with one answer to a question, {many:.2f} with 16 "
-        f"({n} seed{'s' * (n > 1)})"
+        f"Without a filter slips are outvoted ({few}, with three times the tokens "
+        f"{mean('greedy', 'slips', 1, LONGER)}), a habit is not ({habit}) ({n} seeds)"
     )
     return fig, judge(run, n)
 
