@@ -223,7 +223,8 @@ def figure(config, run):
     habit, mended = (mean("greedy", "habit", 4, rule) for rule in ("none", "verified"))
     left.set_title(f"Slips, greedy, no filter: {few} with 1 answer, {many} with 16")
     middle.set_title(f"Slips, samples: {sample} without a filter, {checked} verified")
-    right.set_title(f"A habit, 4 answers, greedy: {habit} without a filter, {mended} verified")
+    right.set_title(f"A habit, greedy: {habit} without a filter, {mended} verified")
+    right.set_xlabel("filter (4 answers to a question)")
     n = config.seeds
     fig.suptitle(
         f"Without a filter slips are outvoted ({few}, with three times the tokens "
