@@ -117,5 +117,5 @@ def test_a_mistake_is_one_line(tmp_path):
 def test_an_interrupted_run_goes_on_to_the_bit(tmp_path, monkeypatch):
     monkeypatch.setattr("experiments.recipe.ARMS", ARMS[-3:])
     monkeypatch.setattr("experiments.recipe.figure", lambda config, run: (plt.figure(), []))
-    marks = dict(filter="majority", seed=0), dict(filter="verified", seed=1)
-    check_resume(SCRIPT, tmp_path, marks, "--seeds", 2, "--steps", 1, "--problems", 3)
+    marks = dict(filter="majority", seed=0), dict(filter="verified", seed=0)
+    check_resume(SCRIPT, tmp_path, marks, "--seeds", 1, "--steps", 1, "--problems", 3)
