@@ -468,6 +468,34 @@ EDITS = {
             "tree.value[inner] *= 1 + 9 * (tree.token[inner] == 0)",
         )
     ],
+    ("calibrate", 1): [("return 1 - (c - right) ** 2", "return 1 - (c - right) ** 4")],
+    ("calibrate", 2): [
+        (
+            "return (says * FORECASTS - table[:, 1]).abs().sum()",
+            "return (says * FORECASTS - table[:, 1]).sum().abs()",
+        )
+    ],
+    ("calibrate", 3): [("return right @ (below + wrong / 2)", "return right @ (below + wrong)")],
+    ("calibrate", 4): [
+        ("return rule(c, right.float()[:, None]) * legal", "return rule(c, right.float()[:, None])")
+    ],
+    ("calibrate", 5): [
+        (
+            "word = (value_p * (len(WORDS) - 1)).round().long()  # the nearest",
+            "word = (value_p * (len(WORDS) - 1)).floor().long()  # the nearest",
+        )
+    ],
+    ("recover", 2): [("weights[-2] = 0  # the blot is no lesson", "")],
+    ("recover", 3): [
+        (
+            "if wrong and not right:\n            return wrong",
+            "if not right:\n            return page",
+        )
+    ],
+    ("recover", 4): [
+        ("return -per_lesson.mean()", "return -(logp * weights[:, 1:]).sum() / weights.sum()")
+    ],
+    ("recover", 5): [("p[:, BLOT] = slip * letters.sum(1)", "p[:, BLOT] += slip * letters.sum(1)")],
 }
 TASKS = [(script, i) for script in read("exercises.json")["about"] for i in range(1, 6)]
 
@@ -602,7 +630,16 @@ def test_the_command_of_an_exercise_is_one_and_runs_quickly_after_the_change(
 
 
 # python -c "..." that takes seconds
-PIECES = {("curriculum", 4), ("pretrain", 4), ("kernels", 2), ("kernels", 3), ("kernels", 4)}
+PIECES = {
+    ("curriculum", 4),
+    ("pretrain", 4),
+    ("kernels", 2),
+    ("kernels", 3),
+    ("kernels", 4),
+    ("bestofn", 5),
+    ("quasi", 2),
+    *itertools.product(("calibrate", "recover"), range(1, 6)),
+}
 
 
 @pytest.mark.parametrize("script, number", sorted(PIECES))
