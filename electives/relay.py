@@ -84,7 +84,7 @@ WIDTH = 64
 class Config(Flags):
     steps: int = flag(600, "training steps, of two passes each", quick=3, low=1)
     batch: int = flag(64, "boards a step", quick=8, low=2)
-    lr: float = flag(4e-3, "learning rate (up in 50 steps, then linear to 0)", low=0)
+    lr: float = flag(8e-3, "learning rate (up in 50 steps, then linear to 0)", low=0)
     eta: float = flag(0.15, "doubt that a pass of training may fill in", low=0)
     layers: int = flag(1, "layers of the transformer", low=1)
     givens: int = flag(16, "digits given of 36", quick=30, low=10, high=35)

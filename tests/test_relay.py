@@ -137,8 +137,10 @@ class Known:
         self.joint = joint
 
     def __call__(self, canvas, h):
-        logits = torch.full((*canvas.shape, N), -torch.inf)
-        for row, seen in enumerate(canvas.tolist()):
+        """canvas (R, 3) -> logits (R, 3, 6)."""
+        kinds, which = canvas.unique(dim=0, return_inverse=True)
+        logits = torch.full((*kinds.shape, N), -torch.inf)
+        for row, seen in enumerate(kinds.tolist()):
             fits = self.joint.clone()
             for x in itertools.product((0, 1), repeat=3):
                 if any(digit not in (MASK, a + 1) for digit, a in zip(seen, x, strict=True)):
@@ -146,7 +148,7 @@ class Known:
             for cell in range(3):
                 others = [i for i in range(3) if i != cell]
                 logits[row, cell, :2] = (fits.sum(others) / fits.sum()).log()
-        return logits, h
+        return logits[which], h
 
 
 @pytest.fixture
@@ -285,7 +287,9 @@ def passes(model, puzzles, relays, gradient, eta=0.5):
 
 
 def test_the_relays_gradient_is_that_of_the_whole_loss_and_the_others_leave_a_part_out(puzzles):
-    """Along a direction in the weights, against the loss's own difference quotient."""
+    """Along a direction in the weights, against the loss's own difference quotient (model.rotate
+    works in fp32, hence the tolerance).
+    """
     model = large().double()
     p = model.gpt.blocks[0].mlp.proj.weight
     torch.manual_seed(2)
@@ -296,7 +300,7 @@ def test_the_relays_gradient_is_that_of_the_whole_loss_and_the_others_leave_a_pa
         passes(model, puzzles, relays, gradient)[0].backward()
         return (p.grad * direction).sum().item()
 
-    def quotient(relays, step=1e-6):
+    def quotient(relays, step=1e-5):
         ends = []
         with torch.no_grad():
             for sign in (1, -1):
@@ -305,8 +309,8 @@ def test_the_relays_gradient_is_that_of_the_whole_loss_and_the_others_leave_a_pa
                 p.sub_(sign * step * direction)
         return (ends[0] - ends[1]) / (2 * step)
 
-    assert slope(True, True) == pytest.approx(quotient(True), rel=1e-5)
-    assert slope(False, False) == pytest.approx(quotient(False), rel=1e-5)
+    assert slope(True, True) == pytest.approx(quotient(True), rel=1e-3)
+    assert slope(False, False) == pytest.approx(quotient(False), rel=1e-3)
     assert slope(True, False) != pytest.approx(quotient(True), rel=1e-2)
 
 
