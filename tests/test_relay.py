@@ -219,6 +219,19 @@ def test_the_sampler_has_the_law_that_enumeration_gives_chi_squared(joint, steps
         assert ((seen - n * joint) ** 2 / (n * joint)).sum() > 60, "one pass draws cells apart"
 
 
+def test_every_pass_of_the_sampler_unmasks_the_same_share_of_the_cells():
+    passed = itertools.count()
+
+    def clock(canvas, h):  # sure of the digit that numbers the pass
+        logits = torch.full((*canvas.shape, N), -torch.inf)
+        logits[..., next(passed)] = 0
+        return logits, h
+
+    drawn = ancestral(clock, torch.zeros(2000, CELLS, dtype=torch.long), N, seeded())
+    counts = (drawn - 1).flatten().bincount(minlength=N)
+    assert (counts - 12_000).abs().max() < 5 * (12_000 * 5 / 6) ** 0.5
+
+
 def test_more_passes_bring_the_sampler_nearer_to_the_joint_law(joint):
     distance = [(sampler_law(joint, steps) - joint).abs().sum().item() / 2 for steps in (1, 2, 4)]
     assert distance[0] > distance[1] > distance[2] > 0
