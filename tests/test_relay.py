@@ -420,10 +420,11 @@ def test_the_plain_arm_sees_as_many_boards_in_one_pass_and_no_relay(puzzles, mon
 # The claims, from rows
 
 
-def test_between_is_linear_between_two_points_and_nan_outside():
+def test_between_is_linear_level_on_the_left_and_nan_on_the_right():
     x, y = np.array([[1.0, 3.0], [2.0, 4.0]]), np.array([[0.2, 0.6], [0.0, 1.0]])
     assert between(x, y, 2.5) == pytest.approx([0.5, 0.25])
-    assert np.isnan(between(x, y, 1.5)).tolist() == [False, True]
+    assert between(x, y, 1.5) == pytest.approx([0.3, 0.0])
+    assert np.isnan(between(x, y, 3.5)).tolist() == [True, False]
 
 
 def told(**shift):
