@@ -371,7 +371,7 @@ def pictures(run, arm, seed):
 def draw_picture(ax, run, arm, seed, which, name):
     """What stands in the weights at the first or the last step of one seed."""
     row = pictures(run, arm, seed)[which]
-    ax.imshow(row["change"], cmap="RdBu_r", vmin=-2 / SHARP, vmax=2 / SHARP)
+    ax.imshow(row["change"], cmap="RdBu_r", vmin=-0.5 / SHARP, vmax=0.5 / SHARP)
     ax.set(title=f"{name}: {row['pixels']:.0%} right", xlabel="token", ylabel="channel")
     ax.set(xticks=[], yticks=[])
 
