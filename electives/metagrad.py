@@ -32,7 +32,7 @@ there far more slowly: an example's reward is mostly the doing of the others.
 How this differs from the paper:
 1. The target is an MLP of one token, the generator a table of next-token logits; there GPT-2 and
    Llama. The generator learns with Adam from nothing; there it is a pre-trained model.
-2. Adam's root has 1e-5 added inside, there 1e-9. Where a second moment is small, Adam turns a small
+2. Adam's root has 1e-4 added inside, there 1e-9. Where a second moment is small, Adam turns a small
    change of a gradient into a large one of the weight: the derivative is right, but of little use.
    A larger root makes training smoother ("metasmooth", Engstrom et al.).
 3. Checkpoints at every sqrt(M) steps; there all states are kept, in Engstrom et al. a tree.
@@ -118,7 +118,7 @@ def sgd(state, grad, t, lr):
     return state - lr * grad
 
 
-def adam(state, grad, t, lr, beta1=0.9, beta2=0.95, root=1e-5):
+def adam(state, grad, t, lr, beta1=0.9, beta2=0.95, root=1e-4):
     """state (3, P): weights, first and second moment -> the next state."""
     theta, m, v = state
     m = beta1 * m + (1 - beta1) * grad
@@ -257,11 +257,10 @@ def ones(batches):
     return [torch.ones(len(batch), dtype=torch.float64) for batch in batches]
 
 
-def pay_each(step, start, ids, inner, generator):
-    """tau of each example (n,), and the weights of the target that trained on all of them."""
+def pay_each(step, goal, start, ids, inner, generator):
+    """tau of each example (n,) for goal(theta), and the weights of the target that trained on all."""
     order = torch.randperm(len(ids), generator=generator)  # groups are mixed in the batches
     batches = ids[order].chunk(inner)
-    goal = partial(metric, before=start[0])
     tau, last = metagradient(step, goal, start, batches, ones(batches))
     reward = torch.empty(len(ids), dtype=torch.float64)
     reward[order] = torch.cat(tau)
@@ -274,18 +273,18 @@ def train_on(step, start, ids, inner, generator):
     return train_target(step, start, batches, ones(batches))[0]
 
 
-def pay_by_dataset(step, start, ids, inner, generator):
-    """As pay_each, but each example gets the metric of a target that trained on its dataset.
+def pay_by_dataset(step, goal, start, ids, inner, generator, group=GROUP):
+    """As pay_each, but each example gets the goal of a target that trained on its dataset.
 
     Dataset k is the k-th example of each group: to compare within a group compares datasets.
     """
     rewards = []
-    for k in range(GROUP):
-        theta = train_on(step, start, ids[k::GROUP], inner, generator)
-        rewards.append(metric(theta, start[0]))
+    for k in range(group):
+        theta = train_on(step, start, ids[k::group], inner, generator)
+        rewards.append(goal(theta))
     # the picture is judged as in the other arms: in a target that trains on all examples
     theta = train_on(step, start, ids, inner, generator)
-    return torch.stack(rewards).repeat(PROMPTS), theta
+    return torch.stack(rewards).repeat(len(ids) // group), theta
 
 
 def advantages(reward):
@@ -300,6 +299,7 @@ def train(config, run, seed, arm):
     pay = pay_each if one_by_one else pay_by_dataset
     step_of_target = partial(train_step, losses, RULES[rule])
     start = make_target(seed, rule)
+    goal = partial(metric, before=start[0])
     table = nn.Embedding(V, V)
     nn.init.zeros_(table.weight)
     optimizer = torch.optim.Adam(table.parameters(), config.lr)
@@ -313,17 +313,14 @@ def train(config, run, seed, arm):
         with torch.no_grad():
             ids = write(table.weight, prompts, generator)  # (n, T + 1)
         # 2. What the target makes of them
-        reward, theta = pay(step_of_target, start, ids, config.inner, generator)
+        reward, theta = pay(step_of_target, goal, start, ids, config.inner, generator)
         # 3. A policy gradient
         adv = advantages(reward.view(PROMPTS, GROUP)).flatten()
         loss = -(adv * logprobs(table.weight, ids)).mean()
         optimizer.zero_grad()
         loss.backward()
         descend(optimizer, loss)
-        row = dict(
-            pixels=pixels_right(theta, start[0]),
-            metric=metric(theta, start[0]).item(),
-        )
+        row = dict(pixels=pixels_right(theta, start[0]), metric=goal(theta).item())
         run.say(**row)
         if step in (0, steps - 1):
             row["change"] = change(theta, start[0]).tolist()

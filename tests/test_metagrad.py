@@ -239,13 +239,14 @@ def test_examples_are_drawn_from_the_table_and_scored_as_they_are_drawn():
 def setting(rule="SGD"):
     prompts = torch.arange(PROMPTS).repeat_interleave(GROUP)
     ids = write(torch.zeros(V, V), prompts, seeded())
-    return partial(train_step, losses, RULES[rule]), make_target(0, rule), ids
+    start = make_target(0, rule)
+    return partial(train_step, losses, RULES[rule]), partial(metric, before=start[0]), start, ids
 
 
 @pytest.mark.parametrize("rule", RULES)
 def test_each_example_is_paid_its_own_derivative(rule, h=1e-4):
-    step, start, ids = setting(rule)
-    reward, theta = pay_each(step, start, ids, 4, seeded(1))
+    step, goal, start, ids = setting(rule)
+    reward, theta = pay_each(step, goal, start, ids, 4, seeded(1))
     order = torch.randperm(len(ids), generator=seeded(1))
     batches = ids[order].chunk(4)
     assert torch.equal(theta, train_target(step, start, batches, ones(batches))[0])
@@ -255,19 +256,19 @@ def test_each_example_is_paid_its_own_derivative(rule, h=1e-4):
             weights = torch.ones(len(ids), dtype=torch.float64)
             weights[i] += by
             last = train_target(step, start, batches, weights[order].chunk(4))
-            ends.append(metric(last[0], start[0]).item())
+            ends.append(goal(last[0]).item())
         assert reward[i].item() == pytest.approx((ends[0] - ends[1]) / (2 * h), rel=1e-4)
 
 
 def test_paid_by_dataset_all_of_a_dataset_get_the_metric_of_its_own_target():
-    step, start, ids = setting()
-    reward, theta = pay_by_dataset(step, start, ids, 4, seeded(1))
+    step, goal, start, ids = setting()
+    reward, theta = pay_by_dataset(step, goal, start, ids, 4, seeded(1))
     reward = reward.view(PROMPTS, GROUP)
     assert (reward == reward[0]).all() and len(set(reward[0].tolist())) == GROUP
     generator = seeded(1)
     for k in range(GROUP):
         alone = train_on(step, start, ids.view(PROMPTS, GROUP, -1)[:, k], 4, generator)
-        assert reward[0, k] == metric(alone, start[0])
+        assert reward[0, k] == goal(alone)
     assert torch.equal(theta, train_on(step, start, ids, 4, generator))
 
 
