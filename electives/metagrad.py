@@ -258,7 +258,7 @@ def ones(batches):
 
 
 def pay_each(step, goal, start, ids, inner, generator):
-    """tau of each example (n,) for goal(theta), and the weights of the target that trained on all."""
+    """tau of each example (n,) for a goal(theta), and the weights of the target trained on all."""
     order = torch.randperm(len(ids), generator=generator)  # groups are mixed in the batches
     batches = ids[order].chunk(inner)
     tau, last = metagradient(step, goal, start, batches, ones(batches))
