@@ -70,7 +70,7 @@ class Config(Flags):
     reading: int = flag(500, "steps of pre-training", quick=5, low=1)
     steps: int = flag(40, "steps of the generator", quick=2, low=1)
     inner: int = flag(4, "steps of the target in each of them", low=1, high=LISTS)
-    inner_lr: float = flag(0.3, "their learning rate", low=0)
+    inner_lr: float = flag(0.03, "their learning rate", low=0)
     lr: float = flag(3e-3, "learning rate of the generator", low=0)
 
     def idle(self):

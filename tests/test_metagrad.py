@@ -139,14 +139,20 @@ class Watch(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.alive, self.most = WeakIdKeyDictionary(), 0
+        self.seen, self.now, self.most = WeakIdKeyDictionary(), 0, 0
+
+    def add(self, size):
+        self.now += size
+        self.most = max(self.most, self.now)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         if isinstance(out, torch.Tensor):
             storage = out.untyped_storage()
-            self.alive[storage] = storage.nbytes()
-            self.most = max(self.most, sum(self.alive.values()))
+            if storage not in self.seen:
+                self.seen[storage] = True
+                self.add(storage.nbytes())
+                weakref.finalize(storage, self.add, -storage.nbytes())
         return out
 
 
