@@ -16,7 +16,7 @@ sees such a list: only the derivative with respect to each example's weight tell
 What to see: the generator comes to write what the task asks for. Paid by the dataset, each example
 gets the metric of a target that trained on an eighth of them.
 
-Differences from the paper: as in electives/metagrad.py; SGD inside; torch's fused attention has no
+Differences from the paper: as in electives/metagrad.py; torch's fused attention has no
 second derivative, so the target's attention is the plain one.
 """
 
@@ -31,10 +31,10 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from electives.metagrad import (
+    adam,
     advantages,
     pay_by_dataset,
     pay_each,
-    sgd,
     train_on,
     train_step,
 )
@@ -70,8 +70,8 @@ class Config(Flags):
     reading: int = flag(500, "steps of pre-training", quick=5, low=1)
     steps: int = flag(40, "steps of the generator", quick=2, low=1)
     inner: int = flag(4, "steps of the target in each of them", low=1, high=LISTS)
-    inner_lr: float = flag(0.03, "their learning rate", low=0)
-    lr: float = flag(3e-3, "learning rate of the generator", low=0)
+    inner_lr: float = flag(1e-3, "their learning rate", low=0)
+    lr: float = flag(1e-3, "learning rate of the generator", low=0)
 
     def idle(self):
         return {} if self.device in ("auto", "cpu") else {"device": "all is small: on the CPU"}
@@ -146,8 +146,8 @@ def train(config, run, seed, base, arm):
     held_out = adding(WANTED, draw(64, generator, held_out=True))
     test = adding(WANTED, draw(256, generator, held_out=True))
     theta = torch.cat([p.detach().flatten() for p in base.parameters()])
-    start = theta[None].clone()  # the state of SGD: weights alone
-    step_of_target = partial(train_step, partial(losses, base), partial(sgd, lr=config.inner_lr))
+    start = torch.cat((theta[None], torch.zeros(2, len(theta))))  # with the moments of Adam
+    step_of_target = partial(train_step, partial(losses, base), partial(adam, lr=config.inner_lr))
 
     def goal(theta):
         return -losses(base, theta, held_out).mean()
