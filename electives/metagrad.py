@@ -407,9 +407,9 @@ def figure(config, run):
     axes["e"].set_title(f"Last ten of {config.steps} steps: {told}")
     axes["e"].legend()
     errors = {}
-    for rule in RULES:
+    for rule, size in zip(RULES, (40, 8), strict=True):
         exact, finite, errors[rule] = derivatives(run, rule)
-        axes["f"].scatter(finite, exact, s=12, alpha=0.6, label=f"{rule} inside")
+        axes["f"].scatter(finite, exact, s=size, alpha=0.6, label=f"{rule} inside")
     axes["f"].axline((0, 0), slope=1, color="k", lw=0.5)
     axes["f"].set(xlabel="finite difference of the metric", ylabel="metagradient of the example")
     worst = max(error.max() for error in errors.values())
