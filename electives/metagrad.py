@@ -23,7 +23,6 @@ the picture is, nor touches the weights: sequences of tokens do.
     python -m electives.metagrad                half a minute on two cores
     python -m electives.metagrad --seeds 3      what results/ holds
     python -m experiments.dataweights           the same derivative finds wrong labels
-    python -m experiments.metagrad_gpt          the same with GPTs
 
 What to see: the picture stands in the weights after some 40 steps. Paid by the dataset (each
 example gets the metric of a target that trained on a sixteenth of the data), the generator gets
