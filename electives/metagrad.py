@@ -24,7 +24,7 @@ the picture is, nor touches the weights: sequences of tokens do.
     python -m electives.metagrad --seeds 3      what results/ holds
     python -m experiments.dataweights           the same derivative finds wrong labels
 
-What to see: the picture stands in the weights after some 40 steps. Paid by the dataset (each
+What to see: the picture stands in the weights after some 50 steps. Paid by the dataset (each
 example gets the metric of a target that trained on a sixteenth of the data), the generator gets
 there far more slowly: an example's reward is mostly the doing of the others.
 
