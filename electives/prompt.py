@@ -169,7 +169,7 @@ class SoftPrompt(torch.nn.Module):
         (model,) = self.frozen
         V, k = model.config.vocab_size, len(self.rows)
         # the vocabulary has k more tokens, V to V + k - 1, at the input only
-        table = torch.cat((model.wte.weight.detach(), self.rows))  # (V + k, C)
+        table = torch.cat((model.wte.weight, self.rows))  # (V + k, C)
         prompt = torch.arange(V, V + k, device=ids.device).expand(len(ids), k)
         logits = functional_call(model, {"wte.weight": table}, torch.cat((prompt, ids), dim=1))
         return logits[:, k:]

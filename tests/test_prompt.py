@@ -191,7 +191,7 @@ def test_the_claims_are_differences_of_seeds(tmp_path):
                 for name in names:
                     for step in (1, 2):
                         y = accuracies.get(name, (0.6, 0.6))[seed] * step / 2
-                        y = 0.3 * step if name == "random start" else y
+                        y = 0.25 * step if name == "random start" else y
                         size = 1000 if name == "full 0" else 7
                         run.log(
                             phase="tune",
@@ -205,12 +205,12 @@ def test_the_claims_are_differences_of_seeds(tmp_path):
         _, claims = prompt.figure(run_config := prompt.Config(seeds=2), run)
     assert run_config.seeds == 2
     by = {c["id"]: c for c in claims}
-    assert by["known"]["ours"] == "-0.1 ± 1.6e-16" or by["known"]["ours"].startswith("-0.1 ±")
+    assert by["known"]["ours"].startswith("-0.1 ±")
     assert not by["known"]["holds"] and by["new"]["holds"]
     assert by["prefix"]["ours"].startswith("0.075 ±") and by["prefix"]["holds"]
     assert by["words"]["ours"].startswith("0.3 ±")
     assert by["share"]["ours"] == "0.007"
-    assert by["start"]["ours"].startswith("0 ±") and not by["start"]["holds"]  # a tie
+    assert by["start"]["ours"].startswith("0.075 ±")  # of all steps
 
 
 def test_the_run_writes_all_it_promises(tmp_path):
