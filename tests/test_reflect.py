@@ -63,22 +63,21 @@ def scripted(monkeypatch, plan):
 
 def test_the_last_answer_counts_and_what_is_accepted_gets_no_further_one(monkeypatch):
     plan = [
-        [(True, "?"), (False, "!")],  # right at first, doubted, spoilt
+        [(True, "?"), (False, "?"), (True, "!")],  # right at first, doubted, and right again
         [(False, "!")],  # wrong and accepted
-        [(False, "?"), (False, "?"), (True, "!")],
+        [(False, "?"), (True, "!")],
     ]
     asked = scripted(monkeypatch, plan)
     accuracy, tokens, judged, ends = reflect.reflect(None, PROBLEMS, CONFIG, None, outside=False)
-    assert accuracy == pytest.approx([1 / 3, 0, 1 / 3, 1 / 3])
-    assert tokens == pytest.approx([10, (30 + 10 + 30) / 3, (30 + 10 + 60) / 3, 100 / 3])
+    assert accuracy == pytest.approx([1 / 3, 1 / 3, 2 / 3, 2 / 3])
+    assert tokens == pytest.approx([10, (30 + 10 + 30) / 3, 100 / 3, 100 / 3])
     assert len(judged) == len(asked) == 6
-    assert judged[:, 0].sum() == 2 and judged[judged[:, 0] == 1, 1].sum() == 1
-    assert judged[judged[:, 0] == 0, 1].sum() == 2
-    assert [right for _, right in ends] == [0, 0, 1]
+    assert judged[judged[:, 0] == 1, 1].tolist() == [False, True, True]
+    assert judged[judged[:, 0] == 0, 1].sum() == 1
+    assert [right for _, right in ends] == [1, 0, 1]
     # each attempt has read all before it, with the verdicts that it got
-    assert asked[-1][2] == addition.prompt(PROBLEMS[2]) + 2 * (
-        done_rightly(PROBLEMS[2])[:-1] + "x?"
-    )
+    right = done_rightly(PROBLEMS[0])
+    assert asked[-1][2] == addition.prompt(PROBLEMS[0]) + f"{right}?{right[:-1]}x?"
 
 
 def test_a_test_from_outside_replaces_the_verdict_and_not_the_answer(monkeypatch):
