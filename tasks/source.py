@@ -1,8 +1,8 @@
-"""source.py: endless text of known entropy, for models of text. Nothing is asked, so this is no task
-for --task.
+"""source.py: endless text of known entropy, for models of text. Nothing is asked, so this is no
+task for --task.
 
-Each pair of tokens (a, b) has a bag of SLOTS tokens, one of which, drawn evenly, comes next. Half of
-the bag goes with b alone, half with the pair: there is something to learn from one token, more from
+Each pair of tokens (a, b) has a bag of tokens, one of which, drawn evenly, comes next. Half of the
+bag goes with b alone, half with the pair: there is something to learn from one token, more from
 two, and nothing from three. Bags are filled by Zipf's law, so that most pairs are rare.
 
 As all probabilities are known, so are the entropy, which no model can go below, and how far above
@@ -62,3 +62,15 @@ def draw(source, generator, rows, length):
         slot = torch.randint(slots, (rows,), generator=generator)
         ids[:, t] = source.bags[ids[:, t - 2], ids[:, t - 1], slot]
     return ids
+
+
+def excess(source, ids, logq):
+    """How far above the entropy a reader is: the mean KL(p || q) in nats per token.
+
+    ids (B, T + 1); logq (B, T, V), its log-probabilities of the token after each of the first T.
+    Where one token alone was seen nothing is measured: p is a pair's.
+    """
+    p = source.p[ids[:, :-2], ids[:, 1:-1]]  # (B, T - 1, V)
+    # what never comes has p log p = 0
+    kl = torch.xlogy(p, p) - p * logq[:, 1:].double()
+    return kl.sum(-1).mean().item()
