@@ -1,5 +1,5 @@
-"""experiments/optimizers_muon.py: what Newton-Schulz does to singular values, what Muon takes and how
-far it goes, how steps are compared, and the command.
+"""experiments/optimizers_muon.py: what Newton-Schulz does to singular values, what Muon takes and
+how far it goes, how steps are compared, and the command.
 """
 
 import copy
@@ -70,7 +70,7 @@ def test_its_steps_are_torch_s_own_muon_s_and_adamw_s():
     start = [p.detach().clone() for p in ours]
     step_with(
         [
-            Muon(ours[:3], ours[3:], 0.02, 0.01, weight_decay=0.1),
+            Muon(ours[:3], ours[3:], 0.02, 0.01),
             torch.optim.Muon(theirs[:3], lr=0.02, weight_decay=0.1, momentum=0.95),
             torch.optim.AdamW(theirs[3:], 0.01, betas=(0.9, 0.95), weight_decay=0.1),
         ],
@@ -94,12 +94,14 @@ def test_a_step_has_the_length_of_its_rate_whatever_the_gradient_s():
 
 
 def test_the_speed_up_is_read_off_a_power_law():
-    steps = np.array([100, 200, 400, 800, 1600])
-    rival = steps**-0.5
-    ours = (3 * steps[:2]) ** -0.5  # as far as the rival is after three times the steps
-    assert speed_up(steps[:2], ours, steps, rival) == pytest.approx([3, 3])
-    # beyond what the rival ever reached: a bound
-    assert speed_up(steps[:1], np.array([1e-3]), steps, rival) == pytest.approx([16])
+    steps = {"AdamW": np.array([100, 200, 400, 800, 1600]), "Muon": np.array([100, 200, 400])}
+    law = steps["AdamW"][:, None] ** -0.5
+    # as far as AdamW is after three times the steps; the last is beyond what it ever reached
+    excess = {"AdamW": law, "Muon": np.array([[300**-0.5], [600**-0.5], [1e-3]])}
+    assert speed_up(steps, excess)[:, 0] == pytest.approx([3, 3, 4])
+    # a budget at which it was worse than before changes nothing
+    excess["AdamW"] = np.where(law < 0.03, 1, law)
+    assert speed_up(steps, excess)[:2, 0] == pytest.approx([3, 3])
 
 
 def test_a_quick_run_writes_all_its_files(tmp_path):
@@ -111,7 +113,7 @@ def test_help_names_every_flag():
 
 
 def test_a_mistake_is_one_line(tmp_path):
-    check_mistake(SCRIPT, "--n-embd 9", tmp_path)
+    check_mistake(SCRIPT, "--steps 0", tmp_path)
 
 
 def test_an_interrupted_run_goes_on_to_the_bit(tmp_path):

@@ -39,7 +39,7 @@ def test_half_of_a_bag_goes_with_the_last_token_alone():
     assert (shared.sum(-1) >= 0.5 - 1e-12).all() and (source.p.std(0).sum(-1) > 0).all()
 
 
-def test_the_entropy_is_what_a_reader_pays_who_knows_the_source_and_others_pay_the_divergence_more():
+def test_the_entropy_is_what_a_reader_pays_who_knows_the_source_and_others_pay_more():
     source = text.make(3, vocab_size=8)
     ids = text.draw(source, seeded(), 4000, 9)
     p = source.p[ids[:, :-2], ids[:, 1:-1]]
