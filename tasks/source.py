@@ -26,19 +26,24 @@ def make(seed, vocab_size=64, slots=8):
     generator = torch.Generator().manual_seed(seed)
     V = vocab_size
     zipf = 1 / torch.arange(1, V + 1, dtype=torch.float64)
-    of_one = torch.multinomial(zipf.expand(V, V), slots // 2, True, generator=generator)
-    of_two = torch.multinomial(zipf.expand(V * V, V), slots - slots // 2, True, generator=generator)
-    one = of_one[:, : slots // 2].expand(V, V, -1)  # (V, V, slots / 2): the same for all a
-    bags = torch.cat((one, of_two.view(V, V, -1)), -1)
+    half = slots // 2
+    one = zipf.expand(V, V)
+    of_one = torch.multinomial(one, half, replacement=True, generator=generator)
+    of_one = of_one.expand(V, V, -1)  # the same for all a
+    two = zipf.expand(V * V, V)
+    of_two = torch.multinomial(two, slots - half, replacement=True, generator=generator)
+    of_two = of_two.view(V, V, -1)
+    bags = torch.cat((of_one, of_two), -1)  # (V, V, slots)
     p = torch.zeros(V, V, V, dtype=torch.float64)
-    p.scatter_add_(2, bags, torch.full(bags.shape, 1 / slots, dtype=torch.float64))
+    shares = torch.full(bags.shape, 1 / slots, dtype=p.dtype)
+    p.scatter_add_(2, bags, shares)
     return Source(bags, p, stationary(p))
 
 
 def stationary(p, steps=200):
     """How often each pair comes in an endless text (V, V), by power iteration."""
     V = len(p)
-    pairs = torch.full((V, V), 1 / V**2, dtype=p.dtype)
+    pairs = torch.ones(V, V, dtype=p.dtype) / V**2
     for _ in range(steps):
         pairs = torch.einsum("ab,abx->bx", pairs, p)
     return pairs
@@ -46,31 +51,41 @@ def stationary(p, steps=200):
 
 def entropy(source):
     """Nats per token that nobody can save, of a reader who knows the source."""
-    return -(source.pairs[..., None] * torch.xlogy(source.p, source.p)).sum().item()
+    of_each = -torch.xlogy(source.p, source.p).sum(-1)  # (V, V)
+    return (source.pairs * of_each).sum().item()
 
 
 def draw(source, generator, rows, length):
     """Texts of the source -> ids (rows, length) int64. They begin anywhere: with a pair drawn as
     often as it comes in an endless text.
     """
-    V, slots = len(source.bags), source.bags.shape[-1]
-    first = torch.multinomial(source.pairs.flatten(), rows, True, generator=generator)
+    V = len(source.bags)
+    slots = source.bags.shape[-1]
+    pairs = source.pairs.flatten()
+    first = torch.multinomial(pairs, rows, replacement=True, generator=generator)
     ids = torch.empty(rows, length, dtype=torch.long)
     ids[:, 0] = first // V
     ids[:, 1] = first % V
     for t in range(2, length):
         slot = torch.randint(slots, (rows,), generator=generator)
-        ids[:, t] = source.bags[ids[:, t - 2], ids[:, t - 1], slot]
+        a = ids[:, t - 2]
+        b = ids[:, t - 1]
+        ids[:, t] = source.bags[a, b, slot]
     return ids
 
 
-def excess(source, ids, logq):
-    """How far above the entropy a reader is: the mean KL(p || q) in nats per token.
+@torch.no_grad()
+def excess(source, model, ids):
+    """How far above the entropy a model of text is: the mean KL(p || q) in nats per token.
 
-    ids (B, T + 1); logq (B, T, V), its log-probabilities of the token after each of the first T.
-    Where one token alone was seen nothing is measured: p is a pair's.
+    model: ids (B, T) -> logits (B, T, V), as GPT is. ids (B, T + 1). Where one token alone was seen
+    nothing is measured: p is a pair's.
     """
-    p = source.p[ids[:, :-2], ids[:, 1:-1]]  # (B, T - 1, V)
+    logits = model(ids[:, :-1])[:, 1:]  # (B, T - 1, V)
+    logq = torch.log_softmax(logits.double(), -1).cpu()
+    a = ids[:, :-2].cpu()
+    b = ids[:, 1:-1].cpu()
+    p = source.p[a, b]
     # what never comes has p log p = 0
-    kl = torch.xlogy(p, p) - p * logq[:, 1:].double()
+    kl = torch.xlogy(p, p) - p * logq
     return kl.sum(-1).mean().item()

@@ -1,5 +1,7 @@
 """tasks/source.py: texts are drawn as the probabilities say, and nobody beats the entropy."""
 
+import math
+
 import pytest
 import torch
 from common import seeded
@@ -45,13 +47,16 @@ def test_the_entropy_is_what_a_reader_pays_who_knows_the_source_and_others_pay_m
     p = source.p[ids[:, :-2], ids[:, 1:-1]]
     paid = -p.gather(2, ids[:, 2:, None]).log().mean()
     assert paid.item() == pytest.approx(text.entropy(source), abs=0.02)
-    # logq at a position is of the token after it; the first position does not count
-    logq = torch.cat((torch.full((4000, 1, 8), -99.0), p.clamp(min=1e-30).log()), 1)
-    assert text.excess(source, ids, logq) == pytest.approx(0, abs=1e-9)
-    uniform = torch.full((4000, 8, 8), -torch.tensor(8.0).log())
+
+    # its logits at a position are of the token after it; those at the first do not count
+    def knows(x):
+        first = torch.full((4000, 1, 8), 99.0)
+        return torch.cat((first, source.p[x[:, :-1], x[:, 1:]].clamp(min=1e-30).log()), 1)
+
+    assert text.excess(source, knows, ids) == pytest.approx(0, abs=1e-9)
     entropies = -torch.xlogy(p, p).sum(-1).mean().item()
-    known = torch.tensor(8.0).log().item() - entropies
-    assert text.excess(source, ids, uniform) == pytest.approx(known, abs=1e-6)
+    uniform = text.excess(source, lambda x: torch.zeros(*x.shape, 8), ids)
+    assert uniform == pytest.approx(math.log(8) - entropies, abs=1e-6)
 
 
 def test_a_source_and_its_texts_are_the_seed_s():
