@@ -25,9 +25,9 @@ root of the tokens: both by trial on another source; plain least squares instead
 """
 
 import itertools
-import random
 from dataclasses import dataclass
 from functools import partial
+from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -39,16 +39,13 @@ from experiment import (
     band,
     claim,
     command,
-    descend,
     flag,
-    lr_at,
     parse_args,
     pick_device,
     seeds_of,
 )
-from experiments.optimizers_muon import Muon, split
+from experiments.optimizers_muon import Muon, read, split
 from model import GPT, GPTConfig
-from pretrain import loss_on
 from tasks import source as text
 
 SOURCE = "Hoffmann et al., arXiv 2203.15556"
@@ -56,7 +53,6 @@ BUDGETS = (1, 3, 9, 27, 81)  # times --flops
 CHECK = 4 * BUDGETS[-1]
 WIDTHS = (8, 12, 16, 20, 24, 32, 40, 48, 64)  # the i-th budget is spent on five, from the i-th on
 VOCAB = 32
-TEST_ROWS = 1024
 EXPONENTS = np.arange(0.05, 1.5, 0.025)
 
 
@@ -111,45 +107,39 @@ def train(config, run, device, source, seed, budget, width):
     rows, steps = plan(config, width, budget)
     length = config.block_size + 1
     generator = torch.Generator().manual_seed(seed)
-    test = text.draw(source, generator, TEST_ROWS, length)
-    texts = text.draw(source, generator, rows * steps, length).flatten()
+    test = text.draw(source, generator, 1024, length)  # the same for all models of a seed
+    texts = text.draw(source, generator, steps * rows, length)
     torch.manual_seed(seed)
     model = GPT(shape).to(device)
-    peaks = min(0.1, 10 / steps), 0.1
-    optimizer = Muon(*split(model), *peaks)
+    optimizer = Muon(*split(model), lr=min(0.1, 10 / steps), rest_lr=0.1)
     phase = f"{budget:.2g} operations, {width} channels, seed {seed}"
-    # nothing is drawn here: the loop saves a random stream all the same
-    for step in run.loop(phase, steps, model, optimizer, random.Random(seed)):
-        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-            group["lr"] = lr_at(step, steps, peak)
-        starts = range(step * rows * length, (step + 1) * rows * length, length)
-        loss = loss_on(config, model.hidden, model.lm_head.weight, texts, starts)
-        optimizer.zero_grad()
-        loss.backward()
-        descend(optimizer, loss)
-    run.state.pop(phase)  # done: this model is not needed again
-    with torch.no_grad():
-        logq = torch.log_softmax(model(test[:, :-1].to(device)), -1).cpu()
+    read(config, run, phase, model, optimizer, texts.view(steps, -1))
     entropy = text.entropy(source)
-    tokens = rows * steps * config.block_size
-    cost = dict(step=steps, weights=weights(shape), tokens=tokens)
-    return dict(**cost, entropy=entropy, loss=entropy + text.excess(source, test, logq))
+    return dict(
+        step=steps,
+        weights=weights(shape),
+        tokens=steps * rows * config.block_size,
+        entropy=entropy,
+        loss=entropy + text.excess(source, model, test.to(device)),
+    )
 
 
 def measure(config, run, device):
     for seed in seeds_of(config):
         source = text.make(seed, VOCAB)
-        for i, factor in enumerate(BUDGETS):
+        for i, times in enumerate(BUDGETS):
             for width in WIDTHS[i : i + 5]:
-                cell = partial(train, config, run, device, source, seed, factor * config.flops)
-                where = dict(phase="train", seed=seed, budget=factor, width=width)
-                run.log_once(partial(cell, width), **where)
-        # the size that the valleys say is best; heads are even
-        line = laws(config, run, seed)[3]
-        N = np.exp(np.polyval(line, np.log(CHECK * config.flops)))
-        width = min(range(8, 257, 4), key=lambda w: abs(weights(shape_of(config, w)) - N))
-        cell = partial(train, config, run, device, source, seed, CHECK * config.flops, width)
-        run.log_once(cell, phase="check", seed=seed, budget=CHECK, width=width)
+                log_cell(config, run, device, source, seed, times, width)
+        # the size that the valleys call best; heads are even
+        best = np.exp(np.polyval(laws(config, run, seed).sizes, np.log(CHECK * config.flops)))
+        width = min(range(8, 257, 4), key=lambda w: abs(weights(shape_of(config, w)) - best))
+        log_cell(config, run, device, source, seed, CHECK, width)
+
+
+def log_cell(config, run, device, source, seed, times, width):
+    budget = times * config.flops
+    cell = partial(train, config, run, device, source, seed, budget, width)
+    run.log_once(cell, seed=seed, times=times, width=width)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -169,20 +159,20 @@ def valley(N, L):
 
 
 def fit(L, *xs):
-    """Least squares of L (n,) = E + sum_i A_i / x_i^e_i with A_i >= 0 -> E, [A_i], [e_i].
+    """Least squares of L (n,) = E + sum_i A_i / x_i^e_i, with A_i >= 0 -> E, [A_i], [e_i].
 
     Given the exponents it is linear in all else, so only they are searched.
     """
-    best = np.inf, None
+    least = np.inf
     for exponents in itertools.product(EXPONENTS, repeat=len(xs)):
-        terms = [x**-e for x, e in zip(xs, exponents, strict=True)]
-        X = np.stack([np.ones_like(L), *terms], 1)
-        scale = X.max(0)
-        solution = np.linalg.lstsq(X / scale, L, rcond=None)[0] / scale
-        error = ((X @ solution - L) ** 2).sum()
-        if error < best[0] and (solution[1:] >= 0).all():
-            best = error, (solution[0], solution[1:], exponents)
-    return best[1]
+        X = np.array([np.ones_like(L), *map(np.power, xs, np.negative(exponents))])
+        scale = X.max(1)  # columns of like size are solved best
+        A = np.linalg.lstsq((X.T / scale), L, rcond=None)[0] / scale
+        error = ((A @ X - L) ** 2).sum()
+        if error < least and (A[1:] >= 0).all():
+            least = error
+            law = A[0], A[1:], exponents
+    return law
 
 
 def predict(law, *xs):
@@ -191,71 +181,70 @@ def predict(law, *xs):
 
 
 def laws(config, run, seed):
-    """What a seed's runs say -> their N and L (budgets, sizes), the valleys' L*, and three laws: of
-    log N* (a line in log C), of L* (see `fit`), of all runs (the same).
+    """What a seed's runs say: N and loss (budgets, sizes), the valleys' lowest losses, and three
+    laws: of log N* (a line in log C), of the lowest losses (see `fit`), of all runs (the same).
     """
-    rows = [row for row in run.rows if row["phase"] == "train" and row["seed"] == seed]
-    cells = [[row[key] for row in rows] for key in ("weights", "tokens", "loss")]
-    N, D, L = np.array(cells, dtype=float).reshape(3, len(BUDGETS), -1)
+    rows = [row for row in run.rows if row["seed"] == seed and row["times"] != CHECK]
+    columns = [[row[key] for row in rows] for key in ("weights", "tokens", "loss")]
+    N, D, L = np.array(columns, dtype=float)
+    shape = len(BUDGETS), -1
     C = config.flops * np.array(BUDGETS)
-    sizes, lowest = np.array([valley(n, y) for n, y in zip(N, L, strict=True)]).T
-    line = np.polyfit(np.log(C), sizes, 1)
-    return N, L, lowest, line, fit(lowest, C), fit(L.flatten(), N.flatten(), D.flatten())
+    points = [valley(n, y) for n, y in zip(N.reshape(shape), L.reshape(shape), strict=True)]
+    best, lowest = np.array(points).T
+    return SimpleNamespace(
+        N=N.reshape(shape),
+        loss=L.reshape(shape),
+        lowest=lowest,
+        sizes=np.polyfit(np.log(C), best, 1),
+        valleys=fit(lowest, C),
+        parametric=fit(L, N, D),
+    )
+
+
+# --------------------------------------------------------------------------------------------------
+# The figure
 
 
 def figure(config, run):
-    C = config.flops * np.array(BUDGETS)
-    wide = np.geomspace(C[0], config.flops * CHECK)
-    checks = [row for row in run.rows if row["phase"] == "check"]
-    entropy = np.array([row["entropy"] for row in checks])
-    reached = np.array([row["loss"] for row in checks])
-    N, L, lowest, line, curve, law = zip(
-        *(laws(config, run, seed) for seed in seeds_of(config)), strict=True
-    )
-    ours = np.array([predict(c, config.flops * CHECK) for c in curve])
-    pairs = zip(law, checks, strict=True)
-    theirs = np.array([predict(p, row["weights"], row["tokens"]) for p, row in pairs])
-    E = np.array([c[0] for c in curve]), np.array([p[0] for p in law])
-    # exponents of the best size: for the parametric law, where A/N^a + B/D^b is least at N D = C
-    grows = np.array([slope for slope, _ in line])
-    grows_too = np.array([b / (a + b) for _, _, (a, b) in law])
+    C = config.flops * np.array([*BUDGETS, CHECK])
+    checks = [row for row in run.rows if row["times"] == CHECK]
+    above, lowest, curves, off, inside = [], [], [], [], []
+    for seed, check in zip(seeds_of(config), checks, strict=True):
+        said, H = laws(config, run, seed), check["entropy"]
+        above.append(said.loss - H)
+        lowest.append(said.lowest - H)
+        curves.append(predict(said.valleys, C) - H)
+        theirs = predict(said.parametric, check["weights"], check["tokens"])
+        ours = curves[-1][-1] + H
+        misses = ours - check["loss"], theirs - check["loss"]
+        off.append([said.valleys[0] - H, said.parametric[0] - H, *misses])
+        at = said.loss.argmin(1)  # (budgets,)
+        inside.append(((at > 0) & (at < 4)).sum())
+    E, E2, miss, miss2 = np.array(off).T  # (seeds,) each
+    reached = [check["loss"] - check["entropy"] for check in checks]
 
-    fig, axes = plt.subplots(1, 2, figsize=(13, 5), layout="constrained")
-    above = np.array(L) - entropy[:, None, None]  # (seeds, budgets, sizes)
-    for n, y, budget in zip(N[0], above.transpose(1, 0, 2), C, strict=True):
-        band(axes[0], n, y, f"{budget:.2g} operations", marker="o", ls="none")
-        x = np.geomspace(n[0], n[-1])
-        parabola = np.polyval(np.polyfit(np.log(n), y.mean(0), 2), np.log(x))
-        axes[0].plot(x, parabola, color=axes[0].lines[-1].get_color())
-    axes[0].set(xscale="log", xlabel="weights N", title="A valley at each budget")
-    band(axes[1], C, np.array(lowest) - entropy[:, None], "lowest points", marker="o", ls="none")
-    drawn = np.array([predict(c, wide) for c in curve]) - entropy[:, None]
-    band(axes[1], wide, drawn, "their power law", color="tab:blue")
-    far = np.full(config.seeds, config.flops * CHECK)
-    axes[1].plot(far, reached - entropy, "k*", ms=10, label="the check: one run a seed")
-    axes[1].plot(far, theirs - entropy, "r+", ms=10, label="parametric prediction of it")
-    axes[1].axhline(0, color="grey", label="entropy of the source")
-    for e, name, colour in zip(E, ("power law", "parametric"), ("tab:blue", "red"), strict=True):
-        gap = (e - entropy).mean()
-        axes[1].axhline(gap, color=colour, ls=":", label=f"E of the {name}: {gap:+.3f}")
-    axes[1].set(xscale="log", xlabel="operations C", title="Four times further")
+    fig, axes = plt.subplots(1, 2, figsize=(12, 5), layout="constrained")
+    for n, y, budget in zip(said.N, np.swapaxes(above, 0, 1), C[:-1], strict=True):
+        band(axes[0], n, y, f"{budget:.2g} operations", marker="o")
+    band(axes[1], C[:-1], np.array(lowest), "lowest points of the valleys", marker="o", ls="none")
+    band(axes[1], C, np.array(curves), "their power law")
+    axes[1].plot(0 * np.array(reached) + C[-1], reached, "k*", label="the check, one for each seed")
+    axes[1].axhline(0, color="grey", ls=":", label="the entropy")
+    axes[0].set(title="A valley for each budget", xlabel="weights N", xscale="log")
+    axes[1].set(title="Four times further", xlabel="operations C", xscale="log")
     for ax in axes:
         ax.set_ylabel("nats per token above the entropy")
-        ax.legend(fontsize="small")
-    off = abs(ours - reached)
+        ax.legend()
     fig.suptitle(
-        f"Predicted at 4 times the largest budget: {off.mean():.3f} nats off "
-        f"(parametric {abs(theirs - reached).mean():.3f}); the best size grows as "
-        f"C^{grows.mean():.2f} (parametric {grows_too.mean():.2f})"
+        f"From the valleys the entropy is found within {abs(E).mean():.3f} nats, "
+        f"a loss at 4 times the budget within {abs(miss).mean():.3f} ({config.seeds} seeds)"
     )
-    inside = [((y.argmin(1) > 0) & (y.argmin(1) < y.shape[1] - 1)).sum() for y in L]
     rows = [
         ("valleys", "budgets of 5 whose lowest run is not at an end", inside, ">=", 5),
-        ("entropy", "E from the valleys, off the entropy (nats)", abs(E[0] - entropy), "<=", 0.03),
-        ("entropy 2", "E of the parametric law, the same", abs(E[1] - entropy), "<=", 0.03),
-        ("check", "valleys' prediction at 4 times the budget, off (nats)", off, "<=", 0.03),
-        ("check 2", "parametric prediction, the same", abs(theirs - reached), "<=", 0.03),
-        ("sizes", "exponents of the best size, apart", abs(grows - grows_too), "<=", 0.1),
+        ("entropy", "E of the valleys, nats off the entropy", abs(E), "<=", 0.03),
+        ("entropy 2", "E of the parametric law, the same", abs(E2), "<=", 0.03),
+        ("check", "loss at 4 times the budget, nats off, valleys", abs(miss), "<=", 0.03),
+        ("check 2", "the same, parametric law", abs(miss2), "<=", 0.03),
     ]
     return fig, [claim(id, what, SOURCE, "-", *row, config.seeds) for id, what, *row in rows]
 

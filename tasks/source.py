@@ -43,7 +43,8 @@ def make(seed, vocab_size=64, slots=8):
 def stationary(p, steps=200):
     """How often each pair comes in an endless text (V, V), by power iteration."""
     V = len(p)
-    pairs = torch.ones(V, V, dtype=p.dtype) / V**2
+    pairs = torch.ones(V, V, dtype=p.dtype)
+    pairs = pairs / V**2
     for _ in range(steps):
         pairs = torch.einsum("ab,abx->bx", pairs, p)
     return pairs
@@ -88,4 +89,5 @@ def excess(source, model, ids):
     p = source.p[a, b]
     # what never comes has p log p = 0
     kl = torch.xlogy(p, p) - p * logq
-    return kl.sum(-1).mean().item()
+    kl = kl.sum(-1)
+    return kl.mean().item()
