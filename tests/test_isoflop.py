@@ -1,5 +1,5 @@
-"""experiments/isoflop.py: what a run costs against torch's own counter, fits of laws that are known,
-and the command.
+"""experiments/isoflop.py: what a run costs against torch's own counter, fits of laws that are
+known, and the command.
 """
 
 from functools import partial
