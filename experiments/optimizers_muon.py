@@ -75,7 +75,7 @@ BATCH = 32  # texts
 @dataclass
 class Config(Flags):
     seeds: int = flag(3, "repeat over this many seeds, each with its own source", quick=1, low=1)
-    steps: int = flag(100, "training steps of the smallest budget", quick=2, low=1, high=10**5)
+    steps: int = flag(100, "training steps of the smallest budget", quick=1, low=1, high=10**5)
     # not flags: what pretrain.loss_on asks for
     block_size = 16
     dtype = "float32"

@@ -15,7 +15,7 @@ from experiments.optimizers_muon import REST, Muon, build, newton_schulz, speed_
 SCRIPT = "experiments.optimizers_muon"
 
 
-@pytest.mark.parametrize("shape", [(128, 512), (48, 32), (64, 64), (16, 48)])
+@pytest.mark.parametrize("shape", [(128, 512), (48, 32), (16, 48)])
 def test_newton_schulz_moves_all_singular_values_to_about_1_and_turns_nothing(shape):
     G = torch.randn(shape, generator=seeded())
     X = newton_schulz(G)
@@ -118,4 +118,4 @@ def test_a_mistake_is_one_line(tmp_path):
 
 def test_an_interrupted_run_goes_on_to_the_bit(tmp_path):
     marks = dict(arm="AdamW", step=8, lr=0.005), dict(arm="Muon", step=4, lr=0.02)
-    check_resume(SCRIPT, tmp_path, marks, "--quick", "--steps", 1)
+    check_resume(SCRIPT, tmp_path, marks, "--quick")
