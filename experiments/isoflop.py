@@ -49,9 +49,15 @@ from model import GPT, GPTConfig
 from tasks import source as text
 
 SOURCE = "Hoffmann et al., arXiv 2203.15556"
-BUDGETS = (1, 3, 9, 27, 81)  # times --flops
-CHECK = 4 * BUDGETS[-1]
-WIDTHS = (8, 12, 16, 20, 24, 32, 40, 48, 64)  # the i-th budget is spent on five, from the i-th on
+# a budget, in multiples of --flops -> the widths of the five models that it is spent on
+SIZES = {
+    1: (8, 12, 16, 24, 32),
+    2.5: (12, 16, 20, 24, 32),
+    6: (12, 16, 24, 32, 40),
+    16: (16, 20, 24, 32, 40),
+    40: (20, 24, 32, 40, 48),
+}
+CHECK = 160
 VOCAB = 32
 EXPONENTS = np.arange(0.05, 1.5, 0.025)
 
@@ -59,7 +65,7 @@ EXPONENTS = np.arange(0.05, 1.5, 0.025)
 @dataclass
 class Config(Flags):
     seeds: int = flag(3, "repeat over this many seeds, each with its own source", quick=1, low=1)
-    flops: float = flag(2e9, "the smallest budget, in operations", quick=2e6, low=1e6, high=1e15)
+    flops: float = flag(4e9, "the smallest budget, in operations", quick=2e6, low=1e6, high=1e15)
     # not flags: what pretrain.loss_on asks for
     block_size = 16
     dtype = "float32"
@@ -127,8 +133,8 @@ def train(config, run, device, source, seed, budget, width):
 def measure(config, run, device):
     for seed in seeds_of(config):
         source = text.make(seed, VOCAB)
-        for i, times in enumerate(BUDGETS):
-            for width in WIDTHS[i : i + 5]:
+        for times, widths in SIZES.items():
+            for width in widths:
                 log_cell(config, run, device, source, seed, times, width)
         # the size that the valleys call best; heads are even
         best = np.exp(np.polyval(laws(config, run, seed).sizes, np.log(CHECK * config.flops)))
@@ -187,8 +193,8 @@ def laws(config, run, seed):
     rows = [row for row in run.rows if row["seed"] == seed and row["times"] != CHECK]
     columns = [[row[key] for row in rows] for key in ("weights", "tokens", "loss")]
     N, D, L = np.array(columns, dtype=float)
-    shape = len(BUDGETS), -1
-    C = config.flops * np.array(BUDGETS)
+    shape = len(SIZES), -1
+    C = config.flops * np.array([*SIZES])
     points = [valley(n, y) for n, y in zip(N.reshape(shape), L.reshape(shape), strict=True)]
     best, lowest = np.array(points).T
     return SimpleNamespace(
@@ -206,7 +212,7 @@ def laws(config, run, seed):
 
 
 def figure(config, run):
-    C = config.flops * np.array([*BUDGETS, CHECK])
+    C = config.flops * np.array([*SIZES, CHECK])
     checks = [row for row in run.rows if row["times"] == CHECK]
     above, lowest, curves, off, inside = [], [], [], [], []
     for seed, check in zip(seeds_of(config), checks, strict=True):
@@ -253,7 +259,7 @@ def main():
     config = parse_args(Config, __doc__)
     device = pick_device(config.device)
     with Run(config) as run:
-        run.introduce(device, shape_of(config, WIDTHS[-1]).parameters)
+        run.introduce(device, shape_of(config, SIZES[40][-1]).parameters)
         measure(config, run, device)
         run.finish(*figure(config, run))
 

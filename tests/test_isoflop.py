@@ -12,8 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import model as gpt
 from experiments.isoflop import (
-    BUDGETS,
-    WIDTHS,
+    SIZES,
     Config,
     fit,
     flops_per_token,
@@ -45,8 +44,8 @@ def test_operations_counted_from_the_shapes_are_those_that_torch_counts(width, m
 
 def test_a_plan_spends_its_budget():
     config = Config()
-    for i, times in enumerate(BUDGETS):
-        for width in WIDTHS[i : i + 5]:
+    for times, widths in SIZES.items():
+        for width in widths:
             rows, steps = plan(config, width, times * config.flops)
             spent = rows * steps * config.block_size * flops_per_token(shape_of(config, width))
             assert spent == pytest.approx(times * config.flops, rel=0.02)
@@ -62,7 +61,7 @@ def test_a_valley_s_lowest_point_is_the_parabola_s():
 
 
 def test_known_laws_are_recovered_and_predicted_beyond_their_runs():
-    C = 2e9 * np.array(BUDGETS)
+    C = 4e9 * np.array([*SIZES])
     law = fit(1.8 + 900 * C**-0.35, C)
     assert law[0] == pytest.approx(1.8, abs=1e-6) and law[2] == pytest.approx((0.35,))
     assert predict(law, 1e12) == pytest.approx(1.8 + 900 * 1e12**-0.35, abs=1e-6)
@@ -92,5 +91,5 @@ def test_a_mistake_is_one_line(tmp_path):
 
 
 def test_an_interrupted_run_goes_on_to_the_bit(tmp_path):
-    marks = dict(seed=0, times=3), dict(seed=0, times=324)
+    marks = dict(seed=0, times=2.5), dict(seed=0, times=160)
     check_resume(SCRIPT, tmp_path, marks, "--quick")
