@@ -91,5 +91,5 @@ def test_a_mistake_is_one_line(tmp_path):
 
 
 def test_an_interrupted_run_goes_on_to_the_bit(tmp_path):
-    marks = dict(seed=0, times=2.5), dict(seed=0, times=160)
+    marks = dict(seed=0, times=2.5), dict(seed=0, times=16)
     check_resume(SCRIPT, tmp_path, marks, "--quick")
