@@ -37,7 +37,8 @@ def make(seed, vocab_size=64, slots=8):
     p = torch.zeros(V, V, V, dtype=torch.float64)
     shares = torch.full(bags.shape, 1 / slots, dtype=p.dtype)
     p.scatter_add_(2, bags, shares)
-    return Source(bags, p, stationary(p))
+    pairs = stationary(p)
+    return Source(bags, p, pairs)
 
 
 def stationary(p, steps=200):
