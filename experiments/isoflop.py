@@ -15,7 +15,7 @@ E is what no size and no text removes: the entropy. Here text comes from a sourc
 (tasks/source.py), so E can be checked. Both ways then predict the loss at four times the largest
 budget, a model of the size that the first one calls best is trained, and they are held to it.
 
-    python -m experiments.isoflop        8 minutes of one core
+    python -m experiments.isoflop        7 minutes of one core
 
 What to see: a valley at each budget, its lowest point further right and lower at each.
 
