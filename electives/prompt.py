@@ -348,7 +348,14 @@ def judge(ends, share, n):
     words, numbers = ends["some words"][1], ends["random numbers"][1]  # (seeds, steps) each
     start = (words - numbers).mean(1)
     rows = [
-        ("share", "soft prompt: trained parameters over all", ".0001", share, "<=", 0.01),
+        (
+            "share",
+            "soft prompt: trained parameters over all",
+            ".0001",
+            share,
+            "<=",
+            0.01,
+        ),
         (
             "known",
             "known: soft minus all weights",
@@ -365,8 +372,22 @@ def judge(ends, share, n):
             ">=",
             -0.05,
         ),
-        ("new", "new: all weights minus soft", "-", minus("new", "full 0", soft), ">=", 0.05),
-        ("prefix", "new: prefix minus soft", "-", minus("new", prefix, soft), ">", 0),
+        (
+            "new",
+            "new: all weights minus soft",
+            "-",
+            minus("new", "full 0", soft),
+            ">=",
+            0.05,
+        ),
+        (
+            "prefix",
+            "new: prefix minus soft",
+            "-",
+            minus("new", prefix, soft),
+            ">",
+            0,
+        ),
         (
             "words",
             "unseen: soft minus the best words",
