@@ -81,9 +81,7 @@ def shape_of(config, width):
 
 def weights(shape):
     """N: the weights that each token is multiplied with, in the blocks and in the head."""
-    C, D = shape.n_embd, shape.head_dim
-    attention = (2 * shape.n_head + 2 * shape.n_kv_head) * D * C
-    return shape.n_layer * (attention + 3 * C * shape.n_hidden) + shape.vocab_size * C
+    return shape.flops(1, 1, 0) // 2 + shape.vocab_size * shape.n_embd
 
 
 def flops_per_token(shape):
@@ -92,8 +90,8 @@ def flops_per_token(shape):
     A weight is multiplied and added (2), and twice more in the backward pass: once for the gradient
     of its input, once for its own. So are query with key and weight with value, at each position.
     """
-    looks = shape.n_layer * 2 * shape.block_size * shape.n_head * shape.head_dim
-    return 6 * (weights(shape) + looks)
+    head = 2 * shape.vocab_size * shape.n_embd
+    return 3 * (shape.flops(1, 1, shape.block_size) + head)
 
 
 def plan(config, width, budget):
