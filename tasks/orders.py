@@ -5,7 +5,7 @@
     LSdbaec=abcde      L: the first letter goes to the end, S: sort
 
 A prompt has two words, of which either may be any but for the pairs in UNSEEN: those are never
-trained on together. Without its words nothing in a prompt says what to do.
+trained on together, nor is a pair that does the same. Without its words nothing in a prompt says what to do.
 """
 
 from tasks import held_out as is_held_out
@@ -23,7 +23,7 @@ WORDS = {
     "P": "each letter becomes the one before",
     "M": "the alphabet is mirrored: a becomes h",
 }
-UNSEEN = "RN", "LM", "PE"
+UNSEEN = "RL", "WE", "SN"  # no other pair does what one of these does
 tokenizer = CharTokenizer("".join(WORDS) + LETTERS + "=")
 
 

@@ -160,6 +160,17 @@ def test_words_are_followed_from_left_to_right_and_some_pairs_are_never_drawn():
     }
 
 
+def test_no_pair_that_is_trained_on_does_what_an_unseen_one_does():
+    rng = random.Random(2)
+    texts = [orders.draw_text(rng) for _ in range(50)]
+    for unseen in orders.UNSEEN:
+        wanted = [orders.follow(unseen, x) for x in texts]
+        for pair in itertools.product(orders.WORDS, repeat=2):
+            same = [orders.follow(pair, x) for x in texts] == wanted
+            assert not same or "".join(pair) in orders.UNSEEN, pair
+        assert all([orders.follow(word, x) for x in texts] != wanted for word in orders.WORDS)
+
+
 def test_a_new_task_is_no_pair_of_words_and_the_unseen_one_is_unseen():
     rng = random.Random(1)
     texts = [orders.draw_text(rng) for _ in range(50)]
