@@ -5,7 +5,8 @@
     LSdbaec=abcde      L: the first letter goes to the end, S: sort
 
 A prompt has two words, of which either may be any but for the pairs in UNSEEN: those are never
-trained on together, nor is a pair that does the same. Without its words nothing in a prompt says what to do.
+trained on together, and no other pair does the same. Without its words nothing in a prompt says
+what to do.
 """
 
 from tasks import held_out as is_held_out

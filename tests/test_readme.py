@@ -496,6 +496,47 @@ EDITS = {
         ("return -per_lesson.mean()", "return -(logp * weights[:, 1:]).sum() / weights.sum()")
     ],
     ("recover", 5): [("p[:, BLOT] = slip * letters.sum(1)", "p[:, BLOT] += slip * letters.sum(1)")],
+    ("floq", 2): [
+        (
+            "z = z + velocity(z, torch.full_like(z, i / K)) / K",
+            "z = z + velocity(z, torch.zeros_like(z)) / K",
+        )
+    ],
+    ("floq", 3): [("v = v.scatter(1, world.goal[:, None], 0)", "")],
+    ("floq", 4): [("STARTS = 4  # of a reading", "STARTS = 1  # of a reading")],
+    ("floq", 5): [
+        (
+            "told = torch.cat((x, place, time), dim=3)",
+            "told = torch.cat((x, 0 * place, 0 * time), dim=3)",
+        )
+    ],
+    ("forget", 1): [
+        ("return -(-u.log()).log().to(like.device)", "return -u.log().to(like.device)")
+    ],
+    ("forget", 2): [("scores = scores.scatter(-1, a, -torch.inf)", "")],
+    ("forget", 3): [
+        (
+            "masks[:, :, end:, :end] &= tokens[:, :, None]",
+            "masks[:, :, end + 1 :, :end] &= tokens[:, :, None]",
+        )
+    ],
+    ("forget", 4): [("cache.base = cache.length - n", "cache.length = n")],
+    ("forget", 5): [("return (mass + 1e-9).log()", "return (mass + 1e-9).log().detach()")],
+    ("prompt", 1): [("return logits[:, k:]", "return logits")],
+    ("prompt", 2): [
+        ("return slice(self.length, self.length + T), None", "return slice(0, T), None")
+    ],
+    ("prompt", 3): [
+        ("torch.cat((prompt, ids), dim=1))", "torch.cat((ids, prompt), dim=1))"),
+        ("return logits[:, k:]", "return logits[:, :-k]"),
+    ],
+    ("prompt", 4): [
+        (
+            "return torch.cat((before[0], k), dim=1), torch.cat((before[1], v), dim=1)",
+            "return torch.cat((k, before[0]), dim=1), torch.cat((v, before[1]), dim=1)",
+        )
+    ],
+    ("prompt", 5): [('UNSEEN = "RL", "WE", "SN"', 'UNSEEN = "RN", "LM", "PE"')],
 }
 TASKS = [(script, i) for script in read("exercises.json")["about"] for i in range(1, 6)]
 
@@ -639,6 +680,8 @@ PIECES = {
     ("bestofn", 5),
     ("quasi", 2),
     *itertools.product(("calibrate", "recover"), range(1, 6)),
+    ("forget", 2),
+    ("prompt", 3),
 }
 
 
