@@ -537,6 +537,51 @@ EDITS = {
         )
     ],
     ("prompt", 5): [('UNSEEN = "RL", "WE", "SN"', 'UNSEEN = "RN", "LM", "PE"')],
+    ("relay", 1): [("chosen = doubt.cumsum(1) < eta", "chosen = doubt < eta")],
+    ("relay", 2): [
+        (
+            "stays = torch.rand(canvas.shape, generator=generator) < (i - 1) / i",
+            "stays = torch.rand(canvas.shape, generator=generator) < (i - 1) / steps",
+        )
+    ],
+    ("relay", 3): [
+        (
+            "return (loss * masked).sum(1) / t / (board == MASK).sum(1)",
+            "return (loss * masked).sum(1) / (board == MASK).sum(1)",
+        )
+    ],
+    ("relay", 4): [
+        (
+            "sees = torch.stack((*units, torch.ones_like(units[0])))",
+            "sees = torch.stack((*units, units[0]))",
+        )
+    ],
+    ("relay", 5): [("h = after if gradient else after.detach()", "h = after.detach()")],
+    ("metagrad", 1): [
+        (
+            "(pull[0],) = torch.autograd.grad(metric(theta), theta)",
+            "(pull[0],) = torch.autograd.grad(-metric(theta), theta)",
+        )
+    ],
+    ("metagrad", 2): [
+        (
+            "return torch.stack(rewards).repeat(len(ids) // group), theta",
+            "return torch.stack(rewards).repeat_interleave(len(ids) // group), theta",
+        )
+    ],
+    ("metagrad", 3): [("every = math.isqrt(M - 1) + 1", "every = 1")],
+    ("metagrad", 4): [
+        (
+            "pull, tau[t] = torch.autograd.grad(after, (state, w), pull)",
+            "(tau[t],) = torch.autograd.grad(after, w, pull)",
+        )
+    ],
+    ("metagrad", 5): [
+        (
+            "def adam(state, grad, t, lr, beta1=0.9, beta2=0.95, root=1e-4):",
+            "def adam(state, grad, t, lr, beta1=0.9, beta2=0.95, root=1e-12):",
+        )
+    ],
 }
 TASKS = [(script, i) for script in read("exercises.json")["about"] for i in range(1, 6)]
 
@@ -679,7 +724,7 @@ PIECES = {
     ("kernels", 4),
     ("bestofn", 5),
     ("quasi", 2),
-    *itertools.product(("calibrate", "recover"), range(1, 6)),
+    *itertools.product(("calibrate", "recover", "relay", "metagrad"), range(1, 6)),
     ("forget", 2),
     ("prompt", 3),
 }
