@@ -29,7 +29,7 @@ How this differs from the paper:
 2. A model from scratch has no idea that results go on. Pipelines of the bridge functions,
    which are neither trained on nor tested, tell it; RL begins when it is right about some of the
    pairs (--gate), not after a number of steps, because that comes all at once: within 45 to 150
-   steps on the four seeds that we looked at.
+   steps on the five seeds that we looked at.
 3. Half of the training problems hold one more application, beside the pipeline: an answer to pairs
    alone would always have two lines, and that is learnt first.
 4. Advantages are not divided by their spread; no groups are filtered: theirs are 0.
