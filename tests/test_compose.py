@@ -343,7 +343,7 @@ def test_the_warm_up_reads_pipelines_once_it_knows_the_atoms_and_ends_when_it_co
     # asked about atoms every 20 steps until it knows them, then about pairs every 5
     assert sizes == [1, 1, 2, 2] and len(rates) == 50
     assert shares == [0.0] * 40 * 32 + [0.1] * 10 * 32
-    assert rates[:2] + rates[39:] == pytest.approx([1e-4, 2e-4, 4e-3] + [5e-4] * 10)
+    assert rates[:2] + rates[39:] == pytest.approx([4e-5, 8e-5, 1.6e-3] + [2e-4] * 10)
 
 
 @pytest.mark.parametrize("success", [0.1, 0.95])

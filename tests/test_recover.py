@@ -30,6 +30,7 @@ from electives.recover import (
     teach,
 )
 from engine import generate
+from model import GPTConfig
 from tasks import totals
 
 PROBLEM = [3, 4, 1, 2]
@@ -290,6 +291,9 @@ def test_a_slip_above_one_is_a_mistake(tmp_path):
     check_mistake("electives.recover", "--slip 1.5", tmp_path)
 
 
-def test_a_resumed_run_is_the_run(tmp_path):
+def test_a_resumed_run_is_the_run(tmp_path, monkeypatch):
+    tokens = totals.tokenizer.n_vocab
+    narrow = GPTConfig(tokens, block_size=512, n_layer=1, n_head=2, n_embd=16, tie=False)
+    monkeypatch.setattr(recover, "SHAPE", narrow)  # whatever the model can learn
     marks = [dict(phase="rounds", arm="shaky", step=1), dict(phase="retries", step=2)]
-    check_resume("electives.recover", tmp_path, marks, "--quick")
+    check_resume("electives.recover", tmp_path, marks, "--quick", "--problems", 4)
