@@ -96,15 +96,16 @@ VOCABULARY = {word: i for i, word in enumerate((*PEOPLE, *RELATIONS, *HOPS, *WOR
 WINDOW = 32  # tokens of a row of a batch
 ROWS = 48  # of a batch
 SIZES = (500, 2000, 8000, 32000)  # synthetic tokens
-KNOWN_TOKENS = 100_000  # of the base's texts
-READING_LR = 6e-3
+KNOWN_TOKENS = 60_000  # of the base's texts
+READING_LR = 5e-3
+FIRST = 6  # people that the base reads about before all others
 
 
 @dataclass
 class Config(Flags):
-    reading: int = flag(800, "steps of pre-training on the known people", quick=2, low=1)
+    reading: int = flag(600, "steps of pre-training on the known people", quick=2, low=1)
     steps: int = flag(300, "steps of continued pre-training", quick=2, low=1)
-    lr: float = flag(6e-3, "its learning rate", low=0)
+    lr: float = flag(5e-3, "its learning rate", low=0)
     replay: float = flag(0.2, "share of its rows that are about the known people", low=0, high=0.9)
     eval_every: int = flag(50, "steps between two measurements", quick=1, low=1)
 
@@ -265,8 +266,12 @@ def optimizer_of(model, lr):
     )
 
 
-def read(config, run, seed, known, device):
-    """Pre-training on texts about the known people (T,) -> the base."""
+def read(config, run, seed, first, known, device):
+    """Pre-training on texts about the known people -> the base.
+
+    A quarter of the steps is on a text about few of them: with all of them from the start, hundreds
+    of steps go by before the model looks a person and a relation up together.
+    """
     torch.manual_seed(seed)
     shape = GPTConfig(
         len(VOCABULARY),
@@ -282,7 +287,8 @@ def read(config, run, seed, known, device):
     rng = random.Random(seed)
     for step in run.loop(f"reading {seed}", config.reading, model, optimizer, rng):
         optimizer.param_groups[0]["lr"] = lr_at(step, config.reading, READING_LR)
-        take_step(model, optimizer, windows(known, ROWS, rng).to(device))
+        text = first if step < config.reading // 4 else known
+        take_step(model, optimizer, windows(text, ROWS, rng).to(device))
     return model
 
 
@@ -317,8 +323,10 @@ def train(config, run, seed, device):
     groups["base"] = sum(every.values(), [])
     evaluate = partial(measure, tests=asked(groups, device))
 
+    few = {kind: [s for s in every[kind] if s[2] in KNOWN[:FIRST]] for kind in every}
+    first = torch.tensor(written(partial(known_text, rng, few), KNOWN_TOKENS))
     known = torch.tensor(written(partial(known_text, rng, every), KNOWN_TOKENS))
-    base = read(config, run, seed, known, device)
+    base = read(config, run, seed, first, known, device)
     source = torch.tensor(encode(document(told)))
 
     def studied(arm, text, replay):
@@ -357,7 +365,7 @@ def growth(ax, run, key):
     band(ax, SIZES, repeat, "repeat the document", color="gray")
     if key != "direct":
         untold = ends(run, f"{key}, untold", "recombine")
-        band(ax, SIZES, untold, "recombine, on what no text states", color="black", ls=":")
+        band(ax, SIZES, untold, "recombine, what no text tells", color="black", ls=":")
     ax.set_xscale("log")
     ax.set(xlabel="synthetic tokens", ylabel="right answers (fraction)", ylim=(-0.03, 1.03))
 
@@ -392,7 +400,7 @@ def figure(config, run):
         growth(panels[key], run, key)
     untold = last("two-hop, untold").mean()
     turned = last("reversed", TURNED).mean()
-    panels["two-hop"].set_title(f"Two-hop: what no text states is not composed ({untold:.2f})")
+    panels["two-hop"].set_title(f"Two-hop: what no text tells is not composed ({untold:.2f})")
     panels["two-hop"].legend(loc="upper left")
     panels["reversed"].set_title(f"Reversed: turning sentences round is enough ({turned:.2f})")
     facts = last("direct", "paraphrase").mean()
@@ -411,33 +419,24 @@ def judge(n, last, lost, bare):
     back_gap = last("reversed") - last("reversed", "paraphrase")
     turned_gap = last("two-hop") - last("two-hop", TURNED)
     closed = last("reversed") - last("reversed", TURNED)
-    rise = last("two-hop") - last("two-hop", i=-2)
-    flat = last("two-hop", "paraphrase") - last("two-hop", "paraphrase", -2)
-    largest = f"{SIZES[-1]:,} tokens"
+    # one size to the next is a factor of four
+    rise = (last("two-hop") - last("two-hop", i=0)) / (len(SIZES) - 1)
+    flat = (last("two-hop", "paraphrase") - last("two-hop", "paraphrase", 0)) / (len(SIZES) - 1)
+    still = last("two-hop") - last("two-hop", i=-2)
+    hop_untold = last("two-hop, untold")
+    back_untold = last("reversed, untold")
+    facts = last("direct", "paraphrase")
     rows = [
         ("hop", "two-hop, recombine minus paraphrase", SOURCE, hop_gap, ">=", 0.15),
         ("turned", "two-hop, recombine minus turned paraphrase", SOURCE, turned_gap, ">=", 0.15),
         ("back", "reversed, recombine minus paraphrase", SOURCE, back_gap, ">=", 0.15),
         ("closed", "reversed, recombine minus turned paraphrase", design, closed, "<=", 0.1),
-        ("rise", f"two-hop, recombine, gain up to {largest}", SOURCE, rise, ">=", 0.1),
-        ("flat", f"two-hop, paraphrase, gain up to {largest}", SOURCE, flat, "<=", 0.03),
-        ("facts", "as stated, paraphrase", design, last("direct", "paraphrase"), ">=", 0.9),
-        (
-            "hop untold",
-            "two-hop, recombine, stated nowhere",
-            design,
-            last("two-hop, untold"),
-            "<=",
-            0.1,
-        ),
-        (
-            "back untold",
-            "reversed, recombine, stated nowhere",
-            design,
-            last("reversed, untold"),
-            "<=",
-            0.1,
-        ),
+        ("rise", "two-hop, recombine, gain per 4 times the tokens", SOURCE, rise, ">=", 0.1),
+        ("flat", "two-hop, paraphrase, gain per 4 times the tokens", SOURCE, flat, "<=", 0.03),
+        ("still", "two-hop, recombine, gain of the last 4 times", SOURCE, still, ">", 0),
+        ("facts", "as stated, paraphrase", design, facts, ">=", 0.9),
+        ("hop untold", "two-hop, recombine, told nowhere", design, hop_untold, "<=", 0.1),
+        ("back untold", "reversed, recombine, told nowhere", design, back_untold, "<=", 0.1),
         ("kept", "known people, lost with replay", SOURCE, lost, "<=", 0.03),
         ("gone", "known people, left without replay", design, bare, "<=", 0.1),
     ]
@@ -449,7 +448,7 @@ def examples(models, statements, device):
     words = list(VOCABULARY)
     ((questions, truth),) = asked({"all": statements}, device).values()
     prompts = [" ".join(words[i] for i in row) for row in questions.tolist()]
-    prompts[-1] += "   (no text states it)"
+    prompts[-1] += "   (no text tells it)"
     said = {name: answers(model, questions) for name, model in models.items()}
     return prompts, {
         name: [(words[i], i == j) for i, j in zip(ids.tolist(), truth.tolist(), strict=True)]

@@ -246,7 +246,7 @@ def test_replay_is_a_share_of_the_rows_and_the_base_stands_still(replay, old, mo
 
 # of each arm at its last two sizes: direct, reversed, two-hop, and what is untold of the last two
 NUMBERS = {
-    "recombine": ((0.9, 0.5, 0.4, 0, 0), (0.95, 0.8, 0.7, 0.04, 0.02)),
+    "recombine": ((0.9, 0.5, 0.37, 0, 0), (0.95, 0.8, 0.7, 0.04, 0.02)),
     "paraphrase": ((0.95, 0, 0.01, 0, 0), (0.97, 0.02, 0.02, 0, 0)),
     TURNED: ((0.95, 0.6, 0, 0, 0), (0.96, 0.75, 0.03, 0, 0)),
     "repeat": ((0.9, 0, 0, 0, 0),) * 2,
@@ -282,8 +282,9 @@ def test_the_claims_compare_what_they_say():
             "turned": 0.67,
             "back": 0.78,
             "closed": 0.05,
-            "rise": 0.3,
-            "flat": 0.01,
+            "rise": 0.11,
+            "flat": 0.003,
+            "still": 0.33,
             "facts": 0.97,
             "hop untold": 0.02,
             "back untold": 0.04,
@@ -299,7 +300,7 @@ def test_the_claims_compare_what_they_say():
 def test_a_text_that_teaches_nothing_keeps_no_claim_that_it_does():
     nothing = ((0.5, 0, 0, 0, 0),) * 2
     ours, _ = claimed(rows_of(recombine=nothing, paraphrase=nothing))
-    for id in ("hop", "turned", "back", "rise", "facts"):
+    for id in ("hop", "turned", "back", "rise", "still", "facts"):
         assert not ours[id][1]
     composes = ((0.9, 0.5, 0.4, 0, 0), (0.95, 0.8, 0.7, 0.5, 0.5))
     ours, _ = claimed(rows_of(recombine=composes))
