@@ -104,7 +104,7 @@ FIRST = 6  # people that the base reads about before all others
 @dataclass
 class Config(Flags):
     reading: int = flag(600, "steps of pre-training on the known people", quick=2, low=1)
-    steps: int = flag(300, "steps of continued pre-training", quick=2, low=1)
+    steps: int = flag(250, "steps of continued pre-training", quick=2, low=1)
     lr: float = flag(5e-3, "its learning rate", low=0)
     replay: float = flag(0.2, "share of its rows that are about the known people", low=0, high=0.9)
     eval_every: int = flag(50, "steps between two measurements", quick=1, low=1)
