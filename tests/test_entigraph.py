@@ -241,6 +241,31 @@ def test_replay_is_a_share_of_the_rows_and_the_base_stands_still(replay, old, mo
     assert [row["step"] for row in run.rows] == [0, 3]
 
 
+def test_the_base_reads_of_known_people_texts_begin_with_the_document_and_grow(monkeypatch):
+    read, studied = [], []
+    monkeypatch.setattr(entigraph, "read", lambda c, r, s, *texts: read.extend(texts[:2]))
+    monkeypatch.setattr(
+        entigraph,
+        "study",
+        lambda c, r, where, base, text, known, replay, e: studied.append((where, text, replay)),
+    )
+    entigraph.train(Config(), Memory(), 0, "cpu")
+    new = {VOCABULARY[name] for name in NEW}
+    for text in read:
+        assert len(text) == entigraph.KNOWN_TOKENS and not new & set(text.tolist())
+    names = [len({VOCABULARY[x] for x in KNOWN} & set(text.tolist())) for text in read]
+    assert names[0] < names[1] == len(KNOWN)
+    source = studied[0][1]
+    assert studied[0][0]["arm"] == "repeat" and len(source) == 5 * 2 * len(NEW)
+    for arm in WRITERS:
+        texts = [text for where, text, _ in studied if where["arm"] == arm]
+        assert [len(text) - len(source) for text in texts] == list(SIZES)
+        for text in texts:
+            assert torch.equal(text, texts[-1][: len(text)])
+            assert torch.equal(text[: len(source)], source)
+    assert [where["arm"] for where, _, replay in studied if not replay] == ["recombine, no replay"]
+
+
 # --------------------------------------------------------------------------------------------------
 # The claims, from rows
 
