@@ -377,7 +377,9 @@ def memory(ax, run):
     """The base's own task while the model studies the new document."""
     for arm in ("recombine", "recombine, no replay"):
         steps, right = series(run, "base", arm=arm, tokens=SIZES[-1])
-        band(ax, steps, right, arm if "no" in arm else "with replay", marker=".")
+        band(
+            ax, steps, right, "without replay" if "no replay" in arm else "with replay", marker="."
+        )
     ax.set(xlabel="step of continued pre-training", ylabel="right answers (fraction)")
     ax.set_ylim(-0.03, 1.03)
     ax.legend()
@@ -403,11 +405,11 @@ def figure(config, run):
         growth(panels[key], run, key)
     untold = last("two-hop, untold").mean()
     turned = last("reversed", TURNED).mean()
-    panels["two-hop"].set_title(f"Two-hop: what no text tells is not composed ({untold:.2f})")
+    panels["two-hop"].set_title(f"Two-hop: {untold:.2f} where no text tells the answer")
     panels["two-hop"].legend(loc="upper left")
-    panels["reversed"].set_title(f"Reversed: turning sentences round is enough ({turned:.2f})")
+    panels["reversed"].set_title(f"Reversed: {turned:.2f} if paraphrases are turned round")
     facts = last("direct", "paraphrase").mean()
-    panels["direct"].set_title(f"As stated: paraphrase knows its facts ({facts:.2f})")
+    panels["direct"].set_title(f"As stated in the document: {facts:.2f} if paraphrased")
     memory(panels["base"], run)
     panels["base"].set_title(
         f"What it knew before: {lost.mean():+.2f} lost with replay, {bare.mean():.2f} left without"
