@@ -582,6 +582,46 @@ EDITS = {
             "def adam(state, grad, t, lr, beta1=0.9, beta2=0.95, root=1e-12):",
         )
     ],
+    ("entigraph", 2): [
+        (
+            'turned = rng.random() < 0.5 and ("reversed", *link) in told["reversed"]',
+            "turned = rng.random() < 0.5",
+        )
+    ],
+    ("entigraph", 3): [
+        ("TURNED: partial(paraphrase, turned=0.2),", "TURNED: partial(paraphrase, turned=0.02),")
+    ],
+    ("entigraph", 4): [
+        ("while len(tokens) < n:", "for _ in range(n // 5):"),
+        ("return tokens[:n]", "return tokens"),
+    ],
+    ("entigraph", 5): [
+        (
+            "facts[r] = {x: facts[b][facts[a][x]] for x in people}",
+            "facts[r] = {x: facts[a][facts[b][x]] for x in people}",
+        )
+    ],
+    ("compose", 1): [("if argument != string:", "if argument not in (string, *given):")],
+    ("compose", 2): [
+        (
+            'text += "".join(name + "." * LENGTH for name in names[1:])',
+            'text += "".join(name + string for name in names[1:])',
+        )
+    ],
+    ("compose", 3): [("if lines[last][2] != pipe[-1][2]:", "if pipe[-1][2] not in text:")],
+    ("compose", 4): [
+        (
+            "return centred if negatives else centred.clamp_min(0)",
+            "return centred if negatives else rewards",
+        )
+    ],
+    ("compose", 5): [
+        (
+            "centred = rewards - rewards.mean(1, keepdim=True)",
+            "centred = (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, "
+            "keepdim=True) + 1e-6)",
+        )
+    ],
 }
 TASKS = [(script, i) for script in read("exercises.json")["about"] for i in range(1, 6)]
 
@@ -724,7 +764,9 @@ PIECES = {
     ("kernels", 4),
     ("bestofn", 5),
     ("quasi", 2),
-    *itertools.product(("calibrate", "recover", "relay", "metagrad"), range(1, 6)),
+    *itertools.product(
+        ("calibrate", "recover", "relay", "metagrad", "entigraph", "compose"), range(1, 6)
+    ),
     ("forget", 2),
     ("prompt", 3),
 }
