@@ -175,12 +175,13 @@ def advantages(rewards, kind):
 def policy_loss(logp, old_logp, adv, mask, ratio, eps_low, eps_high):
     """What is minimised, for each token: logp, old_logp, mask (R, T), adv (R, 1) -> (R, T).
 
-    mask (0 or 1, of any dtype) is 1 on the tokens of the answer; what the others get does not
-    matter, and what stands there, -inf and nan too, must not matter. old_logp is a constant. With
-    rho = exp(logp - old_logp) and clip(x) = x cut to 1 - eps_low .. 1 + eps_high:
+    mask (0 or 1, of any dtype) is 1 on the tokens of the answer; a row may have none. What stands
+    at the others, -inf and nan too, must not matter: their loss may be any finite number, the
+    gradient with respect to their logp is 0. old_logp is a constant, even where it is logp itself.
+    With rho = exp(logp - old_logp) and clip(x) = x cut to 1 - eps_low .. 1 + eps_high:
 
         none        -A logp
-        token       -min(rho A, clip(rho) A)
+        token       -min(rho A, clip(rho) A)      no part of it detached, rho bounded by clip alone
         sequence    -min(..) as for token, with the row's geometric mean of rho over its tokens, s,
                     as the value of the ratio, while its gradient is each token's own:
                     s * exp(logp - sg(logp)), where s and sg(..) carry no gradient (GSPO-token)

@@ -126,11 +126,12 @@ def advantages(rewards, kind):
 
 
 def policy_loss(logp, old_logp, adv, mask, ratio, eps_low, eps_high):
+    logp = torch.where(mask > 0, logp, 0)
     if ratio == "none":
         return -adv * logp
-    log_rho = logp - old_logp
+    log_rho = torch.where(mask > 0, logp - old_logp.detach(), 0)
     if ratio == "sequence":
-        mean = torch.where(mask > 0, log_rho, 0).sum(1, keepdim=True) / mask.sum(1, keepdim=True)
+        mean = log_rho.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp_min(1)
         log_rho = mean.detach() + logp - logp.detach()
     rho = log_rho.exp()
     clipped = rho.clamp(1 - eps_low, 1 + eps_high)

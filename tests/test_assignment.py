@@ -81,7 +81,8 @@ def cache_step(keys, values, lens, q, k, v):
 def policy_loss(logp, old_logp, adv, mask, ratio, eps_low, eps_high):
     # ours is given numbers wherever the mask is 0: log-probabilities of padding
     logp = torch.where(mask > 0, logp, 0)
-    return grpo.policy_loss(logp, old_logp, adv, mask, ratio, eps_low, eps_high)[0]
+    # a trainer gives old_logp without a gradient
+    return grpo.policy_loss(logp, old_logp.detach(), adv, mask, ratio, eps_low, eps_high)[0]
 
 
 def token_logprobs(hidden, weight, targets, temperature, block):

@@ -155,11 +155,45 @@ WRONG = {
     "policy_loss": [
         ("torch.minimum", "torch.maximum", "has become likelier keeps its gradient"),
         ("-torch.minimum(rho * adv, clipped * adv)", "-clipped * adv", "keeps its gradient"),
-        ("log_rho = logp - old_logp", "log_rho = old_logp - logp", "the new probability over"),
+        ("logp - old_logp.detach()", "old_logp.detach() - logp", "the new probability over"),
         ("1 - eps_low, 1 + eps_high", "1 - eps_high, 1 + eps_low", "eps_low is how far down"),
-        ("/ mask.sum(1, keepdim=True)", "/ mask.shape[1]", "not even as a length"),
-        ("torch.where(mask > 0, log_rho, 0)", "log_rho", "geometric mean"),
-        ("torch.where(mask > 0, log_rho, 0)", "(log_rho * mask)", "not multiplied by 0"),
+        ("mask.sum(1, keepdim=True).clamp_min(1)", "mask.shape[1]", "not even as a length"),
+        ("(1, keepdim=True).cl", "(1, keepdim=True)[:1].cl", "each row has a length of its own"),
+        (".clamp_min(1)", "", "also in a row without any token"),
+        (
+            "torch.where(mask > 0, logp - old_logp.detach(), 0)",
+            "logp - old_logp",
+            "geometric mean",
+        ),
+        (
+            'torch.where(mask > 0, logp, 0)\n    if ratio == "none":\n        return -adv * logp\n'
+            "    log_rho = torch.where(mask > 0, logp - old_logp.detach(), 0)",
+            'logp\n    if ratio == "none":\n        return -adv * logp\n'
+            "    log_rho = (logp - old_logp.detach()) * mask",
+            "not multiplied by 0",
+        ),
+        # nan where the mask is 0 meets exp, and is left out afterwards
+        (
+            "logp = torch.where(mask > 0, logp, 0)",
+            'if ratio == "token":\n        rho = (logp - old_logp.detach()).exp()\n'
+            "        clipped = rho.clamp(1 - eps_low, 1 + eps_high)\n"
+            "        return torch.where(mask > 0, -torch.minimum(rho * adv, clipped * adv), 0)\n"
+            "    logp = torch.where(mask > 0, logp, 0)",
+            "mask what goes in",
+        ),
+        ("logp - old_logp.detach()", "logp - old_logp", "old_logp is a constant"),
+        ("rho = log_rho.exp()", "rho = log_rho.clamp(-10, 10).exp()", "however large rho is"),
+        (
+            "-torch.minimum(rho * adv, clipped * adv)",
+            "-torch.where(adv < 0, torch.minimum(rho * adv, clipped * adv).maximum(3 * adv),"
+            " torch.minimum(rho * adv, clipped * adv))",
+            "however large rho is",
+        ),
+        (
+            "clipped = rho.clamp(1 - eps_low, 1 + eps_high)",
+            "clipped = rho.clamp(1 - eps_low, 1 + eps_high).detach()",
+            "shares it",
+        ),
         ("mean.detach() + logp - logp.detach()", "mean.expand_as(logp)", "not a share of"),
         ("clipped.detach() * adv", "clipped * adv", "a weight without gradient"),
         ("-clipped.detach() * adv * logp", "-rho.detach() * adv * logp", "-clip(rho) A"),
