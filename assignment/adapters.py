@@ -105,7 +105,7 @@ def truncate(logits, top_k=None, top_p=None):
     top_k: keep the k largest of a row, and what equals the smallest of them; more than V keeps all.
     top_p: sort a row by probability; keep the smallest number of likeliest tokens (of equally
     likely ones any) whose probabilities add up to top_p or more (the token that crosses the line is
-    kept), at least one.
+    kept), at least one: top_p = 0 keeps one.
     With both, top_k comes first, and top_p is a share of what it has left. What is kept keeps its
     logit.
 

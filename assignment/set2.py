@@ -5,7 +5,7 @@ from itertools import combinations
 
 import torch
 
-from assignment.checks import close, normal, parts, say, seeded, tensor
+from assignment.checks import close, normal, parts, say, seeded, tensor, zeros
 
 # --------------------------------------------------------------------------------------------------
 # cache_step
@@ -204,6 +204,17 @@ def top_p_keeps_the_token_that_crosses_the_line(truncate):
     close(got, kept(SORTED, 0))
 
 
+def top_p_keeps_no_more_than_it_takes(truncate):
+    """The mass before a token decides, and of equal tokens no more than it takes are kept: of four
+    with .25 each top_p = .5 keeps two, of eight with .125 four. One stays always: top_p = 0 keeps
+    one.
+    """
+    for V, top_p, count in ((4, 0.5, 2), (8, 0.5, 4), (4, 0.0, 1)):
+        got = truncate(zeros(1, V), top_p=top_p)
+        close((got == 0).sum(), count, f"how many of {V} equal tokens top_p = {top_p:g} keeps")
+    close(truncate(SORTED[None], top_p=0.0), kept(SORTED, 0), "top_p = 0")
+
+
 def the_vocabulary_keeps_its_place(truncate):
     """After sorting, every token goes back to its own place in the vocabulary; rows are sorted on
     their own.
@@ -232,6 +243,7 @@ TRUNCATE = [
     top_k_keeps_the_k_largest,
     top_k_keeps_ties_and_may_be_large,
     top_p_keeps_the_token_that_crosses_the_line,
+    top_p_keeps_no_more_than_it_takes,
     the_vocabulary_keeps_its_place,
     nothing_asked_nothing_done,
     top_p_is_a_share_of_what_top_k_left,

@@ -90,7 +90,7 @@ def truncate(logits, top_k=None, top_p=None):
         probs, order = logits.softmax(-1).sort(-1, descending=True)
         above = probs.cumsum(-1) - probs
         mass = torch.empty_like(above).scatter(-1, order, above)
-        logits = logits.masked_fill(mass >= top_p, -math.inf)
+        logits = logits.masked_fill((mass >= top_p) & (mass > 0), -math.inf)
     return logits
 
 

@@ -114,6 +114,11 @@ def flash_attention(q, k, v, tile):
     return o[0, 0], lse[0, 0] * math.log(2)
 
 
+def truncate(logits, top_k=None, top_p=None):
+    # `generate` asks ours for a top_p above 0
+    return engine.truncate(logits, top_k, 1e-30 if top_p == 0 else top_p)
+
+
 def uniforms(kind):
     def draw(prompts, group, generator):
         return quasi.group_uniforms(kind, prompts, group, 1, generator).view(prompts, group)
@@ -136,7 +141,7 @@ OURS = {
     "attention": kernels.attention,
     "cache_step": cache_step,
     "inverse_cdf": lambda probs, u: engine.inverse_cdf(probs, u)[0],
-    "truncate": engine.truncate,
+    "truncate": truncate,
     "stratified_uniforms": uniforms("stratified"),
     "lattice_uniforms": uniforms("lattice"),
     "pass_at_k": grpo.pass_at_k,

@@ -90,6 +90,14 @@ WRONG = {
     ],
     "truncate": [
         ("mass >= top_p", "mass + logits.softmax(-1) > top_p", "the token that crosses the line"),
+        ("mass >= top_p", "mass > top_p", "of equal tokens no more than it takes"),
+        (
+            "(mass >= top_p) & (mass > 0)",
+            "logits.softmax(-1) < probs[above < top_p].min()",
+            "of equal tokens no more than it takes",
+        ),
+        ("& (mass > 0)", "", "top_p = 0 keeps one"),
+        ("top_p is not None and top_p < 1", "top_p and top_p < 1", "top_p = 0 keeps one"),
         (".scatter(-1, order, above)", ".copy_(above)", "its own place in the vocabulary"),
         ("values[:, -1:]", "values.min()", "of each row"),
         ("min(top_k, logits.shape[-1])", "top_k", "beyond V keeps all"),
