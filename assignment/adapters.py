@@ -267,8 +267,8 @@ def flash_attention(q, k, v, tile):
 
     `tile` queries at a time meet `tile` keys at a time (the last tiles may be smaller). A tile of
     queries keeps a running maximum, sum and output; when the maximum grows, the two others are
-    scaled down. The output is divided by the sum once, at the end. No tensor has more numbers than
-    the larger of T * D and tile * tile.
+    scaled down. The output is divided by the sum once, at the end. Scores exist only in tiles of at
+    most tile x tile; no tensor has more numbers than the larger of T * D and tile * tile.
 
     Source: Dao, arXiv 2307.08691, Algorithm 1.
     """

@@ -266,6 +266,17 @@ WRONG = {
         ("acc / s[:, None]", "acc", "divides once, at the end"),
         ("torch.maximum(m, z.amax(1))", "torch.zeros_like(m)", "Scores of hundreds"),
         ("new_full((len(part),), -math.inf)", "new_zeros(len(part))", "begins at -inf"),
+        (
+            "torch.maximum(m, z.amax(1))",
+            "torch.maximum(m, z.amax().expand(len(m)))",
+            "each query's own, not one for the tile",
+        ),
+        (
+            "z = z.masked_fill(future, -math.inf)\n            new = torch.maximum(m, z.amax(1))",
+            "new = torch.maximum(m, z.amax(1))\n            z = z.masked_fill(future, -math.inf)",
+            "after the causal mask",
+        ),
+        ("torch.maximum(m, z.amax(1))", "m if b else z.amax(1)", "growing after the first tile"),
         ("m + s.log()", "(m + s.log()) / math.log(2)", "the log of how many it sees"),
         ("T, D = q.shape", "T, D = q.shape\n    tile = T", "never meets more"),
         ("range(0, a + len(part), tile)", "range(0, a + 1, tile + 1)", "so far"),
