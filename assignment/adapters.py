@@ -319,8 +319,9 @@ def trust_region(lp, lq, eps):
 
         m = p^(1-b) q^b / Z         the largest b in [0, 1] for which KL(m || p) <= eps
 
-    Each row has its own b. The KL grows with b: halve an interval 20 times. A row whose teacher is
-    within the budget gets b = 1, exactly.
+    Each row has its own b. The KL grows with b: halve an interval 20 times, and take its lower end,
+    whose KL is within the budget. A row whose teacher is within the budget gets b = 1, exactly.
+    All log-probabilities are finite.
 
     Source: Plyusov et al., arXiv 2605.31159.
     """

@@ -334,6 +334,14 @@ WRONG = {
         ),
         ("torch.where(within(high), high, 0 * high)", "0 * high", "b = 1, exactly"),
         ("<= eps", "<= 2 * eps", "is eps, and not above it"),
+        ("within(high)", "within(high).all()", "A batch may mix rows"),
+        (
+            "within(high)",
+            "(lq.exp() * (lq - lp)).sum(-1).mean() <= eps",
+            "A batch may mix rows",
+        ),
+        ("for _ in", "high = torch.maximum(low, high / 2)\n    for _ in", "above 1/2 too"),
+        ("(m.exp() * (m - lp))", "(m.exp() * (m - lq))", "was measured to the teacher"),
     ],
     "budget_rule": [
         ("return b\n", "return 2 * b\n", "not its double"),
