@@ -80,7 +80,7 @@ def cache_step(keys, values, lens, q, k, v):
 
         out[r] = softmax(q[r] keys[r]^T / sqrt(D)) values[r]
 
-    -> out (R, D), the new lens (R,): a new tensor; lens stays.
+    -> out (R, D), the new lens (R,) int64: a new tensor; lens stays.
 
     Source: point 1 of the docstring of engine.py; Pope et al., arXiv 2211.05102.
     """
@@ -119,7 +119,8 @@ def stratified_uniforms(prompts, group, generator):
 
     Of a row's `group` numbers one lies in each interval [i / group, (i + 1) / group), at a random
     place in it, and they stand in random order, so that each on its own is uniform on [0, 1). All
-    randomness is of the torch.Generator `generator`, fresh for every row.
+    randomness is of the torch.Generator `generator`, fresh for every row. The generator moves on: a
+    second call gives other numbers.
 
     Source: Owen, Monte Carlo theory, methods and examples, chapter 8; Li et al., arXiv 2607.01179.
     """
@@ -127,11 +128,13 @@ def stratified_uniforms(prompts, group, generator):
 
 
 def lattice_uniforms(prompts, group, generator):
-    """The same with one random number per prompt -> (prompts, group) float64 in [0, 1).
+    """Numbers that drive the answers to a prompt, each uniform on [0, 1) on its own as above, made
+    of one random number per prompt -> (prompts, group) float64 in [0, 1).
 
         u_i = (i / group + shift) mod 1         shift uniform on [0, 1), another one for every row
 
-    All randomness is of the torch.Generator `generator`.
+    All randomness is of the torch.Generator `generator`, which moves on: a second call gives other
+    numbers.
 
     Source: Cranley and Patterson 1976; Li et al., arXiv 2607.01179.
     """

@@ -75,6 +75,14 @@ WRONG = {
             "exp() * seen\n    p = p / p.sum(-1, keepdim=True)",
             "not multiplied by 0",
         ),
+        (
+            "-math.inf).softmax(-1)",
+            "-math.inf).exp()\n    p = p / p.sum(-1, keepdim=True)",
+            "the largest is subtracted before exp",
+        ),
+        ("-math.inf", "-30", "a score of -inf, not just a low one"),
+        ("-math.inf", "-1e4", "a score of -inf, not just a low one"),
+        ("lens + 1", "(lens + 1).int()", "not int64"),
     ],
     "inverse_cdf": [
         ("cdf <= u", "cdf < u", "the number .25 draws token 1"),
@@ -129,6 +137,11 @@ WRONG = {
         ),
         ("(interval + place) / group", "place", "one lies in each"),
         ("generator=generator).arg", ").arg", "the same seed gives"),
+        (
+            "place = torch",
+            "generator.manual_seed(generator.initial_seed())\n    place = torch",
+            "a second call with the same one gives other numbers",
+        ),
     ],
     "lattice_uniforms": [
         (" % 1", "", "outside of [0, 1)"),
@@ -136,6 +149,21 @@ WRONG = {
         ("+ shift", "+ shift / group", "not only within the first interval"),
         ("torch.rand(prompts, 1,", "torch.rand(prompts, group,", "an even grid"),
         (", generator=generator", "", "the same seed gives"),
+        (
+            "shift = torch",
+            "generator.manual_seed(generator.initial_seed())\n    shift = torch",
+            "a second call with the same one gives other numbers",
+        ),
+        (
+            "torch.rand(prompts, 1, dtype=torch.float64, generator=generator)",
+            "torch.randint(100, (prompts, 1), generator=generator).double() / 100",
+            "many shifts or places are possible",
+        ),
+        (
+            "(torch.arange(group) / group + shift) % 1",
+            "((torch.arange(group) / group + shift) % 1).sort(1).values",
+            "do not sort",
+        ),
     ],
     "pass_at_k": [
         (
