@@ -371,12 +371,14 @@ def tournament(logp, n):
 
 
 def inner_update(fast, grads, eta):
-    """One step of test-time training: fast, grads are tuples of tensors (B, ...), the weights of B
-    documents and their gradients -> the new weights, a tuple like `fast`.
+    """One step of test-time training: fast, grads are tuples of tensors (B, ...) with any number of
+    further dimensions, the weights of B documents and their gradients -> the new weights, a tuple
+    like `fast`.
 
         W - eta g / max(1, |g|)         |g|: of one document, over all of its tensors together
 
-    Differentiable in fast and grads: training goes through the step.
+    Differentiable in fast and grads, with nothing detached, the length included: training goes
+    through the step. With a gradient of 0 the weights stay, and are no nan.
 
     Source: Tandon et al., arXiv 2512.23675; Pascanu et al., arXiv 1211.5063 (the clip).
     """

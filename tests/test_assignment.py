@@ -134,6 +134,13 @@ def coverage_profile(log_ratio, ns):
     return torch.stack([torch.tensor(coverage.coverage(log_ratio, n)) for n in ns])
 
 
+def inner_update(fast, grads, eta):
+    # ours are matrices
+    matrices = ([x.reshape(len(x), -1, 1) for x in xs] for xs in (fast, grads))
+    new = ttt.inner_update(*matrices, eta)
+    return tuple(x.view_as(w) for x, w in zip(new, fast, strict=True))
+
+
 OURS = {
     "bpe_merges": bpe_merges,
     "rms_norm": rms_norm,
@@ -159,7 +166,7 @@ OURS = {
     "budget_rule": coupled.budget_rule,
     "coverage_profile": coverage_profile,
     "tournament": lambda logp, n: torch.tensor(selection.tournament(logp.numpy(), n)),
-    "inner_update": ttt.inner_update,
+    "inner_update": inner_update,
 }
 
 

@@ -411,12 +411,15 @@ WRONG = {
         ("eta / norm.clamp_min(1)", "eta / norm", "never made longer"),
         ("norm.clamp_min(1)", "norm.max().clamp_min(1)", "does not shorten another's"),
         (
-            "scale.view(-1, 1, 1) * g",
+            "scale.view(-1, *[1] * (g.dim() - 1)) * g",
             "eta * g / g.flatten(1).norm(dim=1).clamp_min(1).view(-1, 1, 1)",
             "all of its tensors together",
         ),
         ("norm.clamp_min(1)", "(1 + 0 * norm)", "the step is as long as eta"),
-        ("tuple(w - scale", "tuple(w.detach() - scale", "nothing detached"),
-        (".view(-1, 1, 1) * g", ".view(-1, 1, 1) * g.detach()", "nothing detached"),
+        ("w - scale", "w.detach() - scale", "nothing detached"),
+        ("- 1)) * g", "- 1)) * g.detach()", "nothing detached"),
+        ("norm.clamp_min(1)", "norm.detach().clamp_min(1)", "the length included"),
+        ("view(-1, *[1] * (g.dim() - 1))", "view(-1, 1, 1)", "any number of dimensions"),
+        ("norm.clamp_min(1)", "(norm / norm.clamp_max(1))", "With a gradient of 0"),
     ],
 }
