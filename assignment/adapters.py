@@ -254,8 +254,8 @@ def token_logprobs_backward(
 
         d logp / dz = onehot(target) - p            d entropy / dz = -p * (log p + entropy)
 
-    No autograd here, and no tensor of more than N * block numbers, the two gradients and blocks
-    (block, C) of the weight aside.
+    No autograd here. Tensors are of size (N, C), (block, C) and (N, block) only, and one is (V, C):
+    the gradient with respect to weight.
 
     Source: Wijmans et al., arXiv 2411.09009, section 4.
     """

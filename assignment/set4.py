@@ -159,7 +159,8 @@ def by_the_chain_rule_1_over_temperature(function):
 
 def blocks_add_up(function):
     """The gradient of hidden is a SUM over the blocks, that of weight has the rows of each block:
-    any block gives the same.
+    any block gives the same. p = exp(z - lse) with the lse given, not the block's own, and a target
+    counts in its own block only.
     """
     for block in (1, BLOCK):
         compare_slopes(*slopes(function, ONES, ONES, block=block))

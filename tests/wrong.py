@@ -274,6 +274,12 @@ WRONG = {
         ("(logp + entropy[:, None])", "(logp - entropy[:, None])", "MINUS the entropy"),
         ("dhidden += dz @ w", "dhidden = dz @ w", "a SUM over the blocks"),
         ("g_logp[here]", "g_logp.mean()", "its own g_logp"),
+        ("p = logp.exp()", "p = logp.softmax(1)", "with the lse given, not the block's own"),
+        (
+            "dz[here, targets[here] - a] += g_logp[here]",
+            "dz[torch.arange(len(dz)), targets % len(w)] += g_logp",
+            "a target counts in its own block only",
+        ),
         ("dz.T @ hidden", "dz.T @ hidden / len(hidden)", "the gradient of weight"),
         (
             "for a in range",
