@@ -80,7 +80,7 @@ def cache_step(keys, values, lens, q, k, v):
 
         out[r] = softmax(q[r] keys[r]^T / sqrt(D)) values[r]
 
-    -> out (R, D), the new lens (R,): a new tensor; lens stays.
+    -> out (R, D), the new lens (R,) int64: a new tensor; lens stays.
 
     Source: point 1 of the docstring of engine.py; Pope et al., arXiv 2211.05102.
     """
@@ -105,7 +105,7 @@ def truncate(logits, top_k=None, top_p=None):
     top_k: keep the k largest of a row, and what equals the smallest of them; more than V keeps all.
     top_p: sort a row by probability; keep the smallest number of likeliest tokens (of equally
     likely ones any) whose probabilities add up to top_p or more (the token that crosses the line is
-    kept), at least one.
+    kept), at least one: top_p = 0 keeps one.
     With both, top_k comes first, and top_p is a share of what it has left. What is kept keeps its
     logit.
 
@@ -119,7 +119,8 @@ def stratified_uniforms(prompts, group, generator):
 
     Of a row's `group` numbers one lies in each interval [i / group, (i + 1) / group), at a random
     place in it, and they stand in random order, so that each on its own is uniform on [0, 1). All
-    randomness is of the torch.Generator `generator`, fresh for every row.
+    randomness is of the torch.Generator `generator`, fresh for every row. The generator moves on: a
+    second call gives other numbers.
 
     Source: Owen, Monte Carlo theory, methods and examples, chapter 8; Li et al., arXiv 2607.01179.
     """
@@ -127,11 +128,13 @@ def stratified_uniforms(prompts, group, generator):
 
 
 def lattice_uniforms(prompts, group, generator):
-    """The same with one random number per prompt -> (prompts, group) float64 in [0, 1).
+    """Numbers that drive the answers to a prompt, each uniform on [0, 1) on its own as above, made
+    of one random number per prompt -> (prompts, group) float64 in [0, 1).
 
         u_i = (i / group + shift) mod 1         shift uniform on [0, 1), another one for every row
 
-    All randomness is of the torch.Generator `generator`.
+    All randomness is of the torch.Generator `generator`, which moves on: a second call gives other
+    numbers.
 
     Source: Cranley and Patterson 1976; Li et al., arXiv 2607.01179.
     """
@@ -175,12 +178,13 @@ def advantages(rewards, kind):
 def policy_loss(logp, old_logp, adv, mask, ratio, eps_low, eps_high):
     """What is minimised, for each token: logp, old_logp, mask (R, T), adv (R, 1) -> (R, T).
 
-    mask (0 or 1, of any dtype) is 1 on the tokens of the answer; what the others get does not
-    matter, and what stands there, -inf and nan too, must not matter. old_logp is a constant. With
-    rho = exp(logp - old_logp) and clip(x) = x cut to 1 - eps_low .. 1 + eps_high:
+    mask (0 or 1, of any dtype) is 1 on the tokens of the answer; a row may have none. What stands
+    at the others, -inf and nan too, must not matter: their loss may be any finite number, the
+    gradient with respect to their logp is 0. old_logp is a constant, even where it is logp itself.
+    With rho = exp(logp - old_logp) and clip(x) = x cut to 1 - eps_low .. 1 + eps_high:
 
         none        -A logp
-        token       -min(rho A, clip(rho) A)
+        token       -min(rho A, clip(rho) A)      no part of it detached, rho bounded by clip alone
         sequence    -min(..) as for token, with the row's geometric mean of rho over its tokens, s,
                     as the value of the ratio, while its gradient is each token's own:
                     s * exp(logp - sg(logp)), where s and sg(..) carry no gradient (GSPO-token)
@@ -250,8 +254,8 @@ def token_logprobs_backward(
 
         d logp / dz = onehot(target) - p            d entropy / dz = -p * (log p + entropy)
 
-    No autograd here, and no tensor of more than N * block numbers, the two gradients and blocks
-    (block, C) of the weight aside.
+    No autograd here. Tensors are of size (N, C), (block, C) and (N, block) only, and one is (V, C):
+    the gradient with respect to weight.
 
     Source: Wijmans et al., arXiv 2411.09009, section 4.
     """
@@ -266,8 +270,8 @@ def flash_attention(q, k, v, tile):
 
     `tile` queries at a time meet `tile` keys at a time (the last tiles may be smaller). A tile of
     queries keeps a running maximum, sum and output; when the maximum grows, the two others are
-    scaled down. The output is divided by the sum once, at the end. No tensor has more numbers than
-    the larger of T * D and tile * tile.
+    scaled down. The output is divided by the sum once, at the end. Scores exist only in tiles of at
+    most tile x tile; no tensor has more numbers than the larger of T * D and tile * tile.
 
     Source: Dao, arXiv 2307.08691, Algorithm 1.
     """
@@ -318,8 +322,9 @@ def trust_region(lp, lq, eps):
 
         m = p^(1-b) q^b / Z         the largest b in [0, 1] for which KL(m || p) <= eps
 
-    Each row has its own b. The KL grows with b: halve an interval 20 times. A row whose teacher is
-    within the budget gets b = 1, exactly.
+    Each row has its own b. The KL grows with b: halve an interval 20 times, and take its lower end,
+    whose KL is within the budget. A row whose teacher is within the budget gets b = 1, exactly.
+    All log-probabilities are finite.
 
     Source: Plyusov et al., arXiv 2605.31159.
     """
@@ -366,12 +371,14 @@ def tournament(logp, n):
 
 
 def inner_update(fast, grads, eta):
-    """One step of test-time training: fast, grads are tuples of tensors (B, ...), the weights of B
-    documents and their gradients -> the new weights, a tuple like `fast`.
+    """One step of test-time training: fast, grads are tuples of tensors (B, ...) with any number of
+    further dimensions, the weights of B documents and their gradients -> the new weights, a tuple
+    like `fast`.
 
         W - eta g / max(1, |g|)         |g|: of one document, over all of its tensors together
 
-    Differentiable in fast and grads: training goes through the step.
+    Differentiable in fast and grads, with nothing detached, the length included: training goes
+    through the step. With a gradient of 0 the weights stay, and are no nan.
 
     Source: Tandon et al., arXiv 2512.23675; Pascanu et al., arXiv 1211.5063 (the clip).
     """

@@ -5,7 +5,7 @@ from itertools import combinations
 
 import torch
 
-from assignment.checks import close, normal, parts, say, seeded, tensor
+from assignment.checks import close, normal, parts, say, seeded, tensor, zeros
 
 # --------------------------------------------------------------------------------------------------
 # cache_step
@@ -38,9 +38,10 @@ def each_row_writes_into_its_own_slot(cache_step):
 
 
 def every_row_grows_by_one(cache_step):
-    """The new lens are the old ones plus 1, in a tensor of their own."""
+    """The new lens are the old ones plus 1, in an int64 tensor of their own."""
     _, new = parts(cache_step(*cache(LENS), *normal(3, 3, 2, seed=2)), 2)
     close(new, tensor(1, 3, 2))
+    assert new.dtype == torch.int64, f"the new lens are {new.dtype}, not int64"
 
 
 def a_token_sees_itself(cache_step):
@@ -72,6 +73,20 @@ def unused_slots_may_hold_anything(cache_step):
         close(out, want, f"with {junk} in all unused slots")
 
 
+def scores_may_be_large(cache_step):
+    """Scores of 20,000 or -20,000 give numbers: the largest is subtracted before exp, and unused
+    slots get a score of -inf, not just a low one. Where a row's keys are all equal, the output is
+    the mean of its values.
+    """
+    keys, values, lens = cache(LENS)
+    v = normal(3, 2)
+    one = torch.ones_like(v)
+    want = [torch.cat((values[r, :n], v[r : r + 1])).mean(0) for r, n in enumerate(LENS)]
+    for q in (20_000 * one, -20_000 * one):
+        out, _ = parts(cache_step(torch.ones_like(keys), values.clone(), lens, q, one, v), 2)
+        close(out, torch.stack(want), f"with a query of {q[0, 0]:g}")
+
+
 def scores_are_divided_by_the_root_of_D(cache_step):
     """Scores are divided by sqrt(D), as in `attention`."""
     keys, values, _ = cache([1])
@@ -90,6 +105,7 @@ CACHE_STEP = [
     a_token_sees_itself,
     a_row_sees_its_own_tokens_only,
     unused_slots_may_hold_anything,
+    scores_may_be_large,
     scores_are_divided_by_the_root_of_D,
 ]
 
@@ -204,6 +220,17 @@ def top_p_keeps_the_token_that_crosses_the_line(truncate):
     close(got, kept(SORTED, 0))
 
 
+def top_p_keeps_no_more_than_it_takes(truncate):
+    """The mass before a token decides, and of equal tokens no more than it takes are kept: of four
+    with .25 each top_p = .5 keeps two, of eight with .125 four. One stays always: top_p = 0 keeps
+    one.
+    """
+    for V, top_p, count in ((4, 0.5, 2), (8, 0.5, 4), (4, 0.0, 1)):
+        got = truncate(zeros(1, V), top_p=top_p)
+        close((got == 0).sum(), count, f"how many of {V} equal tokens top_p = {top_p:g} keeps")
+    close(truncate(SORTED[None], top_p=0.0), kept(SORTED, 0), "top_p = 0")
+
+
 def the_vocabulary_keeps_its_place(truncate):
     """After sorting, every token goes back to its own place in the vocabulary; rows are sorted on
     their own.
@@ -232,6 +259,7 @@ TRUNCATE = [
     top_k_keeps_the_k_largest,
     top_k_keeps_ties_and_may_be_large,
     top_p_keeps_the_token_that_crosses_the_line,
+    top_p_keeps_no_more_than_it_takes,
     the_vocabulary_keeps_its_place,
     nothing_asked_nothing_done,
     top_p_is_a_share_of_what_top_k_left,
@@ -261,6 +289,17 @@ def numbers_between_0_and_1(function):
     assert torch.equal(uniforms(function), uniforms(function)), "the same seed gives other numbers"
     changed = not torch.equal(uniforms(function), uniforms(function, 1))
     assert changed, "another seed gives the same numbers: there is nothing random in them"
+
+
+def a_second_call_gives_other_numbers(function):
+    """The generator moves on: a second call with the same one gives other numbers. It is not seeded
+    anew, and many shifts or places are possible, not a hundred.
+    """
+    generator = seeded()
+    first, second = (function(MANY, GROUP, generator) for _ in range(2))
+    assert not torch.equal(first, second), "two calls with one generator give the same numbers"
+    different = (first * GROUP % 1)[:, 0].mul(1e9).round().unique().numel()
+    assert different > 0.9 * MANY, f"{MANY} rows have {different} different places only"
 
 
 def one_in_each_interval(function):
@@ -312,6 +351,7 @@ STRATIFIED_UNIFORMS = [
     every_row_has_an_order_of_its_own,
     every_answer_is_uniform_on_its_own,
     places_are_random_and_independent,
+    a_second_call_gives_other_numbers,
 ]
 
 
@@ -324,7 +364,7 @@ def an_even_grid(lattice_uniforms):
 
 def the_shift_is_uniform_on_all_of_0_to_1(lattice_uniforms):
     """The shift is uniform on [0, 1), not only within the first interval: each answer's number is
-    uniform on [0, 1) over the prompts.
+    uniform on [0, 1) over the prompts. A row that has been sorted is not: do not sort.
     """
     u = uniforms(lattice_uniforms)
     for answer in range(GROUP):
@@ -343,6 +383,7 @@ LATTICE_UNIFORMS = [
     an_even_grid,
     every_row_has_a_shift_of_its_own,
     the_shift_is_uniform_on_all_of_0_to_1,
+    a_second_call_gives_other_numbers,
 ]
 
 

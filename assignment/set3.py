@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from assignment.checks import close, gradient, normal, tensor
+from assignment.checks import close, gradient, normal, ones, say, tensor, zeros
 
 # --------------------------------------------------------------------------------------------------
 # advantages
@@ -71,6 +71,8 @@ ADVANTAGES = [
 # --------------------------------------------------------------------------------------------------
 # policy_loss, where the clip is .8 .. 1.5
 
+RATIOS = "none", "token", "sequence", "cispo"
+
 
 def losses(policy_loss, ratio, rho, A, mask=None):
     """Loss and gradient of tokens with these ratios rho (a row's list) and one advantage, where the
@@ -94,11 +96,16 @@ def none_is_reinforce(policy_loss):
 
 
 def the_first_step_is_reinforce(policy_loss):
-    """Where the policy is still what it was, rho = 1, the gradient of all four is -A."""
-    for ratio in ("none", "token", "sequence", "cispo"):
+    """Where the policy is still what it was, rho = 1, the gradient of all four is -A, also where
+    old_logp is logp itself: old_logp is a constant.
+    """
+    want = tensor(-2, -2)
+    for ratio in RATIOS:
         got = losses(policy_loss, ratio, [1.0, 1.0], 2.0)[1]
-        want = tensor(-2, -2)
         close(got, want, ratio)
+        logp = tensor([-1, -1]).requires_grad_()
+        loss = policy_loss(logp, logp, tensor([2]), ones(1, 2), ratio, 0.2, 0.5)
+        close(gradient(loss, logp)[0], want, f"{ratio}: with logp as old_logp")
 
 
 def rho_is_new_over_old(policy_loss):
@@ -118,7 +125,10 @@ def the_clip_stops_what_went_far_enough(policy_loss):
     for A in (1.0, -1.0):
         _, slope = losses(policy_loss, "token", [0.5, 1.0, 2.0], A)
         want = tensor(-0.5, -1, 0) if A > 0 else tensor(0, 1, 2)
-        close(slope, want, f"the gradient at rho = .5, 1, 2 with A = {A:g}")
+        half = "(half of it at rho = 1: the minimum of two equal numbers shares it)"
+        close(slope, want, f"the gradient at rho = .5, 1, 2 with A = {A:g} {half}")
+    _, slope = losses(policy_loss, "token", [1e6], -1.0)
+    close(slope, tensor(1e6), "the gradient at rho = 1,000,000 with A = -1")
 
 
 def eps_low_is_below_and_eps_high_above(policy_loss):
@@ -133,11 +143,16 @@ def eps_low_is_below_and_eps_high_above(policy_loss):
 
 def a_sequence_has_a_geometric_mean(policy_loss):
     """`sequence`: the value of the ratio is the geometric mean of rho over the answer's own tokens,
-    exp(mean(log rho)). What stands where the mask is 0 does not count, not even as a length.
+    exp(mean(log rho)). What stands where the mask is 0 does not count, not even as a length, and
+    each row has a length of its own.
     """
     mask = [0.0, 1.0, 1.0, 0.0]
     loss, _ = losses(policy_loss, "sequence", [50.0, 1.44, 1.0, 50.0], 1.0, mask)
     close(loss, tensor(-1.2, -1.2))
+    logp = tensor([1.2, 50], [1.44, 1]).log()
+    mask = tensor([1, 0], [1, 1])
+    two = policy_loss(logp, 0 * logp, tensor([1], [1]), mask, "sequence", 0.2, 0.5)
+    close(two[mask > 0], tensor(-1.2, -1.2, -1.2), "two rows")
 
 
 def a_sequence_gives_each_token_its_own_gradient(policy_loss):
@@ -169,11 +184,26 @@ def what_is_masked_may_be_anything(policy_loss):
     mask = [False, True, True, False]
     numbers = [1.0, 1.44, 1.0, 1.0]
     junk = [math.nan, 1.44, 1.0, 0.0]
-    for ratio in ("none", "token", "sequence", "cispo"):
+    for ratio in RATIOS:
         loss, slope = losses(policy_loss, ratio, junk, 1.0, mask)
         want_loss, want_slope = losses(policy_loss, ratio, numbers, 1.0, mask)
         close(loss, want_loss, f"{ratio}: the loss")
         close(slope, want_slope, f"{ratio}: the gradient")
+
+
+def what_is_masked_has_a_gradient_of_0(policy_loss):
+    """Where the mask is 0 the loss is finite and the gradient 0, whatever stands there, also in a
+    row without any token. So mask what goes in, not only what comes out: a gradient of 0 that goes
+    back through exp(nan) is nan.
+    """
+    junk = tensor([math.nan, 0, -math.inf], [math.nan, 0, -math.inf])
+    mask = tensor([0, 1, 0], [0, 0, 0])
+    for ratio in RATIOS:
+        logp = junk.clone().requires_grad_()
+        loss = policy_loss(logp, 0 * mask, tensor([1], [1]), mask, ratio, 0.2, 0.5)
+        assert loss.isfinite().all(), f"{ratio}: the losses are {say(loss)}"
+        slope = gradient(loss[mask > 0], logp)
+        close(slope[mask == 0], zeros(5), f"{ratio}: the gradient where the mask is 0")
 
 
 POLICY_LOSS = [
@@ -185,6 +215,7 @@ POLICY_LOSS = [
     a_sequence_gives_each_token_its_own_gradient,
     cispo_never_loses_a_gradient,
     what_is_masked_may_be_anything,
+    what_is_masked_has_a_gradient_of_0,
     the_first_step_is_reinforce,
 ]
 

@@ -159,7 +159,8 @@ def by_the_chain_rule_1_over_temperature(function):
 
 def blocks_add_up(function):
     """The gradient of hidden is a SUM over the blocks, that of weight has the rows of each block:
-    any block gives the same.
+    any block gives the same. p = exp(z - lse) with the lse given, not the block's own, and a target
+    counts in its own block only.
     """
     for block in (1, BLOCK):
         compare_slopes(*slopes(function, ONES, ONES, block=block))
@@ -249,6 +250,21 @@ def scores_may_be_large(flash_attention):
     compare_attention(flash_attention, -low, low, normal(T, 4), 3, tol=1e-3)
 
 
+def every_query_has_its_own_maximum(flash_attention):
+    """The running maximum is each query's own, not one for the tile; it is taken of the keys that
+    the query sees, after the causal mask; and it goes on growing after the first tile.
+    """
+    v = normal(T, D)
+    signs = tensor(1, -1, 1, -1, -1, 1, -1)[:, None]
+    k = 10 * normal(T, D).abs() + 10
+    compare_attention(flash_attention, 50 * signs * ones(T, D), k, v, 3, tol=1e-3)
+    loud = ones(T, D)
+    loud[2] = loud[5] = 100  # keys that the queries before them do not see
+    compare_attention(flash_attention, 10 * ones(T, D), loud, v, 3, tol=1e-3)
+    rising = ones(T, D).cumsum(0)
+    compare_attention(flash_attention, 100 * ones(T, D), rising, v, 3, tol=1e-3)
+
+
 def it_never_holds_a_row_of_scores(flash_attention):
     """No tensor has more numbers than the larger of T * D and tile * tile: a tile of queries never
     meets more than a tile of keys at a time.
@@ -265,5 +281,6 @@ FLASH_ATTENTION = [
     a_larger_maximum_scales_down_what_came_before,
     any_tile_will_do,
     scores_may_be_large,
+    every_query_has_its_own_maximum,
     it_never_holds_a_row_of_scores,
 ]

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from assignment.checks import close, gradient, normal, parts, tensor
+from assignment.checks import close, gradient, normal, parts, say, tensor
 
 V = 5
 LOGITS = normal(2, 3, V)  # of the student
@@ -188,7 +188,9 @@ def it_is_a_distribution(trust_region):
 
 
 def without_a_budget_the_student(trust_region):
-    """With eps = 0 the mixture is the student: b = 0."""
+    """With eps = 0 the mixture is the student: b = 0. If b is 1 here, the divergence was measured
+    to the teacher, or p and q are exchanged.
+    """
     m, b = parts(trust_region(STUDENT, TEACHER, 0.0), 2)
     close(b, tensor(0, 0, 0), "b", tol=1e-4)
     close(m, STUDENT, "the mixture", tol=1e-3)
@@ -221,10 +223,25 @@ def the_budget_is_spent(trust_region):
     close(from_the_student(m, STUDENT), want, "KL(m || p)", tol=1e-4)
 
 
+def a_row_within_the_budget_says_nothing_of_others(trust_region):
+    """A batch may mix rows whose teacher is within the budget (b = 1, exactly) and rows whose
+    teacher is beyond it; there b may be anywhere from 0 to 1, above 1/2 too.
+    """
+    lp = STUDENT[:2]
+    lq = torch.stack((STUDENT[0], TEACHER[1]))
+    whole = from_the_student(lq, lp)[1].item()
+    for share in (0.3, 0.8):
+        m, b = parts(trust_region(lp, lq, share * whole), 2)
+        assert b[0] == 1, f"b is {say(b)}, and the first row's teacher is the student"
+        want = tensor(0, share * whole)
+        close(from_the_student(m, lp), want, f"KL(m || p), b is {say(b)}", tol=1e-3)
+
+
 TRUST_REGION = [
     it_is_a_distribution,
     without_a_budget_the_student,
     with_a_large_budget_the_teacher,
     the_mixture_is_geometric,
     the_budget_is_spent,
+    a_row_within_the_budget_says_nothing_of_others,
 ]

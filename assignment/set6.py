@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from assignment.checks import close, gradient, normal, ones, parts, tensor
+from assignment.checks import close, gradient, normal, ones, parts, tensor, zeros
 
 # --------------------------------------------------------------------------------------------------
 # budget_rule
@@ -181,12 +181,14 @@ def a_short_gradient_is_a_plain_step(inner_update):
 
 
 def a_long_gradient_is_cut_to_length_1(inner_update):
-    """A gradient longer than 1 is divided by its length: the step is as long as eta."""
+    """A gradient longer than 1 is divided by its length: the step is as long as eta. With a
+    gradient of 0 the weights stay.
+    """
     first = tensor([3, 4], [0, 0])
     second = tensor([0, 0], [0, 0])
     moved = step(inner_update, first, second)
-    want = tensor(-0.3, -0.4, 0, 0)
-    close(moved[0], want)
+    want = tensor([-0.3, -0.4, 0, 0], [0, 0, 0, 0])
+    close(moved, want)
 
 
 def both_tensors_have_one_length(inner_update):
@@ -214,8 +216,8 @@ def documents_do_not_share_a_length(inner_update):
 
 
 def training_goes_through_the_step(inner_update):
-    """The new weights hang on the old ones and on the gradients, with nothing detached: gradients
-    of gradients go through the step.
+    """The new weights hang on the old ones and on the gradients, with nothing detached, the length
+    included: gradients of gradients go through the step.
     """
     fast = normal(1, 2, 2).requires_grad_()
     short = (0.1 * normal(1, 2, 2)).requires_grad_()
@@ -224,6 +226,23 @@ def training_goes_through_the_step(inner_update):
     close(gradient(new, fast), want, "with respect to the old weights")
     (new,) = inner_update((fast,), (short,), 0.5)
     close(gradient(new, short), -0.5 * want, "with respect to the gradients")
+    long = tensor([[3, 4]]).requires_grad_()
+    (new,) = inner_update((zeros(1, 1, 2),), (long,), 0.5)
+    # of -g / (2 |g|): -1 / (2 |g|) + g (3 + 4) / (2 |g|^3)
+    want = tensor([[-0.016, 0.012]])
+    close(gradient(new, long), want, "with respect to a gradient longer than 1")
+
+
+def tensors_may_have_any_number_of_dimensions(inner_update):
+    """A tensor may have any number of dimensions after the first: (B,) and (B, C) as well as
+    (B, C, D). The length is over all of them.
+    """
+    shapes = (2,), (2, 3), (2, 1, 2), (2, 1, 1, 2)
+    fast = tuple(zeros(*shape) for shape in shapes)
+    grads = tuple(ones(*shape) for shape in shapes)
+    # a document has 1 + 3 + 2 + 2 = 8 gradients of 1
+    for new, g in zip(parts(inner_update(fast, grads, 0.5), 4), grads, strict=True):
+        close(new, -0.5 * g / 8**0.5, f"shape {tuple(g.shape)}")
 
 
 INNER_UPDATE = [
@@ -232,4 +251,5 @@ INNER_UPDATE = [
     both_tensors_have_one_length,
     documents_do_not_share_a_length,
     training_goes_through_the_step,
+    tensors_may_have_any_number_of_dimensions,
 ]

@@ -90,7 +90,7 @@ def truncate(logits, top_k=None, top_p=None):
         probs, order = logits.softmax(-1).sort(-1, descending=True)
         above = probs.cumsum(-1) - probs
         mass = torch.empty_like(above).scatter(-1, order, above)
-        logits = logits.masked_fill(mass >= top_p, -math.inf)
+        logits = logits.masked_fill((mass >= top_p) & (mass > 0), -math.inf)
     return logits
 
 
@@ -126,11 +126,12 @@ def advantages(rewards, kind):
 
 
 def policy_loss(logp, old_logp, adv, mask, ratio, eps_low, eps_high):
+    logp = torch.where(mask > 0, logp, 0)
     if ratio == "none":
         return -adv * logp
-    log_rho = logp - old_logp
+    log_rho = torch.where(mask > 0, logp - old_logp.detach(), 0)
     if ratio == "sequence":
-        mean = torch.where(mask > 0, log_rho, 0).sum(1, keepdim=True) / mask.sum(1, keepdim=True)
+        mean = log_rho.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp_min(1)
         log_rho = mean.detach() + logp - logp.detach()
     rho = log_rho.exp()
     clipped = rho.clamp(1 - eps_low, 1 + eps_high)
@@ -277,6 +278,7 @@ def tournament(logp, n):
 
 
 def inner_update(fast, grads, eta):
-    norm = sum(g.square().flatten(1).sum(1) for g in grads).sqrt()
+    norm = sum(g.square().reshape(len(g), -1).sum(1) for g in grads).sqrt()
     scale = eta / norm.clamp_min(1)
-    return tuple(w - scale.view(-1, 1, 1) * g for w, g in zip(fast, grads, strict=True))
+    pairs = zip(fast, grads, strict=True)
+    return tuple(w - scale.view(-1, *[1] * (g.dim() - 1)) * g for w, g in pairs)

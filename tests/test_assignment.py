@@ -81,7 +81,8 @@ def cache_step(keys, values, lens, q, k, v):
 def policy_loss(logp, old_logp, adv, mask, ratio, eps_low, eps_high):
     # ours is given numbers wherever the mask is 0: log-probabilities of padding
     logp = torch.where(mask > 0, logp, 0)
-    return grpo.policy_loss(logp, old_logp, adv, mask, ratio, eps_low, eps_high)[0]
+    # a trainer gives old_logp without a gradient
+    return grpo.policy_loss(logp, old_logp.detach(), adv, mask, ratio, eps_low, eps_high)[0]
 
 
 def token_logprobs(hidden, weight, targets, temperature, block):
@@ -113,6 +114,11 @@ def flash_attention(q, k, v, tile):
     return o[0, 0], lse[0, 0] * math.log(2)
 
 
+def truncate(logits, top_k=None, top_p=None):
+    # `generate` asks ours for a top_p above 0
+    return engine.truncate(logits, top_k, 1e-30 if top_p == 0 else top_p)
+
+
 def uniforms(kind):
     def draw(prompts, group, generator):
         return quasi.group_uniforms(kind, prompts, group, 1, generator).view(prompts, group)
@@ -128,6 +134,13 @@ def coverage_profile(log_ratio, ns):
     return torch.stack([torch.tensor(coverage.coverage(log_ratio, n)) for n in ns])
 
 
+def inner_update(fast, grads, eta):
+    # ours are matrices
+    matrices = ([x.reshape(len(x), -1, 1) for x in xs] for xs in (fast, grads))
+    new = ttt.inner_update(*matrices, eta)
+    return tuple(x.view_as(w) for x, w in zip(new, fast, strict=True))
+
+
 OURS = {
     "bpe_merges": bpe_merges,
     "rms_norm": rms_norm,
@@ -135,7 +148,7 @@ OURS = {
     "attention": kernels.attention,
     "cache_step": cache_step,
     "inverse_cdf": lambda probs, u: engine.inverse_cdf(probs, u)[0],
-    "truncate": engine.truncate,
+    "truncate": truncate,
     "stratified_uniforms": uniforms("stratified"),
     "lattice_uniforms": uniforms("lattice"),
     "pass_at_k": grpo.pass_at_k,
@@ -153,7 +166,7 @@ OURS = {
     "budget_rule": coupled.budget_rule,
     "coverage_profile": coverage_profile,
     "tournament": lambda logp, n: torch.tensor(selection.tournament(logp.numpy(), n)),
-    "inner_update": ttt.inner_update,
+    "inner_update": inner_update,
 }
 
 

@@ -75,6 +75,14 @@ WRONG = {
             "exp() * seen\n    p = p / p.sum(-1, keepdim=True)",
             "not multiplied by 0",
         ),
+        (
+            "-math.inf).softmax(-1)",
+            "-math.inf).exp()\n    p = p / p.sum(-1, keepdim=True)",
+            "the largest is subtracted before exp",
+        ),
+        ("-math.inf", "-30", "a score of -inf, not just a low one"),
+        ("-math.inf", "-1e4", "a score of -inf, not just a low one"),
+        ("lens + 1", "(lens + 1).int()", "not int64"),
     ],
     "inverse_cdf": [
         ("cdf <= u", "cdf < u", "the number .25 draws token 1"),
@@ -90,6 +98,14 @@ WRONG = {
     ],
     "truncate": [
         ("mass >= top_p", "mass + logits.softmax(-1) > top_p", "the token that crosses the line"),
+        ("mass >= top_p", "mass > top_p", "of equal tokens no more than it takes"),
+        (
+            "(mass >= top_p) & (mass > 0)",
+            "logits.softmax(-1) < probs[above < top_p].min()",
+            "of equal tokens no more than it takes",
+        ),
+        ("& (mass > 0)", "", "top_p = 0 keeps one"),
+        ("top_p is not None and top_p < 1", "top_p and top_p < 1", "top_p = 0 keeps one"),
         (".scatter(-1, order, above)", ".copy_(above)", "its own place in the vocabulary"),
         ("values[:, -1:]", "values.min()", "of each row"),
         ("min(top_k, logits.shape[-1])", "top_k", "beyond V keeps all"),
@@ -121,6 +137,11 @@ WRONG = {
         ),
         ("(interval + place) / group", "place", "one lies in each"),
         ("generator=generator).arg", ").arg", "the same seed gives"),
+        (
+            "place = torch",
+            "generator.manual_seed(generator.initial_seed())\n    place = torch",
+            "a second call with the same one gives other numbers",
+        ),
     ],
     "lattice_uniforms": [
         (" % 1", "", "outside of [0, 1)"),
@@ -128,6 +149,21 @@ WRONG = {
         ("+ shift", "+ shift / group", "not only within the first interval"),
         ("torch.rand(prompts, 1,", "torch.rand(prompts, group,", "an even grid"),
         (", generator=generator", "", "the same seed gives"),
+        (
+            "shift = torch",
+            "generator.manual_seed(generator.initial_seed())\n    shift = torch",
+            "a second call with the same one gives other numbers",
+        ),
+        (
+            "torch.rand(prompts, 1, dtype=torch.float64, generator=generator)",
+            "torch.randint(100, (prompts, 1), generator=generator).double() / 100",
+            "many shifts or places are possible",
+        ),
+        (
+            "(torch.arange(group) / group + shift) % 1",
+            "((torch.arange(group) / group + shift) % 1).sort(1).values",
+            "do not sort",
+        ),
     ],
     "pass_at_k": [
         (
@@ -155,11 +191,45 @@ WRONG = {
     "policy_loss": [
         ("torch.minimum", "torch.maximum", "has become likelier keeps its gradient"),
         ("-torch.minimum(rho * adv, clipped * adv)", "-clipped * adv", "keeps its gradient"),
-        ("log_rho = logp - old_logp", "log_rho = old_logp - logp", "the new probability over"),
+        ("logp - old_logp.detach()", "old_logp.detach() - logp", "the new probability over"),
         ("1 - eps_low, 1 + eps_high", "1 - eps_high, 1 + eps_low", "eps_low is how far down"),
-        ("/ mask.sum(1, keepdim=True)", "/ mask.shape[1]", "not even as a length"),
-        ("torch.where(mask > 0, log_rho, 0)", "log_rho", "geometric mean"),
-        ("torch.where(mask > 0, log_rho, 0)", "(log_rho * mask)", "not multiplied by 0"),
+        ("mask.sum(1, keepdim=True).clamp_min(1)", "mask.shape[1]", "not even as a length"),
+        ("(1, keepdim=True).cl", "(1, keepdim=True)[:1].cl", "each row has a length of its own"),
+        (".clamp_min(1)", "", "also in a row without any token"),
+        (
+            "torch.where(mask > 0, logp - old_logp.detach(), 0)",
+            "logp - old_logp",
+            "geometric mean",
+        ),
+        (
+            'torch.where(mask > 0, logp, 0)\n    if ratio == "none":\n        return -adv * logp\n'
+            "    log_rho = torch.where(mask > 0, logp - old_logp.detach(), 0)",
+            'logp\n    if ratio == "none":\n        return -adv * logp\n'
+            "    log_rho = (logp - old_logp.detach()) * mask",
+            "not multiplied by 0",
+        ),
+        # nan where the mask is 0 meets exp, and is left out afterwards
+        (
+            "logp = torch.where(mask > 0, logp, 0)",
+            'if ratio == "token":\n        rho = (logp - old_logp.detach()).exp()\n'
+            "        clipped = rho.clamp(1 - eps_low, 1 + eps_high)\n"
+            "        return torch.where(mask > 0, -torch.minimum(rho * adv, clipped * adv), 0)\n"
+            "    logp = torch.where(mask > 0, logp, 0)",
+            "mask what goes in",
+        ),
+        ("logp - old_logp.detach()", "logp - old_logp", "old_logp is a constant"),
+        ("rho = log_rho.exp()", "rho = log_rho.clamp(-10, 10).exp()", "however large rho is"),
+        (
+            "-torch.minimum(rho * adv, clipped * adv)",
+            "-torch.where(adv < 0, torch.minimum(rho * adv, clipped * adv).maximum(3 * adv),"
+            " torch.minimum(rho * adv, clipped * adv))",
+            "however large rho is",
+        ),
+        (
+            "clipped = rho.clamp(1 - eps_low, 1 + eps_high)",
+            "clipped = rho.clamp(1 - eps_low, 1 + eps_high).detach()",
+            "shares it",
+        ),
         ("mean.detach() + logp - logp.detach()", "mean.expand_as(logp)", "not a share of"),
         ("clipped.detach() * adv", "clipped * adv", "a weight without gradient"),
         ("-clipped.detach() * adv * logp", "-rho.detach() * adv * logp", "-clip(rho) A"),
@@ -204,6 +274,12 @@ WRONG = {
         ("(logp + entropy[:, None])", "(logp - entropy[:, None])", "MINUS the entropy"),
         ("dhidden += dz @ w", "dhidden = dz @ w", "a SUM over the blocks"),
         ("g_logp[here]", "g_logp.mean()", "its own g_logp"),
+        ("p = logp.exp()", "p = logp.softmax(1)", "with the lse given, not the block's own"),
+        (
+            "dz[here, targets[here] - a] += g_logp[here]",
+            "dz[torch.arange(len(dz)), targets % len(w)] += g_logp",
+            "a target counts in its own block only",
+        ),
         ("dz.T @ hidden", "dz.T @ hidden / len(hidden)", "the gradient of weight"),
         (
             "for a in range",
@@ -224,6 +300,17 @@ WRONG = {
         ("acc / s[:, None]", "acc", "divides once, at the end"),
         ("torch.maximum(m, z.amax(1))", "torch.zeros_like(m)", "Scores of hundreds"),
         ("new_full((len(part),), -math.inf)", "new_zeros(len(part))", "begins at -inf"),
+        (
+            "torch.maximum(m, z.amax(1))",
+            "torch.maximum(m, z.amax().expand(len(m)))",
+            "each query's own, not one for the tile",
+        ),
+        (
+            "z = z.masked_fill(future, -math.inf)\n            new = torch.maximum(m, z.amax(1))",
+            "new = torch.maximum(m, z.amax(1))\n            z = z.masked_fill(future, -math.inf)",
+            "after the causal mask",
+        ),
+        ("torch.maximum(m, z.amax(1))", "m if b else z.amax(1)", "growing after the first tile"),
         ("m + s.log()", "(m + s.log()) / math.log(2)", "the log of how many it sees"),
         ("T, D = q.shape", "T, D = q.shape\n    tile = T", "never meets more"),
         ("range(0, a + len(part), tile)", "range(0, a + 1, tile + 1)", "so far"),
@@ -281,6 +368,14 @@ WRONG = {
         ),
         ("torch.where(within(high), high, 0 * high)", "0 * high", "b = 1, exactly"),
         ("<= eps", "<= 2 * eps", "is eps, and not above it"),
+        ("within(high)", "within(high).all()", "A batch may mix rows"),
+        (
+            "within(high)",
+            "(lq.exp() * (lq - lp)).sum(-1).mean() <= eps",
+            "A batch may mix rows",
+        ),
+        ("for _ in", "high = torch.maximum(low, high / 2)\n    for _ in", "above 1/2 too"),
+        ("(m.exp() * (m - lp))", "(m.exp() * (m - lq))", "was measured to the teacher"),
     ],
     "budget_rule": [
         ("return b\n", "return 2 * b\n", "not its double"),
@@ -322,12 +417,15 @@ WRONG = {
         ("eta / norm.clamp_min(1)", "eta / norm", "never made longer"),
         ("norm.clamp_min(1)", "norm.max().clamp_min(1)", "does not shorten another's"),
         (
-            "scale.view(-1, 1, 1) * g",
+            "scale.view(-1, *[1] * (g.dim() - 1)) * g",
             "eta * g / g.flatten(1).norm(dim=1).clamp_min(1).view(-1, 1, 1)",
             "all of its tensors together",
         ),
         ("norm.clamp_min(1)", "(1 + 0 * norm)", "the step is as long as eta"),
-        ("tuple(w - scale", "tuple(w.detach() - scale", "nothing detached"),
-        (".view(-1, 1, 1) * g", ".view(-1, 1, 1) * g.detach()", "nothing detached"),
+        ("w - scale", "w.detach() - scale", "nothing detached"),
+        ("- 1)) * g", "- 1)) * g.detach()", "nothing detached"),
+        ("norm.clamp_min(1)", "norm.detach().clamp_min(1)", "the length included"),
+        ("view(-1, *[1] * (g.dim() - 1))", "view(-1, 1, 1)", "any number of dimensions"),
+        ("norm.clamp_min(1)", "(norm / norm.clamp_max(1))", "With a gradient of 0"),
     ],
 }
