@@ -12,7 +12,7 @@ The generator answers pairs; the target, reset each time, takes four steps on th
 counts is its loss on held-out pairs whose answers add 3. No prompt says 3, and the generator never
 sees such a pair: only the derivative with respect to each example's weight tells.
 
-    python -m experiments.metagrad_gpt          4 minutes on one core
+    python -m experiments.metagrad_gpt          3 minutes on one core
 
 Rivals get the same number of answers from the same pairs. By dataset: the metric of a target that
 trained on an eighth of them. First order: the same derivative through steps that hardly move the
@@ -69,10 +69,18 @@ N = 2  # digits of a problem, and of its answer
 EQUALS, LETTER = 10, 11  # ids: 10 digits, "=", a letter for each number that is added
 ADDED = 5  # 0, 1, 2, 3, 4
 WANTED = 3
-SHAPE = GPTConfig(LETTER + ADDED, block_size=8, n_layer=2, n_head=2, n_embd=32, tie=False)
+SHAPE = GPTConfig(
+    LETTER + ADDED,
+    block_size=8,
+    n_layer=2,
+    n_head=2,
+    n_embd=32,
+    tie=False,
+)
 PAIRS, GROUP = 16, 8  # in each step; answers to each
 OURS = "each example"
-# how the generator is paid, and the learning rate that is best for it on a seed of its own
+# how the generator is paid, and its learning rate: of three for ours and the datasets' the best on
+# another seed; first order takes ours
 ARMS = {OURS: 1e-3, "first order": 1e-3, "by dataset": 3e-4}
 
 PAIR = torch.cartesian_prod(torch.arange(10), torch.arange(10))
@@ -238,18 +246,25 @@ def figure(config, run):
     axes[1].legend()
     told = ", ".join(f"{ends['share', arm].mean():.2f} (paid {arm})" for arm in ARMS)
     fig.suptitle(f"Nobody says what to add. Answers that add {WANTED} at the end:\n{told}")
+    axes[1].set_yscale("log")  # bad examples do more harm than good ones do good
     loss = ends["loss", OURS]
-    before = series(run, "loss", arm=OURS)[1][:, 0]
     # each claim is one of the worst seed
     rows = [
         ("relative error of the derivative", series(run, "error")[1].max(), "<=", 1e-4),
         (f"answers that add {WANTED}", ends["share", OURS].min(), ">=", 0.9),
-        ("test loss, after minus before", (loss - before).max(), "<", 0),
+        (
+            "test loss, after minus before",
+            (loss - series(run, "loss", arm=OURS)[1][:, 0]).max(),
+            "<",
+            0,
+        ),
     ]
-    for arm in list(ARMS)[1:]:
+    for arm in ("first order", "by dataset"):
         rows.append((f"test loss, minus paid {arm}", (loss - ends["loss", arm]).max(), "<", 0))
-    where = "design of the task", "-"
-    return fig, [claim(t, f"{t}, worst seed", *where, *rest, config.seeds) for t, *rest in rows]
+    return fig, [
+        claim(text, f"{text}, worst seed", "design of the task", "-", *rest, config.seeds)
+        for text, *rest in rows
+    ]
 
 
 def main():
