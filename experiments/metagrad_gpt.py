@@ -12,7 +12,7 @@ The generator answers pairs; the target, reset each time, takes four steps on th
 counts is its loss on held-out pairs whose answers add 3. No prompt says 3, and the generator never
 sees such a pair: only the derivative with respect to each example's weight tells.
 
-    python -m experiments.metagrad_gpt          3 minutes on one core
+    python -m experiments.metagrad_gpt          2 minutes on one core
 
 Rivals get the same number of answers from the same pairs. By dataset: the metric of a target that
 trained on an eighth of them. First order: the same derivative through steps that hardly move the
@@ -246,7 +246,7 @@ def figure(config, run):
     axes[1].legend()
     told = ", ".join(f"{ends['share', arm].mean():.2f} (paid {arm})" for arm in ARMS)
     fig.suptitle(f"Nobody says what to add. Answers that add {WANTED} at the end:\n{told}")
-    axes[1].set_yscale("log")  # bad examples do more harm than good ones do good
+    axes[1].set_ylim(0.4, 0.6)  # what is paid by first order ends far above
     loss = ends["loss", OURS]
     # each claim is one of the worst seed
     rows = [
@@ -259,7 +259,7 @@ def figure(config, run):
             0,
         ),
     ]
-    for arm in ("first order", "by dataset"):
+    for arm in "first order", "by dataset":
         rows.append((f"test loss, minus paid {arm}", (loss - ends["loss", arm]).max(), "<", 0))
     return fig, [
         claim(text, f"{text}, worst seed", "design of the task", "-", *rest, config.seeds)
