@@ -37,7 +37,7 @@ import torch
 import torch.nn.functional as F
 
 from electives import forget
-from electives.forget import BLOCK, BLOCKS, ENDS, GROUP, N_KEYS, SOURCE, STREAM, optimizer_of
+from electives.forget import BLOCK, BLOCKS, ENDS, GROUP, SOURCE, STREAM
 from engine import KVCache
 from experiment import (
     Flags,
@@ -81,8 +81,7 @@ def ask(n, L, among, generator, device):
 
 def text(ids, questions, answers):
     """Streams (R, 48), then question, answer, question, ... -> (R, 48 + 2L)."""
-    turns = torch.stack((questions, answers), dim=2)  # (R, L, 2)
-    return torch.cat((ids, turns.flatten(1)), dim=1)
+    return torch.cat((ids, torch.stack((questions, answers), dim=2).flatten(1)), dim=1)
 
 
 def said(ids):
@@ -101,8 +100,10 @@ def ends_of(L):
 def latest(reads):
     """Attention in reads since a round, a token each but in the stream: as of one read."""
     S = reads[-1][0].shape[3]
-    layers = zip(*reads, strict=True)
-    return [torch.cat([F.pad(w, (0, S - w.shape[3])) for w in layer], dim=2) for layer in layers]
+    return [
+        torch.cat([F.pad(w, (0, S - w.shape[3])) for w in layer], dim=2)  # (R, H, queries, S)
+        for layer in zip(*reads, strict=True)
+    ]
 
 
 @torch.no_grad()
@@ -117,33 +118,34 @@ def write(model, ids, questions, share, generator=None):
     ids = text(ids, questions, questions)  # the answers take their places below
     held = ids.new_zeros(len(model.blocks), R, 0)
     kept = forget.kept_after(share)
+    kept += kept[-1:] * L  # from then on a block goes for each that comes
     start = before = 0
     logps, rounds, reads = [], [], []
+    # the stream in the lesson's chunks, then token by token
     for end in [*ENDS, *range(STREAM + 1, STREAM + 2 * L)]:
         logits, weights = forget.read(model, ids[:, start:end], cache=cache)
         reads.append(weights)
         start = end
         if end in ends_of(L):
             # 1. A round: what was read since the last one comes to what is held
-            new = torch.arange(before, end // BLOCK, device=ids.device)
-            new = new.expand(*held.shape[:2], -1)
+            n = end // BLOCK  # blocks read so far
+            new = ids.new_tensor(range(before, n)).expand(*held.shape[:2], -1)
             held = torch.cat((held, new), dim=2)  # (layers, R, n)
-            K = kept[min(len(rounds), len(kept) - 1)]
-            order = forget.policy(latest(reads), cache, held, generator).topk(K, dim=2).indices
+            scores = forget.policy(latest(reads), cache, held, generator)
+            order = scores.topk(kept[len(rounds)], dim=2).indices  # (layers, R, K)
             held = held.gather(2, order)
-            slots = BLOCK * order[..., None] + torch.arange(BLOCK, device=ids.device)
+            slots = BLOCK * order[..., None] + ids.new_tensor(range(BLOCK))
             for layer in range(len(held)):
                 forget.select(cache, layer, slots[layer].flatten(1))
             rounds.append(held)
             reads = []
-            before = end // BLOCK
-        elif end > STREAM and end % 2:
+            before = n
+        elif end % 2:
             # 2. A question was read: an answer to it
             logp = logits[:, -1].log_softmax(-1)  # (R, V)
             ids[:, end] = logp.argmax(1)
             if generator is not None:
-                p = logp.exp().cpu()
-                ids[:, end] = p.multinomial(1, generator=generator).squeeze(1).to(ids.device)
+                ids[:, end, None] = logp.exp().cpu().multinomial(1, generator=generator)
             logps.append(logp.gather(1, ids[:, end, None]))
     return ids, torch.cat(logps, dim=1), rounds
 
@@ -168,18 +170,22 @@ def practise(model, config, L, generator, device):
     drawn = ask(config.streams, L, BLOCKS // 2, generator, device)
     ids, questions, right = (t.repeat_interleave(GROUP, dim=0) for t in drawn)
     ids, logp, rounds = write(model, ids, questions, config.keep, generator)
-    reward = (said(ids) == right).float().mean(1)
+    reward = (said(ids) == right).float().mean(1)  # (R,)
     groups = reward.view(-1, GROUP)
     return ids, logp, rounds, reward, (groups - groups.mean(1, keepdim=True)).flatten()
 
 
 def compare(model, config, L, seed, device):
     """A row: how far scores are off, and the cosine of the gradients with and without masks."""
-    generator = torch.Generator().manual_seed(seed)
-    batch = practise(model, config, L, generator, device)
-    ids, sampled, rounds, _, advantage = batch
+    ids, sampled, rounds, _, advantage = practise(
+        model,
+        config,
+        L,
+        torch.Generator().manual_seed(seed),
+        device,
+    )
     row = {}
-    grads = []
+    grads = []  # of each arm: answers, memory, both
     for arm, replay in ARMS.items():
         logp, memory = scored(model, ids, rounds, replay)
         row[arm] = (logp - sampled).abs().mean().item()
@@ -193,22 +199,26 @@ def compare(model, config, L, seed, device):
             )
             parts.append(torch.cat([g.flatten() for g in grad]))
         grads.append([*parts, sum(parts)])
-    cosines = [F.cosine_similarity(a, b, dim=0).item() for a, b in zip(*grads, strict=True)]
-    return row | dict(zip(PARTS, cosines, strict=True))
+    # the same samples, so that a difference is one of scoring
+    for part, true, other in zip(PARTS, *grads, strict=True):
+        row[part] = F.cosine_similarity(true, other, dim=0).item()
+    return row
 
 
 def teach(config, run, seed, device):
     """The lesson's base, used to reading an answer after each question, with a whole cache."""
     model = forget.pretrain(config, run, seed, device)
+    # rotations have no parameters: more positions cost nothing
     model.config.block_size = STREAM + 2 * max(LENGTHS)
     model.rope = rotations(model.config)
-    optimizer = optimizer_of(model, 1e-3)
-    rng = random.Random(seed)
+    optimizer = forget.optimizer_of(model, 1e-3)
     generator = torch.Generator().manual_seed(seed + 1)
-    for _ in run.loop(f"turns {seed}", config.turns, model, optimizer, rng, generator):
+    for _ in run.loop(
+        f"turns {seed}", config.turns, model, optimizer, random.Random(seed), generator
+    ):
         ids, questions, answers = ask(64, max(LENGTHS), BLOCKS, generator, device)
-        logits = model(text(ids, questions, answers))[:, STREAM::2]
-        logp = logits.log_softmax(-1)  # (64, L, V)
+        logits = model(text(ids, questions, answers))
+        logp = logits[:, STREAM::2].log_softmax(-1)  # (64, L, V)
         forget.step_on(optimizer, -logp.gather(2, answers[..., None]).mean())
     return model
 
@@ -219,42 +229,46 @@ def figure(config, run):
 
     def by_length(key):
         """A number at each length (seeds, lengths)."""
-        columns = [series(run, key, L=L)[1] for L in LENGTHS]
-        return np.concatenate(columns, axis=1)
+        return np.concatenate([series(run, key, L=L)[1] for L in LENGTHS], axis=1)
 
-    exact, off = (by_length(arm) for arm in ARMS)
-    for arm in ARMS:
-        band(mismatch, LENGTHS, by_length(arm), arm, marker="o")
-    mismatch.set_title(f"Without masks an answer is off by {off.mean():.1f} nats")
-    mismatch.set_ylabel("|log p trained - log p sampled| (nats)")
-    for part in PARTS:
-        band(cosine, LENGTHS, by_length(part), part, marker="o")
-    both = by_length("both")
-    first, last = both[:, 0], both[:, -1]
-    cosine.set_title(f"Gradients: {first.mean():.2f} at 1 answer, {last.mean():.2f} at 16")
-    cosine.set_ylabel("cosine, with and without masks")
-    cosine.axhline(0, color="0.6", lw=0.5)
-    for ax in (mismatch, cosine):
+    for ax, keys in ((mismatch, ARMS), (cosine, PARTS)):
+        for key in keys:
+            band(ax, LENGTHS, by_length(key), key, marker="o")
         ax.set_xscale("log", base=2)
         ax.set_xlabel("answers to a stream")
         ax.legend()
+    exact, off = map(by_length, ARMS)
+    first, *_, last = by_length("both").T  # (seeds,) each
+    answers = by_length("answers")
+    title = f"Without masks an answer is off by {off.mean():.1f} nats"
+    mismatch.set(title=title, ylabel="|log p trained - log p sampled| (nats)")
+    title = f"Gradients: {first.mean():.2f} at 1 answer, {last.mean():.2f} at 16"
+    cosine.set(title=title, ylabel="cosine, with and without masks")
     n = config.seeds
-    blind = by_length("answers").mean(1)
     return fig, [
-        claim("exact", "mismatch in nats, replay masks", SOURCE, "-", exact.max(1), "<=", 1e-3, n),
+        claim(
+            "exact",
+            "mismatch in nats, replay masks",
+            SOURCE,
+            "-",
+            exact.max(1),
+            "<=",
+            1e-3,
+            n,
+        ),
         claim("off", "mismatch in nats, without", SOURCE, "-", off.min(1), ">=", 1, n),
-        claim("answers", "cosine of the answers' gradient", SOURCE, "-", blind, "<=", 0.1, n),
+        claim(
+            "answers",
+            "answers' gradient: cosine",
+            SOURCE,
+            "-",
+            answers.mean(1),
+            "<=",
+            0.1,
+            n,
+        ),
         claim("length", "cosine at 1 answer minus at 16", SOURCE, "-", first - last, ">", 0, n),
     ]
-
-
-def answers(model, share, test):
-    """What a model says to streams, and whether all of it is right."""
-    ids, questions, right = test
-    ids, _, _ = write(model, ids, questions, share)
-    hits = said(ids) == right  # (R, L)
-    told = (said(ids) - N_KEYS).tolist()
-    return [(str(row), all(hit)) for row, hit in zip(told, hits.tolist(), strict=True)]
 
 
 def main():
@@ -266,10 +280,6 @@ def main():
             for L in LENGTHS:
                 row = partial(compare, base, config, L, seed, device)
                 run.log_once(row, L=L, seed=seed, step=0)
-        test = ask(3, 8, BLOCKS // 2, torch.Generator().manual_seed(7), device)
-        prompts = [f"{asked} = ?" for asked in test[1].tolist()]
-        whole, forgetful = (answers(base, share, test) for share in (1, config.keep))
-        run.samples(prompts, whole=whole, forgetful=forgetful)
         run.finish(*figure(config, run))
 
 

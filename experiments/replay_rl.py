@@ -24,7 +24,18 @@ import matplotlib.pyplot as plt
 import torch
 
 from electives import forget
-from experiment import Run, band, claim, command, flag, parse_args, pick_device, seeds_of, series
+from electives.forget import N_KEYS
+from experiment import (
+    Run,
+    band,
+    claim,
+    command,
+    flag,
+    parse_args,
+    pick_device,
+    seeds_of,
+    series,
+)
 from experiments import replay
 from experiments.replay import ARMS, BLOCKS, SOURCE, said
 
@@ -88,9 +99,31 @@ def figure(config, run):
         ax.set(xlabel="step of RL", ylabel="accuracy", ylim=(0, 1))
         ax.set_title(f"{L} answers: masks are worth {worth.mean():+.3f}")
         text = f"{L} answers: with masks minus without"
-        claims.append(claim(f"masks {L}", text, SOURCE, "47.1", worth, ">", 0, n))
+        claims.append(
+            claim(
+                f"masks {L}",
+                text,
+                SOURCE,
+                "47.1",
+                worth,
+                ">",
+                0,
+                n,
+            )
+        )
         text = f"{L} answers, no masks: end minus start"
-        claims.append(claim(f"falls {L}", text, SOURCE, "-", gain, "<", 0, n))
+        claims.append(
+            claim(
+                f"falls {L}",
+                text,
+                SOURCE,
+                "-",
+                gain,
+                "<",
+                0,
+                n,
+            )
+        )
         steps, off = series(run, "mismatch", L=L, arm="no replay masks")
         band(mismatch, steps, off, f"{L} answers, no replay masks")
     mismatch.set_title(f"Scores stay wrong: {off[:, -1].mean():.1f} nats at the end, 16 answers")
@@ -98,6 +131,15 @@ def figure(config, run):
     for ax in axes:
         ax.legend()
     return fig, claims
+
+
+def answers(model, share, test):
+    """What a model says to streams, and whether all of it is right."""
+    ids, questions, right = test
+    ids, _, _ = replay.write(model, ids, questions, share)
+    hits = said(ids) == right  # (R, L)
+    told = (said(ids) - N_KEYS).tolist()
+    return [(str(row), all(hit)) for row, hit in zip(told, hits.tolist(), strict=True)]
 
 
 def main():
@@ -115,7 +157,7 @@ def main():
         few = [test[0][:3], *(t[:3, :4] for t in test[1:])]
         prompts = [f"{asked} = ?" for asked in few[1].tolist()]
         models = {"base": base, **models}
-        told = {name: replay.answers(m, config.keep, few) for name, m in models.items()}
+        told = {name: answers(m, config.keep, few) for name, m in models.items()}
         run.samples(prompts, **told)
         run.finish(*figure(config, run))
 
