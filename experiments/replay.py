@@ -242,7 +242,7 @@ def figure(config, run):
     answers = by_length("answers")
     title = f"Without masks an answer is off by {off.mean():.1f} nats"
     mismatch.set(title=title, ylabel="|log p trained - log p sampled| (nats)")
-    title = f"Gradients: {first.mean():.2f} at 1 answer, {last.mean():.2f} at 16"
+    title = f"Cosine of both: {first.mean():.2f} at 1 answer, {last.mean():.2f} at 16"
     cosine.set(title=title, ylabel="cosine, with and without masks")
     n = config.seeds
     return fig, [
