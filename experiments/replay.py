@@ -1,4 +1,4 @@
-"""replay.py: how much must a model write before it pays to score it with what its cache held?
+"""replay.py: what training without replay masks does to scores and gradients, by length of answer.
 
 (After Neural Garbage Collection, Li et al., arXiv 2604.18002.)
 
@@ -24,7 +24,9 @@ Nothing is trained but the base, once. Both passes score the same texts, by L:
 
 What to see: without masks an answer is scored several nats off, and the gradient of what was said
 has next to nothing to do with the true one. What is left of the direction is the memory's.
-Whether RL suffers from it: replay_rl.py.
+
+Nothing here is trained by RL, so this does not say whether training collapses: a pass that sees
+everything knows the answer, and a wrong direction may still lead there.
 """
 
 import random

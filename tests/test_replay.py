@@ -1,5 +1,5 @@
-"""experiments/replay.py and replay_rl.py: the pass that is scored against what was written with a
-cache that forgets, the questions, the gradients, the claims, the commands.
+"""experiments/replay.py: the pass that is scored against what was written with a
+cache that forgets, the questions, the gradients, the claims, the command.
 """
 
 import itertools
@@ -12,7 +12,7 @@ from common import Memory, check_help, check_mistake, check_quick, check_resume,
 
 from electives import forget
 from electives.forget import BLOCK, BLOCKS, N_FILLERS, N_KEYS, N_VALUES, STREAM, plackett_luce
-from experiments import replay, replay_rl
+from experiments import replay
 from experiments.replay import ARMS, LENGTHS, ask, ends_of, said, scored, write
 
 V = N_KEYS + N_VALUES + N_FILLERS
@@ -140,39 +140,19 @@ def test_the_claims_of_the_comparison():
         assert f"{off:.1f} nats" in titles
 
 
-def test_the_claims_of_training():
-    run = Memory()
-    ends = {"replay masks": 0.8, "no replay masks": 0.3}
-    for seed in (0, 1):
-        for arm, end in ends.items():
-            for L, sign in ((4, 1), (16, -1)):
-                for step, accuracy in ((0, 0.5), (40, end if sign > 0 else 1.1 - end)):
-                    run.log(L=L, arm=arm, seed=seed, step=step, accuracy=accuracy, mismatch=5.0)
-    ours, titles = claimed(replay_rl, replay_rl.Config(seeds=2), run)
-    assert ours["masks 4"] == (pytest.approx(0.5), True)
-    assert ours["falls 4"] == (pytest.approx(-0.2), True)
-    assert ours["masks 16"] == (pytest.approx(-0.5), False)
-    assert ours["falls 16"] == (pytest.approx(0.3), False)
-    assert "+0.500" in titles and "-0.500" in titles
+def test_a_quick_run_writes_all_that_a_run_writes(tmp_path):
+    assert check_quick("experiments.replay", tmp_path) == "replay"
 
 
-def test_quick_runs_write_all_that_a_run_writes(tmp_path):
-    assert check_quick("experiments.replay", tmp_path / "a") == "replay"
-    also = ("samples.txt",)
-    assert check_quick("experiments.replay_rl", tmp_path / "b", also=also) == "replay_rl"
+def test_help_lists_every_flag():
+    check_help("experiments.replay")
 
 
-@pytest.mark.parametrize("name", ["replay", "replay_rl"])
-def test_help_lists_every_flag(name):
-    check_help(f"experiments.{name}")
-
-
-@pytest.mark.parametrize("name", ["replay", "replay_rl"])
-def test_a_mistake_in_the_flags_is_one_line_and_exit_code_2(name, tmp_path):
-    check_mistake(f"experiments.{name}", "--keep 0", tmp_path)
+def test_a_mistake_in_the_flags_is_one_line_and_exit_code_2(tmp_path):
+    check_mistake("experiments.replay", "--keep 0", tmp_path)
 
 
 def test_an_interrupted_run_goes_on_to_the_bit(tmp_path, monkeypatch):
     monkeypatch.setattr(plt.Figure, "savefig", lambda self, f, **_: f.write(b"\x89PNG"))
-    marks = (dict(L=4, arm="no replay masks", step=1), dict(L=16, arm="replay masks", step=1))
-    check_resume("experiments.replay_rl", tmp_path, marks, "--quick")
+    marks = (dict(L=1, seed=0), dict(L=8, seed=0))
+    check_resume("experiments.replay", tmp_path, marks, "--quick")
