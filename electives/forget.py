@@ -178,7 +178,7 @@ def plackett_luce(scores, order):
     """The log-probability of drawing `order` (..., K) without replacement, by scores (..., n)."""
     logp = 0
     for a in order.split(1, dim=-1):
-        logp += scores.gather(-1, a) - scores.logsumexp(-1, keepdim=True)
+        logp = logp + scores.gather(-1, a) - scores.logsumexp(-1, keepdim=True)
         scores = scores.scatter(-1, a, -torch.inf)  # what is drawn is gone
     return logp.squeeze(-1)
 
@@ -215,7 +215,7 @@ def forgetful(model, ids, share, score):
         held = torch.cat((held, new), dim=2)  # (layers, R, n)
         order = score(weights, cache, held).topk(K, dim=2).indices  # (layers, R, K)
         held = held.gather(2, order)
-        slots = BLOCK * order[..., None] + torch.arange(BLOCK, device=device)
+        slots = BLOCK * order[..., None] + ids.new_tensor(range(BLOCK))
         for layer in range(layers):
             select(cache, layer, slots[layer].flatten(1))
         rounds.append(held)
@@ -362,7 +362,7 @@ def rl_loss(model, ids, answer, rounds, advantage, memory_loss, replay):
     logp = logits[:, -1].log_softmax(-1)  # (R, V)
     logp = logp.gather(1, answer[:, None]).squeeze(1)  # (R,)
     if memory_loss:
-        logp += memory_logp(weights, rounds)
+        logp = logp + memory_logp(weights, rounds)
     return -(advantage * logp).mean()
 
 
