@@ -203,14 +203,13 @@ def forgetful(model, ids, share, score):
     first.
     """
     layers = len(model.blocks)
-    device = ids.device
-    cache = KVCache(model.config, len(ids), STREAM + 1, device=device)
+    cache = KVCache(model.config, len(ids), STREAM + 1, device=ids.device)
     held = ids.new_zeros(layers, len(ids), 0)  # blocks that are in the cache
     rounds = []
     for i, K in enumerate(kept_after(share)):
         start = i * ROUND
         _, weights = read(model, ids[:, start : start + ROUND], cache=cache)
-        new = torch.arange(i * NEW, (i + 1) * NEW, device=device)
+        new = ids.new_tensor(range(i * NEW, (i + 1) * NEW))
         new = new.expand(layers, len(ids), NEW)
         held = torch.cat((held, new), dim=2)  # (layers, R, n)
         order = score(weights, cache, held).topk(K, dim=2).indices  # (layers, R, K)
