@@ -67,6 +67,7 @@ BLOCKS = 12
 NEW = 4  # blocks that are read between two rounds of forgetting
 ROUND = NEW * BLOCK  # the same in tokens
 STREAM = BLOCK * BLOCKS
+ENDS = range(ROUND, STREAM + 1, ROUND)  # tokens read before each round of forgetting
 QUERIES = 4  # the last ones of a round, whose attention says what to keep
 GROUP = 8  # answers to each stream
 ARMS = {  # name: memory loss, replay masks
@@ -190,7 +191,7 @@ def gumbel(like, generator):
 
 def kept_after(share):
     """How many blocks are left after each round."""
-    return [round(share * blocks) for blocks in range(NEW, BLOCKS + 1, NEW)]
+    return [round(share * end / BLOCK) for end in ENDS]
 
 
 @torch.no_grad()
@@ -202,19 +203,18 @@ def forgetful(model, ids, share, score):
     first.
     """
     layers = len(model.blocks)
-    device = ids.device
-    cache = KVCache(model.config, len(ids), STREAM + 1, device=device)
+    cache = KVCache(model.config, len(ids), STREAM + 1, device=ids.device)
     held = ids.new_zeros(layers, len(ids), 0)  # blocks that are in the cache
     rounds = []
     for i, K in enumerate(kept_after(share)):
         start = i * ROUND
         _, weights = read(model, ids[:, start : start + ROUND], cache=cache)
-        new = torch.arange(i * NEW, (i + 1) * NEW, device=device)
+        new = ids.new_tensor(range(i * NEW, (i + 1) * NEW))
         new = new.expand(layers, len(ids), NEW)
         held = torch.cat((held, new), dim=2)  # (layers, R, n)
         order = score(weights, cache, held).topk(K, dim=2).indices  # (layers, R, K)
         held = held.gather(2, order)
-        slots = BLOCK * order[..., None] + torch.arange(BLOCK, device=device)
+        slots = BLOCK * order[..., None] + ids.new_tensor(range(BLOCK))
         for layer in range(layers):
             select(cache, layer, slots[layer].flatten(1))
         rounds.append(held)
@@ -249,37 +249,32 @@ def chance(weights, cache, held):
 RULES = {"attention": policy, "recency": recency, "key norm": key_norm, "random": chance}
 
 
-def left(held):
-    """The blocks that are held (layers, R, K) -> whether each block is (layers, R, 12)."""
-    return F.one_hot(held, BLOCKS).sum(2).bool()
+def left(held, n):
+    """The blocks that are held (layers, R, K) -> whether each of n is (layers, R, n)."""
+    return F.one_hot(held, n).sum(2).bool()
 
 
-def replay_masks(rounds):
-    """What each query saw in each layer when it was read (layers, R, 49, 49) bool."""
-    layers, R, _ = rounds[0].shape
-    T = STREAM + 1
+def replay_masks(rounds, ends=ENDS, T=STREAM + 1):
+    """What each query saw in each layer when it was read (layers, R, T, T) bool."""
     causal = visible(T, T, causal=True, window=None, device=rounds[0].device)
-    masks = causal.repeat(layers, R, 1, 1)
-    for i, held in enumerate(rounds):
-        end = (i + 1) * ROUND
-        tokens = left(held).repeat_interleave(BLOCK, dim=2)[..., :end]  # (layers, R, end)
+    masks = causal.repeat(*rounds[0].shape[:2], 1, 1)  # (layers, R, T, T)
+    for end, held in zip(ends, rounds, strict=True):
+        tokens = left(held, end // BLOCK).repeat_interleave(BLOCK, dim=2)  # (layers, R, end)
         masks[:, :, end:, :end] &= tokens[:, :, None]  # for all queries that came later
     return masks
 
 
-def memory_logp(weights, rounds):
+def memory_logp(weights, rounds, ends=ENDS):
     """The log-probability of all that was kept, over rounds and layers (R,)."""
     total = 0
-    there = torch.zeros_like(left(rounds[0]))  # (layers, R, 12): before the first round
-    for i, held in enumerate(rounds):
-        n = (i + 1) * NEW  # blocks read so far
-        there[:, :, n - NEW : n] = True
-        end = n * BLOCK
+    there = rounds[0][..., :0].bool()  # (layers, R, 0): before the first round
+    for end, held in zip(ends, rounds, strict=True):
+        n = end // BLOCK  # blocks read so far
+        there = F.pad(there, (0, n - there.shape[2]), value=True)
         scores = [attention_scores(w[:, :, :end, :end]) for w in weights]
-        scores = torch.stack(scores)  # (layers, R, n)
-        scores = scores.masked_fill(~there[:, :, :n], -torch.inf)  # (layers, R, n)
-        total = total + plackett_luce(scores, held).sum(0)
-        there = left(held)
+        scores = torch.stack(scores).masked_fill(~there, -torch.inf)  # (layers, R, n)
+        total += plackett_luce(scores, held).sum(0)
+        there = left(held, n)
     return total
 
 
