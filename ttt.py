@@ -240,9 +240,10 @@ def inner_update(fast, grads, eta):
 
     fast, grads: tuples of (B, C, F), (B, F, C); |g| is over both matrices.
     """
-    norm = sum(g.square().sum((1, 2)) for g in grads).sqrt()  # (B,)
-    # a chunk that surprises has a long gradient: the clip bounds what one step can do to W
-    scale = eta / norm.clamp_min(1.0)  # (B,)
+    squares = sum(g.square().sum((1, 2)) for g in grads)  # (B,): |g|^2
+    # a chunk that surprises has a long gradient: the clip bounds what one step can do to W. Below
+    # the root, because that has no derivative at 0
+    scale = eta / squares.clamp_min(1.0).sqrt()  # (B,)
     return tuple(w - scale[:, None, None] * g for w, g in zip(fast, grads, strict=True))
 
 

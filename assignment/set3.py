@@ -196,12 +196,20 @@ def what_is_masked_has_a_gradient_of_0(policy_loss):
     row without any token. So mask what goes in, not only what comes out: a gradient of 0 that goes
     back through exp(nan) is nan.
     """
-    junk = tensor([math.nan, 0, -math.inf], [math.nan, 0, -math.inf])
-    mask = tensor([0, 1, 0], [0, 0, 0])
+    junk = tensor(
+        [math.nan, 0, -math.inf],
+        [math.nan, 0, -math.inf],
+    )
+    mask = tensor(
+        [0, 1, 0],
+        [0, 0, 0],
+    )
     for ratio in RATIOS:
         logp = junk.clone().requires_grad_()
-        loss = policy_loss(logp, 0 * mask, tensor([1], [1]), mask, ratio, 0.2, 0.5)
-        assert loss.isfinite().all(), f"{ratio}: the losses are {say(loss)}"
+        adv = tensor([1], [1])
+        loss = policy_loss(logp, 0 * mask, adv, mask, ratio, 0.2, 0.5)
+        told = f"{ratio}: the losses are {say(loss)}"
+        assert loss.isfinite().all(), told
         slope = gradient(loss[mask > 0], logp)
         close(slope[mask == 0], zeros(5), f"{ratio}: the gradient where the mask is 0")
 

@@ -247,7 +247,8 @@ def scores_may_be_large(flash_attention):
     k = 10 * normal(T, D)
     compare_attention(flash_attention, 30 * ones(T, D), k, normal(T, D), 3, tol=1e-3)
     low = -30 * ones(T, 4)
-    compare_attention(flash_attention, -low, low, normal(T, 4), 3, tol=1e-3)
+    v = normal(T, 4)
+    compare_attention(flash_attention, -low, low, v, 3, tol=1e-3)
 
 
 def every_query_has_its_own_maximum(flash_attention):
@@ -257,12 +258,21 @@ def every_query_has_its_own_maximum(flash_attention):
     v = normal(T, D)
     signs = tensor(1, -1, 1, -1, -1, 1, -1)[:, None]
     k = 10 * normal(T, D).abs() + 10
-    compare_attention(flash_attention, 50 * signs * ones(T, D), k, v, 3, tol=1e-3)
+    q = 50 * signs * ones(T, D)
+    compare_attention(flash_attention, q, k, v, 3, tol=1e-3)
     loud = ones(T, D)
     loud[2] = loud[5] = 100  # keys that the queries before them do not see
-    compare_attention(flash_attention, 10 * ones(T, D), loud, v, 3, tol=1e-3)
-    rising = ones(T, D).cumsum(0)
-    compare_attention(flash_attention, 100 * ones(T, D), rising, v, 3, tol=1e-3)
+    same = ones(T, D)
+    compare_attention(flash_attention, 10 * same, loud, v, 3, tol=1e-3)
+    rising = same.cumsum(0)
+    compare_attention(
+        flash_attention,
+        100 * same,
+        rising,
+        v,
+        3,
+        tol=1e-3,
+    )
 
 
 def it_never_holds_a_row_of_scores(flash_attention):

@@ -217,7 +217,8 @@ def documents_do_not_share_a_length(inner_update):
 
 def training_goes_through_the_step(inner_update):
     """The new weights hang on the old ones and on the gradients, with nothing detached, the length
-    included: gradients of gradients go through the step.
+    included: gradients of gradients go through the step. Nor is it nan at 0, where a root has no
+    derivative: clip before you take it.
     """
     fast = normal(1, 2, 2).requires_grad_()
     short = (0.1 * normal(1, 2, 2)).requires_grad_()
@@ -226,6 +227,9 @@ def training_goes_through_the_step(inner_update):
     close(gradient(new, fast), want, "with respect to the old weights")
     (new,) = inner_update((fast,), (short,), 0.5)
     close(gradient(new, short), -0.5 * want, "with respect to the gradients")
+    none = zeros(1, 2, 2).requires_grad_()
+    (new,) = inner_update((fast,), (none,), 0.5)
+    close(gradient(new, none), -0.5 * want, "with respect to gradients of 0")
     long = tensor([[3, 4]]).requires_grad_()
     (new,) = inner_update((zeros(1, 1, 2),), (long,), 0.5)
     # of -g / (2 |g|): -1 / (2 |g|) + g (3 + 4) / (2 |g|^3)

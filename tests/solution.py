@@ -278,7 +278,7 @@ def tournament(logp, n):
 
 
 def inner_update(fast, grads, eta):
-    norm = sum(g.square().reshape(len(g), -1).sum(1) for g in grads).sqrt()
-    scale = eta / norm.clamp_min(1)
+    squares = sum(g.square().reshape(len(g), -1).sum(1) for g in grads)
+    scale = eta / squares.clamp_min(1).sqrt()
     pairs = zip(fast, grads, strict=True)
     return tuple(w - scale.view(-1, *[1] * (g.dim() - 1)) * g for w, g in pairs)

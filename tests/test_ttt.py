@@ -254,6 +254,13 @@ def test_the_update_by_hand_is_clipped_per_document_over_both_matrices():
     assert torch.allclose(w2, torch.tensor([[[-1.6], [0.0]], [[-0.8], [0.0]]]))
 
 
+def test_training_goes_through_the_step_where_the_gradient_is_0():
+    grads = tuple(torch.zeros(2, 1, 1, requires_grad=True) for _ in range(2))
+    new = inner_update((torch.ones(2, 1, 1), torch.ones(2, 1, 1)), grads, 2.0)
+    slopes = torch.autograd.grad(sum(w.sum() for w in new), grads)
+    assert all(torch.equal(slope, torch.full((2, 1, 1), -2.0)) for slope in slopes)
+
+
 @pytest.mark.parametrize("size", [0.02, 4.0])
 @pytest.mark.parametrize("outer", [False, True])
 def test_a_chunk_is_scored_before_the_step_and_the_step_is_on_its_mean_loss(outer, size):
