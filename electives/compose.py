@@ -13,9 +13,9 @@ Reinforcement learning, on pipelines of one function or of two (r = 1 where the 
 
 Its rivals sample as many answers to pipelines of two. Rejection fine-tuning imitates its own right
 answers, a round at a time. "No negatives" is the same RL with max(A_i, 0) in the place of A_i.
-Each has the learning rate with which two bases of their own (--seed 3 and 104) were right most often
-about two functions never composed. On those rejection fine-tuning with two passes over its answers
-was as good as with one; on the bases that are reported it forgot single functions, so it has one.
+Each has the learning rate with which two bases of their own (--seed 3 and 104) were right most
+often about two functions never composed. On those rejection fine-tuning with two passes over its
+answers was as good as with one; on the reported bases it forgot single functions: it has one.
 
     python -m electives.compose                 3 minutes on one core
     python -m electives.compose --seeds 3       the figure with error bands
