@@ -17,7 +17,7 @@ Each has the learning rate with which two bases of their own (--seed 3 and 104) 
 often about two functions never composed. On those rejection fine-tuning with two passes over its
 answers was as good as with one; on the reported bases it forgot single functions: it has one.
 
-    python -m electives.compose                 3 minutes on one core
+    python -m electives.compose                 2 minutes on one core
     python -m electives.compose --seeds 3       the figure with error bands
 
 What to see: RL on two functions learns to compose two that it never saw composed; RL on one learns
