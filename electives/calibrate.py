@@ -1,4 +1,4 @@
-"""electives/calibrate.py: a model that says how sure it is, and means it.
+"""calibrate.py: a model that says how sure it is, and means it.
 
 (Linguistic calibration, Band et al., arXiv 2404.00474.) The text of an answer holds words of
 confidence; a reader turns them into a forecast c of "this answer is right". The text is calibrated

@@ -1,4 +1,4 @@
-"""electives/entigraph.py: a small document, many texts about it, and a model that trains on them.
+"""entigraph.py: a small document, many texts about it, and a model that trains on them.
 
 (EntiGraph: synthetic continued pretraining, Yang et al., arXiv 2409.07431.) A document of a new
 field states each fact once. Trained on it, a language model learns the sentences and little else:

@@ -467,6 +467,7 @@ def judge(config, run, first, later):
 
 
 # --------------------------------------------------------------------------------------------------
+# The run
 
 
 def picture(cells, start, goal):

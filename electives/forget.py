@@ -1,4 +1,4 @@
-"""electives/forget.py: a model that learns which parts of its own KV cache to keep.
+"""forget.py: a model that learns which parts of its own KV cache to keep.
 
 (Neural Garbage Collection, Li et al., arXiv 2604.18002.) What a model has read stays in its cache
 as keys and values, and the cache grows. After every 16 tokens each layer keeps a few blocks of 4

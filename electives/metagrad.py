@@ -1,4 +1,4 @@
-"""electives/metagrad.py: pay each example by the derivative of the model that trains on it.
+"""metagrad.py: pay each example by the derivative of the model that trains on it.
 
 (Dataset Policy Gradients, Thrush et al., arXiv 2604.08423.) A generator writes training data, a
 target model trains on it, and a metric of the trained target says how good that was: any function

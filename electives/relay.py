@@ -1,4 +1,4 @@
-"""electives/relay.py: masked diffusion whose steps hand on what they were thinking.
+"""relay.py: masked diffusion whose steps hand on what they were thinking.
 
 (Relay representations, Rozonoyer et al., arXiv 2605.22967.) A masked diffusion model fills in what
 is masked, some cells in each pass, in any order. Between two passes it forgets all but the cells
