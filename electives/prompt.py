@@ -95,7 +95,7 @@ def build(device):
     return GPT(shape).to(device)
 
 
-def rows(pairs, device):
+def encode(pairs, device):
     """(prompt, answer) texts of one length each -> ids (B, T), without an end."""
     ids = [orders.tokenizer.encode(prompt + answer) for prompt, answer in pairs]
     return torch.tensor(ids, device=device)
@@ -123,7 +123,7 @@ def imitate(config, run, seed, device):
         left = 1 - step / config.base_steps
         optimizer.param_groups[0]["lr"] = 3e-3 * min((step + 1) / 50, left)
         texts = [(orders.draw_words(rng), orders.draw_text(rng)) for _ in range(64)]
-        ids = rows([(f"{w}{x}=", orders.follow(w, x)) for w, x in texts], device)
+        ids = encode([(f"{w}{x}=", orders.follow(w, x)) for w, x in texts], device)
         loss = answer_loss(model(ids), ids)
         optimizer.zero_grad()
         loss.backward()
@@ -150,7 +150,7 @@ def function_of(task, seed):
 def examples(function, rng, n, device, held_out=False):
     """n texts and what the function makes of them, without words (n, 11)."""
     texts = [orders.draw_text(rng, held_out) for _ in range(n)]
-    return rows([(f"{text}=", function(text)) for text in texts], device)
+    return encode([(f"{text}=", function(text)) for text in texts], device)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -411,7 +411,7 @@ def judge(ends, share, n):
 @torch.no_grad()
 def write(learner, text, device):
     """What a learner makes of a text, greedily."""
-    ids = rows([(f"{text}=", "")], device)
+    ids = encode([(f"{text}=", "")], device)
     for _ in range(orders.SIZE):
         following = learner(ids)[:, -1:].argmax(2)  # (1, 1)
         ids = torch.cat((ids, following), dim=1)

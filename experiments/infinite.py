@@ -73,7 +73,11 @@ class Config(Flags):
     passages: int = flag(128, "the text: so many passages of 33 characters", quick=4, low=2)
 
     def idle(self):
-        return {} if self.device in ("auto", "cpu") else {"device": "models this small"}
+        return (
+            {}
+            if self.device in ("auto", "cpu")
+            else {"device": "models this small are trained on the CPU"}
+        )
 
 
 # --------------------------------------------------------------------------------------------------

@@ -109,22 +109,6 @@ def test_the_metagradient_of_each_example_equals_finite_differences(h=1e-2):
     assert error < 1e-3
 
 
-def test_the_first_order_is_the_scaled_alignment_with_the_metrics_gradient():
-    base = small()
-    ids = answers(8)
-    with sdpa_kernel(SDPBackend.MATH):
-        reward = pay("first order", 1, base, ids, seeded())
-    theta = weights_of(base).detach().double().requires_grad_()
-    wide = small().double()
-    loss = losses(wide, theta, ids)
-    slopes = torch.stack([torch.autograd.grad(x, theta, retain_graph=True)[0] for x in loss])
-    (up,) = torch.autograd.grad(metric(wide, HELD_OUT, theta), theta)
-    # Adam's first step: g / sqrt(g^2 + root), of the mean of weighted gradients
-    g = slopes.mean(0)
-    expected = (slopes * (-1e-7 * up * 1e-2 / (g**2 + 1e-2) ** 1.5)).sum(1) / 8
-    assert torch.allclose(reward, expected, rtol=1e-2, atol=1e-3 * expected.abs().max().item())
-
-
 def test_by_dataset_the_examples_of_a_dataset_are_paid_alike_and_one_by_one_they_are_not():
     base = small()
     ids = write(base, pick(OPEN, 4, seeded()), seeded())
@@ -165,7 +149,7 @@ def claimed(run):
 
 def test_the_claims_compare_what_they_say_and_each_can_fail():
     ours = claimed(told())
-    assert [value for value, _ in ours.values()] == pytest.approx([1e-6, 0.95, -0.12, -0.1, -0.1])
+    assert [value for value, _ in ours.values()] == pytest.approx([1e-6, 0.95, -0.12, -0.1])
     assert all(holds for _, holds in ours.values())
     failed = claimed(told(share=0.5, loss=0.52, error=1e-3))
     assert not any(holds for _, holds in failed.values())
@@ -177,7 +161,7 @@ def test_a_claim_is_held_to_its_worst_seed():
         if row["seed"] == 1 and row.get("arm") == OURS and row["step"]:
             row.update(loss=0.6, share=0.1)
     ours = claimed(run)
-    assert [holds for _, holds in ours.values()] == [True, False, False, False, False]
+    assert [holds for _, holds in ours.values()] == [True, False, False, False]
 
 
 def test_a_quick_run_writes_all_its_files(tmp_path):
@@ -194,5 +178,5 @@ def test_a_mistake_is_one_line(tmp_path):
 
 def test_an_interrupted_run_goes_on_to_the_bit(tmp_path, monkeypatch):
     monkeypatch.setattr(plt.Figure, "savefig", lambda self, f, **_: f.write(b"\x89PNG"))
-    marks = dict(arm=OURS, step=0), dict(arm="first order", step=0)
+    marks = dict(seed=0, step=0), dict(arm=OURS, step=0)
     check_resume(SCRIPT, tmp_path, marks, "--quick", "--steps", 1)

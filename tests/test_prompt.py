@@ -35,7 +35,7 @@ def base():
     return model.requires_grad_(False)
 
 
-IDS = prompt.rows([("abcde=", "edcba"), ("hhaag=", "gaahh")], "cpu")
+IDS = prompt.encode([("abcde=", "edcba"), ("hhaag=", "gaahh")], "cpu")
 
 
 def tokens(text):
@@ -122,10 +122,10 @@ def test_greedy_writing_and_accuracy_agree(base):
     for text in ("abcde", "gfahc", "ddbca", "hagfe"):
         written = write(soft, text, "cpu")
         if len(written) == orders.SIZE:  # an end within decodes to nothing
-            ids = prompt.rows([(f"{text}=", written)], "cpu")
+            ids = prompt.encode([(f"{text}=", written)], "cpu")
             assert accuracy(soft(ids), ids) == 1
             other = "R" if written[2] != "R" else "S"
-            ids = prompt.rows([(f"{text}=", written[:2] + other + written[3:])], "cpu")
+            ids = prompt.encode([(f"{text}=", written[:2] + other + written[3:])], "cpu")
             assert accuracy(soft(ids), ids) == 0
             return
     raise AssertionError("nothing was compared")
