@@ -66,6 +66,7 @@ from experiment import (
     series,
 )
 from kernels import token_logprobs
+from meter import Meter
 from model import GPT, GPTConfig
 from tasks import numbers, padded
 
@@ -255,9 +256,10 @@ def evaluate(model, size, budgets, seed, n, held_out=True, k=1, draw=numbers.dra
     problems = [draw(rng, size, held_out) for _ in range(n)]
     seed_of_answers = rng.getrandbits(32)
     generator = torch.Generator().manual_seed(seed_of_answers)
+    meter = Meter()
     rollout, texts, rewards = answer(model, problems, k, max(budgets), generator)
+    row = meter.solved(rewards.sum())
     lengths = rollout.lengths.view(n, k).cpu()
-    row = {}
     for budget in budgets:  # what is cut did not end: it is wrong
         solved = (rewards * (lengths <= budget)).amax(1)  # (n,)
         row[f"pass@{k} of {budget}"] = solved.sum().item() / n

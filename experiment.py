@@ -538,7 +538,7 @@ class Run:
         for c in claims:
             holds = "yes" if c["holds"] else "NO"
             print(layout.format(c["claim"], c["paper"], c["ours"], c["threshold"], holds))
-        self.write("cost.json", self.meter.read())
+        self.write("cost.json", self.meter.total())
         print(f"\n{self.dir / self.name}.png, metrics.jsonl, claims.json, model.pt: {self.meter}")
 
     def log_once(self, measure, **where):

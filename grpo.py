@@ -75,6 +75,7 @@ from experiment import (
     series,
 )
 from kernels import token_logprobs
+from meter import Meter
 from model import GPT, GPTConfig
 
 
@@ -326,7 +327,7 @@ def collect(model, task, config, rng, generator):
         tokens=tokens,
     )
     rewards = torch.cat(kept)[:P]
-    if len(rewards) == 0:  # the last batch as it is: advantages within its groups are all 0
+    if not len(rewards):  # the last batch as it is: advantages within its groups are all 0
         return rollout, drawn[-1], statistics
     return Rollout.cat(rollouts)[: rewards.numel()], rewards, statistics
 
@@ -350,8 +351,8 @@ def score(model, rollout, rows, config):
 @torch.no_grad()
 def score_all(model, rollout, config):
     """The log-probability of each token (R, T), without gradients."""
-    rows = torch.arange(len(rollout.ids)).split(config.micro_batch)
-    return torch.cat([score(model, rollout, r, config)[0] for r in rows])
+    parts = torch.arange(len(rollout.ids)).split(config.micro_batch)
+    return torch.cat([score(model, rollout, rows, config)[0] for rows in parts])
 
 
 def row_advantages(rewards, rollout, old_logp, ref_logp, config):
@@ -360,8 +361,9 @@ def row_advantages(rewards, rollout, old_logp, ref_logp, config):
     adv = advantages(rewards.to(rollout.mask.device), kind)  # (P, G)
     if config.beta and config.kl == "k1":
         kl = kl_estimate(old_logp, ref_logp, "k1") * rollout.mask  # (R, T)
-        kl_kind = "rloo" if kind == "rloo" else "mean"  # the KL's own, never divided by std
-        adv = adv - config.beta * advantages(kl.sum(1).view_as(adv), kl_kind)
+        # the KL's own baseline, never divided by std
+        kind = "rloo" if kind == "rloo" else "mean"
+        adv = adv - config.beta * advantages(kl.sum(1).view_as(adv), kind)
     return adv.reshape(-1, 1)
 
 
@@ -397,7 +399,7 @@ def update(model, base, optimizer, rollout, rewards, config, budget, generator):
 
     rollout has R rows, rewards are theirs (P, G); budget: the tokens that an answer may take.
     """
-    R, tokens = len(rollout.mask), rollout.mask.sum()
+    tokens = rollout.mask.sum()
     # 1. What stays as it is while the weights move
     several = config.minibatches > 1
     # (rollout.logp is nearly the same, but the sampler's rounding would be in the ratio)
@@ -405,25 +407,25 @@ def update(model, base, optimizer, rollout, rewards, config, budget, generator):
     ref_logp = score_all(base, rollout, config) if config.beta else None
     adv = row_advantages(rewards, rollout, old_logp, ref_logp, config)  # (R, 1)
     # 2. One gradient step for each part of the rows
-    order = torch.randperm(R, generator=generator) if several else torch.arange(R)
-    total = Counter()
+    # by chance; for a single step short answers stand beside short ones: less padding
+    R = len(rollout.mask)
+    order = torch.randperm(R, generator=generator) if several else rollout.lengths.argsort()
+    total, a = Counter(), torch.zeros_like(rollout.mask)
     for minibatch in order.tensor_split(config.minibatches):
         mask = rollout.mask[minibatch]
-        weights = aggregation_weights(mask, config.method.aggregation, budget)  # (its rows, T)
+        a[minibatch] = aggregation_weights(mask, config.method.aggregation, budget)
         optimizer.zero_grad()
         # 3. The gradient is summed over pieces that the memory can hold
-        for rows, a in zip(
-            minibatch.split(config.micro_batch), weights.split(config.micro_batch), strict=True
-        ):
+        for rows in minibatch.split(config.micro_batch):
             losses, metrics = token_losses(model, rollout, rows, adv, old_logp, ref_logp, config)
-            loss = (a * losses).sum()
+            loss = (a[rows] * losses).sum()
             loss.backward()
             total["loss"] += loss.item() / config.minibatches
             for name, values in metrics.items():  # means over all tokens of the batch
                 total[name] += ((values * rollout.mask[rows]).sum() / tokens).item()
         # cuts the gradient and steps -> its norm before; a loss that is no number ends the run
         total["grad_norm"] += descend(optimizer, total["loss"]) / config.minibatches
-    return dict(total)
+    return total
 
 
 # --------------------------------------------------------------------------------------------------
@@ -436,6 +438,7 @@ def evaluate(model, task, config, ks=(1, 16)):
     rng, generator = random.Random("held out"), torch.Generator().manual_seed(0)
     problems = [task.draw(rng, config.size, held_out=True) for _ in range(config.eval_prompts)]
     n = max(ks)
+    meter = Meter()
     # as many answers at once as in training: more are slower on a CPU
     at_once = max(1, config.prompts * config.group // n)
     texts, correct = [], []
@@ -443,7 +446,9 @@ def evaluate(model, task, config, ks=(1, 16)):
         _, written, rewards = sample(model, task, problems[i : i + at_once], n, config, generator)
         texts += written
         correct.append(rewards.sum(1))  # (at_once,)
-    row = {f"pass@{k}": pass_at_k(n, torch.cat(correct), k).mean().item() for k in ks}
+    correct = torch.cat(correct)  # (eval_prompts,)
+    row = meter.solved(correct.sum())
+    row |= {f"pass@{k}": pass_at_k(n, correct, k).mean().item() for k in ks}
     if guessed_carries := getattr(task, "guessed_carries", None):
         rates = [rate for rate in map(guessed_carries, texts) if rate is not None]
         row["guessed_carries"] = sum(rates) / len(rates) if rates else None
@@ -465,7 +470,6 @@ def train(config, task, run, seed, base, tokens=math.inf):
     rng, generator = random.Random(seed + 1), torch.Generator().manual_seed(seed + 1)
     phase = f"{config.loss} {seed}"
     where = dict(phase="rl", arm=config.loss, seed=seed)
-    budget = task.budget(config.size)
     if phase not in run.state:
         run.log(**where, step=0, sampled_tokens=0, **evaluate(model, task, config))
     kept = dict(sampled=0)  # what a checkpoint holds beside the weights
@@ -477,6 +481,7 @@ def train(config, task, run, seed, base, tokens=math.inf):
         # 2. Sample, judge, take the gradient steps
         rollout, rewards, row = collect(model, task, config, rng, generator)
         kept["sampled"] += row.pop("tokens")
+        budget = task.budget(config.size)
         row |= update(model, base, optimizer, rollout, rewards, config, budget, generator)
         # 3. Log
         lengths, right = rollout.lengths.float().cpu(), rewards.flatten() > 0  # (R,) each
@@ -504,7 +509,7 @@ def figure(config, run):
     def final(key):
         """What was measured after training, of the base and of the trained model: (seeds,) each."""
         values = [[last[arm, seed][key] for seed in seeds_of(config)] for arm in arms]
-        return np.array(values, dtype=float)  # nan where there is no such number
+        return np.array(values, float)  # nan where there is no such number
 
     base, trained = final("pass@1")
     told = f"held-out pass@1 {base.mean():.2f} → {trained.mean():.2f}"
@@ -516,8 +521,8 @@ def figure(config, run):
         ("Groups all right or all wrong", "fraction", "zero_variance"),
     ]
     source, seeds = "design of the task", config.seeds
-    text = "held-out pass@1 after RL minus before, worst seed"
     means = f" ({base.mean():.2f}, {trained.mean():.2f})"
+    text = "held-out pass@1 after RL minus before, worst seed"
     claims = [
         claim("gain", text, source, "-", (trained - base).min(), ">=", 0.5, seeds, means),
         claim(
@@ -528,11 +533,11 @@ def figure(config, run):
         base, trained = final("guessed_carries")
         told = f"guessed carries {base.mean():.2f} → {trained.mean():.2f}, {told}"
         panels[1] = ("Lines whose carry was a guess, held out", "fraction", "guessed_carries")
-        text, means = "carries guessed after RL, worst seed (base)", f" ({base.mean():.2f})"
-        claims.append(claim("order", text, source, "-", trained.max(), "<=", 0.05, seeds, means))
+        text = "carries guessed after RL, worst seed"
+        claims.append(claim("order", text, source, "-", trained.max(), "<=", 0.05, seeds))
 
     fig, axes = plt.subplots(2, 3, figsize=(13, 7), layout="constrained")
-    fig.suptitle(f"Told only right or wrong: {told} ({seeds} seed{'s' * (seeds > 1)})")
+    fig.suptitle(f"Told only right or wrong: {told}")
     for i, (title, unit, *keys) in enumerate(panels):
         ax = axes.flat[i]
         for key in keys:
@@ -545,10 +550,12 @@ def figure(config, run):
     for i, arm in enumerate(arms):
         band(ax, config.ks, curves[:, i].T, arm, marker="o")
     base, trained = curves[-1].mean(1)
-    title = f"pass@{config.ks[-1]}: base {base:.2f}, after RL {trained:.2f}"
-    if base == trained == 1:
-        title += "\n(both at 1: a crossing can't be seen)"
-    ax.set(title=title, xlabel="k (samples)", ylabel="held-out pass@k", ylim=(0, 1.02))
+    ax.set(
+        title=f"pass@{config.ks[-1]}: base {base:.2f}, after RL {trained:.2f}",
+        xlabel="k (samples)",
+        ylabel="held-out pass@k",
+        ylim=(0, 1.02),
+    )
     ax.set_xscale("log", base=2)
     ax.legend()
     return fig, claims

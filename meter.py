@@ -18,9 +18,10 @@ NVML = "libnvidia-ml.so.1"  # and its GPUs
 
 
 class Counter:
-    """FLOPs of this process so far."""
+    """FLOPs of this process so far, and the cost of each problem that it solved last."""
 
     flops = 0
+    solved = None
 
 
 counter = Counter()
@@ -67,6 +68,13 @@ def gpus():
     return read
 
 
+def in_words(flops, seconds, joules):
+    """A cost, without what is not counted or not known."""
+    words = f"{flops:.2g} FLOPs, " if flops else ""
+    words += f"{seconds:,.0f} s" if seconds >= 10 else f"{seconds:.2g} s"
+    return words if joules is None else f"{words}, {joules:,.4g} J"
+
+
 class Meter:
     """What has been spent since it was made."""
 
@@ -88,9 +96,22 @@ class Meter:
             joules=joules if self.energy else None,
         )
 
+    def solved(self, n):
+        """n held-out problems (a number or a tensor) have been solved since it was made -> what one
+        of them cost, those that failed paid for, as a row's entry; None where n is 0. The last line
+        of a run says it, too.
+        """
+        each = {name: x and x / float(n) for name, x in self.read().items()} if n else None
+        counter.solved = each
+        return dict(flops_per_solved=each and each["flops"])
+
+    def total(self):
+        """read(), and the cost of a held-out problem solved, as last measured (None: never)."""
+        return dict(**self.read(), per_solved=counter.solved)
+
     def __str__(self):
-        """The cost in words."""
-        cost = self.read()
-        words = f"{cost['flops']:.2g} FLOPs, " if cost["flops"] else ""
-        words += f"{cost['seconds']:.0f} s"
-        return words if cost["joules"] is None else f"{words}, {cost['joules']:,.0f} J"
+        """total() in words."""
+        words = in_words(**self.read())
+        if counter.solved:
+            words += f"; at its end {in_words(**counter.solved)} per held-out problem solved"
+        return words

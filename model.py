@@ -145,10 +145,10 @@ class Attention(nn.Module):
         B, T, _ = x.shape
         H, K = self.n_head, self.n_kv_head
         qkv = self.qkv(x).view(B, T, H + 2 * K, self.head_dim)
-        qk, v = qkv.split([H + K, K], dim=2)  # (B, T, H + K, D), (B, T, K, D)
+        q, k, v = qkv.split([H, K, K], dim=2)  # (B, T, H, D), (B, T, K, D), (B, T, K, D)
         if self.q_norm:
-            qk = torch.cat((self.q_norm(qk[:, :, :H]), self.k_norm(qk[:, :, H:])), dim=2)
-        q, k = rotate(qk, rope).split([H, K], dim=2)  # (B, T, H, D), (B, T, K, D)
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, rope), rotate(k, rope)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)  # (B, S, K, D): all that this layer can see
         # heads come before time: (B, H, T, D) and (B, K, S, D) -> y (B, H, T, D)

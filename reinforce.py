@@ -51,6 +51,7 @@ from experiment import (
     seeds_of,
     series,
 )
+from meter import Meter
 from model import GPT, GPTConfig
 
 PROBLEMS = 32  # in each step
@@ -117,13 +118,14 @@ def answer(model, task, problems, n, size, generator):
 
 
 def held_out(model, task, config):
-    """The fraction of right answers to problems that are never trained on."""
-    rng = random.Random("held out")
+    """The fraction of right answers to problems that are never trained on, and what one costs."""
+    meter, rng = Meter(), random.Random("held out")
     generator = torch.Generator().manual_seed(0)
-    n = 8 if config.quick else 128
-    problems = [task.draw(rng, config.size, held_out=True) for _ in range(n)]
+    problems = [
+        task.draw(rng, config.size, held_out=True) for _ in range(8 if config.quick else 128)
+    ]
     _, _, rewards = answer(model, task, problems, 4, config.size, generator)
-    return rewards.mean().item()
+    return dict(success=rewards.mean().item(), **meter.solved(rewards.sum()))
 
 
 def reinforce(config, task, run, seed, base):
@@ -141,7 +143,7 @@ def reinforce(config, task, run, seed, base):
     )
     phase = f"reinforce {seed}"
     if phase not in run.state:  # not when it goes on after an interrupt
-        run.log(seed=seed, step=0, success=held_out(model, task, config))
+        run.log(seed=seed, step=0, **held_out(model, task, config))
     for step in run.loop(phase, config.steps, model, optimizer, rng, generator):
         # 1. Problems, answers, and which of them are right
         problems = [task.draw(rng, config.size) for _ in range(PROBLEMS)]
@@ -157,9 +159,9 @@ def reinforce(config, task, run, seed, base):
         loss.backward()
         descend(optimizer, loss)
         row = dict(reward=rewards.mean().item(), loss=loss.item())
-        if (step + 1) % 10 == 0 or step + 1 == config.steps:
-            row["success"] = held_out(model, task, config)
-            run.say(**row)  # beside the progress bar
+        if step % 10 == 9 or step + 1 == config.steps:
+            row |= held_out(model, task, config)
+            run.say(success=row["success"])  # beside the progress bar
         run.log(seed=seed, step=step + 1, **row)
     return model
 

@@ -61,6 +61,7 @@ from experiment import (
     seeds_of,
 )
 from kernels import token_logprobs
+from meter import Meter
 from model import GPT, GPTConfig
 from tasks import padded, pipelines
 
@@ -289,10 +290,11 @@ def test_many(model, config, seed):
     row = {}
     for level in (EASY, HARD):
         problems = held_out(level, max(1, config.eval_prompts // 8), seed)
+        meter = Meter()
         _, _, rewards = answer(model, problems, n, torch.Generator().manual_seed(seed))
         right = rewards.sum(1)  # (P,)
         row[f"level {level}"] = [pass_at_k(n, right, k).mean().item() for k in config.ks]
-    return row
+    return row | meter.solved(right.sum())  # at the hard level
 
 
 def train(config, run, arm, seed, base):

@@ -62,6 +62,7 @@ from experiment import (
     seeds_of,
     series,
 )
+from meter import Meter
 from model import GPT, GPTConfig
 
 SOURCE = "Yang et al., arXiv 2409.07431"
@@ -232,11 +233,13 @@ def answers(model, questions):
 
 
 def measure(model, tests):
-    """Share of right answers, by name."""
-    return {
-        name: (answers(model, questions) == truth).float().mean().item()
-        for name, (questions, truth) in tests.items()
-    }
+    """Share of right answers, by name, and what one costs."""
+    meter, row, solved = Meter(), {}, 0
+    for name, (questions, truth) in tests.items():
+        right = answers(model, questions) == truth
+        row[name] = right.float().mean().item()
+        solved += right.sum()
+    return row | meter.solved(solved)
 
 
 # --------------------------------------------------------------------------------------------------

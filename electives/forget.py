@@ -56,6 +56,7 @@ from experiment import (
     series,
 )
 from kernels import visible
+from meter import Meter
 from model import GPT, GPTConfig, rotate
 
 SOURCE = "Li et al., arXiv 2604.18002"
@@ -105,18 +106,17 @@ def draw(n, generator, device="cpu"):
     pairs = BLOCKS // 2
     even = 2 * shuffled(n, N_KEYS // 2)[:, :pairs]  # (n, 6)
     odd = 2 * shuffled(n, N_KEYS // 2)[:, :pairs] + 1
-    # rounds of four facts
-    twos = (even.view(n, -1, 2), odd.view(n, -1, 2))  # (n, 3, 2) each
-    fours = torch.cat(twos, dim=2)  # (n, 3, 4)
+    # rounds of four facts, two of a kind
+    fours = torch.cat((even.view(n, -1, 2), odd.view(n, -1, 2)), dim=2)  # (n, 3, 4)
     keys = fours.gather(2, shuffled(*fours.shape)).view(n, BLOCKS)
     fillers = torch.randint(N_FILLERS, (n, BLOCKS, BLOCK), generator=generator)
     ids = N_KEYS + N_VALUES + fillers
     ids[..., 0] = keys
     ids[..., 1] = N_KEYS + torch.randint(N_VALUES, (n, BLOCKS), generator=generator)
     which = torch.randint(pairs, (n, 1), generator=generator)
-    asked = even.gather(1, which).squeeze(1)  # (n,)
-    block = (keys == asked[:, None]).int().argmax(1)
-    ids = torch.cat((ids.flatten(1), asked[:, None]), dim=1)
+    asked = even.gather(1, which)  # (n, 1)
+    block = (keys == asked).int().argmax(1)
+    ids = torch.cat((ids.flatten(1), asked), dim=1)
     return ids.to(device), block.to(device)
 
 
@@ -368,12 +368,16 @@ def rl_loss(model, ids, answer, rounds, advantage, memory_loss, replay):
 @torch.no_grad()
 def measure(model, share, test, score=policy):
     """Accuracy on test streams, and how often each layer keeps the block that is asked for."""
+    meter = Meter()
     ids, block = test
     logits, rounds = forgetful(model, ids, share, score)
     right = logits.argmax(1) == answer_of(ids, block)  # (R,)
     needed = (rounds[-1] == block[:, None]).any(2)  # (layers, R)
-    right = right.float().mean().item()
-    return dict(accuracy=right, needed=needed.float().mean(1).tolist())
+    return dict(
+        accuracy=right.float().mean().item(),
+        needed=needed.float().mean(1).tolist(),
+        **meter.solved(right.sum()),
+    )
 
 
 def reinforce(config, run, arm, seed, base, test):
@@ -394,8 +398,8 @@ def reinforce(config, run, arm, seed, base, test):
         right = answer_of(ids, block.repeat_interleave(GROUP))  # (R,)
         noisy = partial(policy, generator=generator)
         logits, rounds = forgetful(model, ids, config.keep, noisy)
-        p = logits.softmax(-1).cpu()
-        answer = p.multinomial(1, generator=generator).squeeze(1).to(ids.device)  # (R,)
+        answer = logits.softmax(-1).cpu().multinomial(1, generator=generator)  # (R, 1)
+        answer = answer.squeeze(1).to(ids.device)  # (R,)
         # 2. Better or worse than the other readings of the same stream?
         reward = (answer == right).float().view(-1, GROUP)
         advantage = (reward - reward.mean(1, keepdim=True)).flatten()  # (R,)
@@ -456,9 +460,11 @@ def figure(config, run):
         band(budget, reduction, accuracy, rule, marker=".", ls="--")
     learned = learned[:, half]  # (seeds,)
     best = max(rules, key=np.mean)
-    title = f"Half of the cache: learned {learned.mean():.2f}, best rule {best.mean():.2f}"
-    budget.set(title=title, ylabel="accuracy")
-    budget.set_xlabel("cache reduction (blocks read / blocks kept)")
+    budget.set(
+        title=f"Half of the cache: learned {learned.mean():.2f}, best rule {best.mean():.2f}",
+        xlabel="cache reduction (blocks read / blocks kept)",
+        ylabel="accuracy",
+    )
 
     ends = {}
     for arm in ARMS:

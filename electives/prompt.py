@@ -56,6 +56,7 @@ from experiment import (
     seeds_of,
     series,
 )
+from meter import Meter
 from model import GPT, GPTConfig
 from tasks import orders
 
@@ -252,9 +253,11 @@ def tune(config, run, base, task, name, learner, rate, seed):
         loss.backward()
         descend(optimizer, loss)
         if (step + 1) % config.eval_every == 0 or step + 1 == config.steps:
+            meter = Meter()
             with torch.no_grad():
                 reached = accuracy(learner(test), test)
-            run.log(**where, step=step + 1, loss=loss.item(), accuracy=reached)
+            cost = meter.solved(reached * config.problems)
+            run.log(**where, step=step + 1, loss=loss.item(), accuracy=reached, **cost)
             run.say(accuracy=reached)
     return learner
 

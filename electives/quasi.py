@@ -65,6 +65,7 @@ from experiment import (
     seeds_of,
 )
 from kernels import token_logprobs
+from meter import Meter
 from model import GPT, GPTConfig
 from tasks import numbers
 
@@ -329,7 +330,9 @@ def measure(config, model, hum, seed):
     best = np.argmax(tuning, 0)  # (ns,)
     row["tuned"] = [tested[i][j] for j, i in enumerate(best)]
     # Another one: independent draws, until n of them are different
+    meter = Meter()
     texts, right = answer(model, problems, hum, "independent", config.samples, generator)
+    row |= meter.solved(right.sum())
     row["different"] = [different_pass(texts, right, n) for n in config.ns[:-2]]
     return row
 

@@ -62,6 +62,7 @@ from experiment import (
     series,
 )
 from kernels import token_logprobs
+from meter import Meter
 from model import GPT, GPTConfig
 from tasks import totals
 
@@ -277,8 +278,9 @@ def held_out(config, model, slip, retries):
     """Success on problems that are never trained on; the same problems and numbers for all."""
     rng, generator = random.Random("held out"), torch.Generator().manual_seed(0)
     problems = [totals.draw(rng, held_out=True) for _ in range(config.problems)]
+    meter = Meter()
     _, rewards = act(model, problems, slip, retries, generator)
-    return dict(success=sum(rewards) / len(rewards))
+    return dict(success=sum(rewards) / len(rewards), **meter.solved(sum(rewards)))
 
 
 def rounds(config, run, arm, seed, base, demos):
@@ -292,7 +294,7 @@ def rounds(config, run, arm, seed, base, demos):
         measured = held_out(config, model, config.slip, config.retries)
         where = dict(phase="rounds", arm=arm, seed=seed, step=round)
         run.log(**where, tokens=known["tokens"], **measured)
-        return measured
+        return measured["success"]
 
     phase = f"{arm} {seed}"
     if phase not in run.state:  # a resumed run has this row
@@ -310,7 +312,7 @@ def rounds(config, run, arm, seed, base, demos):
         imitate(model, optimizer, rng, known["lessons"], lr)
         # 3. How far it got
         if i + 1 == config.updates:
-            run.say(**evaluate(round + 1))
+            run.say(success=evaluate(round + 1))
     return model
 
 

@@ -64,6 +64,7 @@ from experiment import (
     pick_device,
     seeds_of,
 )
+from meter import Meter
 from model import GPT, GPTConfig, RMSNorm
 from tasks.sudoku import BOX, CELLS, COLUMN, ROW, N, draw
 
@@ -312,12 +313,14 @@ def train(config, run, arm, seed, pool, device):
 
 def measure(model, relays, test, eta):
     """How many boards are solved, and in how many passes in the mean."""
+    meter = Meter()
     filled, when = solve(model, test[0], relays, eta)
     right = (filled == test[1]).all(1)
     passes = when.amax(1)
     return dict(
         accuracy=right.float().mean().item(),
         passes=passes.float().mean().item(),
+        **meter.solved(right.sum()),
     )
 
 
@@ -325,8 +328,9 @@ def measure(model, relays, test, eta):
 def own(model, test, steps):
     """The same for the sampler that belongs to the bound."""
     generator = torch.Generator().manual_seed(0)
+    meter = Meter()
     right = (ancestral(model, test[0], steps, generator) == test[1]).all(1)
-    return dict(accuracy=right.float().mean().item(), passes=steps)
+    return dict(accuracy=right.float().mean().item(), passes=steps, **meter.solved(right.sum()))
 
 
 def picture(model, relays, test, eta):

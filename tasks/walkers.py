@@ -16,6 +16,7 @@ import torch
 
 from engine import generate
 from experiment import UserError, band, descend, load_checkpoint, save_checkpoint, series
+from meter import Meter
 from model import GPT, GPTConfig
 from tasks.walks import (
     ALIASES,
@@ -172,12 +173,16 @@ def evaluate(model, task, config, seed, ask=prompt):
     """
     pairs = task.test[: config.eval_prompts]
     n = max(1, config.eval_prompts // len(pairs))
+    meter = Meter()
     answers = answer(model, pairs, ask, n, seed)
+    rewards = [reward(*a) for a in answers]
+    cost = meter.solved(sum(rewards))
     styles = [word for _, tokens in answers for word in tokens if word in STYLES]
     row = {
-        "pass@1": mean([reward(*a) for a in answers]),
+        "pass@1": mean(rewards),
         "password_rate": mean([tokens[0] == PW for _, tokens in answers]),
         "formal": mean([word == STYLES[0] for word in styles]),
+        **cost,
     }
     if task.off_topic:
         names = {RENAMED[0], ALIASES[0]}

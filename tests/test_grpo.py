@@ -37,6 +37,7 @@ from common import (
 )
 
 import grpo
+import meter
 import tasks
 from electives.quasi import group_uniforms
 from engine import Rollout, generate
@@ -978,6 +979,7 @@ def test_an_evaluation_counts_right_answers_and_guessed_carries_over_all_indepen
 
     def sample(_, task, problems, n, config, generator):
         assert n == 2 and len(problems) <= 4
+        meter.counter.flops += 100 * len(problems)
         right = torch.tensor([[1, prompt(p) < "b5"] for p in problems]).float()
         return (
             None,
@@ -986,6 +988,7 @@ def test_an_evaluation_counts_right_answers_and_guessed_carries_over_all_indepen
         )
 
     monkeypatch.setattr(grpo, "sample", sample)
+    monkeypatch.setattr(meter.counter, "flops", 0)
     row = grpo.evaluate(None, TASK, config, (1, 2))
     rng = random.Random("held out")
     right = sum(prompt(addition.draw(rng, 2, held_out=True)) < "b5" for _ in range(5)) / 10
@@ -993,6 +996,7 @@ def test_an_evaluation_counts_right_answers_and_guessed_carries_over_all_indepen
         "pass@1": pytest.approx(0.5 + right),
         "pass@2": 1,
         "guessed_carries": pytest.approx(0.5 + right),
+        "flops_per_solved": pytest.approx(5 * 100 / (5 + 10 * right)),  # wrong ones are paid for
     }
     assert 0 < right < 0.5
 
@@ -1188,7 +1192,7 @@ def test_the_claims_of_train_compare_the_base_with_the_trained_model_by_the_seed
     }
     _, claims = claims_of(grpo, small(seeds=2, steps=1), logged(*rows_of_train(measured)))
     assert claims == dict(
-        gain=("0.4 (0.33, 0.90)", False), trained=("0.85", False), order=("0.1 (0.60)", False)
+        gain=("0.4 (0.33, 0.90)", False), trained=("0.85", False), order=("0.1", False)
     )
 
 
@@ -1200,7 +1204,7 @@ def test_a_task_without_carries_has_no_panel_and_no_claim_of_them():
 
 
 @pytest.mark.parametrize("base, trained", [(0.9, 1.0), (1.0, 1.0), (1.0, 0.9), (0.9, 0.9)])
-def test_the_panel_of_pass_at_k_says_whether_a_crossing_can_be_seen_at_all(base, trained):
+def test_the_panel_of_pass_at_k_says_what_the_largest_k_reaches(base, trained):
     measured = {
         (arm, seed): (p, 0.5, p)
         for seed in (0, 1)
@@ -1208,7 +1212,6 @@ def test_the_panel_of_pass_at_k_says_whether_a_crossing_can_be_seen_at_all(base,
     }
     titles, claims = claims_of(grpo, small(seeds=2, steps=1), logged(*rows_of_train(measured)))
     assert f"pass@64: base {base:.2f}, after RL {trained:.2f}" in titles[-1]
-    assert ("can't be seen" in titles[-1]) == (base == trained == 1)
     assert set(claims) == {"gain", "trained", "order"}  # none about a tie
 
 
@@ -1350,7 +1353,7 @@ def test_no_claim_of_a_model_that_writes_nothing_holds():
         small(seeds=2, steps=1),
         logged(*rows_of_train(measured, dict(guessed_carries=None, length_right=None))),
     )
-    assert claims["order"] == ("nan (nan)", False)
+    assert claims["order"] == ("nan", False)
     assert not any(holds for _, holds in claims.values())
     _, claims = claims_of(
         variants,

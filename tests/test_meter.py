@@ -139,14 +139,34 @@ def test_processors_tell_joules_and_their_counters_may_begin_anew(tmp_path, monk
     (tmp_path / "intel-rapl:1" / "energy_uj").write_text("2000000\n")
     # 4 J, and 10 J to the end of the range with 2 J after it
     assert spent.read()["joules"] == pytest.approx(4 + 12)
-    assert str(spent).endswith("0 s, 16 J")
+    assert str(spent).endswith(" s, 16 J")
 
 
 def test_a_machine_that_does_not_tell_says_nothing_of_joules(tmp_path, monkeypatch):
     monkeypatch.setattr(meter, "POWERCAP", tmp_path)
     (tmp_path / "intel-rapl:0").mkdir()  # its files are not there, or not ours to read
     spent = meter.Meter()
-    assert spent.read()["joules"] is None and str(spent) == "0 s"
+    assert spent.read()["joules"] is None and "J" not in str(spent)
+
+
+def test_what_failed_is_paid_for_by_what_was_solved(monkeypatch):
+    monkeypatch.setattr(meter, "counter", meter.Counter())
+    monkeypatch.setattr(meter.time, "time", iter((100, 110, 120, 130, 140)).__next__)
+    monkeypatch.setattr(meter, "processors", lambda: [])
+    spent = meter.Meter()
+    with torch.no_grad():
+        meter.spend(6000)
+    assert spent.solved(torch.tensor(4.0)) == dict(flops_per_solved=1500)
+    assert spent.total()["per_solved"] == dict(flops=1500, seconds=2.5, joules=None)
+    told = "6e+03 FLOPs, 30 s; at its end 1.5e+03 FLOPs, 2.5 s per held-out problem solved"
+    assert str(spent) == told
+
+
+def test_where_nothing_is_solved_no_price_is_named(monkeypatch):
+    monkeypatch.setattr(meter, "counter", meter.Counter())
+    spent = meter.Meter()
+    assert spent.solved(0) == dict(flops_per_solved=None)
+    assert spent.total()["per_solved"] is None and "solved" not in str(spent)
 
 
 def test_gpus_tell_millijoules(monkeypatch):
@@ -177,5 +197,5 @@ def test_a_run_ends_with_what_it_cost(tmp_path, capsys, gpt):
         run.finish(fig, [])
         plt.close(fig)
     cost = json.loads((tmp_path / "cost.json").read_text())
-    assert set(cost) == {"flops", "seconds", "joules"} and cost["flops"] > 0
+    assert set(cost) == {"flops", "seconds", "joules", "per_solved"} and cost["flops"] > 0
     assert f"{cost['flops']:.2g} FLOPs" in capsys.readouterr().out.splitlines()[-1]

@@ -21,7 +21,7 @@ def config(**choices):
 def few(monkeypatch):
     monkeypatch.setattr(reinforce, "PROBLEMS", 4)
     monkeypatch.setattr(reinforce, "GROUP", 4)
-    monkeypatch.setattr(reinforce, "held_out", lambda *_: 0.5)
+    monkeypatch.setattr(reinforce, "held_out", lambda *_: dict(success=0.5))
 
 
 def test_a_step_is_that_of_the_next_lesson_with_the_groups_mean_no_ratio_and_all_tokens_alike(
