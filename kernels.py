@@ -422,6 +422,7 @@ class RMSNormFunction(torch.autograd.Function):
     def backward(ctx, g):
         saved_x, saved_weight = ctx.saved_tensors
         x, weight, g = wide(saved_x), wide(saved_weight), wide(g)
+        # once more: a gradient of this gradient has to see x in it
         r = inverse_rms(x, ctx.eps)  # (..., 1)
         gx = g * x  # (..., C)
         slope = (gx @ weight)[..., None] * r**3 / x.shape[-1]  # (..., 1)
