@@ -412,7 +412,7 @@ def claims_of(n, at, plan, hummed, closed, fewer):
     rows = [
         ("exact", "pass@1 minus the model's own, largest", "0", np.abs(wrong).max(), "<=", 0.01),
         ("decide", f"lattice, n = {AT}: gap closed {where}", "often all", closed[0], ">=", 0.4),
-        ("nothing", f"the same {where} nothing", "-", closed[1], "<=", 0.05),
+        ("nothing", f"lattice, n = {AT}: gap closed {where} nothing", "-", closed[1], "<=", 0.05),
         ("saved", f"lattice: fewer for independent pass@{2 * AT}", ".25 to .47", fewer, ">=", 0.25),
         (
             "tuned",

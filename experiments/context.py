@@ -270,7 +270,7 @@ def judge(config, loss):
         ),
         over_dynamic(
             "over dynamic, fall",
-            "how much less its loss falls between the first claim's depths",
+            "how much less its loss falls from the least context to the most",
             fall,
             loss,
             at_longest,

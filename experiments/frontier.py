@@ -240,7 +240,7 @@ def draw_best_of_n(ax, config, p, row, named):
 def judge(behind, off, beside):
     n = len(behind)
     least = "GRPO: nats behind the frontier, mean over problems, least of 4 beta"
-    most = "the same, most of 4 beta"
+    most = "GRPO: nats behind the frontier, mean over problems, most of 4 beta"
     best = "best-of-n: accuracy off the closed form, largest of 7 n"
     return [
         claim(

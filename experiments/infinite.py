@@ -267,10 +267,10 @@ def figure(config, run):
         f"one student keeps {kept.mean():.0%} of their gain over one of them"
     )
     rows = [
-        ("usual", "decay 0.1, 32 epochs: better end minus best width", "U", bend(usual), ">", 0),
-        ("stopped", "decay 0.1, best epochs: the same", "U", bend(stopped), ">", 0),
+        ("usual", "decay 0.1, 32 epochs: better end minus bottom", "U", bend(usual), ">", 0),
+        ("stopped", "decay 0.1, best epochs: better end minus bottom", "U", bend(stopped), ">", 0),
         ("longest", "best decay, 32 epochs: largest rise by width", "-", rise(longest), "<", 0),
-        ("tuned", "best decay, best epochs: the same", "falls", rise(tuned), "<", 0),
+        ("tuned", "best decay, best epochs: largest rise by width", "falls", rise(tuned), "<", 0),
         ("ensemble", "best single model minus ensemble", "-", gain, ">=", 0.05),
         (
             "larger",

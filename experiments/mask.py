@@ -204,8 +204,8 @@ def claims_of(equal, nats_at_end, success_at_end, n):
     ending = nats_at_end[many]
     size = "1 update a batch: size of the entropy's difference at equal success"
     text = "16 updates: entropy at equal success, full minus masked"
-    tries = "16 updates: different attempts at equal success, the same"
-    end = "16 updates: entropy at the end, the same"
+    tries = "16 updates: different attempts at equal success, full minus masked"
+    end = "16 updates: entropy at the end, full minus masked"
     beside = f" ({told(nats[one], 3)})"
     return [
         claim("one entropy", size, "derived", "0", abs(nats[one].mean()), "<=", 0.05, n, beside),

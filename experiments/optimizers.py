@@ -254,7 +254,7 @@ def figure(config, run):
     tuned_text = "Cov_16 at 4,096 tokens: SGD, best eta of 4, minus normalised"
     bounce_text = "SGD at eta H B = 2.5: Cov_16, smallest of all lengths"
     normalised_text = "normalised SGD, one eta: Cov_16, largest of all lengths"
-    distilled_text = "truncated distillation, one eta: the same"
+    distilled_text = "truncated distillation, one eta: Cov_16, largest of all lengths"
     rows = [
         ("one eta", gain_text, "> 0", gain, ">=", 0.01),
         ("sgd", tuned_text, ">= c H / T", tuned_gain, ">=", 0.001),

@@ -221,7 +221,7 @@ def claims_of(n, G, ratio, same, zero_variance, dispersion, scale):
         text = f"{kind} minus independent: groups of the base without variance"
         groups = claim(f"{kind} groups", text, SOURCE, "fewer", fewer, "<", 0, n)
         claims += [steps, groups]
-    text = f"lattice: the same, both at the rate {LRS[0]:g}"
+    text = f"lattice: steps to {GOAL} over independent's, both at the rate {LRS[0]:g}"
     claims.append(claim("same rate", text, SOURCE, "0.5", same, "<=", 0.75, n))
     wrong = []
     for kind in SAMPLERS:
