@@ -37,6 +37,9 @@ EXERCISES = re.compile(
     r"(<details><summary><code>(?:electives/)?(\w+)\.py</code>)[^\n]*\n(?:(?!</details>).*\n)*</details>\n"
 )
 BENCH = re.compile(r"(<!-- results/bench/benchmark.txt -->\n```text\n)[^`]*(\n```)")
+# docs/claims.md, and what counts it
+ALL = re.compile(r"^(\| claim \| figure \|.*\n\|[-|]+\n)(?:\|.*\n)*", re.M)
+COUNT = re.compile(r"\b\d+ claims, \d+ hold, \d+ fail\b")
 LESSON = re.compile(r"^(\| \[`(\w+\.py)`\]\(\2\) \|[^|]*\| )[^|]*( \|[^|]*\|)$", re.M)
 
 
@@ -50,16 +53,56 @@ def rows_of(name):
     ]
 
 
+def line(cells):
+    """A line of a table: a bar in a cell would end it."""
+    cells = [str(cell).replace("|", "\\|") for cell in cells]
+    return f"| {' | '.join(cells)} |\n"
+
+
 def table(name):
     claims = read(f"{name}/claims.json")
     rows = ""
     for c in claims:
         holds = "yes" if c["holds"] else "**no**"
-        cells = [c["claim"], c["source"], c["paper"], c["ours"], c["threshold"], holds]
-        rows += f"| {' | '.join(map(str, cells))} |\n"
+        rows += line([c["claim"], c["source"], c["paper"], c["ours"], c["threshold"], holds])
     hold = sum(c["holds"] for c in claims)
     summary = f"<details><summary>Claims: {hold} of {len(claims)} hold</summary>"
     return f"{summary}\n\n{HEAD}{rows}\n</details>\n"
+
+
+def all_claims():
+    """(figure, claim) of all, in the order of the pages."""
+    shown = [m[2] for m in CLAIMS.finditer(TEXT)]
+    return [(name, c) for name in shown if name in NAMES for c in read(f"{name}/claims.json")]
+
+
+def anchor(heading):
+    """What a link to a heading ends in, as GitHub writes it."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+def section_of(name):
+    """Where a figure is shown: page#heading."""
+    for page, text in PAGES.items():
+        before, shown, _ = text.partition(f"](../results/{name}/{name}.png)")
+        if shown:
+            return f"{page.name}#{anchor(re.findall(r'(?m)^##? (.*)$', before)[-1])}"
+
+
+def table_of_all():
+    """The claims that failed first, each with why."""
+    why, rows = read("why.json"), {False: "", True: ""}
+    for name, c in all_claims():
+        verdict = "holds" if c["holds"] else f"**no.** {why.get(name + '/' + c['id'], '')}"
+        figure = f"[{name}]({section_of(name)})"
+        cells = [c["claim"], figure, c["paper"], c["ours"], c["threshold"], verdict]
+        rows[c["holds"]] += line(cells)
+    return rows[False] + rows[True]
+
+
+def count():
+    holds = [c["holds"] for _, c in all_claims()]
+    return f"{len(holds)} claims, {sum(holds)} hold, {len(holds) - sum(holds)} fail"
 
 
 def exercises(script):
@@ -78,6 +121,8 @@ def minutes(script):
 
 def rewritten(text):
     text = CLAIMS.sub(lambda m: m[1] + table(m[2]), text)
+    text = ALL.sub(lambda m: m[1] + table_of_all(), text)
+    text = COUNT.sub(count(), text)
     text = EXERCISES.sub(lambda m: m[1] + exercises(m[2]), text)
     bench = (RESULTS / "bench/benchmark.txt").read_text().strip()
     text = BENCH.sub(lambda m: f"{m[1]}{bench}{m[2]}", text)
@@ -142,6 +187,12 @@ def test_the_claims_are_what_the_present_code_makes_of_the_metrics(name):
     claims = module.figure(config, Replay(name))[1]
     plt.close("all")
     assert claims == read(f"{name}/claims.json")
+
+
+def test_every_failed_claim_and_no_other_has_a_why():
+    failed = {f"{name}/{c['id']}" for name, c in all_claims() if not c["holds"]}
+    assert set(read("why.json")) == failed
+    assert {name for name, _ in all_claims()} == set(NAMES)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -223,6 +274,7 @@ SHARED = set(
     )
 )
 SHARED |= set(numbers_in((RESULTS / "bench/benchmark.txt").read_text()))
+SHARED |= set(numbers_in(count()))
 SECTIONS = [s for s in re.split(r"^(?=##? )", TEXT, flags=re.M) if told(s)]
 
 
@@ -242,6 +294,14 @@ def test_every_number_is_found_in_results(section):
             )
         )
     assert [n for n in told(section) if not found(n, known)] == []
+
+
+@pytest.mark.parametrize("claim", read("why.json"))
+def test_a_why_is_short_and_its_numbers_are_found_in_its_figures_results(claim):
+    why = read("why.json")[claim]
+    assert 0 < len(why.split()) <= 25
+    known = SHARED | numbers_of(claim.partition("/")[0])
+    assert [n for n in told(why) if not found(n, known)] == []
 
 
 def test_a_number_that_is_in_no_result_is_missed():
@@ -794,6 +854,13 @@ def test_every_file_that_a_page_links_to_exists(page):
         for path in re.findall(r"\]\((?!http|#)([^)#]+)", PAGES[page])
         if not (page.parent / path).exists()
     ] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_every_heading_that_a_page_links_to_exists(page):
+    for path, heading in re.findall(r"\]\((?!http)([^)#]*)#([^)]+)\)", PAGES[page]):
+        there = PAGES[(page.parent / path).resolve()] if path else PAGES[page]
+        assert heading in map(anchor, re.findall(r"(?m)^#+ (.*)$", there)), heading
 
 
 def test_every_lesson_foundation_and_experiment_stands_on_a_page():
