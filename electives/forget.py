@@ -447,7 +447,7 @@ def by_share(run, arm):
 
 def figure(config, run):
     """The figure and its claims, from the rows of the run."""
-    fig, axes = plt.subplots(1, 3, figsize=(16, 5), layout="constrained")
+    fig, axes = plt.subplots(1, 3, figsize=(12.5, 4.6), layout="constrained")
     budget, training, needed = axes
     half = SHARES.index(0.5)
     reduction = 1 / np.array(SHARES)
@@ -479,7 +479,7 @@ def figure(config, run):
     for layer in range(kept.shape[2]):
         band(needed, steps, kept[..., layer], f"layer {layer + 1}")
     last = kept[:, -1, -1]
-    title = f"The last layer keeps what is asked for: {last.mean():.2f}"
+    title = f"Last layer keeps what is asked for: {last.mean():.2f}"
     needed.set(title=title, xlabel="step of RL", ylabel="P(kept | asked for)")
     for ax in axes:
         ax.set_ylim(0, 1.02)
