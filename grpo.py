@@ -77,6 +77,7 @@ from experiment import (
 from kernels import token_logprobs
 from meter import Meter
 from model import GPT, GPTConfig
+from tasks import pass_at_k
 
 
 class Loss(NamedTuple):
@@ -227,19 +228,6 @@ def kl_estimate(logp, ref_logp, kind):
     """
     d = (logp - ref_logp).clamp(-20, 20)
     return {"k1": d, "k2": d**2 / 2, "k3": (-d).exp() + d - 1}[kind]
-
-
-def pass_at_k(n, correct, k):
-    """Unbiased pass@k (Chen et al., arXiv 2107.03374): 1 - C(n - c, k) / C(n, k) of each problem.
-
-    correct (...): how many of n answers are right. ValueError unless 1 <= k <= n.
-    """
-    if not 1 <= k <= n:
-        raise ValueError(f"pass@{k} needs 1 <= k <= n, have n = {n} samples")
-    c = torch.as_tensor(correct).double()
-    # C(n - c, k) / C(n, k) is the product of 1 - c / j over these j: 0 once c > n - k
-    j = torch.arange(n - k + 1, n + 1, dtype=torch.float64)
-    return 1 - (1 - c[..., None] / j).prod(-1)
 
 
 # --------------------------------------------------------------------------------------------------

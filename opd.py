@@ -69,6 +69,7 @@ from experiment import (
     series,
 )
 from tasks.walkers import (
+    advantages,
     alive,
     answer_logprobs,
     at,
@@ -206,14 +207,6 @@ def divergence(lp, lq, y, kind, top=4):
     # top_stopgrad: as `sampled`, with all top tokens in the place of one draw, each as likely as
     # the student makes it among them
     return ((lp.softmax(-1) * (lp - lq)).detach() * lp).sum(-1)
-
-
-def advantages(rewards):
-    """rewards (P, G) -> (P, G): minus the group's mean, over its standard deviation; exactly 0
-    where all are equal."""
-    equal = (rewards == rewards[:, :1]).all(1, keepdim=True)
-    centred = torch.where(equal, 0.0, rewards - rewards.mean(1, keepdim=True))
-    return centred / (rewards.std(1, keepdim=True) + 1e-4)
 
 
 def loss_of(method, lp, lq, y, mask, rewards, config):

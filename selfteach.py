@@ -64,6 +64,7 @@ from experiment import (
     seeds_of,
 )
 from tasks.walkers import (
+    advantages,
     alive,
     answer_logprobs,
     at,
@@ -209,14 +210,6 @@ def choose_mask(kind, mask, gap, accepted, rewards, recall, keep):
     if kind == "judge":
         gap = gap.masked_fill(largest(gap, recall) * accepted == 0, -torch.inf)
     return largest(gap, keep)
-
-
-def advantages(rewards):
-    """rewards (P, G) -> (P, G): minus the group's mean, over its standard deviation; exactly 0
-    where all are equal."""
-    equal = (rewards == rewards[:, :1]).all(1, keepdim=True)
-    centred = torch.where(equal, 0.0, rewards - rewards.mean(1, keepdim=True))
-    return centred / (rewards.std(1, keepdim=True) + 1e-4)
 
 
 def choose_weight(kind, d, m, logp, rewards, group, clip, slope=2.0, gamma=-4.0):

@@ -51,7 +51,6 @@ import torch
 import torch.nn.functional as F
 
 import tasks
-from engine import Rollout, generate
 from experiment import (
     Flags,
     Run,
@@ -247,18 +246,8 @@ def imitate(config, run, seed, device):
 
 def answer(model, problems, n, size, temperature, generator):
     """n answers to each problem -> Rollout, texts, rewards (P, n): 1 for right, 0 for wrong."""
-    stop, budget = addition.tokenizer.stop, addition.budget(size)
-    prompts = [addition.tokenizer.encode(addition.prompt(problem)) for problem in problems]
-    at_once = max(1, 512 // n)  # problems: more answers at a time are slower on a CPU
-    parts = []
-    for i in range(0, len(prompts), at_once):
-        some = prompts[i : i + at_once]
-        parts.append(generate(model, some, n, budget, temperature, stop=stop, generator=generator))
-    rollout = Rollout.cat(parts)
-    texts = rollout.texts(addition.tokenizer)
-    ended = rollout.ended(stop).tolist()  # what did not end is wrong
-    rewards = [addition.reward(problems[i // n], text) * ended[i] for i, text in enumerate(texts)]
-    return rollout, texts, torch.tensor(rewards).view(-1, n)
+    budget, at_once = addition.budget(size), max(1, 512 // n)
+    return tasks.answer(model, addition, problems, n, budget, generator, temperature, at_once)
 
 
 def learn_reward(config, run, seed, base):

@@ -46,7 +46,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
-from engine import Rollout, generate
+import tasks
 from experiment import (
     Flags,
     Run,
@@ -63,7 +63,7 @@ from experiment import (
 from kernels import token_logprobs
 from meter import Meter
 from model import GPT, GPTConfig
-from tasks import padded, pipelines
+from tasks import padded, pass_at_k, pipelines
 
 SOURCE = "Yuan et al., arXiv 2509.25123"
 LEVELS = (1, 2, 3, 4, 5)  # functions in a pipeline of a test
@@ -124,17 +124,6 @@ def policy_loss(logp, mask, weight):
     return -(weight * logp * mask).sum() / mask.sum()
 
 
-def pass_at_k(n, correct, k):
-    """The chance that one of k answers is right, from c right ones of n of each problem (P,):
-    1 - C(n - c, k) / C(n, k) (Chen et al., arXiv 2107.03374) -> (P,).
-    """
-    assert 1 <= k <= n
-    c = torch.as_tensor(correct).double()
-    # C(n - c, k) / C(n, k) is the product of 1 - c / j over these j: 0 once c > n - k
-    j = torch.arange(n - k + 1, n + 1, dtype=torch.float64)
-    return 1 - (1 - c[:, None] / j).clamp_min(0).prod(1)
-
-
 # --------------------------------------------------------------------------------------------------
 # A step
 
@@ -146,24 +135,10 @@ def score(model, ids):
 
 
 def answer(model, problems, n, generator):
-    """n sampled answers to each of P problems -> Rollout of R = P * n rows, their texts, their
-    rewards (P, n). An answer that did not end is wrong.
-    """
+    """n sampled answers to each problem -> Rollout, texts, rewards (P, n): 1 for right."""
     budget = pipelines.budget(max(len(names) for p in problems for _, names in p))
-    prompts = [TASK.encode(pipelines.prompt(p)) for p in problems]
-    at_once = max(1, 512 // n)  # problems: more rows at a time are slower on a CPU
-    rollout = Rollout.cat(
-        [
-            generate(
-                model, prompts[i : i + at_once], n, budget, stop=TASK.stop, generator=generator
-            )
-            for i in range(0, len(prompts), at_once)
-        ]
-    )
-    texts = rollout.texts(TASK)
-    ended = rollout.ended(TASK.stop).tolist()
-    rewards = [pipelines.reward(problems[i // n], text) * ended[i] for i, text in enumerate(texts)]
-    return rollout, texts, torch.tensor(rewards).view(-1, n)
+    at_once = max(1, 512 // n)  # problems
+    return tasks.answer(model, pipelines, problems, n, budget, generator, at_once=at_once)
 
 
 def practise(model, optimizer, problems, negatives, config, generator):

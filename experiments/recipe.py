@@ -43,7 +43,6 @@ import numpy as np
 import torch
 
 import tasks
-from engine import generate
 from experiment import (
     Flags,
     Run,
@@ -159,22 +158,10 @@ def train(run, seed, arm, pairs, steps, device):
 
 def answer(model, problems, temperature):
     """An answer to each problem -> [(text, reward)]."""
-    prompts = [addition.tokenizer.encode(addition.prompt(problem)) for problem in problems]
-    rollout = generate(
-        model,
-        prompts,
-        1,
-        addition.budget(SIZE),
-        temperature,
-        stop=addition.tokenizer.stop,
-        generator=torch.Generator().manual_seed(0),
-    )
-    texts = rollout.texts(addition.tokenizer)
-    ended = rollout.ended(addition.tokenizer.stop).tolist()
-    return [
-        (text, addition.reward(problem, text) * done)
-        for problem, text, done in zip(problems, texts, ended, strict=True)
-    ]
+    generator = torch.Generator().manual_seed(0)
+    budget = addition.budget(SIZE)
+    _, texts, rewards = tasks.answer(model, addition, problems, 1, budget, generator, temperature)
+    return list(zip(texts, rewards[:, 0].tolist(), strict=True))
 
 
 def success(model, problems, **about):

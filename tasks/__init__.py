@@ -20,6 +20,7 @@ from types import SimpleNamespace
 
 import torch
 
+from engine import Rollout, generate
 from experiment import UserError, descend
 from kernels import token_logprobs
 
@@ -51,6 +52,48 @@ def held_out(text):
     every machine.
     """
     return zlib.crc32(text.encode("utf-8", "surrogatepass")) % 10 == 0
+
+
+def answer(model, task, problems, n, budget, generator, temperature=1.0, at_once=None):
+    """n answers of at most `budget` tokens to each of P problems -> Rollout of R = P * n rows,
+    their texts, their rewards (P, n). An answer that did not end is wrong.
+
+    at_once: problems, all without it. Many rows at a time are slower on a CPU.
+    """
+    stop = task.tokenizer.stop
+    prompts = [task.tokenizer.encode(task.prompt(problem)) for problem in problems]
+    at_once = at_once or len(prompts)
+    parts = []
+    for i in range(0, len(prompts), at_once):
+        some = prompts[i : i + at_once]
+        part = generate(
+            model,
+            some,
+            n=n,
+            max_new_tokens=budget,
+            temperature=temperature,
+            stop=stop,
+            generator=generator,
+        )
+        parts.append(part)
+    rollout = Rollout.cat(parts)
+    texts = rollout.texts(task.tokenizer)
+    ended = rollout.ended(stop).tolist()
+    rewards = [task.reward(problems[i // n], text) * ended[i] for i, text in enumerate(texts)]
+    return rollout, texts, torch.tensor(rewards).view(-1, n)
+
+
+def pass_at_k(n, correct, k):
+    """Unbiased pass@k (Chen et al., arXiv 2107.03374): 1 - C(n - c, k) / C(n, k) of each problem.
+
+    correct (...): how many of n answers are right. ValueError unless 1 <= k <= n.
+    """
+    if not 1 <= k <= n:
+        raise ValueError(f"pass@{k} needs 1 <= k <= n, have n = {n} samples")
+    c = torch.as_tensor(correct).double()
+    # C(n - c, k) / C(n, k) is the product of 1 - c / j over these j: 0 once c > n - k
+    j = torch.arange(n - k + 1, n + 1, dtype=torch.float64)
+    return 1 - (1 - c[..., None] / j).prod(-1)
 
 
 def padded(pairs, tokenizer):

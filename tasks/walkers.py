@@ -155,7 +155,15 @@ def answer(model, pairs, ask, n, seed, temperature=1.0):
     """n answers to each pair's prompt, ask(pair) -> [(pair, tokens)]."""
     prompts = [ask(pair) for pair in pairs]
     generator = torch.Generator().manual_seed(seed)
-    rollout = generate(model, prompts, n, ANSWER, temperature, stop=EOS, generator=generator)
+    rollout = generate(
+        model,
+        prompts,
+        n=n,
+        max_new_tokens=ANSWER,
+        temperature=temperature,
+        stop=EOS,
+        generator=generator,
+    )
     repeated = [pair for pair in pairs for _ in range(n)]
     answers = rollout.tokens()
     return list(zip(repeated, answers, strict=True))
@@ -163,6 +171,15 @@ def answer(model, pairs, ask, n, seed, temperature=1.0):
 
 def mean(values):
     return sum(values) / len(values) if values else None
+
+
+def advantages(rewards):
+    """rewards (P, G) -> (P, G): minus the group's mean, over its standard deviation; exactly 0
+    where all are equal.
+    """
+    equal = (rewards == rewards[:, :1]).all(1, keepdim=True)
+    centred = torch.where(equal, 0.0, rewards - rewards.mean(1, keepdim=True))
+    return centred / (rewards.std(1, keepdim=True) + 1e-4)
 
 
 def evaluate(model, task, config, seed, ask=prompt):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from common import Memory, check_help, check_mistake, check_quick, check_resume
 
+import tasks
 from electives import compose
 from electives.compose import (
     ARMS,
@@ -19,7 +20,6 @@ from electives.compose import (
     answer,
     build,
     imitate_right,
-    pass_at_k,
     policy_loss,
     score,
     train,
@@ -234,14 +234,6 @@ def test_the_loss_is_a_mean_over_answer_tokens_and_padding_changes_nothing(model
     torch.testing.assert_close(losses[0], by_hand / (8 + 15))
 
 
-def test_pass_at_k_is_the_share_of_subsets_with_a_right_answer():
-    n = 6
-    for right, k in itertools.product(range(n + 1), range(1, n + 1)):
-        subsets = list(itertools.combinations(range(n), k))
-        share = sum(min(s) < right for s in subsets) / len(subsets)
-        assert pass_at_k(n, [right], k).item() == pytest.approx(share, abs=1e-12)
-
-
 # --------------------------------------------------------------------------------------------------
 # The trainers
 
@@ -258,7 +250,7 @@ def test_answers_in_pieces_stand_in_the_problems_order(model, monkeypatch):
     """Two answers to each of 520 problems are sampled in three pieces."""
     problems = [[("ab", NAMES[i % 17])] for i in range(520)]
     monkeypatch.setattr(pipelines, "reward", lambda problem, text: float(problem[0][1] == "B"))
-    monkeypatch.setattr(compose.Rollout, "ended", lambda self, stop: torch.ones(len(self.ids)))
+    monkeypatch.setattr(tasks.Rollout, "ended", lambda self, stop: torch.ones(len(self.ids)))
     rollout, _, rewards = answer(model, problems, 2, torch.Generator().manual_seed(0))
     names = [functions for ((_, functions),) in problems]
     assert rollout.ids[:, 0].tolist() == [TASK.index[name] for name in names for _ in range(2)]
@@ -272,7 +264,7 @@ def test_rejection_imitates_the_right_answers_only(model, monkeypatch):
     rollout, texts, _ = answer(model, problems, config.tries, torch.Generator().manual_seed(0))
     good = [0, 3, 5]
     monkeypatch.setattr(pipelines, "reward", lambda _, text: float(texts.index(text) in good))
-    monkeypatch.setattr(compose.Rollout, "ended", lambda self, stop: torch.ones(len(self.ids)))
+    monkeypatch.setattr(tasks.Rollout, "ended", lambda self, stop: torch.ones(len(self.ids)))
     loss = policy_loss(score(model, rollout.ids[good]), rollout.mask[good][:, 1:], 1.0)
     loss.backward()
     wanted = [p.grad.clone() for p in model.parameters()]

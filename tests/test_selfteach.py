@@ -7,7 +7,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import test_opd
 import torch
 from common import Memory, check_help, check_resume, check_whole, finish, metrics
 from test_opd import (
@@ -178,11 +177,6 @@ def test_the_loss_is_the_mean_over_the_chosen_tokens():
     assert loss_of(
         "imitation", lp, lq, y, mask, rewards, PASSWORD, small()
     ).item() == pytest.approx(-(logp * right).sum().item() / right.sum().item())
-
-
-def test_advantages_are_those_of_the_other_lesson():
-    rewards = torch.tensor([[0.1] * 4, [1.0, 0, 0, 0], [1.0, 1, 0, 1]])
-    assert torch.equal(advantages(rewards), test_opd.advantages(rewards))
 
 
 @pytest.mark.parametrize("method", ["rmsd", "rmsd_no_judge"])
