@@ -847,6 +847,12 @@ def test_every_test_that_the_pages_name_exists():
     assert len(named) > 20 and [name for name in named if f"def {name}(" not in tests] == []
 
 
+def test_every_mistake_on_the_page_of_tests_has_a_test():
+    page = PAGES[ROOT / "docs" / "tested.md"]
+    rows = re.findall(r"(?m)^\| (.*) \|$(?!\n\|-)", page)  # not the heads of tables
+    assert len(rows) > 100 and [r for r in rows if "`test_" not in r.split("|")[-1]] == []
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_every_file_that_a_page_links_to_exists(page):
     assert [
