@@ -66,9 +66,7 @@ def test_the_fast_arm_keeps_what_works_and_only_the_slow_one_moves_weights(arm, 
 def test_the_words_with_half_of_the_best_ones_reward_live_on_and_the_best_is_deployed(monkeypatch):
     worth, asked = {NOHINT: 0.4, RULES[1]: 1.0, PASSWORDS[2]: 0.6, 3: 0.5}, []
 
-    def echo(
-        model, prompts, n, budget, *temperature, **more
-    ):  # answers with the word in the hint slot
+    def echo(model, prompts, n, *budget, **more):  # answers with the word in the hint slot
         words = [p[5] for p in prompts for _ in range(n)]
         asked.append(words)
         ids = torch.tensor([[*p, p[5], EOS] for p in prompts for _ in range(n)])

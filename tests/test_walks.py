@@ -386,7 +386,7 @@ def test_the_scorer_agrees_with_the_sampler_on_every_log_probability():
 def test_an_evaluation_judges_each_answer_by_its_own_question(monkeypatch):
     task = rule_task(0)
 
-    def fake(model, prompts, n, budget, temperature, **more):
+    def fake(model, prompts, n, **more):
         def tokens(pair, i):
             moves = walk_of(pair)[1:]
             alias = [ALIASES[0] if m == RENAMED[0] else m for m in moves]
@@ -404,6 +404,7 @@ def test_an_evaluation_judges_each_answer_by_its_own_question(monkeypatch):
         "formal": 0.5,
         "renamed": 0.5,
         "off_topic": 0.0,
+        "flops_per_solved": 0,  # the answers are no model's
     }
     crossed = evaluate(None, replace(task, off_topic=task.test), SimpleNamespace(eval_prompts=4), 0)
     assert crossed["off_topic"] == 0.25
