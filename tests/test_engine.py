@@ -1,5 +1,6 @@
 """engine.py: the cache changes nothing, samples follow the model's law."""
 
+import contextlib
 import itertools
 from collections import Counter
 
@@ -12,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import engine
 from engine import KVCache, Rollout, generate, inverse_cdf, truncate
 from experiment import NotFinite
-from kernels import token_logprobs
+from kernels import gemm_dtype, token_logprobs
+from meter import counter
 from tokenizer import train_bpe
 
 
@@ -659,3 +661,38 @@ def test_indexing_and_joining_rollouts_keep_every_row():
         )
         torch.testing.assert_close(part.logp.sum(1), both.logp[rows].sum(1))
         assert torch.equal(part.prompt_lens, both.prompt_lens[rows])
+
+
+@pytest.fixture
+def bf16():
+    if gemm_dtype(torch.zeros(1, dtype=torch.bfloat16)) != torch.bfloat16:
+        pytest.skip("bf16 is emulated here: models are sampled from in fp32")
+    return make(qkv_bias=True).bfloat16()
+
+
+def test_ordered_weights_change_no_number_and_no_count(bf16, monkeypatch):
+    def sampled():
+        generator = torch.Generator().manual_seed(0)
+        before = counter.flops
+        rollout = generate(bf16, [[1, 2, 3], [4]], 3, 30, stop=7, generator=generator)
+        return rollout, counter.flops - before
+
+    ordered, cost = sampled()
+    monkeypatch.setattr(engine, "packed", lambda *_: contextlib.nullcontext())
+    plain, plain_cost = sampled()
+    assert torch.equal(ordered.ids, plain.ids) and torch.equal(ordered.logp, plain.logp)
+    assert cost == plain_cost > 0
+
+
+def test_weights_are_ordered_for_many_steps_of_bf16_only_and_the_model_is_left_as_it_was(bf16):
+    def replaced(model):
+        return sum("forward" in vars(m) for m in model.modules())
+
+    with pytest.raises(KeyError), engine.packed(bf16, 24):
+        assert replaced(bf16) == 1 + 2 * 5  # the head, and five products in each layer
+        raise KeyError
+    assert replaced(bf16) == 0
+    with engine.packed(bf16, 23):
+        assert replaced(bf16) == 0
+    with engine.packed(bf16.float(), 100):
+        assert replaced(bf16) == 0
