@@ -1,14 +1,19 @@
 """bench.py: every speed and memory that this project speaks of, beside the peers it has.
 
-    python bench.py             all four parts, one after the other, each at most two minutes
-    python bench.py kernels     token_logprobs, attention: seconds, memory, error, share of the roof
+    python bench.py             all five parts, one after the other, each at most two minutes
+    python bench.py kernels     token_logprobs, attention, forward and backward
     python bench.py sampling    generate, beside Hugging Face's (pip install transformers)
     python bench.py training    a training step, beside nanoGPT's (--nanogpt FOLDER, a checkout)
-    python bench.py decoding    the share of the memory's bandwidth that decoding reaches
+    python bench.py decoding    generate alone; on a GPU step by step and as CUDA graphs
+    python bench.py profile     what a step spends its time on
 
 On a GPU the kernels' peers are Liger, Cut Cross-Entropy and FlashAttention (pip install
-liger-kernel, cut-cross-entropy, flash-attn). None is required: a line says which are left out. A
-peer's row says which part of the work it does not do.
+liger-kernel, cut-cross-entropy, flash-attn). None is required: a line says which are left out.
+
+All rows have one form: tokens/s; how many times the fastest peer's (`x peer`; a peer's row ends
+with the part of the work that it goes without); the limit, in tokens/s, which of two sets it, and
+the share of it that is reached; the share of the matrix products' roof (`MFU`, model FLOPs
+utilization, Chowdhery et al., arXiv 2204.02311); the peak memory above weights and inputs.
 
 How it is measured:
 1. One thing at a time. Rivals take turns in one run and the median counts, so that a machine's good
@@ -16,10 +21,17 @@ How it is measured:
 2. Everything runs once before it is timed: compilers, tuners and allocators do their work then.
 3. The roof is what this machine reaches, not what its maker promises: the fastest of six matrix
    products, the fastest of six copies.
-4. A kernel's error is that of its worst output or gradient, on a small problem, against fp64.
-5. On a CPU each kernel has a process of its own, because a process's peak memory never falls. On a
+4. The limit is the roof over what nobody can do without, counted from shapes as in meter.py: the
+   FLOPs of the products, or the bytes to be moved through the memory, whichever takes longer. Of
+   causal attention a kernel's count has half a square, a model's the whole, as is usual. What stays
+   in a CPU's caches can be faster than its memory: small models have no strict limit.
+5. A kernel's error is that of its worst output or gradient, on a small problem, against fp64. Its
+   first call is that small problem and a large one: with what it compiles and tunes.
+6. On a CPU each kernel has a process of its own, because a process's peak memory never falls. On a
    GPU the peak can be reset: one process runs all kernels, starts once, and searches Triton's tiles
    once for each shape.
+7. What only a GPU does in seconds is left out on a CPU. On a GPU all parts together leave out the
+   peers' and our own minutes of compilation: name the part, and it has them.
 
 The numbers mean something on an idle machine only. --out (default out/bench) takes benchmark.json,
 where a part that is measured again replaces its own rows, and kernels.png: kernels under the roof.
@@ -29,20 +41,25 @@ import argparse
 import json
 import multiprocessing
 import sys
-import time
 import warnings
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
-from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from importlib.util import find_spec
+from itertools import cycle
 from pathlib import Path
 from statistics import median
+from unittest.mock import patch
 
 import matplotlib.pyplot as plt
 import torch
-from torch.nn.utils.rnn import pad_sequence
 
 import engine
+import model
+import peers
 from experiment import UserError, command, out_of_memory, pick_device, whole
 from kernels import attention, can_compile, gemm_dtype, no_triton, token_logprobs
+from meter import clock, generating, profiled, roof
 from model import GPT, GPTConfig
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -57,50 +74,97 @@ SIZES = {
 }
 
 
-def clock(device):
-    """Seconds, once the device has done all that it was asked for."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
+# What is measured where
+RAGGED = [*range(8, 40, 2)]  # lengths of prompts
+WORKS = {
+    "quick": dict(
+        kernels=[("token_logprobs", (512, 256, 8192)), ("attention", (1, 4, 256, 64))],
+        # a model, its dtype, the prompts' lengths, samples of each, new tokens
+        sampling=[("4 x 128", "float32", [3, 8], 2, 8)],
+        training=[("4 x 128", 2)],  # a model, rows of a step
+        decoding=[("4 x 128", "bfloat16", [32] * 2, 1, 8)],
+    ),
+    "cpu": dict(
+        kernels=[("token_logprobs", (2048, 512, 32000)), ("attention", (4, 12, 1024, 64))],
+        sampling=[
+            ("4 x 128", "float32", RAGGED, 16, 128),
+            ("4 x 128", "bfloat16", RAGGED, 16, 128),
+            ("GPT-2 size", "bfloat16", [32] * 8, 1, 24),
+            ("SmolLM2-135M size", "bfloat16", [32] * 32, 1, 24),
+        ],
+        training=[("4 x 128", 64)],
+        decoding=[
+            ("GPT-2 size", "bfloat16", [32] * 8, 1, 64),
+            ("Qwen2.5-0.5B size", "bfloat16", [32] * 8, 1, 8),
+        ],
+    ),
+    "cuda": dict(
+        kernels=[
+            ("token_logprobs", (16384, 4096, 128256)),
+            ("attention", (8, 16, 4096, 64)),
+            ("attention", (8, 16, 4096, 128)),
+        ],
+        sampling=[
+            ("4 x 128", "bfloat16", RAGGED, 16, 128),
+            ("Qwen2.5-0.5B size", "bfloat16", [32] * 32, 8, 256),
+        ],
+        training=[("GPT-2 size, padded", 16), ("Qwen2.5-0.5B size", 8)],
+        decoding=[
+            ("GPT-2 size", "bfloat16", [32] * 64, 1, 512),
+            ("Qwen2.5-0.5B size", "bfloat16", [32] * 64, 1, 128),
+        ],
+    ),
+}
 
 
-def roof(device):
-    """What this machine can do: FLOP/s of a matrix product in each dtype; bytes/s of a copy.
-
-    Bytes are read and written. Where bf16 is emulated its roof is fp32's, which does as well.
+def row(work, who, dtype, turns, roof, **more):
+    """What one racer reached: the median over its turns, each of them (seconds, tokens, FLOPs,
+    bytes that must be moved).
     """
-    n = 8192 if device == "cuda" else 2048
-    best = {}
-    for name in (*DTYPES, "copy"):
-        rows = 16 * n if name == "copy" else n
-        a = torch.randn(n, rows, dtype=DTYPES.get(name), device=device)
-        b = torch.empty_like(a)
-        seconds = []
-        for _ in range(6):
-            started = clock(device)
-            b.copy_(a) if name == "copy" else torch.mm(a, a, out=b)
-            seconds.append(clock(device) - started)
-        best[name] = (2 * a.nbytes if name == "copy" else 2 * n**3) / min(seconds)
-    best["bfloat16"] = max(best["float32"], best["bfloat16"])
-    return best
+    speed = median(tokens / seconds for seconds, tokens, *_ in turns)
+    _, tokens, flops, moved = turns[-1]
+    products = roof[dtype] / flops * tokens  # tokens/s, if nothing else took time
+    memory = roof["copy"] / moved * tokens
+    limit, bound = min((products, "products"), (memory, "memory"))
+    return dict(
+        work=work,
+        who=who,
+        dtype=dtype,
+        tokens_per_s=speed,
+        limit=limit,
+        bound=bound,
+        reached=speed / limit,
+        mfu=speed / products,
+        flops=speed * flops / tokens,  # FLOP/s
+        intensity=flops / moved,
+        without=peers.WITHOUT.get(who.partition(",")[0]),  # None for ours
+        **more,
+    )
+
+
+HEAD = f"{'tokens/s':>13} x peer {'limit':>13} {'':<8} reached   MFU     GiB"
+
+
+def show(rows):
+    """Print the rows of one race, and give each its ratio: its speed over the fastest peer's."""
+    best = max((row["tokens_per_s"] for row in rows if row["without"] is not None), default=None)
+    print(rows[0]["work"])
+    for row in rows:
+        row["ratio"] = best and row["tokens_per_s"] / best
+        ratio, gib = ("-" if row[x] is None else f"{row[x]:.3g}" for x in ("ratio", "gib"))
+        note = ", ".join(filter(None, (row["note"], row["without"])))
+        print(
+            "    {who:<28}{tokens_per_s:>13,.0f}".format(**row),
+            f"{ratio:>6}",
+            "{limit:>13,.0f} {bound:<8} {reached:>7.0%} {mfu:>5.0%}".format(**row),
+            f"{gib:>7}  {note}".rstrip(),
+            flush=True,
+        )
+    return rows
 
 
 # --------------------------------------------------------------------------------------------------
 # python bench.py kernels
-
-# A peer's module, what it computes, and what it leaves out of it
-PEERS = {
-    "liger": (
-        "liger_kernel",
-        "token_logprobs",
-        "the summed loss only, gradients already in forward",
-    ),
-    "cce": ("cut_cross_entropy", "token_logprobs", "no entropy"),
-    "flash": ("flash_attn", "attention", ""),
-}
-MARKERS = dict(
-    reference="o", chunked="s", compiled="D", sdpa="^", triton="*", liger="<", cce=">", flash="v"
-)
 
 
 def problem(work, shape, dtype, device):
@@ -122,19 +186,8 @@ def problem(work, shape, dtype, device):
 
 def run(work, impl, args):
     """The outputs of one of our impls, or of a peer: as many as it has."""
-    if impl == "liger":
-        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
-
-        hidden, weight, targets = args
-        return (LigerFusedLinearCrossEntropyLoss(reduction="sum")(weight, hidden, targets),)
-    if impl == "cce":
-        from cut_cross_entropy import linear_cross_entropy
-
-        return (-linear_cross_entropy(*args, reduction="none"),)
-    if impl == "flash":
-        from flash_attn import flash_attn_func
-
-        return (flash_attn_func(*(x.transpose(1, 2) for x in args), causal=True).transpose(1, 2),)
+    if impl in peers.KERNELS:
+        return (peers.KERNELS[impl](*args),)
     if work == "token_logprobs":
         return token_logprobs(*args, impl=impl)
     return (attention(*args, impl=impl),)
@@ -169,11 +222,14 @@ def peak_memory(device):
 
 
 def measure(work, shape, dtype, impl, device, repeats=3):
-    """Median seconds forward and backward, peak MiB above the inputs, error (None for a peer)."""
+    """Median seconds forward and backward, peak MiB above the inputs, seconds of the first call,
+    error (None for a peer's module).
+    """
     if impl == "compiled" and device == "cpu":
         # It compiles in `error`, in this process: before the memory that counts is looked at
         torch._inductor.config.compile_threads = 1
-    worst = None if impl in PEERS else error(work, dtype, impl, device)
+    started = clock(device)
+    worst = None if impl in peers.MODULES else error(work, dtype, impl, device)
     leaves, rest, upstream = problem(work, shape, dtype, device)
 
     def step():
@@ -195,8 +251,9 @@ def measure(work, shape, dtype, impl, device, repeats=3):
     before = peak_memory(device)
     step()
     peak = peak_memory(device)
+    first = clock(device) - started
     forward, backward = map(median, zip(*(step() for _ in range(repeats)), strict=True))
-    return forward, backward, (peak - before) / 2**20, worst
+    return forward, backward, (peak - before) / 2**20, first, worst
 
 
 def left_out(impl, device):
@@ -205,7 +262,7 @@ def left_out(impl, device):
         return "no C++ compiler found"
     if impl == "triton":
         return no_triton(torch.empty(0, device=device))
-    if impl in PEERS and not find_spec(PEERS[impl][0]):
+    if impl in peers.MODULES and not find_spec(peers.MODULES[impl]):
         return "not installed"
 
 
@@ -214,133 +271,97 @@ def apart(f, *args, device):
     if device == "cuda":
         return f(*args, device)
     context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=send, args=(sender, f, *args, device), daemon=True)
-    process.start()
-    sender.close()  # ours: the other end is now the process's alone, and closes with it
+    pool = ProcessPoolExecutor(1, mp_context=context)
     try:
-        result = receiver.recv()
-    except EOFError:
+        return pool.submit(f, *args, device).result()
+    except BrokenProcessPool:
         raise MemoryError("its process ended without a result") from None
     finally:
-        process.kill()
-        process.join()
-    if isinstance(result, Exception):
-        raise result
-    return result
-
-
-def send(sender, f, *args):
-    """Send f(*args), or what it raises, to the process that waits for it."""
-    try:
-        result = f(*args)
-    except Exception as e:
-        result = e
-    sender.send(result)
+        for process in multiprocessing.active_children():
+            process.kill()
+        pool.shutdown()
 
 
 def useful(work, shape):
-    """FLOPs of a forward and backward pass, and the elements that any impl has to move."""
+    """Tokens, FLOPs of a forward and backward pass, and the elements that any impl has to move."""
     if work == "token_logprobs":
         N, C, V = shape
         # 3 products: z, dh, dW. h and W are read twice, and their gradients written
-        return 6 * N * C * V, 3 * (N + V) * C
+        return N, 6 * N * C * V, 3 * (N + V) * C
     B, H, T, D = shape
     # Causal: 7 products of half a square, 2 forward, 5 backward.
     # q, k, v, o move in the forward pass; these and do, dq, dk, dv in the backward pass
-    return 7 * B * H * T * T * D, 12 * B * H * T * D
+    return B * T, 7 * B * H * T * T * D, 12 * B * H * T * D
 
 
 def kernel_jobs(args):
-    """What to compute, in which shape and dtype, by which impls and peers, the reference first."""
-    cuda = args.device == "cuda"
-    if args.quick:
-        heads, squares = (512, 256, 8192), [(1, 4, 256, 64)]
-    elif cuda:
-        heads, squares = (16384, 4096, 128256), [(8, 16, 4096, 64), (8, 16, 4096, 128)]
-    else:
-        heads, squares = (2048, 512, 32000), [(4, 12, 1024, 64)]
-    jobs = [("token_logprobs", heads, ["reference", "chunked", "compiled"])]
-    jobs += [("attention", square, ["reference", "sdpa"]) for square in squares]
-    for work, shape, impls in jobs:
-        if cuda:
-            impls += ["triton"] + [peer for peer in PEERS if PEERS[peer][1] == work]
+    """What to compute, in which shape, by which impls and peers, in which dtype."""
+    impls = dict(token_logprobs=["reference", "chunked"], attention=["reference", "sdpa"])
+    dtypes = DTYPES
+    if args.device == "cuda":
+        impls["token_logprobs"] += ["triton", "liger", "cce"]
+        impls["attention"] += ["triton", "flash"]
         # A GPU is used in bf16, and its peers know nothing else: fp32 is tested there, not timed
-        for dtype in ["bfloat16"] if cuda else DTYPES:
-            yield work, shape, dtype, impls
+        dtypes = ["bfloat16"]
+    else:
+        impls["token_logprobs"].append("compiled")
+    shapes = args.works["kernels"]
+    return [(work, shape, impls[work], dtype) for work, shape in shapes for dtype in dtypes]
 
 
 def measure_kernels(args):
-    """Seconds, peak memory, error and share of the roof of each impl and peer."""
+    """A forward and a backward pass of each impl and peer."""
     if args.device != "cuda":
-        print(f"triton, {', '.join(PEERS)}: need a GPU, left out")
-    print(
-        f"{'':<52} {'seconds':>8} {'forward':>8} {'backward':>8} {'peak MiB':>9} {'of roof':>8} "
-        f"{'error':>7} {'time':>7} {'memory':>7}  (ratios to the first)"
-    )
+        print(f"triton, {', '.join(peers.MODULES)}: need a GPU, left out")
     rows = []
-    for work, shape, dtype, impls in kernel_jobs(args):
-        flops, elements = useful(work, shape)
-        intensity = flops / (elements * DTYPES[dtype].itemsize)
-        bound = min(args.roof[dtype], args.roof["copy"] * intensity)  # FLOP/s
-        first = None
+    for work, shape, impls, dtype in kernel_jobs(args):
+        title = f"{work} {'x'.join(map(str, shape))} {dtype}"
+        tokens, flops, elements = useful(work, shape)
+        race = []
         for impl in impls:
-            title = f"{work} {'x'.join(map(str, shape))} {dtype} {impl}"
             why_not = left_out(impl, args.device)
             try:
                 if not why_not:
                     measured = apart(measure, work, shape, DTYPES[dtype], impl, device=args.device)
             except Exception as e:
-                if impl not in PEERS and not out_of_memory(e):
+                if impl not in peers.MODULES and not out_of_memory(e):
                     raise
                 why_not = f"{type(e).__name__}: {e}".splitlines()[0]
             if why_not:
-                print(f"{title}: {why_not}, row left out", flush=True)
+                print(f"{title} {impl}: {why_not}, row left out", flush=True)
                 continue
-            forward, backward, peak, worst = measured
-            seconds = forward + backward
-            row = dict(work=work, shape=shape, dtype=dtype, impl=impl, error=worst, peak_mib=peak)
-            row |= dict(seconds=seconds, forward_seconds=forward, backward_seconds=backward)
-            row |= dict(intensity=intensity, flops=flops / seconds, of_roof=flops / seconds / bound)
-            first = first or row
-            row |= dict(
-                time_ratio=seconds / first["seconds"],
-                memory_ratio=peak / max(first["peak_mib"], 1e-9),
-                lacks=PEERS[impl][2] if impl in PEERS else "",
-            )
-            rows.append(row)
-            print(
-                f"{title:<52} {seconds:>8.3f} {forward:>8.3f} {backward:>8.3f} {peak:>9.0f} "
-                f"{row['of_roof']:>8.0%} {'-' if worst is None else format(worst, '.0e'):>7} "
-                f"{row['time_ratio']:>6.2f}x {row['memory_ratio']:>6.2f}x  {row['lacks']}".rstrip(),
-                flush=True,
-            )
+            forward, backward, mib, first, worst = measured
+            note = f"{forward:.4f} + {backward:.4f} s, first call {first:.1f} s"
+            if worst is not None:
+                note += f", error {worst:.0e}"
+            turn = forward + backward, tokens, flops, elements * DTYPES[dtype].itemsize
+            more = dict(gib=mib / 2**10, note=note, forward_seconds=forward)
+            more |= dict(backward_seconds=backward, first_call_seconds=first, error=worst)
+            race.append(row(title, impl, dtype, [turn], args.roof, **more))
+        rows += show(race)
     return rows
 
 
 def plot_roofline(rows, peak, path):
     """FLOPs per byte that must be moved, against FLOP/s: below the line is what an impl wastes."""
     fig, ax = plt.subplots(figsize=(10, 5), layout="constrained")
-    colors = {"float32": "tab:blue", "bfloat16": "tab:orange"}
-    labels = {}
-    for dtype, color in colors.items():
+    for dtype, color in (("float32", "tab:blue"), ("bfloat16", "tab:orange")):
         ridge = peak[dtype] / peak["copy"]  # FLOP/byte from which on products are what takes time
         line = [peak["copy"], peak[dtype], peak[dtype]]
-        (labels[f"roof, {dtype}"],) = ax.plot([1, ridge, 1e5], line, color=color)
-    for row in rows:
-        style = dict(marker=MARKERS[row["impl"]], linestyle="", color=colors[row["dtype"]])
-        style["fillstyle"] = "full" if row["work"] == "attention" else "none"
-        label = "{work}, {impl}, {dtype}".format(**row)  # one for all shapes
-        (labels[label],) = ax.plot(row["intensity"], row["flops"], **style)
-    best = max(rows, key=lambda row: row["of_roof"])
+        ax.plot([1, ridge, 1e5], line, color=color, label=f"roof, {dtype}")
+        points = [row for row in rows if row["dtype"] == dtype]
+        for row, marker in zip(points, cycle("osD^*<>v")):
+            label = "{work}, {who}".format(**row)
+            ax.plot(row["intensity"], row["flops"], marker, color=color, label=label)
+    best = max(rows, key=lambda row: row["reached"])
     ax.set(
         xscale="log",
         yscale="log",
         xlabel="operations per byte that must be moved (FLOP/byte)",
         ylabel="achieved (FLOP/s)",
-        title="Closest to the roof: {work}, {impl}, {dtype}, {of_roof:.0%}".format(**best),
+        title="Closest to the roof: {work}, {who}, {reached:.0%}".format(**best),
     )
-    ax.legend(labels.values(), labels, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     with whole(path) as f:
         fig.savefig(f, dpi=110, format="png")
 
@@ -349,130 +370,93 @@ def plot_roofline(rows, peak, path):
 # python bench.py sampling, training, decoding
 
 
-def compare(title, racers, device):
-    """Median tokens/s of each racer: name -> function that makes tokens and returns how many.
+def compare(work, dtype, racers, args):
+    """The rows of a race. racers: name -> function that does some work and returns its tokens,
+    FLOPs and bytes.
 
-    Three rounds, in which all take turns; the first warms up. ratio: our best over others' best.
+    Three rounds, in which all take turns; the first warms up. On a GPU memory is what a racer keeps
+    from its first turn on (gradients, moments), and the most that its last turn adds.
     """
-    speeds = {name: [] for name in racers}
+    cuda = args.device == "cuda"
+    turns = {name: [] for name in racers}
+    kept, gib = {}, dict.fromkeys(racers)
     for _ in range(3):
         for name, race in racers.items():
-            started = clock(device)
-            tokens = race()
-            speeds[name].append(tokens / (clock(device) - started))
-    middle = {name: median(speed[1:]) for name, speed in speeds.items()}
-    ours = [speed for name, speed in middle.items() if name.startswith("rollout")]
-    others = [speed for name, speed in middle.items() if not name.startswith("rollout")]
-    ratio = max(ours) / max(others) if others else None
-    text = ", ".join(f"{name} {speed:,.0f}" for name, speed in middle.items())
-    print(f"{title:<66} {text} tokens/s" + (f"; ratio {ratio:.2f}" if others else ""), flush=True)
-    return dict(work=title, tokens_per_s=middle, ratio=ratio)
-
-
-def llama(config, dtype, device):
-    """Hugging Face's model of the same shape, with random weights."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    shape = LlamaConfig(
-        vocab_size=config.vocab_size,
-        hidden_size=config.n_embd,
-        intermediate_size=config.n_hidden,
-        num_hidden_layers=config.n_layer,
-        num_attention_heads=config.n_head,
-        num_key_value_heads=config.n_kv_head,
-        max_position_embeddings=config.block_size,
-        tie_word_embeddings=config.tie,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=0,
+            if cuda:
+                torch.cuda.reset_peak_memory_stats()
+                before = torch.cuda.memory_allocated()
+            started = clock(args.device)
+            cost = race()
+            turns[name].append((clock(args.device) - started, *cost))
+            if cuda:
+                kept.setdefault(name, torch.cuda.memory_allocated() - before)
+                gib[name] = (peak_memory("cuda") - before + kept[name]) / 2**30
+    return show(
+        [
+            row(work, name, dtype, turns[name][1:], args.roof, gib=gib[name], note="")
+            for name in racers
+        ]
     )
-    return LlamaForCausalLM(shape).to(device, dtype).eval()
 
 
 def sampling_racers(ours, peer, prompts, n, new, stop):
-    """n continuations of each prompt, by ours and by transformers with each of its caches.
+    """n continuations of each prompt, up to the stop token, by ours and by transformers."""
+    itemsize = ours.lm_head.weight.itemsize
+    cost = partial(generating, ours.config, itemsize, [len(p) for p in prompts])
 
-    Tokens count up to the stop token.
+    def rollout(static_on):
+        with patch.object(engine, "STATIC_ON", static_on):
+            return engine.generate(ours, prompts, n, new, stop=stop).lengths.tolist()
+
+    racers = {"rollout": partial(rollout, engine.STATIC_ON), "rollout, eager": partial(rollout, ())}
+    if peer:
+        racers |= peers.transformers(peer, prompts, n, new, stop)
+    return {name: (lambda race=race: cost(race())) for name, race in racers.items()}
+
+
+def drawn(name, dtype, device):
+    """A model with random weights, made where it is used. Where bf16 is emulated, generate would
+    turn it into fp32: then it is from the start.
     """
-
-    def rollout():
-        return int(engine.generate(ours, prompts, n, new, stop=stop).mask.sum())
-
-    racers = {"rollout": rollout}
-    if peer is None:
-        return racers
-    device = ours.lm_head.weight.device
-    # transformers wants its padding on the left; no prompt holds a 0
-    ids = pad_sequence([torch.tensor(p) for p in prompts], True, 0, "left").to(device)
-    mask = (ids > 0).long()  # (prompts, width)
-
-    def transformers(cache):
-        out = peer.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            do_sample=True,
-            top_k=0,
-            num_return_sequences=n,
-            max_new_tokens=new,
-            eos_token_id=stop,
-            cache_implementation=cache,
-        )[:, ids.shape[1] :]  # (prompts * n, new)
-        stops = (out == (-1 if stop is None else stop)).long()
-        earlier_stops = stops.cumsum(1) - stops
-        return int((earlier_stops == 0).sum())
-
-    racers["transformers"] = partial(transformers, None)
-    racers["transformers, static cache"] = partial(transformers, "static")
-    return racers
-
-
-def measure_sampling(args):
-    """generate beside transformers, on the same Llama architecture with random weights."""
     torch.manual_seed(0)
-    ragged = torch.randint(8, 41, (16,)).tolist()
-    # A model, its dtype, the prompts' lengths, samples of each, new tokens
-    if args.quick:
-        works = [("4 x 128", "float32", [3, 8], 2, 8)]
-    elif args.device == "cuda":
-        works = [
-            ("4 x 128", "bfloat16", ragged, 16, 128),
-            ("Qwen2.5-0.5B size", "bfloat16", [32] * 32, 8, 256),
-        ]
-    else:
-        works = [
-            ("4 x 128", "float32", ragged, 16, 128),
-            ("4 x 128", "bfloat16", ragged, 16, 128),
-            ("GPT-2 size", "bfloat16", [32] * 8, 1, 24),
-            ("SmolLM2-135M size", "bfloat16", [32] * 8, 1, 24),
-            ("SmolLM2-135M size", "bfloat16", [32] * 32, 1, 24),
-        ]
-    installed = find_spec("transformers")
-    if not installed:
-        print("transformers: not installed, left out")
+    with torch.device(device):
+        return GPT(SIZES[name]).to(gemm_dtype(torch.empty(0, dtype=DTYPES[dtype])))
+
+
+def sample(args, part, leave_out=(), beside=False):
+    """The races of generate in that part."""
     rows = []
-    for name, dtype, lens, n, new in works:
-        config = SIZES[name]
-        ours = GPT(config).to(args.device, DTYPES[dtype])
-        peer = llama(config, DTYPES[dtype], args.device) if installed else None
-        prompts = [torch.randint(1, config.vocab_size, (T,)).tolist() for T in lens]
+    for name, dtype, lens, n, new in args.works[part]:
+        ours = drawn(name, dtype, args.device)
+        dtype = str(ours.lm_head.weight.dtype).removeprefix("torch.")
+        prompts = [torch.randint(1, ours.config.vocab_size, (T,)).tolist() for T in lens]
         # The toy stops at token 0, in the mean after 64 tokens; of a large vocabulary none comes up
         stop = 0 if name == "4 x 128" else None
-        title = f"{name}, {len(lens)} prompts x {n}, up to {new} tokens, {dtype}"
+        peer = peers.llama(ours) if beside else None
         racers = sampling_racers(ours, peer, prompts, n, new, stop)
-        rows.append(compare(title, racers, args.device))
+        racers = {name: race for name, race in racers.items() if name not in leave_out}
+        title = f"{name}, {len(lens)} prompts x {n}, up to {new} tokens, {dtype}"
+        rows += compare(title, dtype, racers, args)
     return rows
 
 
-def load_nanogpt(folder):
-    """GPT and GPTConfig of a checkout of karpathy/nanoGPT. UserError if they are not there."""
-    path = Path(folder) / "model.py"
-    spec = spec_from_file_location("nanogpt_model", path)
-    module = module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-        return module.GPT, module.GPTConfig
-    except Exception as e:
-        raise UserError(f"--nanogpt {folder}: no checkout of nanoGPT: {e}") from None
+def measure_sampling(args):
+    """generate beside transformers, on the same model."""
+    leave_out = ["rollout, eager"]
+    if args.device == "cuda" and not args.part:
+        leave_out.append("transformers, static cache")
+        print("transformers, static cache: compiles, left out unless the part is named")
+    installed = find_spec("transformers") is not None
+    if not installed:
+        print("transformers: not installed, left out")
+    return sample(args, "sampling", leave_out, beside=installed)
+
+
+def measure_decoding(args):
+    """How near decoding comes to reading no more than it must, as fast as the memory can. On a GPU
+    twice: the whole step replayed as a CUDA graph, and each kernel launched by Python.
+    """
+    return sample(args, "decoding", () if args.device == "cuda" else ["rollout, eager"])
 
 
 def training_racers(config, batch, dtype, device, nanogpt, compiles):
@@ -481,94 +465,99 @@ def training_racers(config, batch, dtype, device, nanogpt, compiles):
     nanogpt: its GPT and GPTConfig, or None. compiles: each model also under torch.compile.
     """
     torch.manual_seed(0)
-    ids = torch.randint(config.vocab_size, (batch, config.block_size + 1), device=device)
+    T = config.block_size
+    ids = torch.randint(config.vocab_size, (batch, T + 1), device=device)
     x = ids[:, :-1]  # (B, T)
     y = ids[:, 1:].contiguous()  # (B, T)
+    head = 2 * y.numel() * config.n_embd * config.vocab_size
+    # AdamW reads and writes the weights and two moments, the gradient is written and read, in fp32
+    cost = y.numel(), 3 * (config.flops(batch, T, T) + head), 32 * config.parameters
     racers = {}
 
-    def enter(name, model, forward, loss_of):
-        optimizer = torch.optim.AdamW(model.parameters(), 1e-3, fused=True)
+    def enter(name, gpt, forward, loss_of):
+        optimizer = torch.optim.AdamW(gpt.parameters(), 1e-3, fused=True)
 
         def step(forward):
             with torch.autocast(device, torch.bfloat16, enabled=dtype == torch.bfloat16):
                 loss = loss_of(forward)
             optimizer.zero_grad()
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            torch.nn.utils.clip_grad_norm_(gpt.parameters(), 1.0)
             optimizer.step()
-            return y.numel()
+            return cost
 
         racers[name] = partial(step, forward)
         if compiles:
             racers[f"{name}, compiled"] = partial(step, torch.compile(forward))
 
-    ours = GPT(config).to(device)
+    with torch.device(device):
+        ours = GPT(config)
 
     def our_loss(hidden):
         return -token_logprobs(hidden(x), ours.lm_head.weight, y)[0].mean()
 
     enter("rollout", ours, ours.hidden, our_loss)
     if nanogpt:
-        fields = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")
-        shape = {name: getattr(config, name) for name in fields}
-        PeerGPT, PeerConfig = nanogpt
-        peer = PeerGPT(PeerConfig(**shape, dropout=0.0, bias=False)).to(device)
-        enter("nanoGPT", peer, peer, lambda model: model(x, y)[1])
+        peer = peers.nanogpt(nanogpt, config).to(device)
+        enter("nanoGPT", peer, peer, lambda peer: peer(x, y)[1])
     return racers
 
 
 def measure_training(args):
     """A training step of ours, as it stands and under torch.compile, beside nanoGPT's."""
     cuda = args.device == "cuda"
-    name, batch = ("GPT-2 size, padded", 16) if cuda else ("4 x 128", 2 if args.quick else 64)
-    config = SIZES[name]
-    compiles = can_compile(args.device) and not args.quick  # compilation takes a minute
+    compiles = can_compile(args.device) and not args.quick and (args.part or not cuda)
     if not compiles:
-        print("torch.compile: no C++ compiler found, or --quick: left out")
+        print("torch.compile: no C++ compiler, --quick, or a GPU and the part not named: left out")
     if not args.nanogpt:
         print("nanoGPT: no checkout given by --nanogpt: left out")
+    if args.device == "cpu":
+        print("Qwen2.5-0.5B size: 8 GB and minutes on a CPU, left out")
     rows = []
-    for dtype in ["bfloat16"] if cuda else DTYPES:
-        title = f"training step, {name}, batch {batch} x {config.block_size}, {dtype}"
-        racers = training_racers(config, batch, DTYPES[dtype], args.device, args.nanogpt, compiles)
-        rows.append(compare(title, racers, args.device))
+    for name, batch in args.works["training"]:
+        config = SIZES[name]
+        # nanoGPT has no grouped heads
+        peer = args.nanogpt if config.n_kv_head == config.n_head else None
+        for dtype in ["bfloat16"] if cuda else DTYPES:
+            title = f"training step, {name}, batch {batch} x {config.block_size}, {dtype}"
+            how = dict(nanogpt=peer, compiles=compiles)
+            racers = training_racers(config, batch, DTYPES[dtype], args.device, **how)
+            rows += compare(title, dtype, racers, args)
     return rows
 
 
-def measure_decoding(args):
-    """How near decoding comes to reading no more than it must, as fast as the memory can.
+# --------------------------------------------------------------------------------------------------
+# python bench.py profile
 
-    A step must read all weights, and the keys and values of its rows. On a GPU twice: each kernel
-    launched by Python, and the whole step replayed as a CUDA graph.
-    """
-    cuda = args.device == "cuda"
-    name = "4 x 128" if args.quick else "GPT-2 size"
-    config = SIZES[name]
-    batch, new = (2, 8) if args.quick else (64, 512) if cuda else (8, 64)
-    # Where bf16 is emulated, generate would make the weights fp32: then they are from the start
-    dtype = gemm_dtype(torch.empty(0, dtype=torch.bfloat16, device=args.device))
-    model = GPT(config).to(args.device, dtype)
-    token_bytes = 2 * config.n_layer * config.n_kv_head * config.head_dim * dtype.itemsize
-    cache_bytes = batch * (32 + new / 2) * token_bytes  # a step's, on average
-    step_bytes = sum(p.nbytes for p in model.parameters()) + cache_bytes
+# What is timed by name: our functions, where they are called from
+RANGES = {
+    "attention": (model, "attention"),
+    "norms": (model.RMSNorm, "forward"),
+    "rotation": (model, "rotate"),
+    "cache write": (engine.KVCache, "append"),
+    "sampler": (engine.Sampler, "draw"),
+    "optimizer": (torch.nn.utils, "clip_grad_norm_"),
+}
 
-    def decode(static_on):
-        engine.STATIC_ON = static_on
-        engine.generate(model, [[1] * 32] * batch, 1, new)
-        return batch * new
 
-    racers = {"rollout, eager": partial(decode, ())}
-    if cuda:
-        racers["rollout, CUDA graphs"] = partial(decode, ("cuda",))
-    usual = engine.STATIC_ON
-    title = f"{name}, batch {batch}, {new} tokens, {str(dtype)[6:]}"
-    row = compare(title, racers, args.device)
-    engine.STATIC_ON = usual
-    for racer, speed in row["tokens_per_s"].items():
-        share = speed / batch * step_bytes / args.roof["copy"]
-        print(f"    {racer}: reads at {share:.0%} of the speed of a copy")
-    row["step_bytes"] = step_bytes
-    return [row]
+def measure_profile(args):
+    """Where a step's time goes: each kernel launched by Python, on a GPU too."""
+    warm_up = GPTConfig(64, 32, 4, 4, 128, tie=False)  # the short rows that lessons imitate
+    train = training_racers(warm_up, 32, torch.float32, args.device, nanogpt=None, compiles=False)
+    races = {"training, 4 x 128": (train["rollout"], 1)}
+    for name, dtype, lens, n, _ in (args.works["sampling"][0], args.works["decoding"][0]):
+        ours = drawn(name, dtype, args.device)
+        racers = sampling_racers(ours, None, [[1] * T for T in lens], n, 16, None)
+        races[f"sampling, {name}"] = racers["rollout, eager"], 16
+    rows = []
+    for work, (race, steps) in races.items():
+        milliseconds, shares = profiled(race, RANGES, args.device)
+        rows.append(dict(work=work, milliseconds=milliseconds / steps, shares=shares))
+    print(f"{'share of a step':<20}", *(f"{row['work']:>22}" for row in rows))
+    for group in rows[0]["shares"]:
+        print(f"{group:<20}", *(f"{row['shares'][group]:>22.0%}" for row in rows))
+    print(f"{'milliseconds':<20}", *(f"{row['milliseconds']:>22.1f}" for row in rows))
+    return rows
 
 
 # --------------------------------------------------------------------------------------------------
@@ -579,6 +568,7 @@ PARTS = dict(
     sampling=measure_sampling,
     training=measure_training,
     decoding=measure_decoding,
+    profile=measure_profile,
 )
 
 
@@ -610,7 +600,8 @@ def parse():
     if args.nanogpt and args.part not in (None, "training"):
         fail("--nanogpt does nothing here: it is training's peer")
     pick_device(args.device)  # UserError for one that is not there
-    args.nanogpt = load_nanogpt(args.nanogpt) if args.nanogpt else None
+    args.works = WORKS["quick" if args.quick else args.device]
+    args.nanogpt = peers.load_nanogpt(args.nanogpt) if args.nanogpt else None
     return args
 
 
@@ -650,7 +641,7 @@ def main():
     fp32, bf16, copy = (speed / 1e9 for speed in args.roof.values())
     print(f"roof: {fp32:,.0f} GFLOP/s in float32, {bf16:,.0f} in bfloat16; a copy {copy:,.0f} GB/s")
     for part in [args.part] if args.part else PARTS:
-        print(f"\n{part}", flush=True)
+        print(f"\n{part:<32}{'' if part == 'profile' else HEAD}".rstrip(), flush=True)
         # cuDNN's attention plans anew for each length: fast where all are the same, not in sampling
         torch.backends.cuda.enable_cudnn_sdp(part in ("kernels", "training"))
         rows = PARTS[part](args)
