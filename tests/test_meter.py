@@ -106,6 +106,41 @@ def test_sampling_costs_what_torch_counts_although_rows_retire(gpt, stop):
     assert ours == theirs > 0
 
 
+@pytest.mark.parametrize("stop", [None, 3])
+def test_generating_counts_what_is_spent_on_prompts_of_one_length(gpt, stop):
+    def work():
+        nonlocal lengths
+        generator = torch.Generator().manual_seed(0)
+        prompts = [[1, 2, 3], [4, 5, 6]]
+        out = generate(gpt, prompts, n=4, max_new_tokens=12, stop=stop, generator=generator)
+        lengths = out.lengths.tolist()
+
+    lengths = None
+    ours, theirs = both(work)
+    tokens, flops, _ = meter.generating(gpt.config, 4, [3, 3], lengths)
+    assert ours == theirs == flops and tokens == sum(lengths)
+    assert stop is None or min(lengths) < 12
+
+
+def test_generating_moves_the_weights_once_a_step_and_each_rows_keys_and_values():
+    config = GPTConfig(50, 64, 3, 4, 32, n_kv_head=2, tie=False)
+    lens, lengths = [5, 9], [4, 1, 7, 2]  # two samples of each prompt
+    moved = 0
+    for step in range(7):  # the first reads the prompts
+        moved += config.parameters
+        for P, L in zip([5, 5, 9, 9], lengths, strict=True):
+            if 0 < step < L:  # the token drawn last is not read again
+                moved += (P + step) * 2 * config.n_layer * config.n_kv_head * config.head_dim
+    assert meter.generating(config, 2, lens, lengths)[2] == 2 * moved
+
+
+def test_generating_of_prompts_of_many_lengths_does_not_count_their_padding():
+    config = GPTConfig(50, 64, 3, 4, 32)
+    both_at_once = meter.generating(config, 2, [5, 9], [4, 1, 7, 2])
+    apart = [meter.generating(config, 2, [5], [4, 1]), meter.generating(config, 2, [9], [7, 2])]
+    assert both_at_once[:2] == (14, apart[0][1] + apart[1][1])
+
+
 def test_steps_of_a_fixed_shape_cost_as_often_as_they_are_taken(gpt, monkeypatch):
     prompts = [[1, 2, 3], [4, 5, 6]]
     monkeypatch.setattr(engine, "STATIC_ON", ("cpu",))
@@ -199,3 +234,64 @@ def test_a_run_ends_with_what_it_cost(tmp_path, capsys, gpt):
     cost = json.loads((tmp_path / "cost.json").read_text())
     assert set(cost) == {"flops", "seconds", "joules", "per_solved"} and cost["flops"] > 0
     assert f"{cost['flops']:.2g} FLOPs" in capsys.readouterr().out.splitlines()[-1]
+
+
+# --------------------------------------------------------------------------------------------------
+# What a step spends its seconds on
+
+
+def event(name, microseconds, around=None, number=-1, kind=torch.autograd.DeviceType.CPU):
+    return SimpleNamespace(
+        name=name,
+        cpu_parent=around,
+        self_cpu_time_total=microseconds,
+        self_device_time_total=10 * microseconds,
+        sequence_nr=number,
+        device_type=kind,
+    )
+
+
+def test_an_events_time_goes_to_the_outermost_group_and_a_backward_ones_to_its_forwards():
+    attention = event("attention", 1)
+    product = event("aten::linear", 2)
+    norm = event("norms", 4)
+    scale = event("aten::mul", 8, norm, number=7)
+    node = event("autograd::engine::evaluate_function: MulBackward0", 16, number=7)
+    events = [
+        attention,
+        event("aten::mm", 32, attention, number=5),  # a product inside attention is attention's
+        product,
+        event("aten::mm", 64, event("aten::matmul", 0, product)),
+        norm,
+        scale,
+        event("aten::silu", 128, number=8),
+        node,
+        event("aten::mm", 256, event("MulBackward0", 0, node, number=7)),
+        event("autograd::engine::evaluate_function: SiluBackward0", 512, number=8),
+        event("aten::add", 1024),
+        event("Optimizer.step#AdamW.step", 2048),
+        event("attention", 4096, kind=torch.autograd.DeviceType.CUDA),  # the same on the GPU
+    ]
+    groups = ["matrix products", "attention", "norms", "optimizer"]
+    expected = dict(zip(groups, (2 + 64, 1 + 32, 4 + 8 + 16 + 256, 2048), strict=True))
+    found = meter.shares(events, groups, 4096e-6, "cpu")
+    rest = found.pop("the rest, Python")
+    assert found == pytest.approx({group: t / 4096 for group, t in expected.items()})
+    assert rest == pytest.approx(1 - sum(expected.values()) / 4096)
+    # on a GPU: the time of the kernels that an operation launched
+    on_gpu = meter.shares(events, groups, 40960e-6, "cuda")
+    assert on_gpu == pytest.approx(found | {"the rest, Python": rest})
+
+
+def test_what_is_profiled_runs_as_before_and_is_left_as_it_was():
+    calls, place = (
+        [],
+        SimpleNamespace(sleep=lambda n: calls.append(n) or torch.ones(n, n) @ torch.ones(n, n)),
+    )
+    usual = place.sleep
+    milliseconds, parts = meter.profiled(
+        lambda: place.sleep(200), dict(naps=(place, "sleep")), "cpu"
+    )
+    assert calls == [200] * 3 and place.sleep is usual and milliseconds > 0
+    assert list(parts) == ["matrix products", "naps", "the rest, Python"]
+    assert parts["naps"] > 0 and sum(parts.values()) == pytest.approx(1)
