@@ -350,7 +350,7 @@ def plot_roofline(rows, peak, path):
         line = [peak["copy"], peak[dtype], peak[dtype]]
         ax.plot([1, ridge, 1e5], line, color=color, label=f"roof, {dtype}")
         points = [row for row in rows if row["dtype"] == dtype]
-        for row, marker in zip(points, cycle("osD^*<>v")):
+        for row, marker in zip(points, cycle("osD^*<>vpXPhd")):
             label = "{work}, {who}".format(**row)
             ax.plot(row["intensity"], row["flops"], marker, color=color, label=label)
     best = max(rows, key=lambda row: row["reached"])

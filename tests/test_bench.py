@@ -466,6 +466,18 @@ def test_a_training_step_of_ours_and_of_nanogpt_trains_and_counts_its_tokens(mon
     ]
 
 
+@pytest.mark.parametrize("where", bench.WORKS)
+def test_what_is_to_be_measured_there_can_be_measured(where):
+    works = bench.WORKS[where]
+    assert set(works) == set(bench.PARTS) - {"profile"}
+    assert {name for name, _ in works["training"]} <= set(bench.SIZES)
+    for name, dtype, lens, _, new in works["sampling"] + works["decoding"]:
+        assert dtype in bench.DTYPES
+        assert max(lens) + max(new, 16) - 1 <= bench.SIZES[name].block_size
+    for work, shape in works["kernels"]:
+        assert all(count > 0 for count in bench.useful(work, shape))
+
+
 def test_on_a_gpu_decoding_also_runs_eagerly_and_compilation_waits_to_be_named(monkeypatch, capsys):
     raced = {}
 
