@@ -308,7 +308,7 @@ def test_a_process_apart_returns_raises_or_is_missed():
 # sampling, training, decoding
 
 
-def test_a_comparison_takes_turns_drops_the_first_round_and_sets_all_against_the_best_peer(
+def test_a_comparison_takes_turns_drops_the_first_round_and_sets_the_best_against_the_best(
     monkeypatch,
 ):
     now, order = [0.0], []
