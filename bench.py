@@ -89,13 +89,13 @@ WORKS = {
         sampling=[
             ("4 x 128", "float32", RAGGED, 16, 128),
             ("4 x 128", "bfloat16", RAGGED, 16, 128),
-            ("GPT-2 size", "bfloat16", [32] * 8, 1, 24),
+            ("GPT-2 size", "bfloat16", [32] * 8, 1, 64),
             ("SmolLM2-135M size", "bfloat16", [32] * 32, 1, 24),
         ],
         training=[("4 x 128", 64)],
         decoding=[
             ("GPT-2 size", "bfloat16", [32] * 8, 1, 64),
-            ("Qwen2.5-0.5B size", "bfloat16", [32] * 8, 1, 8),
+            ("Qwen2.5-0.5B size", "bfloat16", [32] * 8, 1, 24),
         ],
     ),
     "cuda": dict(
@@ -547,8 +547,8 @@ def measure_profile(args):
     races = {"training, 4 x 128": (train["rollout"], 1)}
     for name, dtype, lens, n, _ in (args.works["sampling"][0], args.works["decoding"][0]):
         ours = drawn(name, dtype, args.device)
-        racers = sampling_racers(ours, None, [[1] * T for T in lens], n, 16, None)
-        races[f"sampling, {name}"] = racers["rollout, eager"], 16
+        racers = sampling_racers(ours, None, [[1] * T for T in lens], n, 32, None)
+        races[f"sampling, {name}"] = racers["rollout, eager"], 32
     rows = []
     for work, (race, steps) in races.items():
         milliseconds, shares = profiled(race, RANGES, args.device)

@@ -192,6 +192,8 @@ TORCHS = {
     "aten::matmul": "matrix products",
     "aten::mm": "matrix products",
     "aten::addmm": "matrix products",
+    "mkldnn::_linear_pointwise": "matrix products",
+    "mkldnn::_reorder_linear_weight": "matrix products",  # once for many
 }
 
 

@@ -473,7 +473,7 @@ def test_what_is_to_be_measured_there_can_be_measured(where):
     assert {name for name, _ in works["training"]} <= set(bench.SIZES)
     for name, dtype, lens, _, new in works["sampling"] + works["decoding"]:
         assert dtype in bench.DTYPES
-        assert max(lens) + max(new, 16) - 1 <= bench.SIZES[name].block_size
+        assert max(lens) + max(new, 32) - 1 <= bench.SIZES[name].block_size
     for work, shape in works["kernels"]:
         assert all(count > 0 for count in bench.useful(work, shape))
 

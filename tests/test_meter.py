@@ -261,7 +261,7 @@ def test_an_events_time_goes_to_the_outermost_group_and_a_backward_ones_to_its_f
         attention,
         event("aten::mm", 32, attention, number=5),  # a product inside attention is attention's
         product,
-        event("aten::mm", 64, event("aten::matmul", 0, product)),
+        event("mkldnn::_linear_pointwise", 64),
         norm,
         scale,
         event("aten::silu", 128, number=8),
