@@ -115,7 +115,7 @@ class Flags:
     seed: int = flag(0, "random seed; with --seeds K: the first of K", low=0, high=2**32 - 1)
     seeds: int = flag(1, "repeat over this many seeds", quick=1, low=1)
     device: str = flag("auto", "where to run", choices=("auto", "cpu", "cuda", "mps"))
-    out: str = flag("", "folder for all that a run writes (default: out/ and the script's name)")
+    out: str = flag("", "folder for all that a run writes (default: out/NAME, out/NAME_quick)")
     resume: bool = flag(False, "go on from the checkpoint in --out")
     quick: bool = flag(False, "a run of a few seconds that shows nothing but that it runs")
 
@@ -145,7 +145,8 @@ def parse_args(Config, doc, argv=None):
     if given.get("resume"):
         values = resumed(Config, given)
     config = Config(**{**values, **given})
-    config.out = config.out or f"out/{config.name}"
+    # a quick run must not replace what took minutes
+    config.out = config.out or f"out/{config.name}{'_quick' * config.quick}"
     check_ranges(config)
     for name, why in config.idle().items():
         if name in given:
@@ -179,7 +180,7 @@ def make_parser(Config, doc):
 
 def resumed(Config, given):
     """The flags of the run in --out. UserError if there is none, or if `given` contradicts it."""
-    out = given.get("out") or f"out/{Config().name}"
+    out = given.get("out") or f"out/{Config().name}{'_quick' * given.get('quick', False)}"
     path = Path(out) / "model.pt"
     saved = load_checkpoint(path)
     if not isinstance(saved, dict) or not {"config", "state", "rows", "revision"} <= set(saved):
@@ -533,13 +534,14 @@ class Run:
         self.write(f"{self.name}.png", picture.getvalue())
         # each claim holds or does not: both are results
         self.write("claims.json", claims)
-        layout = "{:<58} {!s:>18} {:>16} {:>10}  {}"
-        print("\n" + layout.format("claim", "paper", "ours", "threshold", "holds"))
+        print(f"\n{'claim':<58} {'paper':>18} {'ours':>16} {'threshold':>10}  holds")
         for c in claims:
-            holds = "yes" if c["holds"] else "NO"
-            print(layout.format(c["claim"], c["paper"], c["ours"], c["threshold"], holds))
+            row = "{claim:<58} {paper!s:>18} {ours:>16} {threshold:>10} ".format(**c)
+            print(row, "yes" if c["holds"] else "NO")
+        if self.config["quick"]:
+            print("--quick: nothing was learnt, no claim means anything")
         self.write("cost.json", self.meter.total())
-        print(f"\n{self.dir / self.name}.png, metrics.jsonl, claims.json, model.pt: {self.meter}")
+        print(f"\n{self.dir}: figure, claims, metrics, samples, model. Cost: {self.meter}")
 
     def log_once(self, measure, **where):
         """Log measure() -> {name: value} as the row `where`, but not again in a resumed run."""

@@ -118,7 +118,7 @@ class Meter:
         """total() in words."""
         words = in_words(**self.read())
         if counter.solved:
-            words += f"; at its end {in_words(**counter.solved)} per held-out problem solved"
+            words += f"; of a held-out problem solved at the end: {in_words(**counter.solved)}"
         return words
 
 

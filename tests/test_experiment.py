@@ -182,6 +182,7 @@ class Other(Config):
 
 def test_flags_have_the_types_and_defaults_of_the_fields():
     assert parse_args(Config, "", []) == Config(out="out/test_experiment")
+    assert parse_args(Config, "", ["--quick"]).out == "out/test_experiment_quick"
     flags = "--steps 7 --lr 0.5 --loss dapo --window 3 --out x --quick"
     assert parse_args(Config, "", flags.split()) == Config(
         out="x", quick=True, steps=7, lr=0.5, loss="dapo", window=3

@@ -193,7 +193,7 @@ def test_what_failed_is_paid_for_by_what_was_solved(monkeypatch):
         meter.spend(6000)
     assert spent.solved(torch.tensor(4.0)) == dict(flops_per_solved=1500)
     assert spent.total()["per_solved"] == dict(flops=1500, seconds=2.5, joules=None)
-    told = "6e+03 FLOPs, 30 s; at its end 1.5e+03 FLOPs, 2.5 s per held-out problem solved"
+    told = "6e+03 FLOPs, 30 s; of a held-out problem solved at the end: 1.5e+03 FLOPs, 2.5 s"
     assert str(spent) == told
 
 
