@@ -196,7 +196,7 @@ class FusedCache:
             *(D**-0.5 * math.log2(math.e), K),
             G=H // K,
             GP=max(16, triton.next_power_of_2(H // K)),  # tensor cores multiply 16 rows
-            N=32 if keys.dtype == torch.float32 else 64,
+            N=16 if keys.dtype == torch.float32 else 64,
             **shape,
         )
         o = torch.empty_like(self.q)
@@ -218,7 +218,7 @@ def splits(heads, capacity, device):
 # Its kernels
 
 
-@jit()
+@jit(do_not_specialize=["capacity"])
 def place_kernel(
     qk, v, angles,
     q, keys, values,  # written here
@@ -247,7 +247,7 @@ def place_kernel(
     tl.store(y + 1, (a * sin + b * cos).to(q.dtype.element_ty), mask=here)
 
 
-@jit()
+@jit(do_not_specialize=["capacity", "window"])
 def part_kernel(
     q, keys, values,
     out, lse,  # written here
@@ -294,9 +294,9 @@ def part_kernel(
         v_tile = tl.load(values + at, mask=seen, other=0.0)
         acc = dot(p.to(v_tile.dtype), v_tile, acc * rescale)
         m = m_new
-    # a part without keys leaves 0, and -inf
+    total = tl.where(total > 0, total, 1.0)  # a part without keys leaves 0, and -inf
     at = head * SPLITS + part
-    tl.store(out + at * D + channel, acc / tl.where(total > 0, total, 1.0), mask=mine)
+    tl.store(out + at * D + channel, acc / total, mask=mine)
     tl.store(lse + at, m + tl.log2(total), mask=g < G)
 
 
