@@ -165,12 +165,12 @@ class FusedCache:
         self.length = cache.capacity - 1
         self.lens = cache.lens.clone()
         self.window = config.window or FAR
-        self.splits = splits(cache.rows * config.n_kv_head, cache.capacity, k.device)
-        # the queries, and what each part of the keys leaves of them
+        self.parts = parts_of(cache.capacity, cache.rows * config.n_kv_head, k.device)
+        # the queries, and what each part of a row's keys leaves
         self.q = k.new_empty(cache.rows, config.n_head, config.head_dim)
-        parts = cache.rows, config.n_head, self.splits
-        self.out = k.new_empty(*parts, config.head_dim, dtype=torch.float32)
-        self.lse = k.new_empty(parts, dtype=torch.float32)
+        shape = cache.rows, config.n_head, self.parts
+        self.out = k.new_empty(*shape, config.head_dim, dtype=torch.float32)
+        self.lse = k.new_empty(shape, dtype=torch.float32)
 
     def extend(self, T):
         now = self.lens.clone()
@@ -184,34 +184,40 @@ class FusedCache:
         (R, H, D), K = self.q.shape, v.shape[2]
         keys, values = self.cache.k[layer], self.cache.v[layer]
         angles = torch.view_as_real(rope)  # (R, 1, 1, D/2, 2)
-        where = self.lens, self.cache.capacity
+        where = keys, values, self.lens, self.cache.capacity
         half = triton.next_power_of_2(D // 2)
-        inputs = qk, v, angles, self.q, keys, values
         place_kernel[R, triton.cdiv(H + 2 * K, 16)](
-            *inputs, *where, qk.stride(0), v.stride(0), H, K, D=D, HALF=half, **FMA
+            qk, v, angles, self.q, *where, qk.stride(0), v.stride(0), H, K, D=D, HALF=half, **FMA
         )
-        shape = dict(D=D, DP=max(16, 2 * half), SPLITS=self.splits, **FMA)
-        part_kernel[R * K, self.splits](
-            *(self.q, keys, values, self.out, self.lse, *where, self.window),
-            *(D**-0.5 * math.log2(math.e), K),
+        shape = dict(D=D, DP=max(16, 2 * half), **FMA)
+        part_kernel[R * K, self.parts](
+            self.q,
+            *where,
+            self.out,
+            self.lse,
+            self.window,
+            D**-0.5 * math.log2(math.e),
+            K,
             G=H // K,
             GP=max(16, triton.next_power_of_2(H // K)),  # tensor cores multiply 16 rows
             N=16 if keys.dtype == torch.float32 else 64,
             **shape,
         )
         o = torch.empty_like(self.q)
-        whole_kernel[R * H,](self.out, self.lse, o, SP=triton.next_power_of_2(self.splits), **shape)
+        whole_kernel[R * H,](self.out, self.lse, o, PARTS=self.parts, **shape)
         return o.flatten(1)[:, None]
 
 
-def splits(heads, capacity, device):
-    """Into how many parts to split the keys of each of R K key heads: 16 programs for each
-    multiprocessor, so that some read while others wait, if that leaves 128 keys to a part.
+def parts_of(capacity, heads, device):
+    """Into how many parts to split the keys of each of R K heads: 16 programs for each
+    multiprocessor, so that some read while others wait, if that leaves 128 keys to a part. A power
+    of two: every other number would be one more kernel to compile.
     """
     processors = 1
     if device.type == "cuda":
         processors = torch.cuda.get_device_properties(device).multi_processor_count
-    return max(1, min(16 * processors // heads, capacity // 128, 64))
+    parts = max(1, min(16 * processors // heads, capacity // 128, 64))
+    return 2 ** int(math.log2(parts))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -220,38 +226,51 @@ def splits(heads, capacity, device):
 
 @jit(do_not_specialize=["capacity"])
 def place_kernel(
-    qk, v, angles,
-    q, keys, values,  # written here
-    lens, capacity,
-    qk_s, v_s,  # strides of a row
-    H, K,
+    qk,
+    v,
+    angles,
+    q,  # written here, as keys and values are
+    keys,
+    values,
+    lens,
+    capacity,
+    qk_s,  # strides of a row
+    v_s,
+    H,
+    K,
     D: tl.constexpr,  # channels
     HALF: tl.constexpr,  # pairs of channels, with padding
-):  # fmt: skip
+):
     """A program owns 16 heads of a row: first come queries, then keys, then values."""
     r = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1) * 16 + tl.arange(0, 16)[:, None]  # (16, 1)
     pair = tl.arange(0, HALF)[None, :]  # (1, HALF)
     here = (h < H + 2 * K) & (pair < D // 2)
     turns = (h < H + K) & (pair < D // 2)  # values do not
-    x = tl.where(h < H + K, qk + r * qk_s + h * D, v + r * v_s + (h - H - K) * D) + 2 * pair
+    x = tl.where(h < H + K, qk + r * qk_s, v + r * v_s - (H + K) * D)
+    x += h * D + 2 * pair
     a = tl.load(x, mask=here, other=0.0).to(tl.float32)
     b = tl.load(x + 1, mask=here, other=0.0).to(tl.float32)
-    angle = angles + (r * (D // 2) + pair) * 2 + 0 * h
+    angle = angles + r * D + 2 * pair + 0 * h
     cos = tl.load(angle, mask=turns, other=1.0)
     sin = tl.load(angle + 1, mask=turns, other=0.0)
-    slot = (r * capacity + tl.load(lens + r) - 1) * K * D
-    cached = tl.where(h < H + K, keys + slot + (h - H) * D, values + slot + (h - H - K) * D)
-    y = tl.where(h < H, q + (r * H + h) * D, cached) + 2 * pair
+    slot = r * capacity + tl.load(lens + r) - 1
+    y = tl.where(h < H + K, keys + (slot * K - H) * D, values + (slot * K - H - K) * D)
+    y = tl.where(h < H, q + r * H * D, y)
+    y += h * D + 2 * pair
     tl.store(y, (a * cos - b * sin).to(q.dtype.element_ty), mask=here)
     tl.store(y + 1, (a * sin + b * cos).to(q.dtype.element_ty), mask=here)
 
 
 @jit(do_not_specialize=["capacity", "window"])
 def part_kernel(
-    q, keys, values,
-    out, lse,  # written here
-    lens, capacity,
+    q,
+    keys,
+    values,
+    lens,
+    capacity,
+    out,  # written here, (R, H, parts, D)
+    lse,  # and here, (R, H, parts)
     window,
     c,  # log2(e) / sqrt(D): the factor that makes scores powers of two
     K,
@@ -260,15 +279,15 @@ def part_kernel(
     N: tl.constexpr,  # keys of a tile
     D: tl.constexpr,
     DP: tl.constexpr,
-    SPLITS: tl.constexpr,
-):  # fmt: skip
-    """A program owns a part of the keys of a row and key head."""
+):
+    """A program owns one of the parts of a row's keys, and a key head."""
     r = (tl.program_id(0) // K).to(tl.int64)
     h = tl.program_id(0) % K
     part = tl.program_id(1)
+    parts = tl.num_programs(1)
     end = tl.load(lens + r).to(tl.int32)
     first = tl.maximum(end - window, 0)
-    width = tl.cdiv(end - first, SPLITS * N) * N  # of a part: whole tiles, for the last perhaps 0
+    width = tl.cdiv(end - first, parts * N) * N  # of a part: whole tiles, for the last perhaps 0
     begin = first + part * width
     end = tl.minimum(begin + width, end)
     channel = tl.arange(0, DP)[None, :]
@@ -276,8 +295,7 @@ def part_kernel(
     head = (r * K + h) * G + g  # as rows of q, (GP, 1)
     mine = (g < G) & (channel < D)
     q_tile = tl.load(q + head * D + channel, mask=mine, other=0.0)
-    keys += (r * capacity * K + h) * D
-    values += (r * capacity * K + h) * D
+    of_head = (r * capacity * K + h) * D  # where the row's keys begin, and its values
     acc = tl.zeros((GP, DP), tl.float32)  # the weighted sum of values,
     total = tl.zeros((GP, 1), tl.float32)  # the sum of their weights,
     m = tl.full((GP, 1), -float("inf"), tl.float32)  # and the maximum: finite after a tile of keys
@@ -285,34 +303,39 @@ def part_kernel(
         key = i + tl.arange(0, N)
         at = key[:, None] * (K * D) + channel  # (N, DP)
         seen = (key[:, None] < end) & (channel < D)
-        s = dot(q_tile, tl.trans(tl.load(keys + at, mask=seen, other=0.0)), None)  # (GP, N)
+        k_tile = tl.load(keys + of_head + at, mask=seen, other=0.0)
+        s = dot(q_tile, tl.trans(k_tile), None)  # (GP, N)
         s = tl.where(key[None, :] < end, s, -float("inf"))
         m_new = tl.maximum(m, tl.max(s, 1, keep_dims=True) * c)
         p = tl.exp2(s * c - m_new)
         rescale = tl.exp2(m - m_new)
         total = total * rescale + tl.sum(p, 1, keep_dims=True)
-        v_tile = tl.load(values + at, mask=seen, other=0.0)
+        v_tile = tl.load(values + of_head + at, mask=seen, other=0.0)
         acc = dot(p.to(v_tile.dtype), v_tile, acc * rescale)
         m = m_new
     total = tl.where(total > 0, total, 1.0)  # a part without keys leaves 0, and -inf
-    at = head * SPLITS + part
+    at = head * parts + part
     tl.store(out + at * D + channel, acc / total, mask=mine)
     tl.store(lse + at, m + tl.log2(total), mask=g < G)
 
 
 @jit()
 def whole_kernel(
-    out, lse, o, SP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SPLITS: tl.constexpr
+    out,
+    lse,
+    o,  # written here, (R, H, D)
+    PARTS: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
 ):
     """A program puts the parts of a row and query head together. The first part is never empty: a
     row sees itself.
     """
     row = tl.program_id(0).to(tl.int64)
-    part = tl.arange(0, SP)[:, None]
     channel = tl.arange(0, DP)[None, :]
-    at = row * SPLITS + part
-    bits = tl.load(lse + at, mask=part < SPLITS, other=-float("inf"))  # (SP, 1)
+    at = row * PARTS + tl.arange(0, PARTS)[:, None]  # (PARTS, 1)
+    bits = tl.load(lse + at)
     weight = tl.exp2(bits - tl.max(bits))
-    parts = tl.load(out + at * D + channel, mask=(part < SPLITS) & (channel < D), other=0.0)
-    whole = tl.sum(parts * weight, 0, keep_dims=True) / tl.sum(weight)  # (1, DP)
+    parts = tl.load(out + at * D + channel, mask=channel < D, other=0.0)  # (PARTS, DP)
+    whole = tl.sum(parts * weight, 0, keep_dims=True) / tl.sum(weight)
     tl.store(o + row * D + channel, whole.to(o.dtype.element_ty), mask=channel < D)

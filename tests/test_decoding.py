@@ -36,16 +36,15 @@ def written(lens, H=2, K=1, D=16, window=None, capacity=0, dtype=torch.float32):
     return cache
 
 
-def step_of(cache, splits=1):
+def step_of(cache, parts=1):
     """One more token in each row of the cache -> FusedCache's outputs, and what went in."""
     R, H, K, D = cache.rows, cache.config.n_head, cache.config.n_kv_head, cache.config.head_dim
     qkv = torch.randn(R, 1, H + 2 * K, D, generator=seeded(1)).to(cache.k[0])
     qk, v = qkv.split([H + K, K], dim=2)
     fast = FusedCache(cache)
-    fast.splits = splits
-    parts = R, H, splits
-    fast.out = torch.full((*parts, D), torch.nan, device=DEVICE)
-    fast.lse = torch.full(parts, torch.nan, device=DEVICE)
+    fast.parts = parts
+    fast.out = torch.full((R, H, parts, D), torch.nan, device=DEVICE)
+    fast.lse = torch.full((R, H, parts), torch.nan, device=DEVICE)
     positions, mask = fast.extend(1)
     assert mask is None
     rope = rotations(cache.config).to(DEVICE)[positions]
@@ -68,9 +67,9 @@ def exact_step(cache, before, qk, v, rope):
     return torch.stack(out).view(len(cache.lens), 1, -1), turned[:, 0, H:]
 
 
-def assert_exact(cache, splits=1):
+def assert_exact(cache, parts=1):
     before = [t.clone() for t in cache.k + cache.v]
-    out, (qk, v, rope) = step_of(cache, splits)
+    out, (qk, v, rope) = step_of(cache, parts)
     true, keys = exact_step(cache, before, qk, v, rope)
     torch.testing.assert_close(out.double(), true, rtol=1e-5, atol=1e-5)
     rows, lens = torch.arange(cache.rows, device=DEVICE), cache.lens
@@ -84,32 +83,32 @@ def assert_exact(cache, splits=1):
 @needs_triton
 @pytest.mark.parametrize("D", [2, 16, 24, 32, 64, 80, 96, 128])
 def test_a_step_is_exact_at_any_head_size(D):
-    assert_exact(written([N + 3, 1], D=D), splits=2)
+    assert_exact(written([N + 3, 1], D=D), parts=2)
 
 
 @needs_triton
-@pytest.mark.parametrize("splits", [1, 2, 3])
+@pytest.mark.parametrize("parts", [1, 2, 4])
 @pytest.mark.parametrize("lens", [[0, N - 2, N - 1], [N, 2 * N - 1, 2 * N], [3 * N - 1, 2, 70]])
-def test_a_step_is_exact_at_lengths_around_a_tile_and_with_parts_that_hold_nothing(lens, splits):
-    assert_exact(written(lens, capacity=130), splits)
+def test_a_step_is_exact_at_lengths_around_a_tile_and_with_parts_that_hold_nothing(lens, parts):
+    assert_exact(written(lens, capacity=130), parts)
 
 
 @needs_triton
 @pytest.mark.parametrize("H, K", [(1, 1), (3, 3), (4, 2), (6, 2), (7, 1), (17, 1)])
 def test_a_step_is_exact_for_grouped_heads(H, K):
-    assert_exact(written([40, 5], H, K), splits=2)
+    assert_exact(written([40, 5], H, K), parts=2)
 
 
 @needs_triton
 @pytest.mark.parametrize("window", [1, 2, N - 1, N, N + 1, 71, 500])
 def test_a_step_sees_its_window_and_no_more(window):
-    assert_exact(written([70, 40, 3], H=1, window=window), splits=2)
+    assert_exact(written([70, 40, 3], H=1, window=window), parts=2)
 
 
 @needs_triton
 @pytest.mark.parametrize("D", [16, 32, 64, 80])
 def test_no_rounding_that_a_fused_multiply_add_leaves_out_is_trusted(fused, D):  # noqa: F811
-    assert_exact(written([40, 0], D=D), splits=3)
+    assert_exact(written([40, 0], D=D), parts=4)
 
 
 @needs_triton
@@ -128,10 +127,10 @@ def test_a_step_survives_large_scores():
 @pytest.mark.parametrize("H, K", [(4, 4), (14, 2)])
 def test_a_step_in_bf16_errs_no_more_than_1_5_times_the_reference(D, H, K):
     lens = [1, 63, 64, 65, 300]
-    for splits in (1, 4):
+    for parts in (1, 4):
         cache = written(lens, H, K, D, dtype=torch.bfloat16)
         before = [t.clone() for t in cache.k + cache.v]
-        out, inputs = step_of(cache, splits)
+        out, inputs = step_of(cache, parts)
         true, _ = exact_step(cache, before, *inputs)
         plain = written(lens, H, K, D, dtype=torch.bfloat16)
         qk, v, rope = inputs
@@ -190,6 +189,7 @@ def test_fused_steps_draw_by_whatever_rule_generate_was_given(both, settings):
 @needs_triton
 def test_fused_steps_go_on_when_rows_have_left(both, monkeypatch):
     monkeypatch.setattr(decoding, "SPAN", 2)
+    monkeypatch.setattr(decoding, "parts_of", lambda *_: 2)
     rows = both(make(n_kv_head=1, n_layer=1), PROMPTS, new=7, stop=2)
     assert len(set(rows.lengths.tolist())) > 2
 
@@ -237,7 +237,7 @@ def test_where_the_kernels_cannot_run_a_mask_hides_what_is_not_there(monkeypatch
 
 @pytest.mark.parametrize(
     "heads, capacity, parts",
-    [(768, 544, 2), (2, 10000, 64), (8, 300, 2), (8, 100, 1), (9999, 1000, 1)],
+    [(768, 544, 2), (96, 10000, 16), (2, 10000, 64), (8, 300, 2), (8, 100, 1), (9999, 1000, 1)],
 )
 def test_keys_are_split_until_the_gpu_is_busy_but_not_below_128(
     monkeypatch, heads, capacity, parts
@@ -246,8 +246,8 @@ def test_keys_are_split_until_the_gpu_is_busy_but_not_below_128(
         multi_processor_count = 132
 
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
-    assert decoding.splits(heads, capacity, torch.device("cuda")) == parts
-    assert decoding.splits(heads, capacity, torch.device("cpu")) >= 1
+    assert decoding.parts_of(capacity, heads, torch.device("cuda")) == parts
+    assert decoding.parts_of(capacity, heads, torch.device("cpu")) >= 1
 
 
 COMPILE = """if True:
@@ -261,7 +261,7 @@ COMPILE = """if True:
     CASES += [(part, 80, 128, "bf16"), (part, 100, 128, "bf16")]
     for kernel, arch, D, kind in CASES:
         given = dict(G=7, GP=16, N=64 if kind == "bf16" else 16, D=D, DP=D, HALF=D // 2)
-        given |= dict(SPLITS=64, SP=64)
+        given |= dict(PARTS=64)
         types = NUMBERS | dict(lens="*i64", angles="*fp32", out="*fp32", lse="*fp32")
         types |= dict.fromkeys(given, "constexpr")
         names = [p.name for p in kernel.params]
