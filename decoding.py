@@ -52,7 +52,7 @@ def decode_static(model, cache, logits, sampler):
 def padded(head):
     """The head, its weight padded to a multiple of 64 columns once, the logits sliced each time."""
     V = head.out_features
-    if V % 64 == 0 or head._forward_hooks:
+    if V % 64 == 0 or head._forward_hooks or head._forward_pre_hooks:
         return head
     weight = F.pad(head.weight, (0, 0, 0, -V % 64))
     return lambda x: F.linear(x, weight)[:, :V]
