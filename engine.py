@@ -290,7 +290,8 @@ class Sampler:
         """The t-th token of each live row, from its logits (live, V). t: a number, or a tensor (1,)
         that holds it.
         """
-        self.finite.logical_and_(logits.isfinite().all())
+        # all are, if their sum is: one pass (in fp64, where no sum of fp32 numbers overflows)
+        self.finite.logical_and_(logits.sum(dtype=self.fresh.dtype).isfinite())
         if self.temperature == 0:
             token = logits.argmax(-1)
             logp = torch.zeros_like(token, dtype=torch.float)
