@@ -177,17 +177,18 @@ class FusedCache:
         self.lens += T
         return now[:, None], None
 
-    def attend(self, layer, qk, v, rope):
-        """qk (R, 1, H + K, D) is rotated by rope (R, 1, 1, D/2), keys and values v (R, 1, K, D) go
-        into the cache -> softmax(q k^T / sqrt(D)) v over all that each row then holds, (R, 1, H D).
+    def attend(self, layer, q, k, v, rope):
+        """q (R, 1, H, D) and k (R, 1, K, D) are rotated by rope (R, 1, 1, D/2), k and v go into the
+        cache -> softmax(q k^T / sqrt(D)) v over all that each row then holds, (R, 1, H D).
         """
-        (R, H, D), K = self.q.shape, v.shape[2]
+        (R, _, H, D), K = q.shape, k.shape[2]
         keys, values = self.cache.k[layer], self.cache.v[layer]
         angles = torch.view_as_real(rope)  # (R, 1, 1, D/2, 2)
         where = keys, values, self.lens, self.cache.capacity
+        strides = [x.stride(0) for x in (q, k, v)]
         half = triton.next_power_of_2(D // 2)
         place_kernel[R, triton.cdiv(H + 2 * K, 16)](
-            qk, v, angles, self.q, *where, qk.stride(0), v.stride(0), H, K, D=D, HALF=half, **FMA
+            q, k, v, *strides, angles, self.q, *where, H, K, D=D, HALF=half, **FMA
         )
         shape = dict(D=D, DP=max(16, 2 * half), **FMA)
         part_kernel[R * K, self.parts](
@@ -226,16 +227,18 @@ def parts_of(capacity, heads, device):
 
 @jit(do_not_specialize=["capacity"])
 def place_kernel(
-    qk,
+    q,
+    k,
     v,
+    q_s,  # strides of a row
+    k_s,
+    v_s,
     angles,
-    q,  # written here, as keys and values are
+    turned,  # q is written here, k and v into keys and values
     keys,
     values,
     lens,
     capacity,
-    qk_s,  # strides of a row
-    v_s,
     H,
     K,
     D: tl.constexpr,  # channels
@@ -247,7 +250,8 @@ def place_kernel(
     pair = tl.arange(0, HALF)[None, :]  # (1, HALF)
     here = (h < H + 2 * K) & (pair < D // 2)
     turns = (h < H + K) & (pair < D // 2)  # values do not
-    x = tl.where(h < H + K, qk + r * qk_s, v + r * v_s - (H + K) * D)
+    x = tl.where(h < H + K, k + r * k_s - H * D, v + r * v_s - (H + K) * D)
+    x = tl.where(h < H, q + r * q_s, x)
     x += h * D + 2 * pair
     a = tl.load(x, mask=here, other=0.0).to(tl.float32)
     b = tl.load(x + 1, mask=here, other=0.0).to(tl.float32)
@@ -256,10 +260,10 @@ def place_kernel(
     sin = tl.load(angle + 1, mask=turns, other=0.0)
     slot = r * capacity + tl.load(lens + r) - 1
     y = tl.where(h < H + K, keys + (slot * K - H) * D, values + (slot * K - H - K) * D)
-    y = tl.where(h < H, q + r * H * D, y)
+    y = tl.where(h < H, turned + r * H * D, y)
     y += h * D + 2 * pair
-    tl.store(y, (a * cos - b * sin).to(q.dtype.element_ty), mask=here)
-    tl.store(y + 1, (a * sin + b * cos).to(q.dtype.element_ty), mask=here)
+    tl.store(y, (a * cos - b * sin).to(keys.dtype.element_ty), mask=here)
+    tl.store(y + 1, (a * sin + b * cos).to(keys.dtype.element_ty), mask=here)
 
 
 @jit(do_not_specialize=["capacity", "window"])

@@ -151,7 +151,7 @@ class Attention(nn.Module):
         if self.q_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         if hasattr(cache, "attend"):  # on a GPU kernels of its own do the rest: decoding.py
-            return self.proj(cache.attend(self.layer, torch.cat((q, k), 2), v, rope))
+            return self.proj(cache.attend(self.layer, q, k, v, rope))
         q, k = rotate(q, rope), rotate(k, rope)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)  # (B, S, K, D): all that this layer can see
