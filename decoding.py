@@ -41,12 +41,13 @@ def decode_static(model, cache, logits, sampler):
     head = padded(model.lm_head)
     sampler.draw(logits, 0)
     steps = None
-    for start in range(1, new, SPAN):
-        if not sampler.retire(cache):
-            break
-        if steps is None or steps.rows != cache.rows:
-            steps = Steps(model, head, cache, sampler, start)
-        steps.run(min(SPAN, new - start))
+    with torch.cuda.device_of(logits):
+        for start in range(1, new, SPAN):
+            if not sampler.retire(cache):
+                break
+            if steps is None or steps.rows != cache.rows:
+                steps = Steps(model, head, cache, sampler, start)
+            steps.run(min(SPAN, new - start))
 
 
 def padded(head):

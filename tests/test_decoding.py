@@ -196,6 +196,19 @@ def test_fused_steps_go_on_when_rows_have_left(both, monkeypatch):
     assert len(set(rows.lengths.tolist())) > 2
 
 
+@pytest.mark.parametrize("n_kv_head, stop", [(1, None), (4, 5)])
+def test_the_log_probabilities_of_many_replayed_steps_are_the_models(monkeypatch, n_kv_head, stop):
+    monkeypatch.setattr(engine, "STATIC_ON", (DEVICE,))
+    monkeypatch.setattr(decoding, "SPAN", 12)  # rows leave between two captures
+    gpt = make(n_embd=256, n_kv_head=n_kv_head, block_size=300).to(DEVICE)
+    r = generate(gpt, PROMPTS, n=3, max_new_tokens=200, stop=stop, generator=seeded())
+    assert r.lengths.min() == 200 if stop is None else r.lengths.min() < 12 < r.lengths.max()
+    with torch.no_grad():
+        hidden = gpt.hidden(r.ids[:, :-1])
+        logp, _ = kernels.token_logprobs(hidden, gpt.lm_head.weight, r.ids[:, 1:])
+    torch.testing.assert_close(r.logp[:, 1:], logp * r.mask[:, 1:], rtol=0, atol=1e-3)
+
+
 def test_a_graph_is_captured_once_for_each_number_of_rows(monkeypatch):
     shapes = []
 
