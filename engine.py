@@ -1,4 +1,4 @@
-"""engine.py: sampling from a GPT: the KV cache, `generate`, and CUDA graphs last.
+"""engine.py: sampling from a GPT: the KV cache and `generate`.
 
 What to know before changing `generate`:
 1. A cache slot is a position. Prompts of different lengths are padded on the right, every row then
@@ -12,8 +12,7 @@ What to know before changing `generate`:
    decoding, Vilnis et al., arXiv 2210.15458): after each token the number is rescaled to its place
    inside the bin it fell in, and is uniform again.
 4. On a GPU a step of a small model is a few hundred launches that each take longer to ask for than
-   to run. There the same step runs on fixed shapes with all that changes in tensors, is captured
-   once in a CUDA graph and replayed (`decode_static`).
+   to run. There the same step has fewer kernels and is replayed as a CUDA graph: decoding.py.
 
 Shapes: R = prompts * n rows, of which `live` are still being written; T time, S slots of the cache,
 K key heads, D channels of a head, V vocabulary.
@@ -29,9 +28,10 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
+from decoding import decode_static
 from experiment import NotFinite
-from kernels import gemm_dtype, say_once
-from meter import counter, spend
+from kernels import gemm_dtype
+from meter import spend
 
 # cuDNN's attention plans anew for each length, and decoding meets a new one at every step
 torch.backends.cuda.enable_cudnn_sdp(False)
@@ -233,6 +233,16 @@ def inverse_cdf(probs, u):
     return token.squeeze(1), place.squeeze(1).clamp(0, 1 - torch.finfo(u.dtype).eps)
 
 
+def inverse_cdf_in_two(probs, u):
+    """inverse_cdf of a large vocabulary: first the block of tokens, then the token in it, at the
+    place of u inside the block's bin. The same law, and no sum in float64 runs over all of V.
+    """
+    blocks = F.pad(probs, (0, -probs.shape[1] % 256)).unflatten(1, (-1, 256))  # (R, V / 256, 256)
+    block, place = inverse_cdf(blocks.sum(-1, dtype=u.dtype), u)
+    token, place = inverse_cdf(blocks[torch.arange(len(u), device=u.device), block], place)
+    return (256 * block + token).clamp_max(probs.shape[1] - 1), place  # past V only of nan
+
+
 def among(token, stops):
     """Which of the tokens (R,) are one of the ids (n,), bool. torch.isin may sort, which a CUDA
     graph cannot hold.
@@ -280,7 +290,8 @@ class Sampler:
         """The t-th token of each live row, from its logits (live, V). t: a number, or a tensor (1,)
         that holds it.
         """
-        self.finite.logical_and_(logits.isfinite().all())
+        # all are, if their sum is: one pass (in fp64, where no sum of fp32 numbers overflows)
+        self.finite.logical_and_(logits.sum(dtype=self.fresh.dtype).isfinite())
         if self.temperature == 0:
             token = logits.argmax(-1)
             logp = torch.zeros_like(token, dtype=torch.float)
@@ -295,7 +306,8 @@ class Sampler:
     def choose(self, logits, fresh):
         """logits (live, V), a fresh number for each row (live,) -> token, logp (live,)."""
         probs = truncate(logits, self.top_k, self.top_p).softmax(-1)  # (live, V)
-        token, place = inverse_cdf(probs, fresh if self.number is None else self.number)
+        draw = inverse_cdf_in_two if probs.shape[1] > 16384 else inverse_cdf
+        token, place = draw(probs, fresh if self.number is None else self.number)
         logp = probs.gather(1, token[:, None]).squeeze(1).log()
         if self.number is not None:
             spent = self.spent - logp / math.log(2)  # a token of probability p costs -log2 p bits
@@ -315,6 +327,9 @@ class Sampler:
                 self.number = self.number[order]
                 self.spent = self.spent[order]
         return len(self.rows) > 0
+
+
+STATIC_ON = ("cuda",)  # where generate takes decoding.decode_static, the fast one, instead of:
 
 
 def decode_eager(model, cache, logits, sampler):
@@ -477,95 +492,3 @@ def side_by_side(ids, lens, tokens, logps):
     T = int((lens + drawn.sum(1)).max())
     parts = (x[:, :T] for x in (out, placed(drawn.float()), placed(logps)))
     return Rollout(*parts, lens)
-
-
-# --------------------------------------------------------------------------------------------------
-# On a GPU: the same steps as CUDA graphs
-
-
-class StaticCache:
-    """Some steps of one token each over a KVCache, every one the same kernels on the same
-    addresses: what a CUDA graph needs. Positions are a tensor that each step advances in place;
-    each step reads all the slots that the last one will, and a mask hides the rest.
-    """
-
-    def __init__(self, cache, steps):
-        device = cache.lens.device
-        S = min(cache.capacity, -(-(cache.length + steps) // 64) * 64)  # up to a multiple of 64
-        self.cache = cache
-        self.length = S - 1  # as if every row were as long as they will get
-        self.lens = cache.lens.clone()
-        self.rows = torch.arange(cache.rows, device=device)
-        self.slots = torch.arange(S, device=device)
-
-    def extend(self, T):
-        self.now = self.lens.clone()  # the position of each row's token
-        self.lens += T
-        distance = self.now[:, None, None, None] - self.slots  # (rows, 1, 1, S)
-        window = self.cache.config.window or self.cache.capacity + 1
-        return self.now[:, None], (distance >= 0) & (distance < window)
-
-    def append(self, layer, k, v):
-        keys, values = self.cache.k[layer], self.cache.v[layer]
-        keys[self.rows, self.now] = k[:, 0]
-        values[self.rows, self.now] = v[:, 0]
-        seen = slice(len(self.rows)), slice(len(self.slots))
-        return keys[seen], values[seen]
-
-
-STATIC_ON = ("cuda",)  # where generate decodes with decode_static
-SPAN = 128  # steps between two looks at which rows have stopped, and two captures
-
-
-def decode_static(model, cache, logits, sampler):
-    """decode_eager for a GPU: nothing comes back from the device for SPAN steps, of which all but
-    the first are one CUDA graph's replays. Then rows that have stopped leave, and the graph is
-    captured again for the rows left and the slots that they have come to need.
-    """
-    new = sampler.fresh.shape[1]
-    sampler.draw(logits, 0)
-    for start in range(1, new, SPAN):
-        if not sampler.retire(cache):
-            break
-        decode_span(model, cache, sampler, start=start, steps=min(SPAN, new - start))
-
-
-def decode_span(model, cache, sampler, start, steps):
-    """Tokens start to start + steps of every live row."""
-    static = StaticCache(cache, steps)
-    t = torch.full((1,), start, device=cache.lens.device)
-
-    def step():
-        x = model.hidden(sampler.token[:, None], static)  # (live, 1, C)
-        sampler.draw(model.lm_head(x[:, -1]), t)
-        t.add_(1)
-
-    before = counter.flops
-    step()
-    each = counter.flops - before
-    again = captured(step, t.device) if steps > 8 else step
-    for _ in range(steps - 1):
-        again()
-    counter.flops = before + steps * each  # a replay counts nothing
-    cache.set_lens(static.lens.tolist())
-
-
-def captured(step, device):
-    """A function that repeats what `step` does on the device: a CUDA graph's replay; where there
-    are none, step itself, from then on without trying.
-    """
-    global STATIC_ON
-    if device.type != "cuda":
-        return step
-    graph = torch.cuda.CUDAGraph()
-    stream = torch.cuda.current_stream(device)
-    try:
-        with torch.cuda.graph(graph):
-            step()
-    except RuntimeError as e:
-        STATIC_ON = ()
-        torch.cuda.set_stream(stream)  # a capture that fails may leave us on its own
-        why = str(e).splitlines()[0]
-        say_once(f"generate: this step cannot be a CUDA graph, runs it eagerly instead ({why})")
-        return step
-    return graph.replay

@@ -472,27 +472,30 @@ def jit(**options):
 
 
 def autotuned(*tiles):
-    """Times a kernel at each (M, N, warps, stages) on the first call of its dtype, head size and
-    power of two of lengths; keeps the fastest.
+    """Times a kernel at each (M, N, warps, stages) that fits, on the first call of its dtype, head
+    size and power of two of lengths; keeps the fastest. The interpreter has a tile of its own.
 
-    The tiles with N = 32 are fp32's: it does without tensor cores and needs four times the
-    registers. The last ones of each dtype are small enough for 128 channels to fit into the
-    registers of sm_90. The interpreter has one of its own.
+    tiles: two for heads of up to 64 channels, two for 128: the fastest on an H200, and one for the
+    registers and shared memory of other GPUs. The last is fp32's: it does without tensor cores and
+    needs four times the registers.
     """
     if triton is None:
         return lambda f: f
     if INTERPRET:
         tiles = [(16, 16, 1, 1)]
 
-    def by_dtype(configs, args, **_):
-        fp32 = args["q"].dtype == torch.float32
-        return [c for c in configs if INTERPRET or (c.kwargs["N"] == 32) == fp32]
+    def fitting(configs, args, D, **_):
+        if INTERPRET:
+            return configs
+        if args["q"].dtype == torch.float32:
+            return configs[4:]
+        return configs[:2] if D <= 64 else configs[2:4]
 
     configs = [
         triton.Config(dict(M=M, N=N), num_warps=warps, num_stages=stages)
         for M, N, warps, stages in tiles
     ]
-    prune = dict(early_config_prune=by_dtype)
+    prune = dict(early_config_prune=fitting)
     return triton.autotune(configs, key=["size", "D"], prune_configs_by=prune)
 
 
@@ -594,11 +597,10 @@ def hide(s, query, key, before, after, S):
 
 
 @autotuned(
-    (128, 128, 8, 2),
-    (128, 64, 8, 3),
     (128, 64, 4, 3),
+    (128, 64, 8, 3),
     (64, 64, 4, 3),
-    (32, 32, 8, 2),
+    (64, 64, 4, 2),
     (32, 32, 8, 1),
 )
 @jit(do_not_specialize=["T", "S", "before", "after", "size"])
@@ -654,10 +656,10 @@ def forward_kernel(
 
 
 @autotuned(
-    (128, 64, 8, 2),
-    (64, 64, 4, 3),
+    (64, 128, 4, 3),
     (64, 64, 4, 2),
-    (32, 32, 8, 2),
+    (128, 64, 8, 3),
+    (64, 64, 4, 2),
     (16, 32, 4, 2),
 )
 @jit(do_not_specialize=["T", "S", "before", "after", "size"])
@@ -711,11 +713,9 @@ def dq_kernel(
 
 
 @autotuned(
+    (128, 64, 4, 2),
     (64, 128, 8, 2),
-    (32, 128, 8, 3),
-    (64, 64, 4, 2),
-    (32, 64, 4, 2),
-    (32, 64, 8, 2),
+    (64, 128, 8, 3),
     (16, 128, 8, 2),
     (32, 32, 8, 1),
 )

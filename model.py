@@ -90,6 +90,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
+        if x.is_cuda and x.dtype == self.weight.dtype and not torch.is_grad_enabled():
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)  # one kernel
         return RMSNormFunction.apply(x, self.weight, self.eps)
 
 
@@ -148,6 +150,8 @@ class Attention(nn.Module):
         q, k, v = qkv.split([H, K, K], dim=2)  # (B, T, H, D), (B, T, K, D), (B, T, K, D)
         if self.q_norm:
             q, k = self.q_norm(q), self.k_norm(k)
+        if hasattr(cache, "attend"):  # on a GPU kernels of its own do the rest: decoding.py
+            return self.proj(cache.attend(self.layer, q, k, v, rope))
         q, k = rotate(q, rope), rotate(k, rope)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)  # (B, S, K, D): all that this layer can see

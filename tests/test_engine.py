@@ -10,8 +10,16 @@ import torch
 from common import PROMPTS, VARIANTS, V, known, make, seeded
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import decoding
 import engine
-from engine import KVCache, Rollout, generate, inverse_cdf, truncate
+from engine import (
+    KVCache,
+    Rollout,
+    generate,
+    inverse_cdf,
+    inverse_cdf_in_two,
+    truncate,
+)
 from experiment import NotFinite
 from kernels import gemm_dtype, token_logprobs
 from meter import counter
@@ -208,7 +216,7 @@ def test_decoding_on_fixed_shapes_gives_the_tokens_of_decoding_step_by_step(
     gpt, rollouts = make(**VARIANTS[variant]).double().to(device), []
     for where, span in ((), 1), ((device,), 1), ((device,), 5), ((device,), 100):
         monkeypatch.setattr(engine, "STATIC_ON", where)
-        monkeypatch.setattr(engine, "SPAN", span)
+        monkeypatch.setattr(decoding, "SPAN", span)
         rollouts.append(
             generate(gpt, PROMPTS, n=6, max_new_tokens=17, generator=seeded(), **SETTINGS[settings])
         )
@@ -221,7 +229,7 @@ def test_decoding_on_fixed_shapes_gives_the_tokens_of_decoding_step_by_step(
 
 def test_decoding_on_fixed_shapes_goes_on_past_the_slots_of_a_span(monkeypatch):
     gpt, rollouts = make(block_size=200).double(), []
-    monkeypatch.setattr(engine, "SPAN", 30)
+    monkeypatch.setattr(decoding, "SPAN", 30)
     for where in (), ("cpu",):
         monkeypatch.setattr(engine, "STATIC_ON", where)
         rollouts.append(generate(gpt, PROMPTS, max_new_tokens=150, generator=seeded()).tokens())
@@ -267,7 +275,7 @@ def test_stopping_cuts_rows_and_changes_nothing_else(gpt, length, uniforms, stop
 @pytest.mark.parametrize("where", [(), ("cpu",)])
 def test_a_row_ends_at_whichever_of_several_ids_comes_first(monkeypatch, where):
     monkeypatch.setattr(engine, "STATIC_ON", where)
-    monkeypatch.setattr(engine, "SPAN", 5)
+    monkeypatch.setattr(decoding, "SPAN", 5)
 
     def sample(stop):
         return generate(
@@ -381,14 +389,14 @@ def test_a_step_that_cannot_be_captured_runs_eagerly_from_then_on_and_on_the_str
         set_stream=streams.append,
     ).items():
         monkeypatch.setattr(torch.cuda, name, stub)
-    monkeypatch.setattr(engine, "STATIC_ON", ("cuda",))
+    monkeypatch.setattr(decoding, "GRAPHS_ON", ("cuda",))
 
     def step():
         return None
 
-    assert engine.captured(step, gpu) is step
+    assert decoding.captured(step, gpu) is step
     assert streams == ["the caller's"]
-    assert engine.STATIC_ON == ()
+    assert decoding.GRAPHS_ON == ()
 
 
 @pytest.mark.parametrize(
@@ -574,6 +582,78 @@ def test_inverse_cdf_never_leaves_the_support():
         token, place = inverse_cdf(probs, torch.full((2,), u, dtype=torch.float64))
         assert (probs.gather(1, token[:, None]) > 0).all()
         assert ((place >= 0) & (place <= 1)).all()
+
+
+def large(V, rows=50):
+    """probs (rows, V) of which some are large, most small and some 0, and a number for each row."""
+    g = seeded(V)
+    probs = (3 * torch.randn(rows, V, generator=g)).softmax(-1)
+    return probs * (torch.rand(rows, V, generator=g) < 0.9), torch.rand(
+        rows, generator=g, dtype=torch.float64
+    )
+
+
+@pytest.mark.parametrize("V", [40, 255, 256, 257, 512, 5000])
+def test_drawing_a_block_and_then_a_token_in_it_gives_the_token_and_the_place_of_one_cdf(V):
+    probs, u = large(V)
+    (token, place), (two, place_in_two) = inverse_cdf(probs, u), inverse_cdf_in_two(probs, u)
+    assert torch.equal(token, two)
+    # a place is known up to the rounding of the CDF over the width of its bin
+    error = (place - place_in_two).abs()
+    assert (error * probs.gather(1, token[:, None])[:, 0] < 1e-15).all()
+    assert error.median() < 1e-12
+
+
+def test_drawing_a_block_and_then_a_token_in_it_never_leaves_the_support():
+    probs = torch.zeros(5, 1024)
+    probs[0, 700] = 1
+    probs[1, [255, 256]] = 0.5
+    probs[2, [0, 1023]] = 0.5
+    probs[3, 256:512] = 1 / 256
+    probs[4] = 0.1  # no sum of these is exact, nor 1
+    for u in (0.0, 0.5, 1 - 2**-53, 1.0):
+        token, place = inverse_cdf_in_two(probs, torch.full((5,), u, dtype=torch.float64))
+        assert (probs.gather(1, token[:, None]) > 0).all()
+        assert ((place >= 0) & (place < 1)).all()
+
+
+@pytest.mark.parametrize("V", [256, 600])
+def test_drawing_a_block_and_then_a_token_in_it_follows_the_law(V):
+    probs, _ = large(V, rows=3)
+    probs /= probs.sum(1, keepdim=True)
+    n = 20000
+    u = torch.rand(3 * n, generator=seeded(5), dtype=torch.float64)
+    token, place = inverse_cdf_in_two(probs.repeat_interleave(n, 0), u)
+    counts = [np.bincount(t, minlength=V) for t in token.view(3, n).numpy()]
+    assert follows(counts, probs.double().numpy())
+    # the place is uniform again, whatever was drawn
+    assert follows(np.bincount((place * 50).long(), minlength=50), [1 / 50] * 50)
+
+
+@pytest.mark.parametrize(
+    "uniforms", [None, torch.rand(12, generator=seeded(), dtype=torch.float64)]
+)
+def test_a_large_vocabulary_is_drawn_from_in_two_steps_and_gives_the_same_tokens(
+    monkeypatch, uniforms
+):
+    gpt = known((3 * torch.randn(20000, generator=seeded())).softmax(-1).tolist())
+    rows, steps = [], []
+
+    def draw(probs, u):
+        steps.append(len(u))
+        return inverse_cdf(probs, u)
+
+    for f in (inverse_cdf_in_two, draw):
+        monkeypatch.setattr(engine, "inverse_cdf_in_two", f)
+        rows.append(generate(gpt, [[1]], 12, 9, uniforms=uniforms, generator=seeded(1)))
+    assert rows[0].tokens() == rows[1].tokens() and len(steps) == 9
+    assert torch.equal(rows[0].logp, rows[1].logp)
+
+
+def test_logits_of_a_large_vocabulary_that_are_not_finite_are_an_error_too():
+    gpt = known([float("nan")] * 16385)
+    with pytest.raises(NotFinite):
+        generate(gpt, [[1]], 3, 2, generator=seeded())
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1, 1.7])

@@ -4,6 +4,7 @@ and the same gradients.
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -951,7 +952,7 @@ def test_kernels_import_and_run_without_triton(tmp_path):
 
 
 COMPILE = """if True:
-    import json, sys, kernels, triton
+    import json, sys, kernels, torch, triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
     SIZES = "H", "G", "T", "S", "before", "after", "size", "stride", "first", "width"
@@ -959,7 +960,13 @@ COMPILE = """if True:
     for name in sys.argv[1:]:
         kernel, attributes, constants, signature = getattr(kernels, name), {}, {}, {}
         tuned = hasattr(kernel, "configs")
-        config = kernel.configs[0] if tuned else triton.Config({}, num_warps=4, num_stages=3)
+        config, count = triton.Config({}, num_warps=4, num_stages=3), {}
+        if tuned:                               # the last that fits 128 channels
+            for D, dtype in (64, torch.bfloat16), (80, torch.bfloat16), (64, torch.float32):
+                args = dict(q=torch.empty(0, dtype=dtype))
+                fits = kernel.early_config_prune(kernel.configs, args, D=D, DP=D)
+                count[D, str(dtype)] = [c.kwargs["N"] for c in fits]
+                config = fits[-1] if D == 80 else config
         given = dict(D=128, DP=128, **config.kwargs) if tuned else dict(COLS=2048)
         fn = kernel.fn if tuned else kernel
         for i, p in enumerate(fn.params):
@@ -983,7 +990,7 @@ COMPILE = """if True:
             options=options | dict(enable_fp_fusion=True),
         )
         products = binary.asm["ptx"].count("wgmma.mma_async")
-        print(json.dumps([name, binary.metadata.shared, products]))"""
+        print(json.dumps([name, binary.metadata.shared, products, list(count.values())]))"""
 
 
 @needs_triton
@@ -992,7 +999,9 @@ def test_triton_kernels_compile_for_an_h200_use_its_tensor_cores_and_fit_its_sha
 ):
     names = ["forward_kernel", "dq_kernel", "dkv_kernel", "fold_kernel", "slope_kernel"]
     environment = natively(
-        PYTHONPATH=str(Path(kernels.__file__).parent), TRITON_CACHE_DIR=str(tmp_path)
+        PYTHONPATH=str(Path(kernels.__file__).parent),
+        TRITON_CACHE_DIR=str(tmp_path),
+        TRITON_DUMP_PTXAS_LOG="1",
     )
     script = tmp_path / "compile_kernels.py"
     script.write_text(COMPILE)
@@ -1000,6 +1009,14 @@ def test_triton_kernels_compile_for_an_h200_use_its_tensor_cores_and_fit_its_sha
         [sys.executable, script, *names], env=environment, capture_output=True, text=True
     )
     assert run.returncode == 0, run.stderr[-2000:]
-    for name, shared, products in map(json.loads, run.stdout.splitlines()):
-        assert shared <= 227 * 1024, name
+    lines = [line for line in run.stdout.splitlines() if line.startswith("[")]
+    assert len(lines) == 5
+    for name, shared, products, fits in map(json.loads, lines):
+        # the tile that has to run everywhere: no GPU from sm_80 on has less than 99 KiB
+        assert shared <= 99 * 1024, name
         assert (products > 0) == (name in names[:3]), name
+        # two tiles to try for half precision, and for fp32 one of its own
+        assert [len(n) for n in fits] == ([2, 2, 1] if name in names[:3] else [])
+        assert not fits or (fits[2] == [32] and 32 not in fits[0] + fits[1])
+    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes", run.stdout)
+    assert spills == [("0", "0")] * 5

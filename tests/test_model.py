@@ -85,6 +85,20 @@ def test_bf16_weights_leave_the_rotation_complex_and_exact():
     assert generate(gpt, PROMPTS, max_new_tokens=4, generator=seeded()).lengths.tolist() == [4] * 4
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_norm_that_a_gpu_takes_without_gradients_is_ours(dtype):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    norm = model.RMSNorm(96, 1e-3).to(device, dtype)
+    torch.nn.init.normal_(norm.weight)
+    x = torch.randn(5, 7, 96, generator=seeded()).to(device, dtype)
+    ours = norm(x)  # with gradients
+    with torch.no_grad():
+        chosen = norm(x)
+    theirs = torch.nn.functional.rms_norm(x, (96,), norm.weight, 1e-3)
+    assert torch.equal(chosen, theirs if device == "cuda" else ours)
+    torch.testing.assert_close(theirs, ours)
+
+
 def test_the_gradient_of_a_norm_is_that_of_finite_differences():
     x, weight = (
         torch.randn(shape, generator=seeded(), dtype=torch.float64, requires_grad=True)
