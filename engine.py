@@ -427,7 +427,9 @@ def generate(
     ids = pad_sequence(rows, batch_first=True).to(device)  # (prompts, longest), zeros to the right
     static = device.type in STATIC_ON and not torch.is_autocast_enabled(device.type)
     decode = decode_static if static else decode_eager
-    with packed(model, max_new_tokens):
+    # (inference_mode asks for less at each step than no_grad; on other devices it would taint what
+    # a model moves there at its first use)
+    with torch.inference_mode(device.type == "cpu"), packed(model, max_new_tokens):
         cache, logits = read_prompts(model, ids, lens, n=n, capacity=max(lens) + max_new_tokens - 1)
         # 3. Draw, retire the rows that stop, step the others.
         decode(model, cache, logits, sampler)
