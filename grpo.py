@@ -25,7 +25,8 @@ step:
        constant        tokens that an answer may have * number of answers
        sum             number of answers
 
-`LOSSES` has the usual combinations by their names: to try another, add a row there.
+`LOSSES` has the usual combinations by their names. To try another, add a row there (advantage,
+ratio, eps_low, eps_high, aggregation, and True for dynamic sampling) and name it after --loss.
 
 How this differs from the papers:
 1. One gradient step on each batch of answers (--minibatches 1): rho = 1 and nothing is clipped.
@@ -174,7 +175,9 @@ def advantages(rewards, kind="std"):
         return centred / (rewards.std(1, keepdim=True) + 1e-6)
     if kind == "positive":
         return centred.clamp_min(0)
-    return centred  # mean
+    if kind == "mean":
+        return centred
+    raise ValueError(f"no such advantage: {kind}")
 
 
 def policy_loss(logp, old_logp, adv, mask, ratio, eps_low, eps_high):
@@ -195,6 +198,8 @@ def policy_loss(logp, old_logp, adv, mask, ratio, eps_low, eps_high):
     clipped = rho.clamp(1 - eps_low, 1 + eps_high)
     if ratio == "cispo":  # the weight is clipped, the gradient never lost
         return -clipped.detach() * adv * logp, torch.zeros_like(mask)
+    if ratio not in ("token", "sequence"):
+        raise ValueError(f"no such ratio: {ratio}")
     # which tokens get no gradient is counted, no more
     silenced = ((adv > 0) & (rho > 1 + eps_high)) | ((adv < 0) & (rho < 1 - eps_low))
     # where the clipped product is the smaller one, the loss is constant
@@ -535,8 +540,8 @@ def figure(config, run):
             ax.legend()
     ax = axes[1, 2]
     curves = np.array([final(f"pass@{k}") for k in config.ks])  # (ks, arms, seeds)
-    for i, arm in enumerate(arms):
-        band(ax, config.ks, curves[:, i].T, arm, marker="o")
+    for i, name in enumerate(("base", f"after RL ({config.loss})")):
+        band(ax, config.ks, curves[:, i].T, name, marker="o")
     base, trained = curves[-1].mean(1)
     title = f"pass@{config.ks[-1]}: base {base:.2f}, after RL {trained:.2f}"
     if base == trained == 1:

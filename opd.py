@@ -405,9 +405,10 @@ def figure(config, run):
     sft = end(run, "sft")
     grpo = end(run, "grpo")
     ax.set_title(
-        f"An expert's word on each of the student's tokens (opd) ends at {opd.mean():.2f},\n"
-        f"its answers alone (sft) at {sft.mean():.2f}, "
-        f"right or wrong alone (grpo) at {grpo.mean():.2f} ({n} seeds)"
+        f"In the last third of training: an expert's word on each of the student's tokens (opd) "
+        f"{opd.mean():.2f},\nits answers alone (sft) {sft.mean():.2f}, "
+        f"right or wrong alone (grpo) {grpo.mean():.2f} ({n} seeds)",
+        fontsize="medium",
     )
     # Sampled tokens to .85, of each seed (inf: never). Such a seed of GRPO needs at least all that
     # it sampled

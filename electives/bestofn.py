@@ -391,10 +391,12 @@ def figure(config, run):
         many = 2 ** (best.shape[1] - 1)
         lost.append(f"{peak - last:.2f} ({world})")
         above.set_title(
-            f"{world}: best of {many:,} {last:.2f}, peak {peak:.2f}; pessimism {kept:.2f}"
+            f"{world}, best of {many:,}: {last:.2f} (peak {peak:.2f}); pessimism: {kept:.2f}"
         )
         above.set(ylabel="true reward of the answer kept", ylim=(0, 1.05))
-        below.set(ylabel="its score", xlabel="N (draws of an answer)", ylim=(0, 1.1))
+        below.set(
+            ylabel="the reward model's score of it", xlabel="N (draws of an answer)", ylim=(0, 1.1)
+        )
         below.set_xscale("log", base=2)
         above.legend()
         claims += judge(world, curves)

@@ -26,8 +26,8 @@ the goal moves, twice, and the same critics have to follow (plasticity). The riv
     python -m electives.floq --seeds 3      what results/ holds
 
 What to see: left, the error falls steeply from one step to two, and hardly after: a field that was
-trained at all times is poor at its first. But ordinary critics are better than any of these flows,
-and HL-Gauss has a fifth of their error: at this size the flow does not pay. Right, when the goal
+trained at all times is poor at its first. But plain critics have half of the flow's error, HL-Gauss
+a tenth: at this size the flow does not pay. Right, when the goal
 moves, plain critics follow fastest; HL-Gauss is slower than the flow at first, ahead in the end.
 
 How this differs from the paper:

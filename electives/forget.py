@@ -83,7 +83,7 @@ SHARES = (1.0, 0.75, 0.5, 0.375, 0.25)  # of the cache that is kept, at the end
 class Config(Flags):
     steps: int = flag(120, "steps of reinforcement learning", quick=2, low=1)
     streams: int = flag(32, "streams a step", quick=2, low=1)
-    lr: float = flag(1e-3, "its learning rate", low=0)
+    lr: float = flag(1e-3, "learning rate of RL", low=0)
     keep: float = flag(0.5, "share of the blocks read that a round keeps", low=0.25, high=1)
     recall: int = flag(3000, "steps of pre-training at most", quick=4, low=1)
     test: int = flag(1024, "streams to measure on", quick=8, low=1)
@@ -462,7 +462,7 @@ def figure(config, run):
     best = max(rules, key=np.mean)
     budget.set(
         title=f"Half of the cache: learned {learned.mean():.2f}, best rule {best.mean():.2f}",
-        xlabel="cache reduction (blocks read / blocks kept)",
+        xlabel="times smaller (2 = half of the cache kept)",
         ylabel="accuracy",
     )
 
@@ -472,25 +472,28 @@ def figure(config, run):
         band(training, steps, accuracy, arm)
         ends[arm] = accuracy[:, -1]
     worth = ends["learned"] - ends["no memory loss"]
-    title = f"The memory loss is worth {worth.mean():+.2f}"
+    replay = ends["learned"] - ends["no replay masks"]
+    title = f"Memory loss {worth.mean():+.2f}; replay masks {replay.mean():+.2f}"
     training.set(title=title, xlabel="step of RL", ylabel="accuracy")
 
     steps, kept = series(run, "needed", phase="rl", arm="learned")  # (seeds, steps, layers)
     for layer in range(kept.shape[2]):
-        band(needed, steps, kept[..., layer], f"layer {layer + 1}")
+        band(needed, steps, kept[..., layer], f"layer {layer + 1} of 2")
     last = kept[:, -1, -1]
-    title = f"Last layer keeps what is asked for: {last.mean():.2f}"
-    needed.set(title=title, xlabel="step of RL", ylabel="P(kept | asked for)")
+    needed.set(
+        title=f"Last layer keeps what is asked for: {last.mean():.2f}",
+        xlabel="step of RL",
+        ylabel="P(kept | asked for)",
+    )
     for ax in axes:
         ax.set_ylim(0, 1.02)
         ax.legend()
-    replay = ends["learned"] - ends["no replay masks"]
     n = config.seeds
     return fig, [
-        claim("learned", "accuracy at 2x, learned", SOURCE, "49.6%", learned, ">=", 0.85, n),
-        claim("rules", "accuracy at 2x, best rule of thumb", SOURCE, "21.2%", best, "<=", 0.6, n),
-        claim("memory", "learned minus no memory loss", SOURCE, "13.9", worth, ">=", 0.1, n),
-        claim("replay", "learned minus no replay masks", SOURCE, "47.1", replay, ">", 0, n),
+        claim("learned", "accuracy at 2x, learned", SOURCE, "0.496", learned, ">=", 0.85, n),
+        claim("rules", "accuracy at 2x, best rule of thumb", SOURCE, "0.212", best, "<=", 0.6, n),
+        claim("memory", "learned minus no memory loss", SOURCE, "0.139", worth, ">=", 0.1, n),
+        claim("replay", "learned minus no replay masks", SOURCE, "0.471", replay, ">", 0, n),
         claim(
             "needed",
             "P(kept | asked for), last layer",
@@ -517,7 +520,7 @@ def answers(model, share, ids, block):
     right = said == answer_of(ids, block)
     keys = ids.gather(1, BLOCK * rounds[-1][-1]).sort(1).values  # (R, K)
     texts = [
-        f"{value - N_KEYS}   (kept {kept})"
+        f"{value - N_KEYS}   (facts that its last layer kept: {kept})"
         for value, kept in zip(said.tolist(), keys.tolist(), strict=True)
     ]
     return list(zip(texts, right.tolist(), strict=True))
@@ -532,8 +535,10 @@ def main():
         test = draw(3, torch.Generator().manual_seed(7), device)
         run.samples(
             [written(row) for row in test[0].tolist()],
-            attention=answers(base, config.keep, *test),
-            learned=answers(models["learned"], config.keep, *test),
+            **{
+                "before RL": answers(base, config.keep, *test),
+                "after RL": answers(models["learned"], config.keep, *test),
+            },
         )
         run.finish(*figure(config, run))
 

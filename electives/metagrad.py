@@ -368,7 +368,8 @@ def draw_picture(ax, run, arm, seed, which, name):
     """What stands in the weights at the first or the last step of one seed."""
     row = pictures(run, arm, seed)[which]
     ax.imshow(row["change"], cmap="RdBu_r", vmin=-0.5 / SHARP, vmax=0.5 / SHARP)
-    ax.set(title=f"{name}: {row['pixels']:.0%} right", xlabel="token", ylabel="channel")
+    title = f"{name}\nseed {seed}: {row['pixels']:.0%} right"
+    ax.set(title=title, xlabel="token", ylabel="channel")
     ax.set(xticks=[], yticks=[])
 
 
@@ -399,11 +400,12 @@ def figure(config, run):
     ends = {arm: at_end(run, arm) for arm in ARMS}
     for arm in ARMS:
         band(axes["e"], *series(run, "pixels", arm=arm), arm)
-    axes["e"].axhline(0.95, color="k", lw=0.5)
-    axes["e"].set(xscale="log", xlabel=f"step (of {PROMPTS * GROUP} examples)")
+    axes["e"].axhline(0.95, color="k", lw=0.5, label="asked for: 0.95")
+    xlabel = f"step of the generator ({PROMPTS * GROUP} examples each)"
+    axes["e"].set(xscale="log", xlabel=xlabel)
     axes["e"].set_ylabel("pixels right (fraction)")
     told = ", ".join(f"{arm} {ends[arm].mean():.2f}" for arm in list(ARMS)[:3])
-    axes["e"].set_title(f"Last ten of {config.steps} steps: {told}")
+    axes["e"].set_title(f"Mean of the last ten steps: {told}")
     axes["e"].legend()
     errors = {}
     for rule, size in zip(RULES, (40, 8), strict=True):
@@ -417,7 +419,8 @@ def figure(config, run):
     fig.suptitle(
         "A picture written into another model's output weights by training data alone: "
         f"{ends['SGD'].mean():.0%} of {SIGNS.numel()} pixels\n"
-        f"(paid by dataset: {ends['by dataset'].mean():.0%}; blue: shrunk, red: grown)"
+        f"(paid by dataset: {ends['by dataset'].mean():.0%}; means of the last ten steps, "
+        f"{config.seeds} seed{'s' * (config.seeds > 1)}). Blue: shrunk, red: grown"
     )
     return fig, judge(config.seeds, ends, errors)
 
@@ -472,8 +475,10 @@ def main():
                 run.log_once(check, rule=rule, seed=seed, step=0)
             for arm in ARMS:
                 train(config, run, seed, arm)
-        prompts = [f"row {i:<2} of the picture   {row}" for i, row in enumerate(PICTURE)]
-        read = {"first": read_picture(run, seed, 0), "last": read_picture(run, seed, -1)}
+        prompts = [
+            f"not held out: row {i:<2} of the picture   {row}" for i, row in enumerate(PICTURE)
+        ]
+        read = {"first step": read_picture(run, seed, 0), "last step": read_picture(run, seed, -1)}
         run.samples(prompts, **read)
         run.finish(*figure(config, run))
 

@@ -83,12 +83,12 @@ def figure(config, run):
         ax.set_xlabel("step of fine-tuning")
         ax.legend()
     left.set(ylabel="KL of the data from the model (nats)", ylim=(0, None))
-    right.set_ylabel("Pass@N, exact")
+    right.set_ylabel(f"Pass@N, exact (axis from {right.get_ylim()[0]:.3f})")
     plain, dco = ends["pass@8"]
     n = config.seeds
     fig.suptitle(
         f"Pass@8 after fine-tuning: with cross-entropy {plain.mean():.3f}, "
-        f"with DCO {dco.mean():.3f} ({n} seed{'s' if n > 1 else ''})"
+        f"with DCO (direct coverage optimisation) {dco.mean():.3f} ({n} seed{'s' if n > 1 else ''})"
     )
     text = "Pass@8 at the end, DCO minus cross-entropy"
     source = "Chen et al., arXiv 2502.07154"

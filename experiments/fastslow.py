@@ -5,9 +5,10 @@
 Three stages; in each, answers must obey a rule that nobody names. The base model knows each rule by
 a word in the hint slot.
 
-fast    every 6 steps the population, at most 4 words for the hint slot, and 4 random others are
-        tried on 8 prompts each; those with at least half of the best one's reward live on
-slow    GRPO, each group's answers spread over the population
+fast (the prompt)    every 6 steps the population, at most 4 words for the hint slot, and 4 random
+                     others are tried on 8 prompts each; those with at least half of the best one's
+                     reward live on
+slow (the weights)   GRPO, each group's answers spread over the population
 
 What to see: with both, every stage is learnt, the first one from fewer sampled tokens than by the
 weights alone.
@@ -61,7 +62,8 @@ from tasks.walks import (
     text,
 )
 
-ARMS = "fast and slow", "slow", "fast"
+# arm: its name in the figure
+ARMS = {"fast and slow": "both", "slow": "weights only", "fast": "prompt only"}
 SLOTS = (NOHINT, *RULES, *PASSWORDS[:8], *range(8))  # what may stand in the third hint slot
 
 
@@ -175,9 +177,9 @@ def figure(config, run):
     fig, axes = plt.subplots(1, 2, figsize=(14, 5), layout="constrained")
     ylabel = "held-out pass@1 under the stage's rule"
     curves(axes[0], run, ARMS, "pass@1", "", ylabel, unit="step")
+    axes[0].legend(axes[0].lines, ARMS.values())
     for i in (1, 2):
         axes[0].axvline(i * stage, color="k", lw=0.5)
-    axes[0].legend()
     ends, spent = {}, {}
     for i, arm in enumerate(ARMS):
         x, y = series(run, "pass@1", phase="train", arm=arm)
@@ -194,10 +196,10 @@ def figure(config, run):
     ratio = over(np.minimum(slow, spent["slow"][:, -1]), both)
     never = " (at least: not all seeds get there)" * bool(np.isinf(slow).any())
     ratios = ", ".join(f"{r:.1f}" for r in ratio)
-    counts = ", ".join(f"{arm} {count}" for arm, count in stages.items())
+    counts = ", ".join(f"{name} {stages[arm]}" for arm, name in ARMS.items())
     axes[0].set_title(f"Stages learnt, of {3 * n}: {counts}")
     axes[1].axhline(0.75, color="k", ls=":", lw=1)
-    axes[1].set_title(f"First stage, each seed: tokens to .75, slow over both: {ratios}")
+    axes[1].set_title(f"First stage, each seed: tokens to .75, weights only over both: {ratios}")
     axes[1].set(xlabel="sampled tokens (thousands)", ylabel="held-out pass@1", ylim=(-0.02, 1.02))
     more = learnt["fast and slow"] - learnt["slow"]
     higher = (ends["fast and slow"] - ends["fast"]).mean(1)
@@ -205,7 +207,7 @@ def figure(config, run):
     source = "Tiwari et al., arXiv 2605.12484"
     # fmt: off
     return fig, [
-        claim("both", f"stages at .75 or more, fast and slow (of {3 * n})",
+        claim("both", f"stages at .75 or more, both (of {3 * n})",
               source, "all 3",
               stages["fast and slow"], ">=", 3 * n, n),
         claim("slow", "stages of three at .75 or more, both minus weights only",

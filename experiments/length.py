@@ -1,8 +1,9 @@
 """length.py: why do wrong answers grow long under GRPO, where nothing rewards length?
 
 A loss that is divided by its answer's length punishes a long wrong answer less per token, and
-rewards a short right one more. Twice the same experiment, in which a coin decides what is right:
-with a policy that is two stop probabilities and no model, and with a GPT that rambles.
+rewards a short right one more. Twice the same experiment, with a policy that is two stop
+probabilities and no model, and with a GPT that rambles. A coin decides what is right, and is thrown
+before the answer: the question says beforehand whether the answer will count as right.
 
     python -m experiments.length            3 seeds, 5 minutes
 
@@ -153,6 +154,11 @@ def told(x):
     return f"{x.mean():.3g}" + (f" ± {x.std(ddof=1):.2g}" if len(x) > 1 else "")
 
 
+def flat(ratio):
+    """Wrong over right length -> the longer over the shorter."""
+    return np.maximum(ratio, 1 / ratio)
+
+
 def figure(config, run):
     fig, (without, with_gpt) = plt.subplots(1, 2, figsize=(13, 5), layout="constrained")
     ratio, gpt = {}, {}
@@ -184,9 +190,10 @@ def figure(config, run):
         if ax.lines:
             ax.legend()
     fig.suptitle(
-        f"Nothing rewards length. With a GPT wrong answers end {told(gpt['grpo'])} times as long "
-        f"as right ones if a loss is divided by its answer's length, "
-        f"{told(gpt['dr_grpo'])} times if by a constant",
+        "The question says beforehand whether the answer will count as right; nothing rewards "
+        f"length.\nWith a GPT wrong answers end {told(gpt['grpo'])} times as long as right ones "
+        "if a loss is divided by its answer's length;\nif by a constant, the longer are "
+        f"{told(flat(gpt['dr_grpo']))} times as long as the shorter",
         fontsize="medium",
     )
     return fig, claims_of(ratio, gpt, config.seeds)
@@ -194,10 +201,6 @@ def figure(config, run):
 
 def claims_of(ratio, gpt, seeds):
     """Of wrong over right length: ratio without a model (8,), gpt with one (seeds,)."""
-
-    def flat(x):
-        return np.maximum(x, 1 / x)
-
     liu = "Liu et al., arXiv 2503.20783"
     token = ratio["token mean of the batch"] - ratio["grpo"]
     longer = "the longer over the shorter, dr_grpo"

@@ -328,6 +328,14 @@ def test_advantages_are_centred_by_group_or_batch_and_std_scales_to_one():
     torch.testing.assert_close(advantages(r, "std").mean(1), torch.zeros(5), atol=1e-6, rtol=0)
 
 
+def test_an_advantage_or_ratio_that_does_not_exist_is_an_error():
+    one = torch.ones(1, 1)
+    with pytest.raises(ValueError, match="no such advantage: median"):
+        advantages(one, "median")
+    with pytest.raises(ValueError, match="no such ratio: tokens"):
+        policy_loss(one, one, one, one, "tokens", 0.2, 0.2)
+
+
 @pytest.mark.parametrize("ratio", ["token", "sequence"])
 @pytest.mark.parametrize(
     "rho, A, alive",

@@ -342,7 +342,7 @@ def test_what_is_read_from_the_weights_is_marked_by_the_picture():
 
 def test_a_quick_run_writes_figure_samples_metrics_claims_config_and_checkpoint(tmp_path):
     assert check_quick(SCRIPT, tmp_path, also=("samples.txt",)) == "metagrad"
-    assert (tmp_path / "samples.txt").read_text().count(" last ") == len(PICTURE)
+    assert (tmp_path / "samples.txt").read_text().count(" last step ") == len(PICTURE)
 
 
 def test_help_lists_every_flag():
