@@ -425,10 +425,10 @@ def figure(config, run):
     # fmt: off
     return fig, [
         claim("opd", "OPD, pass@1 at the end (the base that OPD and GRPO start from; GRPO)",
-              qwen, "74.4 (55.0; 67.6)",
+              qwen, "0.744 (0.550; 0.676)",
               opd, ">=", 0.94, n, beside),
         claim("opd grpo", "OPD minus GRPO at the end",
-              qwen, "6.8 points",
+              qwen, "0.068",
               opd - grpo, ">=", 0.02, n),
         claim("opd expert", "expert minus OPD",
               lu, "-",

@@ -402,8 +402,8 @@ def figure(config, run):
         claims += judge(world, curves)
     seeds = f"{config.seeds} seed{'s' * (config.seeds > 1)}"
     fig.suptitle(
-        f"More draws, a higher score, a worse answer: best-of-n loses {' and '.join(lost)} "
-        f"of its peak ({seeds})"
+        f"More draws, a higher score, a worse answer: best-of-n falls below its peak by "
+        f"{' and '.join(lost)} ({seeds})"
     )
     return fig, claims
 

@@ -488,7 +488,7 @@ def judge(n, at, needs):
             "passes",
             f"passes to solve {GOAL:.0%}: relay / rollout buffer",
             SOURCE,
-            "-32%",
+            "0.68",
             share,
             "<=",
             0.95,

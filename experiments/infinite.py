@@ -280,7 +280,7 @@ def figure(config, run):
             ">=",
             0.05,
         ),
-        ("student", "share of the ensemble's gain in a student", "83%", kept, ">=", 0.6),
+        ("student", "share of the ensemble's gain in a student", "0.83", kept, ">=", 0.6),
         ("asymptote", "asymptote in size minus that in members", "0.09", lower, ">", 0),
     ]
     return fig, [claim(id, text, SOURCE, *row, config.seeds) for id, text, *row in rows]
