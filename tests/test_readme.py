@@ -377,6 +377,31 @@ EDITS = {
             "recall=8, keep=4)",
         )
     ],
+    ("selfteach", 1): [
+        (
+            "def proximity(lp, y, mask, spike=5.0, strength=1.0):",
+            "def proximity(lp, y, mask, spike=0.01, strength=1.0):",
+        )
+    ],
+    ("selfteach", 2): [
+        (
+            "return (lp.exp() * (lp - lq)).sum(-1)  # reverse",
+            "return (lq.exp() * (lq - lp)).sum(-1)  # reverse",
+        )
+    ],
+    ("selfteach", 3): [
+        (
+            "w = torch.sigmoid(slope * (logp.detach() - gamma))",
+            "w = torch.sigmoid(slope * (logp - gamma))",
+        )
+    ],
+    ("selfteach", 4): [("return (d < clip).float()", "return (clip / d).clamp(0, 1)")],
+    ("selfteach", 5): [
+        (
+            "with torch.no_grad():\n            # whatever asks",
+            "with torch.enable_grad():\n            # whatever asks",
+        )
+    ],
     ("curriculum", 2): [
         ("total = a + b if honest else rng.randrange(3, 2 * HIGHEST)", "total = 3")
     ],
@@ -827,6 +852,7 @@ PIECES = {
     *itertools.product(
         ("calibrate", "recover", "relay", "metagrad", "entigraph", "compose"), range(1, 6)
     ),
+    *itertools.product(("selfteach",), range(1, 5)),
     ("forget", 2),
     ("prompt", 3),
 }
