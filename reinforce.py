@@ -189,12 +189,12 @@ def main():
     config = parse_args(Config, __doc__)
     device = pick_device(config.device)
     task = tasks.load(config.task)
+    problems = [task.draw(random.Random(i), config.size, held_out=True) for i in range(3)]
     with Run(config) as run:
         for seed in seeds_of(config):
             base = imitate(config, task, run, seed, device)
             trained = reinforce(config, task, run, seed, base)
         # What the models of the last seed write
-        problems = [task.draw(random.Random(i), config.size, held_out=True) for i in range(3)]
         examples = {}
         for name, model in (("base", base), ("trained", trained)):
             generator = torch.Generator().manual_seed(0)

@@ -13,6 +13,8 @@ from itertools import pairwise
 import regex  # \p{L}: the standard library's re does not know Unicode classes; comes with tiktoken
 import tiktoken
 
+from experiment import UserError
+
 # GPT-2's split: contractions, then runs of letters, of digits, of anything else, each with the
 # space before it, then space
 SPLIT = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
@@ -32,8 +34,11 @@ class CharTokenizer:
         self.n_vocab = len(alphabet) + 1
 
     def encode(self, text):
-        """KeyError for a character that is not in the alphabet."""
-        return [self.index[c] for c in text]
+        """UserError for a character that is not in the alphabet."""
+        try:
+            return [self.index[c] for c in text]
+        except KeyError as e:
+            raise UserError(f"{e} is not in the alphabet (text {text!r})") from None
 
     def decode(self, ids):
         return "".join(self.alphabet[i] for i in ids if i != self.eos)

@@ -54,6 +54,15 @@ def held_out(text):
     return zlib.crc32(text.encode("utf-8", "surrogatepass")) % 10 == 0
 
 
+def tries(size, held_out):
+    """For a `draw` that draws until a problem falls on the side that is asked for: it ends in a
+    UserError where none does.
+    """
+    yield from range(10_000)
+    side = "held-out" if held_out else "training"
+    raise UserError(f"no {side} problem of size {size}: the task has too few problems")
+
+
 def answer(model, task, problems, n, budget, generator, temperature=1.0, at_once=None):
     """n answers of at most `budget` tokens to each of P problems -> Rollout of R = P * n rows,
     their texts, their rewards (P, n). An answer that did not end is wrong.

@@ -13,6 +13,7 @@ what every child is told: work from right to left, and nothing is guessed.
 """
 
 from tasks import held_out as is_held_out
+from tasks import tries
 from tokenizer import CharTokenizer
 
 SIZE = 5  # columns
@@ -28,7 +29,7 @@ def budget(size):
 
 def draw(rng, size=SIZE, held_out=False):
     """Pairs of digits, units first."""
-    while True:
+    for _ in tries(size, held_out):
         problem = [(rng.randrange(10), rng.randrange(10)) for _ in range(size)]
         if is_held_out(prompt(problem)) == held_out:
             return problem

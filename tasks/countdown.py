@@ -8,6 +8,7 @@ one number remains: right steps, aimless. What there is to find is to look ahead
 """
 
 from tasks import held_out as is_held_out
+from tasks import tries
 from tokenizer import CharTokenizer
 
 SIZE = 3  # numbers
@@ -31,7 +32,7 @@ def combine(rng, numbers):
 
 def draw(rng, size=SIZE, held_out=False):
     """Numbers, and a target that they can make."""
-    while True:
+    for _ in tries(size, held_out):
         numbers = [rng.randrange(1, 20) for _ in range(size)]
         left = numbers
         while len(left) > 1:

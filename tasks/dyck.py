@@ -11,6 +11,7 @@ answer, the rarer. Like writing a text without the letter e.
 """
 
 from tasks import held_out as is_held_out
+from tasks import tries
 from tokenizer import CharTokenizer
 
 SIZE = 8  # brackets in each half
@@ -53,7 +54,7 @@ def write(rng, text, length, total, habit=ROUND):
 
 def draw(rng, size=SIZE, held_out=False):
     """The first half of a word of round brackets."""
-    while True:
+    for _ in tries(size, held_out):
         problem = write(rng, "", size, 2 * size, habit=1)
         if is_held_out(prompt(problem)) == held_out:
             return problem

@@ -17,6 +17,8 @@ import itertools
 import re
 import zlib
 
+from tasks import tries
+
 SIZE = 6  # numbers in a problem
 HIGHEST = 12  # the largest of them
 
@@ -63,7 +65,7 @@ def draw(rng, size=SIZE, held_out=False):
     """Distinct numbers and the sum of two of them -> (numbers, target). A tenth of all problems,
     whatever the order of their numbers, is held out.
     """
-    while True:
+    for _ in tries(size, held_out):
         numbers = rng.sample(range(1, HIGHEST + 1), max(size, 2))  # one number has no pair
         target = sum(rng.sample(numbers, 2))
         key = bytes([*sorted(numbers), target])
@@ -73,7 +75,7 @@ def draw(rng, size=SIZE, held_out=False):
 
 def draw_single(rng, size=SIZE, held_out=False):
     """A problem of which one pair alone has the sum: all of a size are equally hard to guess."""
-    while True:
+    for _ in tries(size, held_out):
         problem = draw(rng, size, held_out)
         if sum(hits(problem, a, b) for a, b in itertools.combinations(problem[0], 2)) == 1:
             return problem

@@ -21,6 +21,7 @@ import numpy as np
 
 from experiment import UserError
 from tasks import held_out as is_held_out
+from tasks import tries
 from tokenizer import CharTokenizer
 
 SIZE = 3  # layers
@@ -155,7 +156,7 @@ def draw(rng, size=SIZE, held_out=False):
     """The ids of a graph and its answer, a list. rng: a random.Random."""
     if size > LARGEST:
         raise UserError(f"a path of {size} layers: there are letters for {LARGEST}")
-    while True:
+    for _ in tries(size, held_out):
         kind = G1 if rng.random() < 0.9 else G2
         numpy_rng = np.random.default_rng(rng.getrandbits(64))
         ids = graphs(numpy_rng, np.array([kind]), size)

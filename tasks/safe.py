@@ -8,6 +8,7 @@ or wrong for good, and RL has to find out that notes are to be trusted.
 """
 
 from tasks import held_out as is_held_out
+from tasks import tries
 from tokenizer import CharTokenizer
 
 SIZE = 3  # digits; safes of other sizes are not made
@@ -21,7 +22,7 @@ def budget(size=SIZE):
 
 def draw(rng, size=SIZE, held_out=False):
     """The digits, a text."""
-    while True:
+    for _ in tries(SIZE, held_out):
         problem = "".join(rng.choices("0123456789", k=SIZE))
         if is_held_out(prompt(problem)) == held_out:
             return problem

@@ -12,6 +12,7 @@ the author reads: above, b was then written after `a3D`. Only letters turn into 
 """
 
 from tasks import held_out as is_held_out
+from tasks import tries
 from tokenizer import CharTokenizer
 
 SIZE = 8  # lines
@@ -29,7 +30,7 @@ def budget(size):
 
 def draw(rng, size=SIZE, held_out=False):
     """The digits."""
-    while True:
+    for _ in tries(size, held_out):
         problem = [rng.randrange(len(LETTERS)) for _ in range(size)]
         if is_held_out(prompt(problem)) == held_out:
             return problem

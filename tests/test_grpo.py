@@ -1452,6 +1452,14 @@ def test_another_task_is_learnt_by_the_same_scripts(name, sorting, tmp_path):
         assert not any("guessed_carries" in row for row in metrics(tmp_path / script))
 
 
+@pytest.mark.parametrize("script", ["grpo.py", "reinforce.py"])
+def test_a_task_with_too_few_problems_is_one_line_and_exit_code_2(script, sorting, tmp_path):
+    path = tmp_path / "few.py"
+    path.write_text(sorting.read_text().replace("rng.choices(LETTERS, k=size)", '"a" * size'))
+    (tmp_path / "out").mkdir()
+    check_mistake(script, f"--quick --task {path}", tmp_path / "out")
+
+
 def test_help_lists_every_flag():
     check_help("grpo.py")
 

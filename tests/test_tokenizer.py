@@ -8,6 +8,7 @@ import pytest
 import regex
 
 import tokenizer
+from experiment import UserError
 from tokenizer import SPLIT, CharTokenizer, bpe_merges, train_bpe
 
 TEXT = (
@@ -34,6 +35,11 @@ def naive_bpe(text, n):
                     w[j : j + 2] = [best[0] + best[1]]
                 j += 1
     return merges, words
+
+
+def test_a_character_that_is_not_in_the_alphabet_is_named():
+    with pytest.raises(UserError, match="',' is not in the alphabet .text '1,2'"):
+        CharTokenizer("12").encode("1,2")
 
 
 def test_bpe_merges_are_those_of_the_worked_example():
