@@ -3,9 +3,13 @@
 A small GPT has read answers to column additions (tasks/addition.py) whose authors take the columns
 in any order and guess the carries that they do not know yet: it is right about one time in three.
 
-    b9B3a7A5=          97 + 35: the columns b and a
+    b9B3a7A5=          97 + 35: column b holds 9 and 3, column a (the units) 7 and 5
     a7A5012b9B3113     right: column a first, 7 + 5 with carry 0 is 12; then b, 9 + 3 with 1 is 13
     b9B3012a7A5012     wrong: column b first, its carry guessed to be 0
+
+A small letter stands before a digit of the first number, a capital before one of the second. Seven
+characters are one column: its four, the carry that comes in, its sum in two digits. Only the last
+digits of the sums count: 32 for 132.
 
 Nobody shows it a better answer. It writes several answers to each problem, a program says which are
 right, and two equations do the rest (REINFORCE, Williams 1992, with the mean of the same problem's
@@ -60,7 +64,9 @@ GROUP = 8  # answers to each of them
 
 @dataclass
 class Config(Flags):
-    task: str = flag("addition", "addition, countdown, or the path of a file like those in tasks/")
+    task: str = flag(
+        "addition", "addition, countdown, another of tasks.TASKS, or a file like those in tasks/"
+    )
     size: int = flag(4, "how large a problem is: columns, or numbers", low=1, high=8)
     warm_up: int = flag(600, "steps of imitation, which make the base model", quick=5, low=1)
     steps: int = flag(40, "steps of reinforcement learning", quick=2, low=1)
@@ -84,13 +90,14 @@ def imitate(config, task, run, seed, device):
         n_layer=2,
         n_head=8,
         n_embd=128,
-        qk_norm=True,
+        qk_norm=True,  # attention's queries and keys are normalised: it stays stable
     )
     model = GPT(shape).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), fused=True)
-    # run.loop counts the steps, and saves what it is given, so that --resume can go on from there
+    # run.loop takes a name, the number of steps, and all that changes from step to step: it saves
+    # that now and then, so that --resume can go on from there
     for step in run.loop(f"imitation {seed}", config.warm_up, model, optimizer, rng):
-        # up in 50 steps, then down to 0
+        # the lower of two lines: one goes up for 50 steps, one down to 0 at the end
         optimizer.param_groups[0]["lr"] = 3e-3 * min((step + 1) / 50, 1 - step / config.warm_up)
         # in smaller problems the rule of a column is learnt sooner
         problems = [task.draw(rng, rng.randint(1, config.size)) for _ in range(32)]
@@ -119,12 +126,14 @@ def answer(model, task, problems, n, size, generator):
 
 def held_out(model, task, config):
     """The fraction of right answers to problems that are never trained on, and what one costs."""
+    # The same problems and random numbers at every measurement: only the model differs
     meter, rng = Meter(), random.Random("held out")
     generator = torch.Generator().manual_seed(0)
     problems = [
         task.draw(rng, config.size, held_out=True) for _ in range(8 if config.quick else 128)
     ]
     _, _, rewards = answer(model, task, problems, 4, config.size, generator)
+    # meter.solved: the floating-point operations since `meter` was made, for each right answer
     return dict(success=rewards.mean().item(), **meter.solved(rewards.sum()))
 
 
@@ -152,7 +161,8 @@ def reinforce(config, task, run, seed, base):
         advantage = rewards - rewards.mean(1, keepdim=True)  # (P, G)
         # (P * G, 1): one number for all tokens of an answer
         advantage = advantage.view(-1, 1).to(rollout.ids.device)
-        # 3. The loss, on the answers' tokens only
+        # 3. The loss, on the answers' tokens only. Their log-probabilities are computed again:
+        # those of the sampling (rollout.logp) have no gradients
         mask = rollout.mask[:, 1:]  # (P * G, T - 1), as the log-probabilities
         loss = -(advantage * logprobs(model, rollout.ids) * mask).sum() / mask.sum()
         optimizer.zero_grad()
@@ -178,7 +188,8 @@ def figure(config, run):
     ax.legend()
     source, n = "design of the task", config.seeds
     gain = after - before
-    # name, what it says, whose claim, the paper's number, ours, how it compares to what, seeds
+    # name, what is measured, whose claim, the paper's number ("-": none), ours, the comparison and
+    # the threshold that it has to pass, seeds
     return fig, [
         claim("trained", "success after, worst seed", source, "-", after.min(), ">=", 0.9, n),
         claim("gain", "success after minus before", source, "-", gain, ">=", 0.5, n),
