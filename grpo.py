@@ -24,13 +24,16 @@ step:
        token           tokens of all answers
        constant        tokens that an answer may have * number of answers
        sum             number of answers
+    4. off by default:
+       KL              to the base model, estimated (`kl_estimate`); --beta
+       H               the entropy of the model's next token; --entropy-bonus
 
 `LOSSES` has the usual combinations by their names. To try another, add a row there (advantage,
 ratio, eps_low, eps_high, aggregation, and True for dynamic sampling) and name it after --loss.
 
 How this differs from the papers:
-1. One gradient step on each batch of answers (--minibatches 1): rho = 1 and nothing is clipped.
-   experiments/variants.py takes 4.
+1. One gradient step on each batch of answers: by default rho = 1, and ratio and eps do nothing
+   unless --minibatches > 1. experiments/variants.py takes 4.
 2. DAPO (arXiv 2503.14476): clip-higher, token aggregation (over the batch, not by group) and
    dynamic sampling; no reward that depends on length.
 3. GSPO's clip range (arXiv 2507.18071: 3e-4, 4e-4) is 100 times wider here: a small model's
@@ -91,8 +94,9 @@ class Loss(NamedTuple):
 
 
 LOSSES = {
-    "reinforce": Loss("batch", "none", 0.2, 0.2, "sum"),
-    "rloo": Loss("rloo", "none", 0.2, 0.2, "sum"),  # Ahmadian et al., arXiv 2402.14740
+    # without a ratio nothing is clipped; reinforce.py itself is Loss("mean", "none", 0, 0, "token")
+    "reinforce": Loss("batch", "none", 0, 0, "sum"),
+    "rloo": Loss("rloo", "none", 0, 0, "sum"),  # Ahmadian et al., arXiv 2402.14740
     "grpo": Loss("std", "token", 0.2, 0.2, "sequence"),  # Shao et al., arXiv 2402.03300
     "dr_grpo": Loss("mean", "token", 0.2, 0.2, "constant"),  # Liu et al., arXiv 2503.20783
     "dapo": Loss("std", "token", 0.2, 0.28, "token", True),  # Yu et al., arXiv 2503.14476
@@ -106,7 +110,7 @@ AGGREGATIONS = "sequence", "token", "constant", "sum"
 @dataclass
 class Config(Flags):
     task: str = flag(
-        "addition", "addition, countdown, or the path of a file like tasks/addition.py"
+        "addition", "addition, countdown, another of tasks.TASKS, or a file like those in tasks/"
     )
     size: int = flag(5, "how large a problem is: columns, or numbers", low=1, high=8)
     n_embd: int = flag(128, "channels of the GPT: 2 layers, 8 heads", quick=32, low=8, high=4096)
@@ -130,6 +134,7 @@ class Config(Flags):
     eval_prompts: int = flag(128, "held-out problems", quick=8, low=1, high=65536)
 
     def __post_init__(self):
+        # dynamic sampling may keep no more than one group
         answers = self.group * (1 if self.method.dynamic else self.prompts)
         if self.minibatches > answers:
             raise UserError(f"--minibatches: a batch may have no more than {answers} answers")
@@ -190,11 +195,12 @@ def policy_loss(logp, old_logp, adv, mask, ratio, eps_low, eps_high):
         return -adv * logp, torch.zeros_like(mask)
     log_rho = logp - old_logp  # token
     if ratio == "sequence":
-        # GSPO-token: the value is the sequence's geometric mean, the gradient the token's own
+        # GSPO-token: rho's value is the geometric mean over the answer, its gradient the token's
+        # own: logp - logp.detach() is 0, and has the gradient of logp
         lengths = mask.sum(1, keepdim=True).clamp_min(1)  # (R, 1)
         mean_log_rho = (log_rho * mask).sum(1, keepdim=True) / lengths  # (R, 1)
         log_rho = mean_log_rho.detach() + logp - logp.detach()
-    rho = log_rho.clamp(-20, 20).exp()  # (R, T); never inf
+    rho = log_rho.clamp(-20, 20).exp()  # (R, T); never inf, and exp(20) is beyond every clip
     clipped = rho.clamp(1 - eps_low, 1 + eps_high)
     if ratio == "cispo":  # the weight is clipped, the gradient never lost
         return -clipped.detach() * adv * logp, torch.zeros_like(mask)
@@ -226,10 +232,11 @@ def aggregation_weights(mask, kind, budget):
 def kl_estimate(logp, ref_logp, kind):
     """KL(pi || ref) of each token, estimated from samples of pi (Schulman 2020): (R, T) -> (R, T).
 
-    As values k1 and k3 are unbiased, k2 is not. As losses, on-policy: k2 has the gradient of each
-    token's own KL given what stands before, k3 that of KL(ref || pi), k1 none; none of them sees
-    what a token does to later ones. In the reward, k1 summed over an answer has the gradient of the
-    whole answer's KL.
+    As a number to look at: k1 and k3 are right on average, k2 is a little off; k3 is never below 0.
+    As a loss, what counts is the gradient, on average over samples. k1's is 0 (exercise 4 of
+    docs/exercises.md), k2's that of the token's KL, k3's that of KL(ref || pi). None of them sees
+    what a token does to later ones: for that k1 goes into the reward (--kl k1), where its sum over
+    an answer has the gradient of the whole answer's KL.
     """
     d = (logp - ref_logp).clamp(-20, 20)
     return {"k1": d, "k2": d**2 / 2, "k3": (-d).exp() + d - 1}[kind]
@@ -319,9 +326,10 @@ def collect(model, task, config, rng, generator):
         zero_variance=(everything.std(1) == 0).double().mean().item(),
         tokens=tokens,
     )
-    rewards = torch.cat(kept)[:P]
+    rewards = torch.cat(kept)[:P]  # the last call may have brought more
     if not len(rewards):  # the last batch as it is: advantages within its groups are all 0
         return rollout, drawn[-1], statistics
+    # the first P * G rows: the answers of these P problems
     return Rollout.cat(rollouts)[: rewards.numel()], rewards, statistics
 
 
@@ -336,7 +344,8 @@ def score(model, rollout, rows, config):
     logp, entropy = token_logprobs(
         hidden, model.lm_head.weight, part.ids[:, 1:], config.temperature
     )
-    # a state predicts the token after it: column 0 has no score. Back to (rows, T)
+    # A state predicts the token after it: column 0 has no score. Back to (rows, T): a column of
+    # zeros on the left for it, and on the right as many as `part` was cut by
     pad = (1, rollout.ids.shape[1] - part.ids.shape[1])
     return F.pad(logp, pad), F.pad(entropy, pad)
 
@@ -400,7 +409,8 @@ def update(model, base, optimizer, rollout, rewards, config, budget, generator):
     ref_logp = score_all(base, rollout, config) if config.beta else None
     adv = row_advantages(rewards, rollout, old_logp, ref_logp, config)  # (R, 1)
     # 2. One gradient step for each part of the rows
-    # by chance; for a single step short answers stand beside short ones: less padding
+    # Several steps: by chance, as each part should be like the whole. One step is a sum over all
+    # rows, in any order: short answers beside short ones have less padding
     R = len(rollout.mask)
     order = torch.randperm(R, generator=generator) if several else rollout.lengths.argsort()
     total, a = Counter(), torch.zeros_like(rollout.mask)
@@ -413,7 +423,7 @@ def update(model, base, optimizer, rollout, rewards, config, budget, generator):
             losses, metrics = token_losses(model, rollout, rows, adv, old_logp, ref_logp, config)
             loss = (a[rows] * losses).sum()
             loss.backward()
-            total["loss"] += loss.item() / config.minibatches
+            total["loss"] += loss.item() / config.minibatches  # logged: the mean of the steps
             for name, values in metrics.items():  # means over all tokens of the batch
                 total[name] += ((values * rollout.mask[rows]).sum() / tokens).item()
         # cuts the gradient and steps -> its norm before; a loss that is no number ends the run
@@ -454,7 +464,10 @@ def mean(x):
 
 
 def train(config, task, run, seed, base, tokens=math.inf):
-    """RL from the base, config.steps steps or until `tokens` are sampled -> the trained model."""
+    """RL from the base, config.steps steps or until `tokens` are sampled -> the trained model.
+
+    tokens: for experiments that compare losses at as many sampled tokens (experiments/variants.py).
+    """
     # 1. A copy of the base, an optimizer, two random streams: problems, and everything else
     model = copy.deepcopy(base)
     optimizer = torch.optim.AdamW(
@@ -462,6 +475,7 @@ def train(config, task, run, seed, base, tokens=math.inf):
     )
     rng, generator = random.Random(seed + 1), torch.Generator().manual_seed(seed + 1)
     phase = f"{config.loss} {seed}"
+    # arm: what is compared in a figure, here the loss's name
     where = dict(phase="rl", arm=config.loss, seed=seed)
     if phase not in run.state:
         run.log(**where, step=0, sampled_tokens=0, **evaluate(model, task, config))
