@@ -77,7 +77,8 @@ def draw_single(rng, size=SIZE, held_out=False):
     """A problem of which one pair alone has the sum: all of a size are equally hard to guess."""
     for _ in tries(size, held_out):
         problem = draw(rng, size, held_out)
-        if sum(hits(problem, a, b) for a, b in itertools.combinations(problem[0], 2)) == 1:
+        pairs = itertools.combinations(problem[0], 2)
+        if sum(hits(problem, a, b) for a, b in pairs) == 1:
             return problem
 
 
