@@ -20,6 +20,7 @@ Shapes: R live rows, H query heads, K key heads, G = H / K, D channels of a head
 vocabulary.
 """
 
+import functools
 import math
 
 import torch
@@ -70,7 +71,7 @@ class Steps:
         self.sampler = sampler
         self.fixed = FusedCache(cache) if fuses(cache) else MaskedCache(cache)
         self.t = torch.full((1,), start, device=cache.lens.device)
-        self.again = None
+        self.replay = None
 
     def step(self):
         x = self.model.hidden(self.sampler.token[:, None], self.fixed)  # (R, 1, C)
@@ -80,13 +81,14 @@ class Steps:
     def run(self, n):
         """The next n tokens. The first step ever is run, the others are replays of its graph."""
         before = counter.flops
-        replays = n
-        if self.again is None:
+        left = n
+        if self.replay is None:
             self.step()
-            replays -= 1
-            self.again = captured(self.step, self.t.device) if replays > 8 else self.step
-        for _ in range(replays):
-            self.again()
+            left -= 1
+            self.replay = captured(self.step, self.t.device) if left > 8 else None
+        # (no field holds self.step: a cycle would keep the cache until a garbage collection)
+        for _ in range(left):
+            (self.replay or self.step)()
         counter.flops = before + self.flops(n)  # a replay counts nothing
         self.cache.set_lens(self.fixed.lens.tolist())
 
@@ -99,23 +101,31 @@ class Steps:
 
 def captured(step, device):
     """A function that repeats what `step` does on the device: a CUDA graph's replay; where there
-    are none, step itself, from then on without trying.
+    are none, None, from then on without trying.
     """
     global GRAPHS_ON
     if device.type not in GRAPHS_ON:
-        return step
+        return None
     graph = torch.cuda.CUDAGraph()
     stream = torch.cuda.current_stream(device)
     try:
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=side_stream(device)):
             step()
     except RuntimeError as e:
         GRAPHS_ON = ()
         torch.cuda.set_stream(stream)  # a capture that fails may leave us on its own
         why = str(e).splitlines()[0]
         say_once(f"generate: this step cannot be a CUDA graph, runs it eagerly instead ({why})")
-        return step
+        return None
     return graph.replay
+
+
+@functools.cache
+def side_stream(device):
+    """Where that GPU's steps are captured. torch's own stream for captures belongs to the GPU that
+    came first: nothing that runs on another would be in the graph.
+    """
+    return torch.cuda.Stream(device)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -359,14 +359,14 @@ def packed(model, steps):
     bf16 = head.weight.device.type == "cpu" and head.weight.dtype == torch.bfloat16
     pays = bf16 and order and steps >= 24
     layers = [m for m in model.modules() if isinstance(m, torch.nn.Linear)] if pays else []
-    for layer in layers:
-        weight = order(layer.weight.detach(), None)
-        layer.forward = partial(product, weight, layer.bias, counts=layer is head)
     try:
+        for layer in layers:
+            weight = order(layer.weight.detach(), None)
+            layer.forward = partial(product, weight, layer.bias, counts=layer is head)
         yield
     finally:
-        for layer in layers:
-            del layer.forward  # the class's own again
+        for layer in layers:  # all, or those before one that memory did not suffice for
+            vars(layer).pop("forward", None)  # the class's own again
 
 
 def product(weight, bias, x, counts):

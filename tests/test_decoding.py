@@ -3,9 +3,11 @@ interpreter without a GPU (see conftest.py), natively with one, and are compiled
 generations of GPUs.
 """
 
+import gc
 import re
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -224,6 +226,52 @@ def test_a_graph_is_captured_once_for_each_number_of_rows(monkeypatch):
     rows = generate(make(), PROMPTS, n=3, max_new_tokens=45, stop=[1, 2], generator=seeded())
     alive = [sum(n > start for n in rows.lengths.tolist()) for start in range(1, 36, 10)]
     assert shapes[1:] == sorted(set(alive) - {0}, reverse=True) and len(shapes) > 2
+
+
+@pytest.mark.parametrize("new", [5, 50])
+def test_a_cache_is_freed_as_soon_as_its_rows_are_written(monkeypatch, new):
+    caches, init = [], decoding.Steps.__init__
+
+    def spy(steps, *args):
+        init(steps, *args)
+        caches.append(weakref.ref(steps.cache))
+
+    monkeypatch.setattr(engine, "STATIC_ON", ("cpu",))
+    monkeypatch.setattr(decoding.Steps, "__init__", spy)
+    gc.disable()
+    try:
+        generate(make(), PROMPTS, max_new_tokens=new, generator=seeded())
+        assert [cache() for cache in caches] == [None]
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize(
+    "V, law, one_number",
+    [
+        (70, dict(temperature=0), False),
+        (70, dict(top_k=5, top_p=0.8), False),
+        (20001, dict(top_p=0.9), False),
+        (20001, {}, True),
+    ],
+)
+def test_a_step_fetches_nothing_from_the_device(V, law, one_number):
+    """Tensors of torch's meta device have no values: whoever asks for one gets an error, as while
+    a CUDA graph is captured.
+    """
+    gpt = make(vocab_size=V, qk_norm=True, window=6).to("meta")
+    fresh = torch.rand(2, 9, dtype=torch.float64, device="meta")
+    stops = torch.ones(2, dtype=torch.long, device="meta")
+    law = dict(temperature=1.0, top_k=None, top_p=None) | law
+    sampler = engine.Sampler(fresh, None, stops, **law)
+    if one_number:
+        sampler.number = torch.rand_like(fresh[:, 0])
+        sampler.spent = torch.zeros(2, device="meta")
+        sampler.budget = 26
+    cache = KVCache(gpt.config, 2, 12, device="meta")
+    steps = decoding.Steps(gpt, decoding.padded(gpt.lm_head), cache, sampler, 1)
+    with torch.no_grad():
+        steps.step()
 
 
 def test_the_padded_head_gives_the_heads_logits_and_leaves_alone_what_it_may_not_replace():

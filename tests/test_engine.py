@@ -377,9 +377,10 @@ def test_prompts_of_different_lengths_can_be_continued_under_autocast_and_no_row
 def test_a_step_that_cannot_be_captured_runs_eagerly_from_then_on_and_on_the_stream_it_came_from(
     monkeypatch,
 ):
-    streams, gpu = [], torch.device("cuda")
+    streams, sides, gpu = [], [], torch.device("cuda", 1)
 
-    def capture(graph):
+    def capture(graph, stream):
+        sides.append(stream)
         raise RuntimeError("not while capturing")
 
     for name, stub in dict(
@@ -387,14 +388,17 @@ def test_a_step_that_cannot_be_captured_runs_eagerly_from_then_on_and_on_the_str
         graph=capture,
         current_stream=lambda device: "the caller's",
         set_stream=streams.append,
+        Stream=lambda device: f"of {device}",
     ).items():
         monkeypatch.setattr(torch.cuda, name, stub)
+    monkeypatch.setattr(decoding, "side_stream", decoding.side_stream.__wrapped__)
     monkeypatch.setattr(decoding, "GRAPHS_ON", ("cuda",))
 
     def step():
         return None
 
-    assert decoding.captured(step, gpu) is step
+    assert decoding.captured(step, gpu) is None
+    assert sides == ["of cuda:1"]
     assert streams == ["the caller's"]
     assert decoding.GRAPHS_ON == ()
 
@@ -774,5 +778,9 @@ def test_weights_are_ordered_for_many_steps_of_bf16_only_and_the_model_is_left_a
     assert replaced(bf16) == 0
     with engine.packed(bf16, 23):
         assert replaced(bf16) == 0
+    bf16.blocks[1].mlp.proj.weight = None  # as if there were no memory to order this one
+    with pytest.raises(AttributeError), engine.packed(bf16, 24):
+        pass
+    assert replaced(bf16) == 0
     with engine.packed(bf16.float(), 100):
         assert replaced(bf16) == 0
