@@ -116,7 +116,8 @@ def slipping(model, slip, forbidden=()):
 
     def shake(head, inputs, logits):
         p = logits.softmax(-1)  # (R, V)
-        p[:, forbidden] = 0
+        for i in forbidden:  # a list as an index would be copied to the GPU at each step
+            p[:, i] = 0
         letters = p[:, :LETTERS]  # the tokenizer's first ids
         p[:, BLOT] = slip * letters.sum(1)
         letters *= 1 - slip
