@@ -8,12 +8,19 @@ import re
 import subprocess
 import sys
 import weakref
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from common import PROMPTS, VARIANTS, make, seeded
 from test_kernels import DEVICE, fused, natively, needs_triton  # noqa: F401
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    _disable_current_modes,
+    _get_current_dispatch_mode,
+)
+from torch.utils._pytree import tree_leaves
 
 import decoding
 import engine
@@ -272,6 +279,91 @@ def test_a_step_fetches_nothing_from_the_device(V, law, one_number):
     steps = decoding.Steps(gpt, decoding.padded(gpt.lm_head), cache, sampler, 1)
     with torch.no_grad():
         steps.step()
+
+
+class Tape(TorchDispatchMode):
+    """A CUDA graph of the CPU: what a step asked for, of torch and of Triton, on which tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        return self.record(partial(f, *args, **(kwargs or {})))
+
+    def record(self, call):
+        out = call()
+        self.calls.append((call, out))
+        return out
+
+    def replay(self):
+        for call, out in self.calls:
+            for old, new in zip(tree_leaves(out), tree_leaves(call()), strict=True):
+                if isinstance(new, torch.Tensor) and new.data_ptr() != old.data_ptr():
+                    old.copy_(new)  # where the graph has it, and nowhere else
+
+
+class Taped:
+    """A Triton kernel whose launches are on the tape that is being recorded."""
+
+    def __init__(self, kernel):
+        self.kernel = kernel
+
+    def __getitem__(self, grid):
+        def launch(*args, **options):
+            tape = _get_current_dispatch_mode()
+            with _disable_current_modes():
+                call = partial(self.kernel[grid], *args, **options)
+                return tape.record(call) if tape else call()
+
+        return launch
+
+
+def tensors_of(steps):
+    held = [list(vars(x).values()) for x in (steps, steps.fixed, steps.sampler)]
+    return tree_leaves([steps.cache.k, steps.cache.v, held])
+
+
+def taped(step, device):
+    """As decoding.captured: nothing that the step does while it is recorded lasts."""
+    lasting = [x for x in tensors_of(step.__self__) if isinstance(x, torch.Tensor)]
+    before = [x.clone() for x in lasting]
+    with Tape() as tape:
+        step()
+    for x, old in zip(lasting, before, strict=True):
+        x.copy_(old)
+    return tape.replay
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    "kernels_too, new, settings",
+    [
+        (True, 12, dict(uniforms=torch.tensor([0.2, 0.99], dtype=torch.float64))),
+        (False, 45, dict(uniforms=torch.linspace(0, 0.99, 4, dtype=torch.float64))),
+        (False, 45, dict(stop=2)),
+        (False, 45, dict(stop=[1, 2], temperature=0)),
+        (False, 45, dict(stop=2, top_k=9, top_p=0.8)),
+    ],
+)
+def test_a_step_recorded_once_and_replayed_is_the_step(monkeypatch, kernels_too, new, settings):
+    monkeypatch.setattr(engine, "STATIC_ON", (DEVICE,))
+    monkeypatch.setattr(decoding, "SPAN", 11)
+    if kernels_too:
+        monkeypatch.setattr(decoding, "FUSED_ON", (DEVICE,))
+        for name in ("place_kernel", "part_kernel", "whole_kernel"):
+            monkeypatch.setattr(decoding, name, Taped(getattr(decoding, name)))
+    else:
+        monkeypatch.setattr(decoding, "fuses", lambda cache: False)
+    gpt = make(n_kv_head=2, n_layer=1, window=6).to(DEVICE)
+    prompts = PROMPTS[:2] if kernels_too else PROMPTS  # the interpreter is slow
+    rollouts = []
+    for how in (lambda step, device: None), taped:
+        monkeypatch.setattr(decoding, "captured", how)
+        rollouts.append(generate(gpt, prompts, 1, new, generator=seeded(), **settings))
+    plain, replayed = rollouts
+    assert torch.equal(replayed.ids, plain.ids) and torch.equal(replayed.logp, plain.logp)
+    assert "stop" not in settings or len(set(plain.lengths.tolist())) > 1
 
 
 def test_the_padded_head_gives_the_heads_logits_and_leaves_alone_what_it_may_not_replace():
