@@ -68,7 +68,7 @@ from tasks import paths
 
 SOURCE = "Chen et al., arXiv 2510.15020"
 PROMPT = paths.prompt_length(paths.SIZE)  # tokens
-ANSWER = paths.budget(paths.SIZE)
+ANSWER = paths.SIZE + 1
 VOCAB = paths.EQUALS + 1  # an answer's length is known: no token ends it
 ALL_WAYS = (1 / 3, 1 / 3, 1 / 3)  # shares of the classes G1, G2, G3 in pre-training
 DATA = (0.9, 0.1, 0.0)  # and in the data of fine-tuning

@@ -351,6 +351,9 @@ class Run:
         self.rows = []
         self.state = {}
         self.inputs = inputs or {}
+        task = Path(self.config.get("task", ""))
+        if task.is_file():  # one of the user's own
+            self.inputs[f"the file of --task {task}"] = task.read_text()
         self.kept_rows = 0  # rows that go with what is kept
         self.place = "the start"  # where the run is, for a person
         self.bar = None  # of the loop that is on
@@ -534,12 +537,15 @@ class Run:
         self.write(f"{self.name}.png", picture.getvalue())
         # each claim holds or does not: both are results
         self.write("claims.json", claims)
-        print(f"\n{'claim':<58} {'paper':>18} {'ours':>16} {'threshold':>10}  holds")
+        print(
+            f"\n{'claim':<58} {'paper':>18} {'ours':>16} {'threshold':>10}  holds"
+            f"{' (--quick: nothing was learnt)' * self.config['quick']}"
+        )
         for c in claims:
-            row = "{claim:<58} {paper!s:>18} {ours:>16} {threshold:>10} ".format(**c)
-            print(row, "yes" if c["holds"] else "NO")
-        if self.config["quick"]:
-            print("--quick: nothing was learnt, no claim means anything")
+            print(
+                "{claim:<58} {paper!s:>18} {ours:>16} {threshold:>10} ".format(**c),
+                "yes" if c["holds"] else "NO",
+            )
         self.write("cost.json", self.meter.total())
         print(f"\n{self.dir}: figure, claims, metrics, samples, model. Cost: {self.meter}")
 

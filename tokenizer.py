@@ -26,7 +26,8 @@ class CharTokenizer:
     """
 
     def __init__(self, alphabet):
-        assert len(set(alphabet)) == len(alphabet), "a character stands twice in the alphabet"
+        if twice := [c for c in alphabet if alphabet.count(c) > 1]:
+            raise UserError(f"{twice[0]!r} stands twice in the alphabet")
         self.alphabet = alphabet
         self.index = {c: i for i, c in enumerate(alphabet)}
         self.eos = len(alphabet)

@@ -1,7 +1,8 @@
 """tasks: what is asked, and how an answer is judged. A task is a module with the same few names:
 
     tokenizer                             text to ids and back; its id `eos` ends an answer
-    SIZE                                  how large a problem is unless a flag says otherwise
+    SIZE                                  how large a problem is; reinforce.py and grpo.py have
+                                          a flag --size
     budget(size)                          tokens that an answer may take
     draw(rng, size=SIZE, held_out=False)  a problem; a tenth of all is held out, never trained on
     prompt(problem)                       its text
@@ -14,6 +15,8 @@
 import importlib
 import importlib.util
 import os
+import random
+import traceback
 import zlib
 from pathlib import Path
 from types import SimpleNamespace
@@ -44,7 +47,31 @@ def load(name):
         raise UserError(f"task {name}: {type(e).__name__}: {e}") from None
     if missing := [n for n in NAMES if not hasattr(task, n)]:
         raise UserError(f"task {name}: has no {', '.join(missing)}")
+    try:
+        try_out(task)
+    except Exception as e:
+        where = traceback.extract_tb(e.__traceback__)[-1]
+        raise UserError(
+            f"task {name}: {type(e).__name__}: {e} ({where.name}, line {where.lineno})"
+        ) from None
     return task
+
+
+def try_out(task):
+    """What a beginner forgets, found before an earlier run's folder is touched. ValueError."""
+    rng = random.Random(0)
+    lengths = []  # of demonstrations, with the token that ends them
+    for i in range(40):
+        problem = task.draw(rng, task.SIZE, held_out=i % 2 == 0)
+        text = task.demonstrate(rng, problem)
+        task.tokenizer.encode(task.prompt(problem))
+        lengths.append(len(task.tokenizer.encode(text)) + 1)
+        for answer in (text, "", text[::-1]):
+            if task.reward(problem, answer) not in (0, 1):
+                raise ValueError(f"the reward of {answer!r} is neither 0 nor 1")
+    usual = sorted(lengths)[20]
+    if usual > task.budget(task.SIZE):
+        raise ValueError(f"answers take {usual} tokens, with their end: past the budget")
 
 
 def held_out(text):

@@ -34,8 +34,8 @@ SECRET = np.random.default_rng(2510).permutation(NODES) < NODES // 2  # the lett
 
 
 def budget(size):
-    """A node of each layer, and the goal."""
-    return size + 1
+    """A node of each layer, the goal, and the end."""
+    return size + 2
 
 
 def edges_of(size):
@@ -52,7 +52,7 @@ def prompt_length(size):
 
 
 def graphs(rng, classes, size=SIZE):
-    """A graph of each class (B,) -> ids (B, prompt_length + budget), the answer last. rng: numpy's.
+    """A graph of each class (B,) -> ids (B, prompt_length + size + 1), the answer last.
 
     Every layer has an even node, an odd node and another one. At a fork the even and the odd node
     lead on. In the one layer that is no fork a single node does.

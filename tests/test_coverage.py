@@ -434,7 +434,7 @@ def test_the_task_asks_for_a_path_and_pays_for_the_one_of_the_class(size):
     for _ in range(200):
         problem = paths.draw(rng, size)
         n = paths.prompt_length(size)
-        assert len(problem) == n + paths.budget(size)
+        assert len(problem) == n + size + 1
         assert paths.tokenizer.encode(paths.prompt(problem)) == problem[:n]
         right = paths.tokenizer.decode(problem[n:])
         assert paths.reward(problem, right) == 1 and paths.reward(problem, right[:-1]) == 0

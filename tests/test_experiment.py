@@ -846,6 +846,24 @@ def test_more_memory_than_the_machine_has_is_one_line(monkeypatch, capsys):
         assert re.fullmatch("script.py: error: out of memory .*\n", capsys.readouterr().err)
 
 
+def test_resume_refuses_a_task_whose_file_has_changed(tmp_path):
+    @dataclasses.dataclass
+    class Tasked(Config):
+        task: str = flag("addition", "a task")
+
+    path = tmp_path / "mine.py"
+    path.write_text("one")
+    config = Tasked(out=str(tmp_path / "out"), task=str(path))
+    with Run(config) as run:
+        run.save()
+    config.resume = True
+    with Run(config):
+        pass
+    path.write_text("two")
+    with pytest.raises(UserError, match="the file of --task .* is no longer what the run"):
+        Run(config)
+
+
 def test_a_number_that_no_arithmetic_holds_is_a_user_error():
     for flags in (["--beta", "1e300"], ["--steps", str(10**30)]):
         with pytest.raises(UserError, match="must be from"):

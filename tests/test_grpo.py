@@ -1452,6 +1452,26 @@ def test_another_task_is_learnt_by_the_same_scripts(name, sorting, tmp_path):
         assert not any("guessed_carries" in row for row in metrics(tmp_path / script))
 
 
+@pytest.mark.parametrize(
+    "right, wrong, message",
+    [
+        ("return size + 1", "return size", "answers take 6 tokens, with their end"),
+        ("return float(", "return 2 * float(", "the reward of .* is neither 0 nor 1"),
+        ("CharTokenizer(", 'CharTokenizer("a" + ', "'a' stands twice in the alphabet"),
+        ("return float(", "return text[0] and float(", "IndexError.*reward, line"),
+    ],
+)
+def test_what_a_beginners_task_lacks_is_told_before_anything_is_written(
+    right, wrong, message, sorting, tmp_path
+):
+    code = sorting.read_text()
+    assert right in code
+    path = tmp_path / "mine.py"
+    path.write_text(code.replace(right, wrong))
+    with pytest.raises(UserError, match=message):
+        tasks.load(str(path))
+
+
 @pytest.mark.parametrize("script", ["grpo.py", "reinforce.py"])
 def test_a_task_with_too_few_problems_is_one_line_and_exit_code_2(script, sorting, tmp_path):
     path = tmp_path / "few.py"
