@@ -316,9 +316,11 @@ class Sampler:
             self.spent.copy_(spent.masked_fill(used_up, 0))
         return token, logp
 
-    def retire(self, cache):
-        """Drop the rows that are done, here and from the cache -> whether any are left."""
-        if len(self.stops) and self.done.any():
+    def retire(self, cache, share=0):
+        """Drop the rows that are done, here and from the cache, once they are more than this share
+        of all -> whether any are left.
+        """
+        if len(self.stops) and self.done.double().mean() > share:
             order = cache.keep(~self.done)
             self.rows = self.rows[order]
             self.token = self.token[order]
@@ -332,12 +334,18 @@ class Sampler:
 STATIC_ON = ("cuda",)  # where generate takes decoding.decode_static, the fast one, instead of:
 
 
+# For each number of rows oneDNN compiles the bf16 products of a CPU anew, which takes longer than a
+# step: there rows that are done stay until an eighth of all are
+LEAVE_LATE = {torch.bfloat16: 1 / 8}
+
+
 def decode_eager(model, cache, logits, sampler):
     """Draw, retire the rows that stop, step the others: one token at a time."""
     new = sampler.fresh.shape[1]
+    share = LEAVE_LATE.get(logits.dtype, 0)
     for t in range(new):
         sampler.draw(logits, t)
-        if t + 1 == new or not sampler.retire(cache):
+        if t + 1 == new or not sampler.retire(cache, share):
             break
         x = model.hidden(sampler.token[:, None], cache)  # (live, 1, C)
         logits = model.lm_head(x[:, -1])  # (live, V)

@@ -784,3 +784,23 @@ def test_weights_are_ordered_for_many_steps_of_bf16_only_and_the_model_is_left_a
     assert replaced(bf16) == 0
     with engine.packed(bf16.float(), 100):
         assert replaced(bf16) == 0
+
+
+def test_rows_that_leave_late_write_nothing_more(monkeypatch):
+    gpt, steps = make(), 24
+    rows = []  # of each step
+
+    def sampled():
+        rows.clear()
+        return generate(gpt, PROMPTS, 3, steps, stop=[2, 7], generator=seeded(0))
+
+    hidden = gpt.hidden
+    monkeypatch.setattr(
+        gpt, "hidden", lambda ids, cache: rows.append(len(ids)) or hidden(ids, cache)
+    )
+    at_once, numbers = sampled(), set(rows)
+    monkeypatch.setattr(engine, "LEAVE_LATE", {torch.float32: 1 / 2})
+    late = sampled()
+    assert torch.equal(late.ids, at_once.ids) and torch.equal(late.mask, at_once.mask)
+    torch.testing.assert_close(late.logp, at_once.logp)
+    assert len(set(rows)) < len(numbers)
