@@ -277,7 +277,8 @@ def update(model, base, optimizer, rollout, rewards, config, generator):
     method = LOSSES[config.method]
     mask = rollout.mask
     R = len(mask)
-    rows = order = torch.arange(R)
+    rows = torch.arange(R)
+    order = rollout.lengths.argsort()  # short answers beside short ones: less padding
     with torch.no_grad():
         if config.minibatches > 1:
             old_logp = score(model, rollout, rows, config)

@@ -712,10 +712,10 @@ def test_the_claims_are_about_the_arms_that_they_name(monkeypatch, tmp_path):
 def test_the_papers_number_stands_where_it_stands_in_the_paper(monkeypatch, tmp_path):
     claims, _ = claims_of(
         "opd.py", tmp_path, monkeypatch
-    )  # 55.0 is the checkpoint from which OPD (74.4) and RL (67.6) start, no rival of theirs
-    assert claims["opd"]["paper"] == "74.4 (55.0; 67.6)"
+    )  # .550 is the checkpoint from which OPD (.744) and RL (.676) start, no rival of theirs
+    assert claims["opd"]["paper"] == "0.744 (0.550; 0.676)"
     assert claims["opd"]["ours"].endswith("(0.00; 0.90)")
-    assert claims["opd grpo"]["paper"] == "6.8 points"
+    assert claims["opd grpo"]["paper"] == "0.068"
     assert not any("SFT" in c["claim"] and "Qwen3" in c["source"] for c in claims.values())
 
 

@@ -111,7 +111,7 @@ def test_characters_come_back_and_eos_decodes_to_nothing():
     tokenizer = CharTokenizer("abc =é")
     assert tokenizer.decode(tokenizer.encode("a = bé") + [tokenizer.eos]) == "a = bé"
     assert tokenizer.eos == 6 == tokenizer.n_vocab - 1 and tokenizer.stop == [6]
-    with pytest.raises(AssertionError):
+    with pytest.raises(UserError, match="stands twice"):
         CharTokenizer("abca")
 
 
