@@ -200,6 +200,7 @@ CASES = [(name, *case) for name, cases in WRONG.items() for case in cases]
 
 @pytest.mark.parametrize("name, old, new, said", CASES, ids=lambda x: x[:20])
 def test_a_mistake_is_caught_with_the_words_that_a_student_needs(name, old, new, said):
+    torch.manual_seed(0)  # some of the mistakes draw
     assert said in (judged(name, broken(name, old, new)) or "nothing is wrong")
 
 
