@@ -59,8 +59,8 @@ import model
 import peers
 from experiment import UserError, command, out_of_memory, pick_device, whole
 from kernels import attention, can_compile, gemm_dtype, no_triton, token_logprobs
-from meter import clock, generating, profiled, roof
 from model import GPT, GPTConfig
+from roof import clock, generating, profiled, roof
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

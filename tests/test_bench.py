@@ -14,6 +14,7 @@ import bench
 import engine
 import meter
 import peers
+import roof
 
 
 @pytest.fixture
@@ -34,7 +35,7 @@ ROOF = dict(float32=1e9, bfloat16=2e9, copy=1e7)
 
 def stopwatch(monkeypatch, seconds):
     """time.perf_counter gives what `seconds` does."""
-    monkeypatch.setattr(meter, "time", SimpleNamespace(perf_counter=seconds))
+    monkeypatch.setattr(roof, "time", SimpleNamespace(perf_counter=seconds))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -163,7 +164,7 @@ def test_the_roof_is_the_fastest_product_and_copy(monkeypatch):
     clock = iter(ticks)
     stopwatch(monkeypatch, lambda: next(clock))
     monkeypatch.setattr(torch, "mm", lambda a, b, out: out.view(-1)[:1])
-    peak = meter.roof("cpu")
+    peak = roof.roof("cpu")
     # emulated bf16: fp32's
     assert peak == dict(float32=2 * n**3 / 2, bfloat16=2 * n**3 / 2, copy=2 * 16 * n * n * 4)
 
@@ -371,7 +372,7 @@ def test_only_tokens_up_to_the_stop_token_count(monkeypatch):
 
     peer = SimpleNamespace(generate=generate, device="cpu")
     racers = bench.sampling_racers(model, peer, prompts, 1, 4, 0)
-    cost = meter.generating(model.config, 4, [3, 1], [2, 4])
+    cost = roof.generating(model.config, 4, [3, 1], [2, 4])
     assert racers["transformers"]() == cost and cost[0] == 2 + 4
     assert asked["cache_implementation"] is None
     assert racers["transformers, static cache"]() == cost

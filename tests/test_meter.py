@@ -14,6 +14,7 @@ import decoding
 import engine
 import meter
 import model
+import roof
 from engine import KVCache, generate
 from experiment import Flags, Run
 from kernels import attention, token_logprobs
@@ -118,7 +119,7 @@ def test_generating_counts_what_is_spent_on_prompts_of_one_length(gpt, stop):
 
     lengths = None
     ours, theirs = both(work)
-    tokens, flops, _ = meter.generating(gpt.config, 4, [3, 3], lengths)
+    tokens, flops, _ = roof.generating(gpt.config, 4, [3, 3], lengths)
     assert ours == theirs == flops and tokens == sum(lengths)
     assert stop is None or min(lengths) < 12
 
@@ -132,13 +133,13 @@ def test_generating_moves_the_weights_once_a_step_and_each_rows_keys_and_values(
         for P, L in zip([5, 5, 9, 9], lengths, strict=True):
             if 0 < step < L:  # the token drawn last is not read again
                 moved += (P + step) * 2 * config.n_layer * config.n_kv_head * config.head_dim
-    assert meter.generating(config, 2, lens, lengths)[2] == 2 * moved
+    assert roof.generating(config, 2, lens, lengths)[2] == 2 * moved
 
 
 def test_generating_of_prompts_of_many_lengths_does_not_count_their_padding():
     config = GPTConfig(50, 64, 3, 4, 32)
-    both_at_once = meter.generating(config, 2, [5, 9], [4, 1, 7, 2])
-    apart = [meter.generating(config, 2, [5], [4, 1]), meter.generating(config, 2, [9], [7, 2])]
+    both_at_once = roof.generating(config, 2, [5, 9], [4, 1, 7, 2])
+    apart = [roof.generating(config, 2, [5], [4, 1]), roof.generating(config, 2, [9], [7, 2])]
     assert both_at_once[:2] == (14, apart[0][1] + apart[1][1])
 
 
@@ -276,12 +277,12 @@ def test_an_events_time_goes_to_the_outermost_group_and_a_backward_ones_to_its_f
     ]
     groups = ["matrix products", "attention", "norms", "optimizer"]
     expected = dict(zip(groups, (2 + 64, 1 + 32, 4 + 8 + 16 + 256, 2048), strict=True))
-    found = meter.shares(events, groups, 4096e-6, "cpu")
+    found = roof.shares(events, groups, 4096e-6, "cpu")
     rest = found.pop("the rest, Python")
     assert found == pytest.approx({group: t / 4096 for group, t in expected.items()})
     assert rest == pytest.approx(1 - sum(expected.values()) / 4096)
     # on a GPU: the time of the kernels that an operation launched
-    on_gpu = meter.shares(events, groups, 40960e-6, "cuda")
+    on_gpu = roof.shares(events, groups, 40960e-6, "cuda")
     assert on_gpu == pytest.approx(found | {"the rest, Python": rest})
 
 
@@ -291,7 +292,7 @@ def test_what_is_profiled_runs_as_before_and_is_left_as_it_was():
         SimpleNamespace(sleep=lambda n: calls.append(n) or torch.ones(n, n) @ torch.ones(n, n)),
     )
     usual = place.sleep
-    milliseconds, parts = meter.profiled(
+    milliseconds, parts = roof.profiled(
         lambda: place.sleep(200), dict(naps=(place, "sleep")), "cpu"
     )
     assert calls == [200] * 3 and place.sleep is usual and milliseconds > 0
