@@ -413,7 +413,8 @@ def update(model, base, optimizer, rollout, rewards, config, budget, generator):
     # rows, in any order: short answers beside short ones have less padding
     R = len(rollout.mask)
     order = torch.randperm(R, generator=generator) if several else rollout.lengths.argsort()
-    total, a = Counter(), torch.zeros_like(rollout.mask)
+    total = Counter()
+    a = torch.zeros_like(rollout.mask)  # of the equation at the top
     for minibatch in order.tensor_split(config.minibatches):
         mask = rollout.mask[minibatch]
         a[minibatch] = aggregation_weights(mask, config.method.aggregation, budget)

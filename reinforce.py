@@ -127,7 +127,8 @@ def answer(model, task, problems, n, size, generator):
 def held_out(model, task, config):
     """The fraction of right answers to problems that are never trained on, and what one costs."""
     # The same problems and random numbers at every measurement: only the model differs
-    meter, rng = Meter(), random.Random("held out")
+    meter = Meter()
+    rng = random.Random("held out")
     generator = torch.Generator().manual_seed(0)
     problems = [
         task.draw(rng, config.size, held_out=True) for _ in range(8 if config.quick else 128)
