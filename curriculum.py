@@ -50,7 +50,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
-from engine import generate
+import tasks
 from experiment import (
     Flags,
     Run,
@@ -68,7 +68,7 @@ from experiment import (
 from kernels import token_logprobs
 from meter import Meter
 from model import GPT, GPTConfig
-from tasks import numbers, padded
+from tasks import numbers
 
 SOURCE = "Setlur et al., arXiv 2506.09026"
 # A base model: what is different about its demonstrations
@@ -147,12 +147,7 @@ def answer(model, problems, n, budget, generator):
     """n sampled answers to each problem -> Rollout of R = P * n rows, their texts, their rewards
     (P, n). An answer that did not end is wrong.
     """
-    prompts = [TASK.encode(numbers.prompt(problem)) for problem in problems]
-    rollout = generate(model, prompts, n, budget, stop=TASK.stop, generator=generator)
-    texts = rollout.texts(TASK)
-    ended = rollout.ended(TASK.stop).tolist()
-    rewards = [numbers.reward(problems[i // n], text) * ended[i] for i, text in enumerate(texts)]
-    return rollout, texts, torch.tensor(rewards).view(-1, n)
+    return tasks.answer(model, numbers, problems, n, budget, generator)
 
 
 def update(model, optimizer, rollout, adv):
@@ -206,41 +201,31 @@ def warm_up(config, run, seed, device, kind="gap"):
     UserError if the one of honest demonstrations does not judge better than it guesses: then there
     is nothing to build on.
     """
-    phase = f"base {kind} {seed}"
+    name = f"{kind} {seed}"
     rng = random.Random(seed)
     torch.manual_seed(seed)
     model = build(config, device)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), config.sft_lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True
+
+    def demonstration():
+        problem = numbers.draw(rng, rng.choice(SIZES))
+        return numbers.prompt(problem), numbers.demonstrate(rng, problem, **BASES[kind])
+
+    tasks.imitate(
+        model,
+        TASK,
+        demonstration,
+        run,
+        name,
+        config.sft_steps,
+        rng,
+        config.sft_lr,
+        config.sft_batch,
     )
-    for step in run.loop(phase, config.sft_steps, model, optimizer, rng):
-        ramp = min((step + 1) / 50, 1 - step / config.sft_steps)
-        optimizer.param_groups[0]["lr"] = config.sft_lr * ramp
-        problems = [numbers.draw(rng, rng.choice(SIZES)) for _ in range(config.sft_batch)]
-        answers = [numbers.demonstrate(rng, p, **BASES[kind]) for p in problems]
-        questions = [numbers.prompt(p) for p in problems]
-        pairs = list(zip(questions, answers, strict=True))
-        pairs.sort(key=lambda pair: len(" ".join(pair).split()))  # by tokens
-        count = sum(len(text.split()) + 1 for _, text in pairs)  # with the token that ends it
-        total = 0.0
-        optimizer.zero_grad()
-        for i in range(0, len(pairs), 16):  # short ones together: less padding
-            texts = pairs[i : i + 16]
-            part = padded(texts, TASK)
-            ids, mask = (x.to(device) for x in part)  # (16, T) each
-            logp, _ = score(model, ids)  # (16, T - 1)
-            loss = -(logp * mask[:, 1:]).sum() / count
-            loss.backward()
-            total += loss.item()
-        descend(optimizer, total)
-        if step % 50 == 0 or step + 1 == config.sft_steps:
-            run.log(phase="sft", arm=phase, seed=seed, step=step, loss=total)
-            run.say(loss=total)
     gap = evaluate(model, config.size, (64,), "gate", config.eval_prompts)["gap"]
-    print(f"{phase}: its verdicts are {gap:.2f} better than its attempts")
+    print(f"base {name}: its verdicts are {gap:.2f} better than its attempts")
     if kind == "gap" and gap < config.gate:
         raise UserError(
-            f"{phase}: a verdict gap of {gap:.2f} is no asymmetry to build on "
+            f"base {name}: a verdict gap of {gap:.2f} is no asymmetry to build on "
             f"(--gate {config.gate}); give it more --sft-steps"
         )
     return model

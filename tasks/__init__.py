@@ -147,6 +147,57 @@ def padded(pairs, tokenizer):
     return ids, mask
 
 
+def packed(pairs, tokenizer):
+    """The same texts with less padding: several of them side by side in a row, as many as fit into
+    the length of the longest (sequence packing; first fit, long ones first) -> ids and mask (B, T)
+    as above, and number (B, T): which text of its row a token belongs to, -1 for padding.
+    """
+    encoded = [(tokenizer.encode(q), tokenizer.encode(a) + [tokenizer.eos]) for q, a in pairs]
+    encoded.sort(key=lambda text: -len(text[0] + text[1]))
+    T = len(encoded[0][0] + encoded[0][1])
+    rows = []  # of each, the texts in it
+    room = []  # of each, the tokens that it has left
+    for q, a in encoded:
+        size = len(q) + len(a)
+        i = next((i for i, left in enumerate(room) if left >= size), len(rows))
+        if i == len(rows):
+            rows.append([])
+            room.append(T)
+        rows[i].append((q, a))
+        room[i] -= size
+    ids = torch.zeros(len(rows), T, dtype=torch.long)
+    mask = torch.zeros(len(rows), T)
+    number = torch.full((len(rows), T), -1)
+    for i, texts in enumerate(rows):
+        start = 0
+        for n, (q, a) in enumerate(texts):
+            end = start + len(q) + len(a)
+            ids[i, start:end] = torch.tensor(q + a)
+            mask[i, start + len(q) : end] = 1
+            number[i, start:end] = n
+            start = end
+    return ids, mask, number
+
+
+class Apart:
+    """Takes a cache's place in GPT.hidden: keeps nothing, and lets a token see only its own text,
+    by number (B, T) as `packed` makes them. Positions run on through a row: a rotation knows
+    distances only.
+    """
+
+    length = 0
+
+    def __init__(self, number):
+        self.number = number
+
+    def extend(self, T):
+        same = self.number[:, None, :, None] == self.number[:, None, None]  # (B, 1, T, T)
+        return slice(T), same.tril()
+
+    def append(self, layer, k, v):
+        return k, v
+
+
 def imitate(model, tokenizer, draw, run, seed, steps, rng, peak=3e-3, batch=32):
     """Supervised training on texts, loss on the answers' tokens only -> the model.
 
@@ -160,24 +211,16 @@ def imitate(model, tokenizer, draw, run, seed, steps, rng, peak=3e-3, batch=32):
         # up in a line, then down in a line
         optimizer.param_groups[0]["lr"] = peak * min((step + 1) / 50, 1 - step / steps)
         pairs = [draw() for _ in range(batch)]
-        pairs.sort(key=lambda pair: len(pair[0] + pair[1]))
-        count = sum(len(answer) + 1 for _, answer in pairs)  # with the token that ends an answer
-        total = 0.0
+        ids, mask, number = (x.to(device) for x in packed(pairs, tokenizer))  # (B, T) each
+        hidden = model.hidden(ids[:, :-1], Apart(number[:, :-1]))  # (B, T - 1, C)
+        logp, _ = token_logprobs(hidden, model.lm_head.weight, ids[:, 1:])
+        loss = -(logp * mask[:, 1:]).sum() / mask.sum()
         optimizer.zero_grad()
-        for half in (
-            pairs[: batch // 2],
-            pairs[batch // 2 :],
-        ):  # short ones, long ones: less padding
-            ids, mask = (x.to(device) for x in padded(half, tokenizer))  # (batch / 2, T) each
-            hidden = model.hidden(ids[:, :-1])  # (batch / 2, T - 1, C)
-            logp, _ = token_logprobs(hidden, model.lm_head.weight, ids[:, 1:])
-            loss = -(logp * mask[:, 1:]).sum() / count
-            loss.backward()
-            total += loss.item()
-        descend(optimizer, total)
+        loss.backward()
+        descend(optimizer, loss)
         if step % 50 == 0 or step + 1 == steps:
-            run.log(phase="sft", seed=seed, step=step, loss=total)
-            run.say(loss=total)
+            run.log(phase="sft", seed=seed, step=step, loss=loss.item())
+            run.say(loss=loss.item())
     return model
 
 

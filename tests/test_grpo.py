@@ -53,6 +53,7 @@ from grpo import (
     pass_at_k,
     policy_loss,
 )
+from kernels import token_logprobs
 from model import GPT, GPTConfig
 from tasks import addition
 from tasks.addition import COLUMNS, LINE, demonstrate, guessed_carries, prompt, reward, tokenizer
@@ -977,6 +978,48 @@ def test_the_warm_up_minimises_the_mean_over_all_answer_tokens_and_teaches_the_s
     assert run.rows[-1]["step"] == 99
     assert run.rows[-1]["loss"] < run.rows[0]["loss"]
     assert not torch.equal(flat(trained), flat(model))
+
+
+def test_packing_keeps_every_text_once_in_rows_no_longer_than_the_longest():
+    rng = random.Random(0)
+    draw = functools.partial(rng.choice, "0123456789")
+    pairs = [
+        ("".join(draw() for _ in range(rng.randint(1, 9))), "".join(draw() for _ in range(n)))
+        for n in (0, 1, 30, 2, 9, 30, 17, 4, 4, 1, 12, 8)
+    ]
+    ids, mask, number = tasks.packed(pairs, tokenizer)
+    whole = sorted(tokenizer.encode(q + a) + [tokenizer.eos] for q, a in pairs)
+    answers = sorted(tokenizer.encode(a) + [tokenizer.eos] for _, a in pairs)
+    texts, parts = [], []
+    for row, weights, numbers in zip(ids, mask, number, strict=True):
+        for n in range(int(numbers.max()) + 1):
+            texts.append(row[numbers == n].tolist())
+            parts.append(row[(numbers == n) & (weights == 1)].tolist())
+            where = (numbers == n).nonzero()
+            assert len(where) == where[-1] - where[0] + 1  # side by side
+    assert sorted(texts) == whole and sorted(parts) == answers
+    assert ids.shape[1] == max(map(len, whole))
+    used = sorted((number >= 0).sum(1).tolist())
+    assert 2 * used[1] > ids.shape[1]  # two half-empty rows would be one
+    assert (mask[number < 0] == 0).all()
+
+
+def test_texts_that_share_a_row_have_the_loss_and_gradient_of_texts_alone():
+    together, alone = policy().double(), policy().double()
+    ids, mask, number = tasks.packed(PAIRS, tokenizer)
+    assert len(ids) < len(PAIRS)
+    hidden = together.hidden(ids[:, :-1], tasks.Apart(number[:, :-1]))
+    logp, _ = token_logprobs(hidden, together.lm_head.weight, ids[:, 1:])
+    total = (logp * mask[:, 1:]).sum()
+    total.backward()
+    expected = 0
+    for pair in PAIRS:
+        ids, mask = tasks.padded([pair], tokenizer)
+        logp, _ = token_logprobs(alone.hidden(ids[:, :-1]), alone.lm_head.weight, ids[:, 1:])
+        expected = expected + (logp * mask[:, 1:]).sum()
+    expected.backward()
+    assert total.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert close(flat(together, gradient=True), flat(alone, gradient=True), 1e-6)
 
 
 def test_an_evaluation_counts_right_answers_and_guessed_carries_over_all_independent_samples(
