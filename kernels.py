@@ -67,6 +67,9 @@ except ImportError:  # the Triton kernels below are then defined but cannot run
     triton = None
     tl = SimpleNamespace(constexpr=bool)
 
+# MKL chooses its exp, log and cos at the first call. Two threads that make it together may get two
+# of them, one with half the digits (seen in a tenth of all runs): so one thread calls first
+torch.ones(1).exp()
 # Triton runs its kernels in numpy: slow, but needs no GPU
 INTERPRET = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 # Logits in flight at once: 64 MiB in fp32. Larger blocks are no faster, smaller ones starve the
