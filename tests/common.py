@@ -224,18 +224,20 @@ def interrupting(mark, number):
 
 
 def check_resume(script, folder, marks, *flags):
-    """Interrupt a run when a row with each mark is logged, resume it: its rows and claims are those
-    of a run that nothing interrupted, to the bit.
+    """Interrupt a run when a row with the first mark is logged, resume it, interrupt it again at
+    the second mark, which comes later, and resume it: its rows and claims are those of a run that
+    nothing interrupted, to the bit.
     """
     finish(script, *flags, "--out", folder / "whole")
+    out = folder / "interrupted"
     for mark, number in zip(marks, (signal.SIGINT, signal.SIGTERM), strict=True):
-        out = folder / number.name
         interrupted, seen = interrupting(mark, number)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(experiment.Run, "log", interrupted)
             code, written, _ = launch(script, *flags, "--out", out)
         assert code == 128 + number and "--resume" in written and seen
         assert 0 < len(metrics(out)) < len(metrics(folder / "whole"))
-        finish(script, "--resume", "--out", out)
-        assert metrics(out) == metrics(folder / "whole")
-        assert (out / "claims.json").read_text() == (folder / "whole" / "claims.json").read_text()
+        flags = ("--resume",)
+    finish(script, "--resume", "--out", out)
+    assert metrics(out) == metrics(folder / "whole")
+    assert (out / "claims.json").read_text() == (folder / "whole" / "claims.json").read_text()
