@@ -136,35 +136,37 @@ def padded(pairs, tokenizer):
     """(prompt, answer) texts -> ids (B, T) int64, each answer ended by eos and padded on the right,
     and mask (B, T), 1 on the answer's tokens.
     """
-    encoded = [(tokenizer.encode(q), tokenizer.encode(a) + [tokenizer.eos]) for q, a in pairs]
-    T = max(len(q) + len(a) for q, a in encoded)
-    ids = torch.zeros(len(pairs), T, dtype=torch.long)
-    mask = torch.zeros(len(pairs), T)
-    for i, (q, a) in enumerate(encoded):
-        end = len(q) + len(a)
-        ids[i, :end] = torch.tensor(q + a)
-        mask[i, len(q) : end] = 1
+    ids, mask, _ = laid_out([[text] for text in encoded(pairs, tokenizer)])
     return ids, mask
 
 
 def packed(pairs, tokenizer):
-    """The same texts with less padding: several of them side by side in a row, as many as fit into
-    the length of the longest (sequence packing; first fit, long ones first) -> ids and mask (B, T)
-    as above, and number (B, T): which text of its row a token belongs to, -1 for padding.
+    """The same texts with less padding: as many side by side in a row as fit into the length of the
+    longest (sequence packing; first fit, long ones first) -> ids and mask (B, T) as above, and
+    number (B, T): which text of its row a token belongs to, -1 for padding.
     """
-    encoded = [(tokenizer.encode(q), tokenizer.encode(a) + [tokenizer.eos]) for q, a in pairs]
-    encoded.sort(key=lambda text: -len(text[0] + text[1]))
-    T = len(encoded[0][0] + encoded[0][1])
+    texts = sorted(encoded(pairs, tokenizer), key=lambda text: -len(text[0] + text[1]))
     rows = []  # of each, the texts in it
     room = []  # of each, the tokens that it has left
-    for q, a in encoded:
+    for q, a in texts:
         size = len(q) + len(a)
         i = next((i for i, left in enumerate(room) if left >= size), len(rows))
         if i == len(rows):
             rows.append([])
-            room.append(T)
+            room.append(len(texts[0][0] + texts[0][1]))
         rows[i].append((q, a))
         room[i] -= size
+    return laid_out(rows)
+
+
+def encoded(pairs, tokenizer):
+    """(prompt, answer) texts -> their ids, the answers' ended by eos."""
+    return [(tokenizer.encode(q), tokenizer.encode(a) + [tokenizer.eos]) for q, a in pairs]
+
+
+def laid_out(rows):
+    """Rows of (prompt, answer) ids, side by side -> ids, mask, number as in `packed`."""
+    T = max(sum(len(q) + len(a) for q, a in texts) for texts in rows)
     ids = torch.zeros(len(rows), T, dtype=torch.long)
     mask = torch.zeros(len(rows), T)
     number = torch.full((len(rows), T), -1)

@@ -1,6 +1,7 @@
 """model.py: logits are those of the equations, shapes that cannot be are refused."""
 
 import ctypes
+import sys
 
 import pytest
 import torch
@@ -168,13 +169,15 @@ def test_shapes_without_memory_may_be_of_any_size():
         assert GPT(GPTConfig(V, 8, 1, 4, 1_000_000)).wte.weight.shape == (V, 1_000_000)
 
 
-@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="glibc's own")
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's own")
 def test_a_block_of_30_mib_comes_from_the_heap_that_keeps_what_is_freed():
     class Info(ctypes.Structure):
         names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
         _fields_ = [(name, ctypes.c_size_t) for name in names.split()]
 
     libc = ctypes.CDLL(None)
+    if not hasattr(libc, "mallinfo2"):
+        pytest.skip("an older libc, or another")
     libc.mallinfo2.restype = Info
     blocks = libc.mallinfo2().hblks  # those that go back to the system at once
     x = torch.ones(30 * 2**18)
