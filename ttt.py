@@ -75,6 +75,7 @@ from experiment import (
     seeds_of,
     series,
 )
+from meter import spend
 from model import GPT, Block, GPTConfig, RMSNorm
 from tasks.maps import V, documents, floor
 
@@ -190,6 +191,7 @@ class TTT(GPT):
         """
         T = ids.shape[1]
         start = 0 if cache is None else cache.extend(T)[0].start
+        spend(self.config.flops(len(ids), T, start + T))
         rope = self.rotations(start, T).to(ids.device)
         x = self.wte(ids)  # (B, T, C)
         for block in self.blocks:
@@ -203,6 +205,7 @@ class TTT(GPT):
 
     def logits(self, x, fast):
         """States x (B, b, C) from `hidden`, fast weights -> (B, b, V)."""
+        spend(4 * x.numel() * fast[0].shape[2])  # of the fast MLP
         return self.lm_head(self.final(self.blocks[-1].upper(x, *fast)))
 
     def forward(self, ids):

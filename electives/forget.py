@@ -56,7 +56,7 @@ from experiment import (
     series,
 )
 from kernels import visible
-from meter import Meter
+from meter import Meter, spend
 from model import GPT, GPTConfig, rotate
 
 SOURCE = "Li et al., arXiv 2604.18002"
@@ -135,14 +135,15 @@ def read(model, ids, masks=None, cache=None):
     ids (R, T). masks (layers, R, T, T) bool: what each layer sees; or a cache, which the ids
     continue -> logits (R, T, V), weights of each layer (R, H, T, S).
     """
-    T = ids.shape[1]
+    R, T = ids.shape
+    spend(model.config.flops(R, T, T))
     positions = slice(T) if cache is None else cache.extend(T)[0]
     x = model.wte(ids)  # (R, T, C)
     weights = []
     for layer, block in enumerate(model.blocks):
         attn = block.attn
-        qkv = attn.qkv(block.norm1(x)).unflatten(2, (3, attn.n_head, -1))
-        q, k, v = qkv.unbind(2)  # (R, T, H, D) each
+        # (R, T, H, D) each
+        q, k, v = attn.qkv(block.norm1(x)).unflatten(2, (3, attn.n_head, -1)).unbind(2)
         q, k = (rotate(t, model.rope[positions]) for t in (q, k))
         if cache is not None:
             k, v = cache.append(layer, k, v)  # (R, S, H, D)
@@ -151,10 +152,9 @@ def read(model, ids, masks=None, cache=None):
             mask = masks[layer][:, None]  # (R, 1, T, T)
         else:
             mask = visible(T, k.shape[2], causal=True, window=None, device=ids.device)
-        scores = (q @ k.transpose(2, 3)) * attn.head_dim**-0.5
+        scores = q @ k.transpose(2, 3) * attn.head_dim**-0.5
         weights.append(scores.masked_fill(~mask, -torch.inf).softmax(-1))  # (R, H, T, S)
-        y = (weights[-1] @ v).transpose(1, 2).flatten(2)  # (R, T, C)
-        x = x + attn.proj(y)
+        x = x + attn.proj((weights[-1] @ v).transpose(1, 2).flatten(2))
         x = x + block.mlp(block.norm2(x))
     return model.lm_head(model.norm(x)), weights
 
@@ -283,12 +283,7 @@ def memory_logp(weights, rounds, ends=ENDS):
 
 
 def optimizer_of(model, lr):
-    return torch.optim.AdamW(
-        model.parameters(),
-        lr,
-        betas=(0.9, 0.95),
-        weight_decay=0.0,
-    )
+    return torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.95), weight_decay=0.0)
 
 
 def step_on(optimizer, loss):
@@ -358,8 +353,7 @@ def rl_loss(model, ids, answer, rounds, advantage, memory_loss, replay):
     if not replay:  # what a program does that thinks of the cache as whole
         masks = torch.ones_like(masks).tril()
     logits, weights = read(model, ids, masks)
-    logp = logits[:, -1].log_softmax(-1)  # (R, V)
-    logp = logp.gather(1, answer[:, None]).squeeze(1)  # (R,)
+    logp = logits[:, -1].log_softmax(-1).gather(1, answer[:, None]).squeeze(1)  # (R,)
     if memory_loss:
         logp = logp + memory_logp(weights, rounds)
     return -(advantage * logp).mean()
@@ -372,10 +366,9 @@ def measure(model, share, test, score=policy):
     ids, block = test
     logits, rounds = forgetful(model, ids, share, score)
     right = logits.argmax(1) == answer_of(ids, block)  # (R,)
-    needed = (rounds[-1] == block[:, None]).any(2)  # (layers, R)
     return dict(
         accuracy=right.float().mean().item(),
-        needed=needed.float().mean(1).tolist(),
+        needed=(rounds[-1] == block[:, None]).any(2).float().mean(1).tolist(),  # of each layer
         **meter.solved(right.sum()),
     )
 

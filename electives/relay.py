@@ -64,7 +64,7 @@ from experiment import (
     pick_device,
     seeds_of,
 )
-from meter import Meter
+from meter import Meter, spend
 from model import GPT, GPTConfig, RMSNorm
 from tasks.sudoku import BOX, CELLS, COLUMN, ROW, N, draw
 
@@ -125,6 +125,7 @@ class Denoiser(nn.Module):
         MASK has no logit: it is never predicted.
         """
         x = self.gpt.wte(canvas) + self.relay_norm(h)  # (B, 36, C)
+        spend(self.gpt.config.flops(len(x), CELLS, CELLS))
         for block in self.gpt.blocks:
             x = block(x, self.unturned, mask=self.sees)
         return self.gpt.lm_head(self.gpt.norm(x))[..., 1:], x

@@ -15,8 +15,10 @@ import engine
 import meter
 import model
 import roof
+import ttt
+from electives import forget, relay
 from engine import KVCache, generate
-from experiment import Flags, Run
+from experiment import Flags, Run, parse_args
 from kernels import attention, token_logprobs
 from model import GPT, GPTConfig
 
@@ -67,6 +69,24 @@ def test_a_forward_pass_without_gradients_costs_a_third(gpt):
         ours, theirs = both(lambda: gpt(IDS))
     trained, _ = both(lambda: gpt(IDS))
     assert ours == theirs == trained / 3
+
+
+def test_models_with_a_forward_pass_of_their_own_cost_what_torch_counts(monkeypatch):
+    monkeypatch.setattr(
+        model, "attention", lambda *args, **kwargs: attention(*args, **kwargs, impl="reference")
+    )
+    plain = GPT(GPTConfig(20, 16, 2, 4, 32))
+    denoiser, learner = relay.Denoiser(2), ttt.build(parse_args(ttt.Config, "", []), 20)
+    canvas, h = torch.zeros(3, 36, dtype=torch.long), torch.zeros(3, 36, relay.WIDTH)
+    masks = torch.ones(2, 3, 11, 11, dtype=torch.bool).tril()
+    with torch.no_grad():
+        for work in (
+            lambda: forget.read(plain, IDS, masks),
+            lambda: denoiser(canvas, h),
+            lambda: learner(IDS),
+        ):
+            ours, theirs = both(work)
+            assert ours == theirs > 0
 
 
 def test_log_probabilities_cost_the_product_with_the_head(gpt):
