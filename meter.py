@@ -84,14 +84,14 @@ class Meter:
         self.energy = processors() + gpus()
 
     def read(self):
-        """-> {"flops", "seconds", "joules"}; joules of all that this machine did, None where it
-        does not tell.
+        """-> {"flops", "seconds", "joules"}; flops None where nothing that counts was multiplied
+        (tables, numpy); joules of all that this machine did, None where it does not tell.
         """
         joules = 0
         for (before, most), (now, _) in zip(self.energy, processors() + gpus(), strict=False):
             joules += now - before + (most if now < before else 0)
         return dict(
-            flops=counter.flops - self.flops,
+            flops=counter.flops - self.flops or None,
             seconds=time.time() - self.started,
             joules=joules if self.energy else None,
         )
