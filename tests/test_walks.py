@@ -404,7 +404,7 @@ def test_an_evaluation_judges_each_answer_by_its_own_question(monkeypatch):
         "formal": 0.5,
         "renamed": 0.5,
         "off_topic": 0.0,
-        "flops_per_solved": 0,  # the answers are no model's
+        "flops_per_solved": None,  # the answers are no model's
     }
     crossed = evaluate(None, replace(task, off_topic=task.test), SimpleNamespace(eval_prompts=4), 0)
     assert crossed["off_topic"] == 0.25
