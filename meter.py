@@ -91,7 +91,7 @@ class Meter:
         for (before, most), (now, _) in zip(self.energy, processors() + gpus(), strict=False):
             joules += now - before + (most if now < before else 0)
         return dict(
-            flops=counter.flops - self.flops or None,
+            flops=(counter.flops - self.flops) or None,
             seconds=time.time() - self.started,
             joules=joules if self.energy else None,
         )

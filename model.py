@@ -302,7 +302,10 @@ def keep_memory():
     """What a step frees stays with the process. Otherwise glibc hands it back to the system, and
     the next step gets it anew, page by page: a tenth of a small model's time.
     """
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+    if sys.platform != "linux":
+        return
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
         libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD: blocks of up to 32 MiB come from the heap,
         libc.mallopt(-1, 2**30)  # M_TRIM_THRESHOLD: which keeps up to 1 GiB of free ones
 

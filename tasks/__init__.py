@@ -143,7 +143,8 @@ def padded(pairs, tokenizer):
 def packed(pairs, tokenizer):
     """The same texts with less padding: as many side by side in a row as fit into the length of the
     longest (sequence packing; first fit, long ones first) -> ids and mask (B, T) as above, and
-    number (B, T): which text of its row a token belongs to, -1 for padding.
+    number (B, T): which text of its row a token belongs to, -1 for padding. No prompt may be empty:
+    its answer would be predicted from the text before it.
     """
     texts = sorted(encoded(pairs, tokenizer), key=lambda text: -len(text[0] + text[1]))
     rows = []  # of each, the texts in it
@@ -183,8 +184,8 @@ def laid_out(rows):
 
 class Apart:
     """Takes a cache's place in GPT.hidden: keeps nothing, and lets a token see only its own text,
-    by number (B, T) as `packed` makes them. Positions run on through a row: a rotation knows
-    distances only.
+    by number (B, T) as `packed` makes them; a sliding window is not heeded. Positions run on
+    through a row: a rotation knows distances only.
     """
 
     length = 0
