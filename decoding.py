@@ -1,5 +1,7 @@
-"""decoding.py: the steps of `generate` on a GPU, where asking for a kernel takes longer than
-running it. engine.decode_eager is the plain loop that this file equals, token for token.
+"""decoding.py: faster steps of `generate`. engine.decode_eager is the plain loop that this file
+equals, token for token.
+
+On a GPU asking for a kernel takes longer than running it. So:
 
 1. One CUDA graph. All that changes from step to step lives in tensors that are written in place, so
    a step is the same kernels on the same addresses: captured once, then replayed. It depends on the
@@ -16,12 +18,21 @@ running it. engine.decode_eager is the plain loop that this file equals, token f
 
    The query heads that share a key head are one tile: a key is read once for all of them.
 
+On a CPU there is one kernel, rotation, write and attention, in C++: decoding.cpp.
+
 Shapes: R live rows, H query heads, K key heads, G = H / K, D channels of a head, C channels, V
 vocabulary.
 """
 
+import ctypes
 import functools
+import hashlib
 import math
+import os
+import re
+import subprocess
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 import torch.nn.functional as F
@@ -233,7 +244,7 @@ def parts_of(capacity, heads, device):
 
 
 # --------------------------------------------------------------------------------------------------
-# Its kernels
+# FusedCache's kernels
 
 
 @jit(do_not_specialize=["capacity"])
@@ -269,10 +280,12 @@ def place_kernel(
     angle = angles + r * D + 2 * pair + 0 * h
     cos = tl.load(angle, mask=turns, other=1.0)
     sin = tl.load(angle + 1, mask=turns, other=0.0)
-    slot = r * capacity + tl.load(lens + r) - 1
-    y = tl.where(h < H + K, keys + (slot * K - H) * D, values + (slot * K - H - K) * D)
-    y = tl.where(h < H, turned + r * H * D, y)
-    y += h * D + 2 * pair
+    slot = tl.load(lens + r) - 1
+    to_key = keys + ((r * K + h - H) * capacity + slot) * D
+    to_value = values + ((r * K + h - H - K) * capacity + slot) * D
+    y = tl.where(h < H + K, to_key, to_value)
+    y = tl.where(h < H, turned + (r * H + h) * D, y)
+    y += 2 * pair
     tl.store(y, (a * cos - b * sin).to(keys.dtype.element_ty), mask=here)
     tl.store(y + 1, (a * sin + b * cos).to(keys.dtype.element_ty), mask=here)
 
@@ -310,13 +323,13 @@ def part_kernel(
     head = (r * K + h) * G + g  # as rows of q, (GP, 1)
     mine = (g < G) & (channel < D)
     q_tile = tl.load(q + head * D + channel, mask=mine, other=0.0)
-    of_head = (r * capacity * K + h) * D  # where the row's keys begin, and its values
+    of_head = (r * K + h) * capacity * D  # where the head's keys begin, and its values
     acc = tl.zeros((GP, DP), tl.float32)  # the weighted sum of values,
     total = tl.zeros((GP, 1), tl.float32)  # the sum of their weights,
     m = tl.full((GP, 1), -float("inf"), tl.float32)  # and the maximum: finite after a tile of keys
     for i in range(begin, end, N):
         key = i + tl.arange(0, N)
-        at = key[:, None] * (K * D) + channel  # (N, DP)
+        at = key[:, None] * D + channel  # (N, DP)
         seen = (key[:, None] < end) & (channel < D)
         k_tile = tl.load(keys + of_head + at, mask=seen, other=0.0)
         s = dot(q_tile, tl.trans(k_tile), None)  # (GP, N)
@@ -354,3 +367,76 @@ def whole_kernel(
     parts = tl.load(out + at * D + channel, mask=channel < D, other=0.0)  # (PARTS, DP)
     whole = tl.sum(parts * weight, 0, keep_dims=True) / tl.sum(weight)
     tl.store(o + row * D + channel, whole.to(o.dtype.element_ty), mask=channel < D)
+
+
+# --------------------------------------------------------------------------------------------------
+# On a CPU
+
+NATIVE = {torch.float32: "float", torch.bfloat16: "bf16"}  # decoding.cpp's types
+
+
+def native(cache):
+    """What stands in for a KVCache on a CPU where decoding.cpp can be compiled, else the cache."""
+    k = cache.k[0]
+    autocast = torch.is_autocast_enabled("cpu")
+    if k.device.type != "cpu" or k.dtype not in NATIVE or cache.config.window or autocast:
+        return cache
+    attend = compiled(k.shape[-1], NATIVE[k.dtype])
+    return NativeCache(cache, attend) if attend else cache
+
+
+class NativeCache:
+    """For decoding.cpp: `attend` as FusedCache's, in the rows of a KVCache that may leave."""
+
+    def __init__(self, cache, attend):
+        self.cache = cache
+        self.compiled = attend
+
+    @property
+    def length(self):
+        return self.cache.length
+
+    def extend(self, T):
+        now = self.cache.lens[:, None]
+        self.cache.extend(T)
+        return now, None
+
+    def attend(self, layer, q, k, v, rope):
+        cache = self.cache
+        o = q.new_empty(q.shape)  # (R, 1, H, D)
+        angles = torch.view_as_real(rope)  # (R, 1, 1, D/2, 2)
+        tensors = q, k, v, angles, cache.k[layer], cache.v[layer], cache.lens, o
+        strides = (x.stride(0) for x in (q, k, v))
+        shape = cache.rows, q.shape[2], k.shape[2], cache.capacity
+        self.compiled(*(x.data_ptr() for x in tensors), *strides, *shape)
+        return o.flatten(2)
+
+
+@functools.cache
+def compiled(channels, dtype):
+    """decoding.cpp's `attend` for heads of so many channels, in float or bf16. None where it cannot
+    be compiled: there is no g++, or no Linux. Takes a second, once for each machine: it is kept
+    where Python keeps what it compiles.
+    """
+    source = Path(__file__).with_suffix(".cpp")
+    # the compiler may choose the order of a sum, but nan stays nan
+    flags = ["-O3", "-march=native", "-ffast-math", "-fno-finite-math-only", "-fopenmp", "-fPIC"]
+    flags += [f"-DD={channels}", f"-DT={dtype}"]
+    try:
+        can = re.search("(flags|Features).*", Path("/proc/cpuinfo").read_text())[0]
+        key = f"{source.read_text()} {flags} {can}"
+        folder = source.parent / "__pycache__"
+        library = folder / f"decoding-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
+        if not library.exists():
+            folder.mkdir(exist_ok=True)
+            with TemporaryDirectory(dir=folder) as parts:
+                # (linked without -fopenmp: the threads shall be torch's)
+                for command in (["-c", *flags, source, "-o", "a.o"], ["-shared", "a.o", "-o", "a"]):
+                    subprocess.run(["g++", *command], cwd=parts, check=True, capture_output=True)
+                os.replace(f"{parts}/a", library)
+        attend = ctypes.CDLL(library).attend
+    except (OSError, TypeError, subprocess.CalledProcessError):
+        return None
+    attend.argtypes = [ctypes.c_void_p] * 8 + [ctypes.c_long] * 7
+    attend.restype = None
+    return attend

@@ -12,7 +12,8 @@ What to know before changing `generate`:
    decoding, Vilnis et al., arXiv 2210.15458): after each token the number is rescaled to its place
    inside the bin it fell in, and is uniform again.
 4. On a GPU a step of a small model is a few hundred launches that each take longer to ask for than
-   to run. There the same step has fewer kernels and is replayed as a CUDA graph: decoding.py.
+   to run. There the same step has fewer kernels and is replayed as a CUDA graph: decoding.py. On a
+   CPU its attention is C++, where that can be compiled: decoding.cpp.
 
 Shapes: R = prompts * n rows, of which `live` are still being written; T time, S slots of the cache,
 K key heads, D channels of a head, V vocabulary.
@@ -28,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from decoding import decode_static
+from decoding import decode_static, native
 from experiment import NotFinite
 from kernels import gemm_dtype
 from meter import spend
@@ -41,8 +42,9 @@ torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 class KVCache:
-    """Keys and values of every layer, (rows, capacity, K, D), allocated once. The token at position
-    p of a row sits in slot p - base.
+    """Keys and values of every layer, (rows, capacity, K, D), allocated once. In memory a head's
+    slots are side by side: that is how attention reads them. The token at position p of a row sits
+    in slot p - base.
 
     A step writes its tokens at each row's own length (`lens`) and reads the slots up to the longest
     row's (`length`), exactly: a mask is needed only while the rows' lengths differ. `base` is 0 but
@@ -56,9 +58,10 @@ class KVCache:
         self.rows = rows
         self.capacity = capacity
         self.base = 0
-        shape = (rows, capacity, config.n_kv_head, config.head_dim)
-        self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
-        self.v = [torch.zeros_like(k) for k in self.k]
+        shape = (rows, config.n_kv_head, capacity, config.head_dim)
+        blank = partial(torch.zeros, shape, device=device, dtype=dtype)
+        self.k = [blank().transpose(1, 2) for _ in range(config.n_layer)]
+        self.v = [blank().transpose(1, 2) for _ in range(config.n_layer)]
         self.set_lens([0] * rows)
 
     def set_lens(self, lens):
@@ -316,38 +319,46 @@ class Sampler:
             self.spent.copy_(spent.masked_fill(used_up, 0))
         return token, logp
 
-    def retire(self, cache, share=0):
-        """Drop the rows that are done, here and from the cache, once they are more than this share
-        of all -> whether any are left.
+    def retire(self, cache, unit=1):
+        """Drop rows that are done, here and from the cache, a multiple of `unit` of them -> whether
+        there are others.
         """
-        if len(self.stops) and self.done.double().mean() > share:
-            order = cache.keep(~self.done)
+        if len(self.stops) == 0:
+            return True
+        done, rows = int(self.done.sum()), len(self.done)
+        leaving = done // unit * unit
+        if leaving:
+            gone = self.done & (self.done.cumsum(0) <= leaving)
+            order = cache.keep(~gone)
             self.rows = self.rows[order]
             self.token = self.token[order]
             self.done = self.done[order]
             if self.number is not None:
                 self.number = self.number[order]
                 self.spent = self.spent[order]
-        return len(self.rows) > 0
+        return done < rows
 
 
 STATIC_ON = ("cuda",)  # where generate takes decoding.decode_static, the fast one, instead of:
 
 
-# For each number of rows oneDNN compiles the bf16 products of a CPU anew, which takes longer than a
-# step: there rows that are done stay until an eighth of all are
-LEAVE_LATE = {torch.bfloat16: 1 / 8}
+# oneDNN compiles the bf16 products of a CPU anew for each number of rows, which takes longer than a
+# step: there rows leave by sixteens, the height of a tile, or by eighths of a small batch. So few
+# numbers of rows there are, the same in every call
+def leave_by(rows, dtype):
+    return min(16, -(-rows // 8)) if dtype == torch.bfloat16 else 1
 
 
 def decode_eager(model, cache, logits, sampler):
     """Draw, retire the rows that stop, step the others: one token at a time."""
     new = sampler.fresh.shape[1]
-    share = LEAVE_LATE.get(logits.dtype, 0)
+    unit = leave_by(len(logits), logits.dtype)
+    steps = native(cache)
     for t in range(new):
         sampler.draw(logits, t)
-        if t + 1 == new or not sampler.retire(cache, share):
+        if t + 1 == new or not sampler.retire(cache, unit):
             break
-        x = model.hidden(sampler.token[:, None], cache)  # (live, 1, C)
+        x = model.hidden(sampler.token[:, None], steps)  # (live, 1, C)
         logits = model.lm_head(x[:, -1])  # (live, V)
 
 

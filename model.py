@@ -152,7 +152,7 @@ class Attention(nn.Module):
         q, k, v = qkv.split([H, K, K], dim=2)  # (B, T, H, D), (B, T, K, D), (B, T, K, D)
         if self.q_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        if hasattr(cache, "attend"):  # on a GPU kernels of its own do the rest: decoding.py
+        if hasattr(cache, "attend"):  # a step of generate has kernels of its own: decoding.py
             return self.proj(cache.attend(self.layer, q, k, v, rope))
         q, k = rotate(q, rope), rotate(k, rope)
         if cache is not None:

@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 import decoding
 import engine
 import kernels
-from decoding import FusedCache, MaskedCache
+from decoding import FusedCache, MaskedCache, NativeCache, compiled, native
 from engine import KVCache, generate
 from model import GPTConfig, rotate, rotations
 
@@ -46,27 +46,33 @@ def written(lens, H=2, K=1, D=16, window=None, capacity=0, dtype=torch.float32):
 
 
 def step_of(cache, parts=1):
-    """One more token in each row of the cache -> FusedCache's outputs, and what went in."""
+    """One more token in each row of the cache -> FusedCache's outputs, and what went in. parts
+    None: NativeCache's.
+    """
     R, H, K, D = cache.rows, cache.config.n_head, cache.config.n_kv_head, cache.config.head_dim
     qkv = torch.randn(R, 1, H + 2 * K, D, generator=seeded(1)).to(cache.k[0])
     q, k, v = qkv.split([H, K, K], dim=2)
     k = k.contiguous()  # as a norm leaves it, with another stride than q's
-    fast = FusedCache(cache)
-    fast.parts = parts
-    fast.out = torch.full((R, H, parts, D), torch.nan, device=DEVICE)
-    fast.lse = torch.full((R, H, parts), torch.nan, device=DEVICE)
+    if parts is None:
+        fast = native(cache)
+        assert isinstance(fast, NativeCache)
+    else:
+        fast = FusedCache(cache)
+        fast.parts = parts
+        fast.out = torch.full((R, H, parts, D), torch.nan, device=DEVICE)
+        fast.lse = torch.full((R, H, parts), torch.nan, device=DEVICE)
     positions, mask = fast.extend(1)
     assert mask is None
     rope = rotations(cache.config).to(DEVICE)[positions]
     return fast.attend(0, q, k, v, rope), (q, k, v, rope)
 
 
-def exact_step(cache, before, q, k, v, rope):
+def exact_step(cache, lens, before, q, k, v, rope):
     """The same in fp64, from the cache as it was `before`: row by row, query head by query head."""
     H, K, window = cache.config.n_head, cache.config.n_kv_head, cache.config.window
     q, k = rotate(q, rope), rotate(k, rope)
     out = []
-    for r, n in enumerate(cache.lens.tolist()):
+    for r, n in enumerate(lens.tolist()):
         first = 0 if window is None else max(0, n + 1 - window)
         for h in range(H):
             g = h // (H // K)
@@ -74,16 +80,26 @@ def exact_step(cache, before, q, k, v, rope):
             values = torch.cat((before[1][r, first:n, g], v[r, :, g])).double()
             scores = keys @ q[r, 0, h].double() / q.shape[-1] ** 0.5
             out.append(scores.softmax(0) @ values)
-    return torch.stack(out).view(len(cache.lens), 1, -1), k[:, 0]
+    return torch.stack(out).view(len(lens), 1, -1), k[:, 0]
+
+
+def plain_step(lens, H, K, D, q, k, v, rope):
+    """The same in bf16 by the reference."""
+    masked = MaskedCache(written(lens, H, K, D, dtype=torch.bfloat16))
+    q, k = rotate(q, rope), rotate(k, rope)
+    _, mask = masked.extend(1)
+    kv = (t.nan_to_num().transpose(1, 2) for t in masked.append(0, k, v))
+    theirs = kernels.attention(q.transpose(1, 2), *kv, mask=mask, impl="reference")
+    return theirs.transpose(1, 2).flatten(2)
 
 
 def assert_exact(cache, parts=1):
-    before = [t.clone() for t in cache.k + cache.v]
+    before, lens = [t.clone() for t in cache.k + cache.v], cache.lens
     out, inputs = step_of(cache, parts)
-    true, keys = exact_step(cache, before, *inputs)
+    true, keys = exact_step(cache, lens, before, *inputs)
     v = inputs[2]
     torch.testing.assert_close(out.double(), true, rtol=1e-5, atol=1e-5)
-    rows, lens = torch.arange(cache.rows, device=DEVICE), cache.lens
+    rows = torch.arange(cache.rows, device=DEVICE)
     for old, now, new in zip(before, cache.k + cache.v, (keys, v[:, 0]), strict=True):
         torch.testing.assert_close(now[rows, lens], new, rtol=1e-6, atol=1e-6)
         now[rows, lens] = torch.nan
@@ -126,9 +142,9 @@ def test_no_rounding_that_a_fused_multiply_add_leaves_out_is_trusted(fused, D): 
 def test_a_step_survives_large_scores():
     cache = written([70, 33])
     cache.k[0] *= 3000
-    before = [t.clone() for t in cache.k + cache.v]
+    before, lens = [t.clone() for t in cache.k + cache.v], cache.lens
     out, inputs = step_of(cache, 2)
-    true, _ = exact_step(cache, before, *inputs)
+    true, _ = exact_step(cache, lens, before, *inputs)
     torch.testing.assert_close(out.double(), true, rtol=1e-3, atol=1e-3)
 
 
@@ -140,18 +156,143 @@ def test_a_step_in_bf16_errs_no_more_than_1_5_times_the_reference(D, H, K):
         cache = written(lens, H, K, D, dtype=torch.bfloat16)
         before = [t.clone() for t in cache.k + cache.v]
         out, inputs = step_of(cache, parts)
-        true, _ = exact_step(cache, before, *inputs)
-        plain = written(lens, H, K, D, dtype=torch.bfloat16)
-        q, k, v, rope = inputs
-        q, k = rotate(q, rope), rotate(k, rope)
-        masked = MaskedCache(plain)
-        _, mask = masked.extend(1)
-        kv = (t.nan_to_num().transpose(1, 2) for t in masked.append(0, k, v))
-        theirs = kernels.attention(q.transpose(1, 2), *kv, mask=mask, impl="reference")
-        theirs = theirs.transpose(1, 2).flatten(2)
+        true, _ = exact_step(cache, cache.lens, before, *inputs)
+        theirs = plain_step(lens, H, K, D, *inputs)
         # the interpreter cuts bits off where a GPU rounds
         slack = 1.5 if DEVICE == "cuda" else 3
         assert (out - true).norm() <= slack * (theirs - true).norm()
+
+
+# --------------------------------------------------------------------------------------------------
+# decoding.cpp, in the same steps
+
+needs_compiler = pytest.mark.skipif(
+    DEVICE != "cpu" or not compiled(16, "float"), reason="needs g++ and a CPU"
+)
+
+
+@needs_compiler
+@pytest.mark.parametrize("D", [2, 6, 16, 32, 64, 128])
+def test_a_compiled_step_is_exact_at_any_head_size(D):
+    assert_exact(written([19, 0, 1], D=D), None)
+
+
+@needs_compiler
+@pytest.mark.parametrize("H, K", [(1, 1), (3, 3), (6, 2), (7, 1)])
+@pytest.mark.parametrize("lens", [[0], [15, 16, 17], [200, 3]])
+def test_a_compiled_step_is_exact_for_grouped_heads_and_rows_of_any_length(H, K, lens):
+    assert_exact(written(lens, H, K), None)
+
+
+@needs_compiler
+@pytest.mark.parametrize("size", [30, 3000])
+def test_a_compiled_step_survives_large_scores(size):
+    cache = written([70, 33])
+    cache.k[0] *= size
+    before, lens = [t.clone() for t in cache.k + cache.v], cache.lens
+    out, inputs = step_of(cache, None)
+    true, _ = exact_step(cache, lens, before, *inputs)
+    torch.testing.assert_close(out.double(), true, rtol=1e-3, atol=1e-3)
+
+
+@needs_compiler
+@pytest.mark.parametrize("D, H, K", [(64, 2, 2), (16, 7, 1)])
+def test_a_compiled_step_in_bf16_errs_no_more_than_the_reference(D, H, K):
+    cache = written([1, 63, 64, 200], H, K, D, dtype=torch.bfloat16)
+    before, lens = [t.clone() for t in cache.k + cache.v], cache.lens
+    out, inputs = step_of(cache, None)
+    true, keys = exact_step(cache, lens, before, *inputs)
+    assert torch.equal(cache.k[0][torch.arange(4), lens], keys)  # rotated and rounded as we do
+    theirs = plain_step([1, 63, 64, 200], H, K, D, *inputs)
+    assert (out - true).norm() <= 1.05 * (theirs - true).norm()
+
+
+@needs_compiler
+def test_a_row_of_nan_stays_nan_and_alone():
+    cache = written([5, 9, 2])
+    cache.k[0][1, 4] = torch.nan
+    out, _ = step_of(cache, None)
+    assert out[1].isnan().all() and out[[0, 2]].isfinite().all()
+
+
+@needs_compiler
+def test_a_compiled_step_is_the_same_for_any_number_of_threads():
+    outs = []
+    for threads in 1, 2, 3:
+        torch.set_num_threads(threads)
+        outs.append(step_of(written([40, 7, 0, 19, 3], 4, 2), None)[0])
+    torch.set_num_threads(1)
+    assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2])
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "settings", [dict(n=3, stop=[2, 7]), dict(temperature=0), dict(n=4, stop=5)]
+)
+@pytest.mark.parametrize("variant", ["multi-head", "grouped-query", "qk_norm", "qkv_bias"])
+def test_compiled_steps_give_the_tokens_and_log_probabilities_of_plain_ones(
+    monkeypatch, variant, settings
+):
+    gpt, rollouts, attend = make(**VARIANTS[variant]), [], NativeCache.attend
+    calls = []
+    monkeypatch.setattr(
+        NativeCache, "attend", lambda *args: calls.append(len(args[2])) or attend(*args)
+    )
+    for types in {}, decoding.NATIVE:
+        calls.clear()
+        monkeypatch.setattr(decoding, "NATIVE", types)
+        more = dict(max_new_tokens=24, generator=seeded())
+        rollouts.append(generate(gpt, PROMPTS, **settings, **more))
+        assert bool(calls) == bool(types)
+    assert "stop" not in settings or len(set(calls)) > 2  # rows leave on the way
+    plain, fast = rollouts
+    assert fast.tokens() == plain.tokens() and torch.equal(fast.mask, plain.mask)
+    torch.testing.assert_close(fast.logp, plain.logp, rtol=0, atol=2e-5)
+
+
+@needs_compiler
+def test_what_decoding_cpp_cannot_do_is_left_to_the_plain_step():
+    assert isinstance(native(written([3])), NativeCache)
+    for cache in (written([3], window=2), written([3], dtype=torch.float64)):
+        assert native(cache) is cache
+    cache = written([3])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert native(cache) is cache
+
+
+@needs_compiler
+@pytest.mark.parametrize("why", ["no compiler", "it fails", "no folder to write to"])
+def test_without_a_compiled_step_generate_takes_the_plain_one(monkeypatch, tmp_path, why):
+    source = tmp_path / "decoding.py"
+    (tmp_path / "decoding.cpp").write_text("" if why == "it fails" else "int attend;")
+    if why == "no folder to write to":
+        (tmp_path / "__pycache__").write_text("a file")
+    if why == "no compiler":
+        monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr(decoding, "__file__", str(source))
+    monkeypatch.setattr(decoding, "compiled", decoding.compiled.__wrapped__)
+    if why == "it fails":
+        (tmp_path / "decoding.cpp").write_text("no C++")
+    cache = written([3])
+    assert native(cache) is cache
+    assert why == "no folder to write to" or not list((tmp_path / "__pycache__").iterdir())
+
+
+@needs_compiler
+def test_a_compiled_step_is_kept_for_this_source_these_flags_and_this_processor(
+    monkeypatch, tmp_path
+):
+    (tmp_path / "decoding.cpp").write_text('extern "C" void attend() {}')
+    monkeypatch.setattr(decoding, "__file__", str(tmp_path / "decoding.py"))
+    runs, run = [], subprocess.run
+    monkeypatch.setattr(subprocess, "run", lambda *a, **k: runs.append(a) or run(*a, **k))
+    compile_ = compiled.__wrapped__
+    for channels, expected in ((8, 2), (8, 2), (16, 4)):  # it is compiled and linked
+        assert compile_(channels, "float") and len(runs) == expected
+    (tmp_path / "decoding.cpp").write_text('extern "C" void attend() { }')
+    assert compile_(8, "float") and len(runs) == 6
+    monkeypatch.setattr(decoding.re, "search", lambda *_: ["flags: another processor's"])
+    assert compile_(8, "float") and len(runs) == 8
 
 
 # --------------------------------------------------------------------------------------------------

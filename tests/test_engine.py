@@ -799,7 +799,7 @@ def test_rows_that_leave_late_write_nothing_more(monkeypatch):
         gpt, "hidden", lambda ids, cache: rows.append(len(ids)) or hidden(ids, cache)
     )
     at_once, numbers = sampled(), set(rows)
-    monkeypatch.setattr(engine, "LEAVE_LATE", {torch.float32: 1 / 2})
+    monkeypatch.setattr(engine, "leave_by", lambda rows, dtype: 4)
     late = sampled()
     assert torch.equal(late.ids, at_once.ids) and torch.equal(late.mask, at_once.mask)
     torch.testing.assert_close(late.logp, at_once.logp)
