@@ -340,9 +340,10 @@ def sdpa_attention(q, k, v, causal, window, mask):
             return banded(q, k, v, window, width)
         if window < S:
             mask = visible(T, S, causal=causal, window=window, device=q.device)
-    # without its tile units a CPU is twice as fast in fp32 as in bf16
-    on_cpu = q.device.type == "cpu"
-    if on_cpu and q.dtype == torch.bfloat16 and not torch.cpu._is_amx_tile_supported():
+    # without tile units a CPU is twice as fast in fp32 as in bf16; with them torch's backward pass
+    # of short rows is, up to ten times
+    slow = T <= 256 and q.requires_grad or not torch.cpu._is_amx_tile_supported()
+    if slow and q.device.type == "cpu" and q.dtype == torch.bfloat16:
         with torch.autocast("cpu", enabled=False):
             in_fp32 = (x.float() for x in (q, k, v))
             y = sdpa_attention(*in_fp32, causal=causal, window=None, mask=mask)
@@ -756,7 +757,7 @@ def dkv_kernel(
     dv_acc = tl.zeros((N, DP), tl.float32)
     # (what the loops inside have in common stays there: kept for all heads, it would not fit into
     # the registers)
-    for g in tl.range(0, G, disable_licm=True):
+    for g in tl.range(G, disable_licm=True):
         q_g = head(q, q_s, b, h * G + g)
         do_g = head(do, do_s, b, h * G + g)
         at = (b * H + h * G + g).to(tl.int64) * T
