@@ -1,6 +1,6 @@
 """bench.py: every speed and memory that this project speaks of, beside the peers it has.
 
-    python bench.py             all five parts, one after the other, each at most two minutes
+    python bench.py             all five parts, one after the other, each about two minutes at most
     python bench.py kernels     token_logprobs, attention, forward and backward
     python bench.py sampling    generate, beside Hugging Face's (pip install transformers)
     python bench.py training    a training step, beside nanoGPT's (--nanogpt FOLDER, a checkout)
@@ -375,13 +375,14 @@ def compare(work, dtype, racers, args):
     """The rows of a race. racers: name -> function that does some work and returns its tokens,
     FLOPs and bytes.
 
-    Three rounds, in which all take turns; the first warms up. On a GPU memory is what a racer keeps
-    from its first turn on (gradients, moments), and the most that its last turn adds.
+    Three rounds, on a CPU four, in which all take turns; the first warms up. On a GPU memory is
+    what a racer keeps from its first turn on (gradients, moments), and the most that its last turn
+    adds.
     """
     cuda = args.device == "cuda"
     turns = {name: [] for name in racers}
     kept, gib = {}, dict.fromkeys(racers)
-    for _ in range(3):
+    for _ in range(3 if cuda else 4):
         for name, race in racers.items():
             if cuda:
                 torch.cuda.reset_peak_memory_stats()

@@ -1,10 +1,10 @@
 // decoding.cpp: on a CPU, attention for one new token in each row of a KV cache.
 //
 // A step of decoding reads each key and value once and does little with it: it should take as long
-// as the reading. torch's kernels, made for many queries at a time, take two to three times as long.
-// Here a thread takes a row and a key head; turns the new key to its position, writes it and its
-// value into the cache, and walks over all keys of the row, then over all values, for each of the
-// query heads that share them.
+// as the reading. torch's kernels, made for many queries at a time, take two to three times as
+// long. Here a thread takes a row and a key head, turns the new key to its position, writes it and
+// its value into the cache, and walks over all keys of the row, then over all values, for each of
+// the query heads that share them.
 //
 // decoding.py compiles this file at its first use: for one number of channels D, so that the inner
 // loops become a few vector instructions, and one type T, float or bf16.
@@ -35,8 +35,8 @@ struct bf16 {
     }
 };
 
-// 2^x for x <= 0, without a call: the nearest whole number becomes the exponent's bits, and Taylor's
-// polynomial makes 2^f of the rest, f in [-1/2, 1/2], to a float's precision
+// 2^x for x <= 0, without a call: the nearest whole number becomes the exponent's bits, Taylor's
+// polynomial makes the rest, e^f with f in [-ln 2 / 2, ln 2 / 2], to a float's precision
 static float power_of_two(float x) {
     x = x < -126 ? -126 : x;
     float whole = floorf(x + 0.5f);
