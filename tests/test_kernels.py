@@ -957,6 +957,7 @@ COMPILE = """if True:
     from triton.compiler import ASTSource
     SIZES = "H", "G", "T", "S", "before", "after", "size", "stride", "first", "width"
     HALF = "q", "k", "v", "o", "do", "dq", "dk", "dv", "z"
+    UNITS = {"80": "mma.sync", "90": "wgmma.mma_async", "100": "tcgen05.mma"}
     arch, *names = sys.argv[1:]
     tuned = len(names) == 3                     # attention's: at two head sizes
     for name, D in [(name, D) for name in names for D in ((64, 128) if tuned else (0,))]:
@@ -990,7 +991,7 @@ COMPILE = """if True:
             target=GPUTarget("cuda", int(arch), 32),
             options=options | dict(enable_fp_fusion=True),
         )
-        products = binary.asm["ptx"].count("mma")
+        products = binary.asm["ptx"].count(UNITS[arch])
         print(json.dumps([name, binary.metadata.shared, products, count]))"""
 
 
