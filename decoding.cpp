@@ -58,8 +58,9 @@ static void rotate(const T *x, const float *angle, T *y) {
     }
 }
 
-// softmax(query . keys) values, over n keys (n, D) and values (n, D). p: room for n
-static void look(const float *query, const T *keys, const T *values, long n, float *p, T *out) {
+// out = softmax(keys query) values, for keys and values (n, D). Scores are in bits; p: room for n
+static void attention(const float *query, const T *keys, const T *values, long n, float *p,
+                      T *out) {
     for (long i = 0; i < n; i++) {
         const T *key = keys + i * D;
         float dot = 0;
@@ -121,7 +122,7 @@ extern "C" void attend(
                     float query[D];
                     for (long j = 0; j < D; j++)
                         query[j] = scale * float(turned[j]);
-                    look(query, key, value, n, p.data(), out + (r * H + g) * D);
+                    attention(query, key, value, n, p.data(), out + (r * H + g) * D);
                 }
             }
         }

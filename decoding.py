@@ -386,11 +386,11 @@ def native(cache):
 
 
 class NativeCache:
-    """For decoding.cpp: `attend` as FusedCache's, in the rows of a KVCache that may leave."""
+    """For decoding.cpp. Between two steps rows may leave the KVCache that it stands in for."""
 
-    def __init__(self, cache, attend):
+    def __init__(self, cache, compiled_attend):
         self.cache = cache
-        self.compiled = attend
+        self.compiled_attend = compiled_attend
 
     @property
     def length(self):
@@ -404,13 +404,14 @@ class NativeCache:
         return now[:, None], None
 
     def attend(self, layer, q, k, v, rope):
+        """As FusedCache.attend."""
         cache = self.cache
         o = q.new_empty(q.shape)  # (R, 1, H, D)
         angles = torch.view_as_real(rope)  # (R, 1, 1, D/2, 2)
         tensors = q, k, v, angles, cache.k[layer], cache.v[layer], cache.lens, o
         strides = (x.stride(0) for x in (q, k, v))
         shape = cache.rows, q.shape[2], k.shape[2], cache.capacity
-        self.compiled(*(x.data_ptr() for x in tensors), *strides, *shape)
+        self.compiled_attend(*(x.data_ptr() for x in tensors), *strides, *shape)
         return o.flatten(2)
 
 
@@ -425,17 +426,19 @@ def compiled(channels, dtype):
     flags = ["-O3", "-march=native", "-ffast-math", "-fno-finite-math-only", "-fopenmp", "-fPIC"]
     flags += [f"-DD={channels}", f"-DT={dtype}"]
     try:
-        can = re.search("(flags|Features).*", Path("/proc/cpuinfo").read_text())[0]
-        key = f"{source.read_text()} {flags} {can}"
+        processor = re.search("(flags|Features).*", Path("/proc/cpuinfo").read_text())[0]
+        key = f"{source.read_text()} {flags} {processor}"
         folder = source.parent / "__pycache__"
         library = folder / f"decoding-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
         if not library.exists():
             folder.mkdir(exist_ok=True)
             with TemporaryDirectory(dir=folder) as parts:
-                # (linked without -fopenmp: the threads shall be torch's)
-                for command in (["-c", *flags, source, "-o", "a.o"], ["-shared", "a.o", "-o", "a"]):
-                    subprocess.run(["g++", *command], cwd=parts, check=True, capture_output=True)
-                os.replace(f"{parts}/a", library)
+                compiling = ["g++", "-c", *flags, source, "-o", "decoding.o"]
+                # without -fopenmp: the threads shall be torch's
+                linking = ["g++", "-shared", "decoding.o", "-o", "decoding.so"]
+                for command in (compiling, linking):
+                    subprocess.run(command, cwd=parts, check=True, capture_output=True)
+                os.replace(f"{parts}/decoding.so", library)  # whole or not at all
         attend = ctypes.CDLL(library).attend
     except (OSError, TypeError, subprocess.CalledProcessError):
         return None

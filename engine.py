@@ -320,8 +320,8 @@ class Sampler:
         return token, logp
 
     def retire(self, cache, unit=1):
-        """Drop rows that are done, here and from the cache, a multiple of `unit` of them -> whether
-        there are others.
+        """Drop rows that are done, here and from the cache, `unit` of them at a time -> whether any
+        row still has to be written.
         """
         if len(self.stops) == 0:
             return True
@@ -353,12 +353,12 @@ def decode_eager(model, cache, logits, sampler):
     """Draw, retire the rows that stop, step the others: one token at a time."""
     new = sampler.fresh.shape[1]
     unit = leave_by(len(logits), logits.dtype)
-    steps = native(cache)
+    stand_in = native(cache)  # the cache itself, where decoding.cpp does not run
     for t in range(new):
         sampler.draw(logits, t)
         if t + 1 == new or not sampler.retire(cache, unit):
             break
-        x = model.hidden(sampler.token[:, None], steps)  # (live, 1, C)
+        x = model.hidden(sampler.token[:, None], stand_in)  # (live, 1, C)
         logits = model.lm_head(x[:, -1])  # (live, V)
 
 

@@ -995,6 +995,23 @@ COMPILE = """if True:
         print(json.dumps([name, binary.metadata.shared, products, count]))"""
 
 
+@pytest.mark.parametrize(
+    "T, trains, dtype",
+    [(256, True, torch.float32), (257, True, torch.bfloat16), (256, False, torch.bfloat16)],
+)
+def test_a_cpu_with_tiles_trains_short_rows_of_bf16_in_fp32(monkeypatch, T, trains, dtype):
+    seen, sdpa = [], kernels.F.scaled_dot_product_attention
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    monkeypatch.setattr(
+        kernels.F,
+        "scaled_dot_product_attention",
+        lambda q, *args, **kwargs: seen.append(q.dtype) or sdpa(q, *args, **kwargs),
+    )
+    q, k, v = torch.randn(3, 1, 2, T, 16, dtype=torch.bfloat16).requires_grad_(trains)
+    assert attention(q, k, v).dtype == torch.bfloat16
+    assert seen == [dtype]
+
+
 @needs_triton
 @pytest.mark.parametrize(
     "arch, names",
