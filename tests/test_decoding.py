@@ -196,6 +196,16 @@ def test_a_compiled_step_survives_large_scores(size):
 
 
 @needs_compiler
+def test_thousands_of_keys_far_below_the_likeliest_weigh_nothing_together():
+    cache = written([2000])
+    cache.k[0] *= 300
+    before, lens = [t.clone() for t in cache.k + cache.v], cache.lens
+    out, inputs = step_of(cache, None)
+    true, _ = exact_step(cache, lens, before, *inputs)
+    torch.testing.assert_close(out.double(), true, rtol=0, atol=1e-4)
+
+
+@needs_compiler
 @pytest.mark.parametrize("D, H, K", [(64, 2, 2), (16, 7, 1)])
 def test_a_compiled_step_in_bf16_errs_no_more_than_the_reference(D, H, K):
     cache = written([1, 63, 64, 200], H, K, D, dtype=torch.bfloat16)
